@@ -1,0 +1,104 @@
+"""Codes to words and back: the canonical bit layout, executable.
+
+Row-major along K, one dense least-significant-bit-first bitstream per row, in 32-bit words:
+code ``j`` of a row occupies bits ``[j*bits, (j+1)*bits)`` of that row's stream, and bit ``i`` of the
+stream is bit ``i % 32`` of word ``i // 32``. 32 codes fill exactly ``bits`` words; a shorter tail is
+padded with zero codes, so a row of K codes always takes ``ceil(K / 32) * bits`` words.
+
+    bits = 3:   word 0 = c0 | c1<<3 | ... | c9<<27 | (c10 & 3)<<30,   word 1 = c10>>2 | c11<<1 | ...
+
+The same order is used by compressed-tensors (dense) and MLX; GPTQ stores its transpose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODES_PER_BLOCK = 32
+_ROWS_AT_ONCE = 1 << 22  # codes unpacked per step: bounds the int64 temporaries to about 32 MiB each
+
+
+def words_per_row(k: int, bits: int) -> int:
+    """Number of int32 words that hold ``k`` codes: ``ceil(k / 32) * bits``."""
+    return -(-k // CODES_PER_BLOCK) * bits
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be between 1 and 8: got bits={bits}")
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, an integer tensor ``[N, K]`` with values in ``[0, 2**bits)``, to words ``int32 [N, ceil(K/32)*bits]``.
+
+    Raises ``ValueError`` for ``bits`` outside 1..8, a tensor that is not 2-d, and codes out of range.
+    """
+    _check_bits(bits)
+    if codes.dim() != 2:
+        raise ValueError(f"codes must be 2-d [N, K]: got shape {tuple(codes.shape)}")
+    n, k = codes.shape
+    if codes.device.type == "meta":
+        return torch.empty(n, words_per_row(k, bits), dtype=torch.int32, device="meta")
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        low, high = int(codes.min()), int(codes.max())
+        raise ValueError(f"codes must be in [0, {(1 << bits) - 1}] at bits={bits}: got values in [{low}, {high}]")
+    words = torch.empty(n, words_per_row(k, bits), dtype=torch.int32, device=codes.device)
+    step = max(1, _ROWS_AT_ONCE // max(k, 1))
+    for start in range(0, n, step):
+        words[start : start + step] = _pack_rows(codes[start : start + step], bits)
+    return words
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
+    blocks = -(-k // CODES_PER_BLOCK)
+    padded = torch.zeros(n, blocks * CODES_PER_BLOCK, dtype=torch.uint8, device=codes.device)
+    padded[:, :k] = codes
+    columns = padded.view(n, blocks, CODES_PER_BLOCK).permute(2, 0, 1).contiguous()
+    words = torch.zeros(bits, n, blocks, dtype=torch.int64, device=codes.device)
+    for j in range(CODES_PER_BLOCK):
+        word, shift = divmod(j * bits, 32)
+        code = columns[j].to(torch.int64)
+        words[word] |= code << shift
+        if shift + bits > 32:  # the code straddles two words
+            words[word + 1] |= code >> (32 - shift)
+    # keep the low 32 bits, as a signed int32
+    words = ((words & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    return words.to(torch.int32).permute(1, 2, 0).reshape(n, blocks * bits)
+
+
+def unpack(words: Tensor, bits: int, k: int) -> Tensor:
+    """Words ``int32 [N, ceil(K/32)*bits]`` to codes ``uint8 [N, K]``: the inverse of :func:`pack`.
+
+    Raises ``ValueError`` for ``bits`` outside 1..8 and for a word count that does not belong to ``k``.
+    """
+    _check_bits(bits)
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != words_per_row(k, bits):
+        raise ValueError(
+            f"words must be int32 [N, {words_per_row(k, bits)}] for K={k}, bits={bits}: "
+            f"got {words.dtype} {tuple(words.shape)}"
+        )
+    n = words.shape[0]
+    codes = torch.empty(n, k, dtype=torch.uint8, device=words.device)
+    if words.device.type == "meta":
+        return codes
+    step = max(1, _ROWS_AT_ONCE // max(k, 1))
+    for start in range(0, n, step):
+        codes[start : start + step] = _unpack_rows(words[start : start + step], bits)[:, :k]
+    return codes
+
+
+def _unpack_rows(words: Tensor, bits: int) -> Tensor:
+    n = words.shape[0]
+    blocks = words.shape[1] // bits
+    columns = words.view(n, blocks, bits).permute(2, 0, 1).to(torch.int64) & 0xFFFFFFFF
+    codes = torch.empty(CODES_PER_BLOCK, n, blocks, dtype=torch.uint8, device=words.device)
+    mask = (1 << bits) - 1
+    for j in range(CODES_PER_BLOCK):
+        word, shift = divmod(j * bits, 32)
+        value = columns[word] >> shift
+        if shift + bits > 32:
+            value |= columns[word + 1] << (32 - shift)
+        codes[j] = value & mask
+    return codes.permute(1, 2, 0).reshape(n, blocks * CODES_PER_BLOCK)

@@ -1,0 +1,219 @@
+"""Statistics of layer inputs on calibration data: Hessians for error-compensating quantizers, maxima for
+static int8 scales, and the loop that quantizes a model in execution order.
+
+A batch is what the model is called with: a mapping (keyword arguments), a tuple or list (positional ones) or
+a single argument; ``forward(model, batch)`` replaces that call. Where a batch is a mapping with an
+``attention_mask`` [B, T], its padding positions do not count. The model runs in eval mode, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["calibrate_sequential", "collect_hessians", "collect_input_maxima"]
+
+Forward = Callable[[nn.Module, Any], Any]
+_Visit = Callable[[str, Tensor, "Tensor | None"], None]  # layer name, its input [..., K], padding mask
+
+
+def collect_hessians(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+) -> dict[str, Tensor]:
+    """H = 2/n X.T X of every layer's input X [n, K] over all batches: float32 [K, K] by layer name.
+
+    Layers that see the very same input share one tensor. Costs one pass over the batches, the first twice.
+
+    Raises:
+        ValueError: no batches; a layer that no batch reaches; an input that is not finite.
+    """
+    batches = list(batches)
+    return _hessians(model, layers, _trace(model, layers, batches, forward), batches, forward)
+
+
+def collect_input_maxima(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+) -> dict[str, Tensor]:
+    """max|x| of every layer's input over all batches, float32 [1] by layer name: x_scale = max|x| / 127.
+
+    Raises:
+        ValueError: no batches; a layer that no batch reaches; an input that is not finite.
+    """
+    maxima: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
+        rows = _samples(x, mask)
+        if rows.numel():
+            found = rows.abs().amax().float().reshape(1)
+            maxima[name] = found.maximum(maxima[name]) if name in maxima else found
+
+    _observe(model, layers, list(batches), forward, visit)
+    _require_reached(layers, maxima)
+    for name, value in maxima.items():
+        _require_finite(name, value)
+    return maxima
+
+
+def calibrate_sequential(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    quantize_layer: Callable[[str, nn.Module, Tensor], None],
+    *,
+    forward: Forward | None = None,
+) -> None:
+    """Call ``quantize_layer(name, layer, hessian)`` in execution order, on the model as it is by then.
+
+    ``quantize_layer`` changes the layer's weight, or swaps the module in the model, so every layer is fitted
+    to what its already quantized predecessors feed it. Holds one Hessian at a time, and costs a pass over the
+    batches per group of layers with the same input (a Transformer block has four groups); a pass ends at its
+    group, so half of that many full ones. Raises as :func:`collect_hessians`.
+    """
+    batches = list(batches)
+    for group in _trace(model, layers, batches, forward):
+        hessian = _hessians(model, layers, [group], batches, forward)[group.names[0]]
+        for name in group.names:
+            quantize_layer(name, layers[name], hessian)
+
+
+@dataclass
+class _Group:
+    """Layers that see the very same input tensors, and how often one forward calls each of them."""
+
+    names: list[str]
+    calls: int
+
+
+class _Reached(Exception):
+    """Ends a forward whose remaining layers are of no interest."""
+
+
+def _trace(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], forward: Forward | None
+) -> list[_Group]:
+    """The groups in execution order, as the first batch shows them; layers it does not reach come last."""
+    inputs: dict[str, list[int]] = {name: [] for name in layers}
+    last: Tensor | None = None  # kept alive, so that `is` never meets a recycled object
+    version = serial = 0
+
+    def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
+        nonlocal last, version, serial
+        if x is not last or x._version != version:
+            last, version, serial = x, x._version, serial + 1
+        inputs[name].append(serial)
+
+    _observe(model, layers, batches[:1], forward, visit)
+    groups: dict[tuple[int, ...], _Group] = {}
+    for name in sorted((n for n in inputs if inputs[n]), key=lambda n: inputs[n]):
+        groups.setdefault(tuple(inputs[name]), _Group([], len(inputs[name]))).names.append(name)
+    return [*groups.values(), *(_Group([name], 0) for name in inputs if not inputs[name])]
+
+
+def _hessians(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    groups: Sequence[_Group],
+    batches: Sequence[Any],
+    forward: Forward | None,
+) -> dict[str, Tensor]:
+    """Collected at the first layer of every group."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    one_call = len(groups) == 1 and groups[0].calls == 1
+
+    def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
+        rows = _samples(x, mask).float()
+        if name not in sums:
+            sums[name], counts[name] = rows.new_zeros(rows.shape[1], rows.shape[1]), 0
+        sums[name].addmm_(rows.t(), rows)
+        counts[name] += rows.shape[0]
+        if one_call:
+            raise _Reached
+
+    _observe(model, {group.names[0]: layers[group.names[0]] for group in groups}, batches, forward, visit)
+    _require_reached([group.names[0] for group in groups], {name for name in counts if counts[name]})
+    hessians: dict[str, Tensor] = {}
+    for group in groups:
+        name = group.names[0]
+        hessian = sums[name].mul_(2 / counts[name])
+        _require_finite(name, hessian)
+        hessians.update(dict.fromkeys(group.names, hessian))
+    return hessians
+
+
+@torch.no_grad()
+def _observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    forward: Forward | None,
+    visit: _Visit,
+) -> None:
+    """Run the model over the batches and ``visit`` every call of a layer."""
+    if not batches:
+        raise ValueError("calibration requires at least one batch: got none")
+    mask: Tensor | None = None
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        visit(name, args[0] if args else next(iter(kwargs.values())), mask)
+
+    training = [module for module in model.modules() if module.training]
+    handles = [
+        layer.register_forward_pre_hook(partial(see, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        model.eval()
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            try:
+                if forward is not None:
+                    forward(model, batch)
+                elif isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+            except _Reached:
+                pass
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+
+
+def _samples(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The input as rows [n, K], without padding where the mask [B, T] fits it ([B, T, K] or [B*T, K])."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None or mask.dim() != 2:
+        return rows
+    same = x.shape[:2] == mask.shape if x.dim() == 3 else x.dim() == 2 and len(rows) == mask.numel()
+    return rows[mask.to(rows.device).bool().flatten()] if same else rows
+
+
+def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
+    missing = sorted(set(names) - set(reached))
+    if missing:
+        raise ValueError(
+            f"calibration must call every layer that it quantizes: no batch reaches {', '.join(missing)}"
+        )
+
+
+def _require_finite(name: str, statistic: Tensor) -> None:
+    if not bool(torch.isfinite(statistic).all()):
+        raise ValueError(f"the calibration input of layer {name} must be finite: got Inf or NaN")

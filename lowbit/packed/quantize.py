@@ -1,0 +1,419 @@
+"""Quantizers of the packed family: a float weight to codes, scales and zeros.
+
+A quantizer is two independent steps,
+
+1. *fit* one grid (scale, zero) per group: ``minmax``, ``mean``, or ``mse`` (clip search and least squares);
+2. *round* every weight to a code of its grid: nearest, or with error feedback from the Hessian (``gptq``);
+
+and codes are always chosen against the scale and zero as stored (rounded to their dtype), never before.
+Rows never interact, so every step works on a few rows at a time and its temporaries stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowbit.packed.format import Packed
+
+__all__ = ["Quantized", "quantize"]
+
+# Elements per temporary: small enough to stay in cache, large enough to hide the cost of a torch call.
+_CHUNK = 1 << 18
+# Error feedback makes one Python step per column, so it wants many rows at once.
+_FEEDBACK_CHUNK = 1 << 22
+# Columns between two matrix products of the error feedback.
+_FEEDBACK_BLOCK = 64
+
+# Clip search of "mse": the range shrinks geometrically to _SHRINK**(_STEPS-1) = 0.09 of min-max, which covers
+# ternary per-tensor weights; least squares then refines the best one (Lloyd's algorithm on a uniform grid).
+_SHRINK, _STEPS, _REFITS = 0.92, 30, 6
+
+# (weights, importance or None = all 1); an element of importance 0 does not exist for the fit.
+_Piece = tuple[Tensor, Tensor | None]
+_Pieces = Callable[[], Iterable[_Piece]]
+# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
+_DAMPING = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Weight: ``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``, g = k // group_size, + outliers.
+
+    codes: uint8 [N, K], values 0 .. 2**bits - 1.
+    scales: float16, bfloat16 or float32; [N, G] per group, [N, 1] per row, [1, 1] per tensor.
+    zeros: None (symmetric, zero = 2**(bits-1)), uint8, or the dtype of scales; the shape of scales.
+    outlier_values [nnz], outlier_columns [nnz] (int16; int32 when K > 32768), outlier_rows int32 [N+1]: the
+        sparse part in CSR form, columns ascending within a row; all None without outliers.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    outlier_values: Tensor | None = None
+    outlier_columns: Tensor | None = None
+    outlier_rows: Tensor | None = None
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> Quantized:
+    """Quantize ``weight`` ([N, K], any float dtype) as ``spec`` says.
+
+    - ``minmax``: round to nearest on a grid that spans the group (symmetric: codes -n..n with
+      n = 2**(bits-1) - 1; integer zeros: the span includes 0).
+    - ``mse``: the grid that minimises sum_k h[k] (w[k] - dequantized[k])**2, h = diag(hessian) or 1.
+    - ``mean``: symmetric, clipped at gamma * mean|w| (Tao et al., ACL 2022, arXiv 2203.10705).
+    - ``gptq``: the grid of ``mse``, then rounding that reduces tr((W - Q) H (W - Q).T) column after column:
+      GPTQ (Frantar et al., arXiv 2210.17323) in its equivalent LDLQ form (Chee et al., arXiv 2307.13304).
+      Columns go in order of decreasing diag(H); grids are fitted before, so the stored order is unchanged.
+
+    ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K], see
+    :func:`lowbit.calibrate.collect_hessians`: gptq requires it, mse takes it, the others ignore it.
+    ``spec.outliers`` = f keeps the round(f*N*K) weights of largest magnitude in the sparse part; grids are
+    fitted without them. float16 scales become float32 in a layer where one would be subnormal or overflow.
+
+    Raises:
+        ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; the
+            hessian is missing, misshapen, not finite or not positive semidefinite.
+    """
+    _check(weight, spec, hessian)
+    layer = _Layer(weight, spec, hessian)
+    dtype = spec.resolve_scale_dtype()
+    scales, zeros = layer.fit(dtype)
+    if dtype == torch.float16 and not _normal_float16(scales):
+        dtype = torch.float32
+        scales, zeros = layer.fit(dtype)
+    codes = layer.round(scales, zeros)
+    stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
+    return Quantized(codes, scales.to(dtype), stored_zeros, *layer.sparse(codes, scales, zeros))
+
+
+def _check(weight: Tensor, spec: Packed, hessian: Tensor | None) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}"
+        )
+    if spec.quantizer == "gptq" and hessian is None:
+        raise ValueError(
+            "quantizer='gptq' requires calibration data: got hessian=None "
+            "(give calibration batches, or use quantizer='mse')"
+        )
+    if hessian is not None:
+        if hessian.shape != (weight.shape[1],) * 2:
+            raise ValueError(f"hessian must be [K, K] with K = {weight.shape[1]}: got {list(hessian.shape)}")
+        if not bool(torch.isfinite(hessian).all()):
+            raise ValueError("hessian must be finite: got Inf or NaN (check the calibration activations)")
+
+
+class _Layer:
+    """One weight being quantized. Scales and zeros are float32 here, holding values of the stored dtype."""
+
+    def __init__(self, weight: Tensor, spec: Packed, hessian: Tensor | None) -> None:
+        self.weight, self.spec, self.hessian = weight, spec, hessian
+        self.n, self.k = weight.shape
+        self.group = spec.resolve_group_size(self.k)
+        self.per_tensor = spec.granularity == "tensor"
+        self.middle = 2 ** (spec.bits - 1)
+        self.bottom, self.top = (1 if spec.symmetric else 0), 2**spec.bits - 1
+        # The steps between the ends of the grid: from -n to n, or to 0 from the farther end.
+        self.levels = self.middle - 1 if spec.symmetric else self.top
+        self.importance: Tensor | None = None
+        if hessian is not None and spec.quantizer in ("mse", "gptq"):
+            diagonal = hessian.diagonal().double()
+            mean = diagonal.mean()
+            if mean > 0:  # damped, so that an input never active in calibration still counts a little
+                self.importance = (diagonal / mean + _DAMPING[0]).float()
+        for w, _ in self.chunks():
+            if not bool(torch.isfinite(w).all()):
+                raise ValueError("weight must be finite in float32: got Inf or NaN")
+        self.outliers = self.choose_outliers()
+
+    def chunks(self, size: int = _CHUNK) -> Iterator[tuple[Tensor, slice]]:
+        """The weight in float32, a few rows at a time."""
+        step = max(1, size // self.k)
+        for start in range(0, self.n, step):
+            rows = slice(start, min(start + step, self.n))
+            yield self.weight[rows].float(), rows
+
+    # ---- fit the grids
+
+    def groups(self) -> Iterator[_Piece]:
+        """Pieces (w, h) of shape [rows, G, group_size] ([1, 1, -1] per tensor); h = 0 excludes an element."""
+        pad = -self.k % self.group
+        for w, rows in self.chunks():
+            h = self.importance
+            if self.outliers is not None:
+                kept = (~self.outliers[rows]).float()
+                h = kept if h is None else kept * h
+            elif pad or (h is not None and self.per_tensor):
+                h = w.new_ones(w.shape) if h is None else h.expand_as(w)
+            elif h is not None:
+                h = h.unsqueeze(0)
+            if pad:
+                w = torch.nn.functional.pad(w, (0, pad))
+                h = torch.nn.functional.pad(h, (0, pad)) if h is not None else None
+            shape = (1, 1, -1) if self.per_tensor else (-1, (self.k + pad) // self.group, self.group)
+            yield w.reshape(shape), None if h is None else h.reshape(shape)
+
+    def fit(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(scales, zeros), each [N, G], [N, 1] or [1, 1]."""
+        if self.per_tensor:
+            fitted = [self.fit_groups(self.groups, dtype)]
+        else:
+            fitted = [self.fit_groups(partial(iter, (piece,)), dtype) for piece in self.groups()]
+        return (
+            torch.cat([scale for scale, _ in fitted]).squeeze(-1),
+            torch.cat([zero for _, zero in fitted]).squeeze(-1),
+        )
+
+    def fit_groups(self, pieces: _Pieces, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(scale, zero), [rows, G, 1] each, of groups that are the pieces joined along the last dimension."""
+        if self.spec.quantizer == "mean":
+            return self.grid(self.clipped_at_mean(pieces), None, dtype)
+        low, high = self.limits(pieces)
+        # float64: exact where the weights already are on a grid, and no overflow.
+        span = high.abs().maximum(low.abs()) if self.spec.symmetric else high.double() - low.double()
+        spread = (span / self.levels).float()
+        if not self.spec.symmetric and self.spec.zeros == "float":
+            # A range narrow beside its distance from 0 would need a zero beyond the precision of its dtype.
+            largest = high.abs().maximum(low.abs())
+            spread = torch.where(low == high, largest, spread.maximum(largest * torch.finfo(dtype).eps))
+        scale, zero = self.grid(spread, low, dtype)
+
+        search = self.spec.quantizer in ("mse", "gptq")
+        if not search and dtype != torch.float32:
+            return scale, zero
+        best = scale, zero, self.error(pieces, scale, zero)
+        if dtype == torch.float32:
+            # (n * s) / n may miss s by its last bit: a weight that already is on a grid finds it again.
+            for limit in (0.0, torch.inf):
+                neighbour = scale.nextafter(torch.full_like(scale, limit))
+                best = self.better(pieces, (neighbour, zero), best)
+        if search:
+            for step in range(1, _STEPS):
+                ratio = _SHRINK**step
+                trial = self.grid(spread * ratio, low + (1 - ratio) * (high / 2 - low / 2), dtype)
+                best = self.better(pieces, trial, best)
+            for _ in range(_REFITS):
+                best = self.better(pieces, self.least_squares(pieces, best[0], best[1], dtype), best)
+        return best[0], best[1]
+
+    def clipped_at_mean(self, pieces: _Pieces) -> Tensor:
+        """The scale whose outermost level is gamma * mean|w|."""
+        total: Tensor | float = 0.0
+        count: Tensor | float = 0.0
+        for w, h in pieces():
+            total = total + _sum(w.abs() if h is None else w.abs() * h)
+            count = count + _sum(torch.ones_like(w) if h is None else h)
+        return torch.as_tensor(self.spec.gamma * total / torch.as_tensor(count).clamp(min=1) / self.levels)
+
+    def limits(self, pieces: _Pieces) -> tuple[Tensor, Tensor]:
+        """(min, max) of every group, including 0 where the grid must contain it."""
+        lows, highs = [], []
+        for w, h in pieces():
+            lows.append((w if h is None else w.masked_fill(h == 0, torch.inf)).amin(-1, keepdim=True))
+            highs.append((w if h is None else w.masked_fill(h == 0, -torch.inf)).amax(-1, keepdim=True))
+        low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+        empty = low > high
+        low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+        if self.spec.zeros == "int":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        return low, high
+
+    def grid(self, scale: Tensor, low: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(scale, zero) as they will be stored, with code 0 nearest to ``low`` unless the zero is fixed."""
+        # An all-zero group gets scale 1: its codes are the zero point, and nothing divides by 0.
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        if (
+            dtype != torch.float16
+        ):  # a float16 scale of 0 or Inf sends the layer to float32, where only this is left
+            scale = scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max)
+        scale = scale.to(dtype).float()
+        if self.spec.symmetric or low is None:
+            return scale, torch.full_like(scale, self.middle)
+        return scale, self.stored_zero(-low / scale, dtype)
+
+    def stored_zero(self, zero: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.spec.zeros == "int":
+            return zero.round().clamp(0, self.top)
+        return zero.to(dtype).float()
+
+    def nearest(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Float codes: clamp(round(w / scale + zero))."""
+        return (w / scale).add_(zero).round_().clamp_(self.bottom, self.top)
+
+    def error(self, pieces: _Pieces, scale: Tensor, zero: Tensor) -> Tensor:
+        """sum h (w - dequantized)**2 of every group, rounding to nearest."""
+        total = torch.zeros_like(scale)
+        for w, h in pieces():
+            square = self.nearest(w, scale, zero).sub_(zero).mul_(scale).sub_(w).square_()
+            total = total + _sum(square if h is None else square.mul_(h))
+        return total
+
+    def better(
+        self, pieces: _Pieces, trial: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of (scale, zero, error), per group the one of smaller error; a tie or a NaN keeps ``best``."""
+        error = self.error(pieces, *trial)
+        won = error < best[2]
+        return (
+            torch.where(won, trial[0], best[0]),
+            torch.where(won, trial[1], best[1]),
+            torch.where(won, error, best[2]),
+        )
+
+    def least_squares(
+        self, pieces: _Pieces, scale: Tensor, zero: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The grid of least error for the codes that (scale, zero) gives: a line through (code - zero, w)."""
+        s_h, s_c, s_w, s_cc, s_cw = (torch.zeros_like(scale) for _ in range(5))
+        for w, h in pieces():
+            code = self.nearest(w, scale, zero).sub_(zero)
+            weighted = code if h is None else code * h
+            s_cc, s_cw = s_cc + _sum(weighted * code), s_cw + _sum(weighted * w)
+            if not self.spec.symmetric:
+                s_h = s_h + (w.shape[-1] if h is None else _sum(h.expand_as(w)))
+                s_c, s_w = s_c + _sum(weighted), s_w + _sum(w if h is None else w * h)
+        if self.spec.symmetric:
+            return self.grid(s_cw / s_cc, None, dtype)
+        scale, _ = self.grid((s_h * s_cw - s_c * s_w) / (s_h * s_cc - s_c * s_c), None, dtype)
+        return scale, self.stored_zero(zero - (s_w / scale - s_c) / s_h, dtype)
+
+    # ---- round the weights
+
+    def columns(self, values: Tensor, rows: slice) -> Tensor:
+        """Per-group values of some rows, broadcastable to [rows, K]."""
+        if values.shape[1] == 1:
+            return values if values.shape[0] == 1 else values[rows]
+        part = values[rows].unsqueeze(-1)
+        return part.expand(-1, -1, self.group).flatten(1)[:, : self.k]
+
+    def round(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.weight.device)
+        if self.spec.quantizer == "gptq":
+            assert self.hessian is not None
+            order, feedback = _feedback(self.hessian)
+            for w, rows in self.chunks(_FEEDBACK_CHUNK):
+                codes[rows] = self.round_with_feedback(w, rows, scales, zeros, order, feedback)
+        else:
+            for w, rows in self.chunks():
+                codes[rows] = self.nearest(w, self.columns(scales, rows), self.columns(zeros, rows))
+        return codes
+
+    def round_with_feedback(
+        self, w: Tensor, rows: slice, scales: Tensor, zeros: Tensor, order: Tensor, feedback: Tensor
+    ) -> Tensor:
+        """code_j = nearest(w_j + sum_{i<j} (w_i - q_i) feedback[i, j]), j in the given order of columns."""
+        # Transposed, so that a column is contiguous.
+        w = w.t()[order].contiguous()
+        residual = torch.zeros_like(w)
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        exact = self.outliers[rows].t()[order] if self.outliers is not None else None
+        pick = [0] * self.k if scales.shape[1] == 1 else (order // self.group).tolist()
+        scale_of, zero_of = (v.expand(self.n, -1)[rows].t().contiguous() for v in (scales, zeros))
+        for start in range(0, self.k, _FEEDBACK_BLOCK):
+            end = min(start + _FEEDBACK_BLOCK, self.k)
+            target = w[start:end] + feedback[:start, start:end].t() @ residual[:start]
+            for j in range(start, end):
+                scale, zero = scale_of[pick[j]], zero_of[pick[j]]
+                code = self.nearest(target[j - start], scale, zero)
+                codes[j] = code
+                residual[j] = w[j] - (code - zero) * scale
+                if exact is not None:
+                    residual[j].masked_fill_(exact[j], 0)
+                target[j - start + 1 :].addr_(feedback[j, j + 1 : end], residual[j])
+        natural = torch.empty_like(codes)
+        natural[order] = codes
+        return natural.t()
+
+    # ---- outliers
+
+    def choose_outliers(self) -> Tensor | None:
+        """bool [N, K]: exactly the round(f*N*K) weights of largest magnitude (of equal ones the first)."""
+        count = round(self.spec.outliers * self.n * self.k)
+        if count == 0:
+            return None
+        # Radix select: for non-negative floats the order of the bits is the order of the values.
+        high, above = self._select(lambda bits: bits >> 16, 1 << 15, count)
+        low, above = self._select(
+            lambda bits: torch.where(bits >> 16 == high, bits & 0xFFFF, -1), 1 << 16, count - above, above
+        )
+        threshold = (high << 16) | low
+        mask = torch.empty(self.n, self.k, dtype=torch.bool, device=self.weight.device)
+        ties = count - above
+        for w, rows in self.chunks():
+            bits = w.abs().view(torch.int32)
+            mask[rows] = bits > threshold
+            if ties:
+                equal = (bits == threshold).flatten().nonzero().flatten()[:ties]
+                mask[rows].view(-1)[equal] = True
+                ties -= equal.numel()
+        return mask
+
+    def _select(
+        self, digit: Callable[[Tensor], Tensor], buckets: int, count: int, above: int = 0
+    ) -> tuple[int, int]:
+        """(bucket of the count-th largest magnitude, ``above`` + the number of weights in higher buckets)."""
+        histogram = torch.zeros(buckets, dtype=torch.int64, device=self.weight.device)
+        for w, _ in self.chunks():
+            found = digit(w.abs().view(torch.int32)).flatten()
+            histogram += torch.bincount(found[found >= 0], minlength=buckets)
+        at_least = histogram.flip(0).cumsum(0).flip(0)
+        bucket = int((at_least >= count).nonzero().max())
+        return bucket, above + int(at_least[bucket] - histogram[bucket])
+
+    def sparse(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """CSR of S = w - dequant(code) at the outliers."""
+        if self.outliers is None:
+            return None, None, None
+        values = []
+        for w, rows in self.chunks():
+            scale, zero = self.columns(scales, rows), self.columns(zeros, rows)
+            values.append((w - (codes[rows] - zero) * scale)[self.outliers[rows]])
+        value = torch.cat(values)
+        fits = bool((value.abs() <= torch.finfo(torch.float16).max).all())
+        ends = self.outliers.sum(1).cumsum(0)
+        return (
+            value.to(torch.float16) if fits else value,
+            self.outliers.nonzero()[:, 1].to(torch.int16 if self.k <= 1 << 15 else torch.int32),
+            torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+        )
+
+
+def _sum(t: Tensor) -> Tensor:
+    return t.sum(-1, keepdim=True)
+
+
+def _normal_float16(scales: Tensor) -> bool:
+    """Whether float16 holds the scales with full precision (they were rounded to it: Inf and 0 are out)."""
+    limits = torch.finfo(torch.float16)
+    return bool(((scales >= limits.tiny) & (scales <= limits.max)).all())
+
+
+def _feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, U - I) with H[order][:, order] + damping = U D U.T, U unit upper triangular [K, K], float32.
+
+    Then e H e.T = sum_j D[j] (e_j + sum_{i<j} e_i U[i, j])**2, so rounding column j against
+    w_j + sum_{i<j} e_i U[i, j] minimises the j-th term: the error feedback of GPTQ, without inverting H.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    # float64 costs little up to a few thousand columns; beyond, damping alone keeps float32 well conditioned.
+    h = hessian[order][:, order].to(torch.float64 if len(order) <= 4096 else torch.float32)
+    mean = h.diagonal().mean()
+    if mean == 0:
+        return order, torch.zeros_like(h, dtype=torch.float32)
+    for damping in _DAMPING:
+        damped = h.clone()
+        damped.diagonal().add_(damping * mean)
+        # Reversing rows and columns turns torch's lower factor into the upper one.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed):
+            upper = lower.flip(0, 1)
+            return order, (upper / upper.diagonal()).triu_(1).float()
+    raise ValueError(f"hessian must be positive semidefinite: got one that fails with damping {_DAMPING[-1]}")
