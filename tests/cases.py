@@ -1,0 +1,160 @@
+"""What the kernel tests run over: every format of the family × shapes × backends and ISAs of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from lowbit import dispatch, native
+from lowbit.bitpack import pack
+from lowbit.packed.format import FLOAT_DTYPES, PackedFormat
+from torch import Tensor
+
+DTYPES = tuple(FLOAT_DTYPES.values())
+BITS = tuple(range(2, 9))
+
+# (N, K, group_size or None): odd on purpose; 172 in groups of 32 leaves a shorter last group
+SHAPES = (
+    (1, 1, None), (1, 1, 1), (3, 5, 2), (2, 31, None), (5, 33, 33), (7, 64, 16), (13, 172, 32), (9, 172, 7),
+    (33, 257, 64), (6, 320, 128), (17, 96, None), (4, 1000, 96), (66, 40, 40),
+)  # fmt: skip
+ROWS = (0, 1, 2, 3, 5, 8, 17)
+
+
+@dataclass(frozen=True)
+class Where:
+    """A backend, and for the compiled one an ISA."""
+
+    backend: str
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return self.isa or self.backend
+
+
+def everywhere() -> list[Where]:
+    """The reference and every ISA this machine can run, or the one that LOWBIT_ISA forces."""
+    compiled = [] if dispatch.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
+    return [Where("reference"), *compiled]
+
+
+@contextmanager
+def running(where: Where) -> Iterator[None]:
+    """Force ``where`` and make sure that it is what runs."""
+    with ExitStack() as stack:
+        stack.enter_context(dispatch.use_backend(where.backend))
+        if where.isa:
+            stack.enter_context(native.use_isa(where.isa))
+            assert native.isa() == where.isa
+        assert dispatch.active_backend("cpu") == where.backend
+        yield
+
+
+def formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[PackedFormat]:
+    """Every granularity × zeros × outliers that a weight of this shape can have; scale dtypes in rotation."""
+    granularities = ("group",) if group_size is not None else ("row", "tensor")
+    for i, granularity in enumerate(granularities):
+        for j, zeros in enumerate(("none", "int", "float")):
+            for outliers in (0, max(1, n * k // 50)):
+                yield PackedFormat(
+                    bits=bits,
+                    out_features=n,
+                    in_features=k,
+                    group_size=k if group_size is None else group_size,
+                    granularity=granularity,  # type: ignore[arg-type]
+                    zeros=zeros,  # type: ignore[arg-type]
+                    scale_dtype=tuple(FLOAT_DTYPES)[(bits + i + j + n) % 3],
+                    outliers=outliers,
+                    outlier_dtype=tuple(FLOAT_DTYPES)[(bits + j + k) % 3],
+                )
+
+
+@dataclass
+class Weight:
+    """Random tensors of a format, in the order in which the ops take them."""
+
+    format: PackedFormat
+    codes: Tensor
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    outliers: tuple[Tensor | None, Tensor | None, Tensor | None]
+    _dense: dict[bool, Tensor] = field(default_factory=dict)
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None = None, *, int8: bool = False, x_scale: Tensor | None = None
+    ) -> Tensor:
+        f = self.format
+        return torch.ops.lowbit.packed_linear(
+            x, self.packed, self.scales, self.zeros, bias, *self.outliers, x_scale, f.bits, f.group_size, int8
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        f = self.format
+        return torch.ops.lowbit.packed_dequantize(
+            self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
+        )
+
+    def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        f = self.format
+        return torch.ops.lowbit.packed_embedding(
+            ids, self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
+        )
+
+    def dense(self, outliers: bool = True) -> Tensor:
+        """The float64 holding of the weight by the format's definition, written independently of the package."""
+        f = self.format
+        if outliers in self._dense:
+            return self._dense[outliers]
+        group = [k // f.group_size for k in range(f.in_features)]
+        scales = self.scales.float().expand(f.out_features, -1)[:, group]
+        if self.zeros is None:
+            zeros = torch.full_like(scales, 2.0 ** (f.bits - 1))
+        else:
+            zeros = self.zeros.float().expand(f.out_features, -1)[:, group]
+        weight = (self.codes.float() - zeros) * scales
+        values, columns, rows = self.outliers
+        if outliers and values is not None and columns is not None and rows is not None:
+            for n in range(f.out_features):
+                for i in range(int(rows[n]), int(rows[n + 1])):
+                    weight[n, int(columns[i])] += float(values[i])
+        self._dense[outliers] = weight.double()
+        return self._dense[outliers]
+
+
+def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = False) -> Weight:
+    """Codes over their whole range; scales around 1/sqrt(K), or powers of two for exact arithmetic."""
+    g = torch.Generator().manual_seed(seed)
+    n, k = format.out_features, format.in_features
+    codes = torch.randint(0, 1 << format.bits, (n, k), generator=g, dtype=torch.uint8)
+    spec = format.tensors()
+    shape, scale_dtype = spec["scales"]
+    if power_of_two:
+        scales = torch.exp2(torch.randint(-2, 3, shape, generator=g).float())
+    else:
+        scales = (torch.rand(shape, generator=g) + 0.5) / (1 << format.bits)
+    zeros = None
+    if format.zeros == "int":
+        zeros = torch.randint(0, 1 << format.bits, shape, generator=g, dtype=torch.uint8)
+    elif format.zeros == "float":
+        zeros = torch.rand(shape, generator=g) * (1 << format.bits)
+        zeros = (zeros.round() if power_of_two else zeros).to(scale_dtype)
+    values = columns = rows = None
+    if format.outliers:
+        flat = torch.randperm(n * k, generator=g)[: format.outliers].sort().values
+        columns = (flat % k).to(spec["outlier_columns"][1])
+        counts = torch.bincount(flat // k, minlength=n)
+        rows = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+        values = torch.randint(-8, 9, flat.shape, generator=g).float()
+        values = (values if power_of_two else values + torch.rand(flat.shape, generator=g)).to(
+            spec["outlier_values"][1]
+        )
+    return Weight(
+        format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows)
+    )
+
+
+def activations(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)

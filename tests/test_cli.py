@@ -1,0 +1,268 @@
+"""The command ``lowbit`` and the helpers of the demonstration."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import cli, demo
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 40))
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    lowbit.save(lowbit.convert(model, lowbit.Packed(bits=4, group_size=32), skip=["3"]), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("float") / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the command."""
+    capsys.readouterr()
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_inspect_lists_every_layer(capsys: pytest.CaptureFixture[str], packed_folder: Path) -> None:
+    status, out, err = run(capsys, "inspect", packed_folder)
+    assert status == 0, err
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    # 4-bit codes, and a float16 scale and a uint8 zero per 32 of them: 4 + 24/32 bits
+    assert "4.75" in lines["0"]
+    assert "4.75" in lines["1"]
+    assert "3:" in out
+    assert "skipped by the caller" in out
+
+
+def test_inspect_total_is_what_the_file_holds(
+    capsys: pytest.CaptureFixture[str], packed_folder: Path
+) -> None:
+    report = cli.describe_folder(packed_folder)
+    data = (packed_folder / "model.safetensors").read_bytes()
+    (header,) = struct.unpack("<Q", data[:8])
+    assert report.total_after == len(data) - 8 - header
+    model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 40))
+    assert report.total_before == sum(p.nbytes for p in model.parameters())
+
+
+def test_inspect_reads_no_weight(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], packed_folder: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("lowbit.checkpoint.reader.Checkpoint.read", fail)
+    assert run(capsys, "inspect", packed_folder)[0] == 0
+
+
+def _corrupt(folder: Path, target: Path, change: dict[str, object]) -> Path:
+    """A copy of ``folder`` whose first layer's format has other fields."""
+    target.mkdir()
+    (target / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    description = json.loads((folder / "lowbit.json").read_text())
+    description["layers"][0]["format"].update(change)
+    (target / "lowbit.json").write_text(json.dumps(description))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 9}, "bits must be between 2 and 8"),
+        ({"bits": 3}, "shape must be"),
+        ({"group_size": 0}, "group_size must be between 1 and K"),
+        ({"scale_dtype": "float32"}, "dtype must be"),
+        ({"surprise": 1}, "unknown field 'surprise'"),
+    ],
+)
+def test_inspect_refuses_headers_that_disagree(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    packed_folder: Path,
+    change: dict[str, object],
+    message: str,
+) -> None:
+    folder = _corrupt(packed_folder, tmp_path / "bad", change)
+    status, out, err = run(capsys, "inspect", folder)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("lowbit inspect: ")
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench", "convert"])
+def test_missing_folder_is_bad_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    arguments = [tmp_path / "absent"] + ([tmp_path / "out"] if command == "convert" else [])
+    status, _, err = run(capsys, command, *arguments)
+    assert status == 2
+    assert "absent" in err
+    assert "Traceback" not in err
+
+
+def test_truncated_file_is_bad_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, packed_folder: Path
+) -> None:
+    folder = _corrupt(packed_folder, tmp_path / "short", {})
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = run(capsys, "inspect", folder)
+    assert status == 2
+    assert "truncated" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["explode"], ["convert"], ["convert", "a", "b", "--bits", "x"], ["bench", "--rows", "0"]],
+)
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "usage: lowbit" in err
+
+
+def test_failures_exit_with_1_and_show_a_traceback_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], packed_folder: Path
+) -> None:
+    def fail(_: Path) -> None:
+        raise RuntimeError("the disk\nis on fire")
+
+    monkeypatch.delenv("LOWBIT_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "describe_folder", fail)
+    assert run(capsys, "inspect", packed_folder) == (1, "", "lowbit inspect: the disk is on fire\n")
+    monkeypatch.setenv("LOWBIT_DEBUG", "1")
+    assert "Traceback" in run(capsys, "inspect", packed_folder)[2]
+
+
+def test_convert_then_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path, float_folder: Path) -> None:
+    target = tmp_path / "packed"
+    status, out, err = run(
+        capsys, "convert", float_folder, target, "--bits", "3", "--group-size", "32", "--symmetric",
+        "--quantizer", "mse", "--outliers", "0.01", "--skip", "*.mlp.down_proj",
+    )  # fmt: skip
+    assert status == 0, err
+    assert f"written to {target}" in out
+    status, inspected, err = run(capsys, "inspect", target)
+    assert status == 0, err
+    assert out.startswith(inspected)
+    assert "3-bit group 32 symmetric" in inspected
+    assert "% outliers" in inspected
+    assert "model.layers.1.mlp.down_proj" in inspected
+
+    model = lowbit.load(target)
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+    assert model.model.layers[0].mlp.up_proj.format.bits == 3
+    report = cli.describe_folder(target)
+    assert report.total_after < report.total_before / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "9"], "bits must be an integer between 2 and 8: got bits=9"),
+        (["--quantizer", "gptq"], "--quantizer gptq needs --calibration-text FILE"),
+        (["--activations", "int8_static"], "--activations int8_static needs --calibration-text FILE"),
+        (["--skip", "no.such.layer"], "no.such.layer"),
+        (["--group-size", "4096"], "group_size"),
+    ],
+)
+def test_convert_refuses_bad_options(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    float_folder: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    status, _, err = run(capsys, "convert", float_folder, tmp_path / "packed", *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "packed").exists()
+
+
+def test_bench_times_each_distinct_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], packed_folder: Path
+) -> None:
+    monkeypatch.setattr(cli, "BENCH_SECONDS", 0.01)
+    monkeypatch.setattr(cli, "BENCH_BYTES", 1)
+    status, out, err = run(capsys, "bench", packed_folder, "--rows", "1,3")
+    assert status == 0, err
+    rows = [line.split() for line in out.splitlines() if " x " in line and "scheme" not in line]
+    assert [(row[0], row[2], row[3]) for row in rows] == [("96", "64", "1"), ("96", "64", "3")]
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 for row in rows)
+
+
+def test_doctor_reports_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "doctor")
+    assert status == 0, err
+    for backend in lowbit.backends():
+        assert str(backend) in out
+    assert torch.__version__ in out
+    assert lowbit.__version__ in out
+
+
+def test_installed_command_runs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lowbit.cli", "--version"], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (0, f"lowbit {lowbit.__version__}\n")
+
+
+def test_ranks_share_ties() -> None:
+    assert demo.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+
+
+def test_spearman() -> None:
+    a = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert demo.spearman(a, a.exp()) == pytest.approx(1.0)
+    assert demo.spearman(a, -a) == pytest.approx(-1.0)
+    # 1 - 6 * sum d² / (n (n² - 1)) with d = (1, 1, 0, 0, 0)
+    assert demo.spearman(a, torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / 120)
+
+
+def test_perplexity_of_a_uniform_model() -> None:
+    class Uniform(nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> object:
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
+
+    assert demo.perplexity(Uniform(), torch.arange(11)[None] % 7, context=5) == pytest.approx(7.0)
+
+
+def test_sample_sentences_do_not_overlap() -> None:
+    pairs = demo.sentence_pairs()
+    assert len(pairs) >= 50
+    assert {pair.grade for pair in pairs} <= set(map(float, range(6)))
+    evaluated = {sentence for pair in pairs for sentence in (pair.first, pair.second)}
+    assert not evaluated & set(demo.sample_text())
+
+
+def test_demo_refuses_an_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert demo.main([str(tmp_path / "absent")]) == 2
+    assert "lowbit demo: " in capsys.readouterr().err

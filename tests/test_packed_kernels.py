@@ -1,0 +1,270 @@
+"""The numerics contract of family ``packed``, on every backend and ISA of this machine.
+
+Also what the sanitizer build runs, so nothing here compiles or needs more than torch.
+"""
+
+import functools
+
+import pytest
+import torch
+from cases import (
+    BITS, DTYPES, ROWS, SHAPES, Weight, activations, everywhere, formats, random_weight, running,
+)  # fmt: skip
+from lowbit import dispatch, native
+from lowbit.bitpack import pack
+from lowbit.packed.format import PackedFormat
+from lowbit.packed.op import quantize_activations
+from numerics import assert_bitwise_equal, assert_linear_close
+
+WHERE = everywhere()
+
+
+@pytest.fixture(params=WHERE, ids=str)
+def where(request):
+    with running(request.param):
+        yield request.param
+
+
+def row_format(bits: int, n: int, k: int, **fields) -> PackedFormat:
+    return PackedFormat(bits, n, k, k, "row", **fields)
+
+
+def grouped(bits: int, n: int, k: int, group_size: int, **fields) -> PackedFormat:
+    return PackedFormat(bits, n, k, group_size, "group", **fields)
+
+
+@functools.cache
+def all_weights(bits: int) -> list[Weight]:
+    return [random_weight(f, seed) for seed, shape in enumerate(SHAPES) for f in formats(bits, *shape)]
+
+
+def test_the_compiled_kernels_are_what_is_tested():
+    """On a machine with a compiler this suite must not silently shrink to the reference."""
+    reason = dispatch.why_unavailable("cpu")
+    if reason is not None:
+        pytest.skip(f"no compiled kernels: {reason}")
+    assert native.isas()[-1] == "scalar"
+    assert [str(w) for w in WHERE] == ["reference", *native.isas()]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_is_the_definition(where, bits):
+    for weight in all_weights(bits):
+        exact = weight.dense()
+        for dtype in DTYPES:
+            assert_bitwise_equal(weight.dequantize(dtype), exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_linear(where, bits, dtype):
+    for i, weight in enumerate(all_weights(bits)):
+        n, k = weight.format.out_features, weight.format.in_features
+        dense, m = weight.dense(), ROWS[i % len(ROWS)]
+        x = activations(m, k, dtype, seed=i)
+        bias = None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        y = weight.linear(x, bias)
+        assert y.dtype == dtype and y.shape == (m, n)
+        assert_linear_close(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_linear_int8(where, bits, dtype, static):
+    for i, weight in enumerate(all_weights(bits)):
+        n, k = weight.format.out_features, weight.format.in_features
+        m = ROWS[i % len(ROWS)]
+        x = activations(m, k, dtype, seed=i)
+        x_scale = torch.tensor([0.011]) if static else None
+        bias = None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        y = weight.linear(x, bias, int8=True, x_scale=x_scale)
+        assert y.dtype == dtype and y.shape == (m, n)
+        q, scale = quantize_activations(x, x_scale)
+        # [x as quantized | x as it is] @ [codes part | outliers].T
+        codes_part = weight.dense(outliers=False)
+        both = torch.cat([q.double() * scale.double(), x.double()], 1)
+        assert_linear_close(y, both, torch.cat([codes_part, weight.dense() - codes_part], 1), bias)
+
+
+def test_activation_quantization_rounds_half_to_even_and_saturates():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0], [0.0] * 6, [1e-3, -2e-3, 5e-4, 0, 0, 0]])
+    q, scale = quantize_activations(x, None)
+    assert q[0].tolist() == [127, 0, 2, 2, 0, -127] and float(scale[0]) == 1.0
+    assert q[1].tolist() == [0] * 6 and float(scale[1]) == 0.0
+    assert q[2].tolist() == [64, -127, 32, 0, 0, 0]
+    q, scale = quantize_activations(x, torch.tensor([0.5]))
+    assert q[0].tolist() == [127, 1, 3, 5, -1, -127] and scale.flatten().tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_arithmetic_is_exact(where, bits):
+    """Integers times powers of two: every product and sum is exact, so the result has one right value."""
+    for seed, (n, k, group_size) in enumerate(SHAPES):
+        for format in formats(bits, n, k, group_size):
+            weight = random_weight(format, seed, power_of_two=True)
+            x = torch.randint(-127, 128, (5, k), generator=torch.Generator().manual_seed(seed)).float()
+            x[:, 0] = 127  # int8 activations: scale 1
+            exact = (x.double() @ weight.dense().t()).float()
+            assert_bitwise_equal(weight.linear(x), exact)
+            assert_bitwise_equal(weight.linear(x, int8=True), exact)
+            assert_bitwise_equal(weight.linear(x, int8=True, x_scale=torch.ones(1)), exact)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_int8_sums_do_not_overflow(where, bits):
+    """K where the int32 sum of extreme codes and activations would pass 2**31."""
+    k = 70_001
+    format = row_format(bits, 2, k, zeros="int")
+    weight = random_weight(format)
+    weight.codes.fill_((1 << bits) - 1)
+    weight.packed.copy_(pack(weight.codes, bits))
+    assert weight.zeros is not None
+    weight.zeros.zero_()
+    weight.scales.fill_(2.0**-10)
+    x = torch.full((2, k), 127.0)
+    x[1] = -127.0
+    exact = x.double() @ weight.dense().t()
+    assert float((weight.linear(x, int8=True).double() - exact).abs().max()) <= float(exact.abs().max()) * 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_identity_activations_give_the_dequantized_weight(where, bits, dtype):
+    for weight in all_weights(bits):
+        eye = torch.eye(weight.format.in_features).to(dtype)
+        assert_bitwise_equal(weight.linear(eye).t().contiguous(), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits, int8):
+    if where.backend == "reference":
+        pytest.skip("promised for the compiled kernels: the reference is torch's matmul")
+    for n, k, group_size in [(37, 172, 32), (130, 256, None), (64, 320, 64), (19, 100, 7)]:
+        for i, format in enumerate(formats(bits, n, k, group_size)):
+            weight = random_weight(format, i)
+            for m in (2, 5, 16, 33, 70):
+                x = activations(m, k, DTYPES[i % 3], seed=m)
+                torch.set_num_threads(1)
+                y = weight.linear(x, int8=int8)
+                assert_bitwise_equal(weight.linear(x, int8=int8), y)
+                for row in range(0, m, 7):
+                    assert_bitwise_equal(weight.linear(x[row : row + 1], int8=int8), y[row : row + 1])
+                torch.set_num_threads(3)
+                assert_bitwise_equal(weight.linear(x, int8=int8), y)
+                torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_not_a_number_stays_in_its_row(where, int8):
+    weight = random_weight(grouped(4, 9, 96, 32))
+    x = activations(4, 96, torch.float32)
+    clean = weight.linear(x, int8=int8)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        spoiled = x.clone()
+        spoiled[2, 50] = bad
+        y = weight.linear(spoiled, int8=int8)
+        assert not bool(torch.isfinite(y[2]).any())
+        kept = torch.tensor([0, 1, 3])
+        assert bool(torch.isfinite(y[kept]).all())
+        if where.backend == "cpu":
+            assert_bitwise_equal(y[kept], clean[kept])
+
+
+def test_static_int8_saturates_infinity_and_keeps_nan(where):
+    weight, x = random_weight(row_format(8, 3, 40)), torch.zeros(2, 40)
+    x[0, 3], x[1, 3] = float("inf"), float("nan")
+    y = weight.linear(x, int8=True, x_scale=torch.tensor([0.5]))
+    limit = torch.zeros(1, 40)
+    limit[0, 3] = 127 * 0.5
+    assert_linear_close(y[:1], limit, weight.dense())
+    assert bool(y[1].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_embedding_gathers_rows(where, bits, dtype):
+    for i, weight in enumerate(all_weights(bits)):
+        n = weight.format.out_features
+        rows = weight.dequantize(dtype)
+        for shape in ((), (0,), (7,), (2, 3)):
+            ids = torch.randint(0, n, shape, dtype=torch.int32 if i % 2 else torch.int64)
+            assert_bitwise_equal(weight.embedding(ids, dtype), rows[ids.long()])
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 1 << 40])
+def test_embedding_refuses_ids_out_of_range(where, bad):
+    weight = random_weight(row_format(4, 5, 33))
+    with pytest.raises((IndexError, RuntimeError), match=rf"num_embeddings=5.*{bad}"):
+        weight.embedding(torch.tensor([0, bad, 1]))
+
+
+def test_inputs_of_any_layout(where):
+    weight = random_weight(grouped(3, 11, 70, 16))
+    x = activations(12, 140, torch.float32)
+    dense = weight.dense()
+    for strided in (x[:, ::2], x[::3, :70], x[:, :70].t().contiguous().t(), x[:6, 70:].flip(0)):
+        assert_bitwise_equal(weight.linear(strided), weight.linear(strided.contiguous()))
+        assert_linear_close(weight.linear(strided), strided, dense)
+    cube = x[:, :70].reshape(2, 3, 2, 70)
+    assert_bitwise_equal(weight.linear(cube), weight.linear(cube.reshape(-1, 70)).view(2, 3, 2, 11))
+    assert weight.linear(x[0, :70]).shape == (11,)
+    assert weight.linear(x[:0, :70].reshape(0, 4, 70)).shape == (0, 4, 11)
+
+
+def test_large_magnitudes_and_subnormals_round_like_torch(where):
+    """The output's conversion: overflow to infinity, subnormals, ties."""
+    n, k = 1, 32
+    weight = random_weight(row_format(8, n, k))
+    weight.codes.fill_(129)  # code - zero = 1
+    weight.packed.copy_(pack(weight.codes, 8))
+    weight.scales.fill_(1.0)
+    x = torch.zeros(64, k)
+    x[:, 0] = torch.tensor([65504.0, 65519.9, 65520.0, 1e-7, 6e-8, 2.9e-8, 3.1e-8, 1.0009765625] * 8)
+    y32 = weight.linear(x)
+    assert_bitwise_equal(y32[:, 0], x[:, 0])
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = x.to(dtype)
+        finite = torch.isfinite(narrow).all(1)
+        assert_bitwise_equal(weight.linear(narrow[finite])[:, 0], narrow[finite][:, 0])
+
+
+def test_more_threads_than_rows(where):
+    weight, x = random_weight(row_format(5, 1, 40)), activations(3, 40, torch.float32)
+    torch.set_num_threads(4)
+    try:
+        assert_linear_close(weight.linear(x), x, weight.dense())
+    finally:
+        torch.set_num_threads(1)
+
+
+MALFORMED = {
+    "words": (lambda w: {"packed": w.packed[:, :-1].contiguous()}, "words per row"),
+    "dtype": (lambda w: {"packed": w.packed.long()}, "int32"),
+    "scales": (lambda w: {"scales": w.scales[:, :-1].contiguous()}, "scales must be"),
+    "scale rows": (lambda w: {"scales": w.scales[:-1].contiguous()}, "scales must be"),
+    "scale dtype": (lambda w: {"scales": w.scales.int()}, "scales must be"),
+    "zeros": (lambda w: {"zeros": w.scales[:, :-1].contiguous()}, "zeros must"),
+    "bits": (lambda w: {"bits": 9}, "bits must be between 2 and 8: got bits=9"),
+    "group 0": (lambda w: {"group_size": 0}, "group_size must be between 1 and K: got group_size=0"),
+    "group > K": (lambda w: {"group_size": 97}, "group_size must be between 1 and K: got group_size=97"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_arguments_are_refused(where, name):
+    weight = random_weight(grouped(4, 8, 96, 32))
+    change, message = MALFORMED[name]
+    arguments = {"packed": weight.packed, "scales": weight.scales, "zeros": None, "bits": 4, "group_size": 32}
+    arguments.update(change(weight))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        torch.ops.lowbit.packed_linear(
+            torch.randn(2, 96), arguments["packed"], arguments["scales"], arguments["zeros"],
+            None, None, None, None, None, arguments["bits"], arguments["group_size"], False,
+        )  # fmt: skip
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        torch.ops.lowbit.packed_dequantize(
+            arguments["packed"], arguments["scales"], arguments["zeros"], None, None, None,
+            arguments["bits"], arguments["group_size"], 96, torch.float32,
+        )  # fmt: skip
