@@ -10,6 +10,7 @@ from lowbit import dispatch
 from lowbit.checkpoint import convert_folder, load, save
 from lowbit.convert import convert, dequantize
 from lowbit.dispatch import backends, use_backend
+from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
 from lowbit.packed.format import Packed, PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
@@ -24,4 +25,5 @@ __all__ = [
 ]  # fmt: skip
 
 dispatch.initialize()
+_torch_ao.register()
 _transformers.register()

@@ -33,6 +33,7 @@ class Target:
     transposed: bool = False  # transformers' Conv1D keeps its weight as [in, out]
     spec: Packed | None = None
     source: sources.Source | None = None
+    problem: str | None = None  # why its recogniser cannot read it
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -189,9 +190,12 @@ def _candidates(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
 def _examine(name: str, module: nn.Module) -> tuple[Target | None, str | None]:
     """(target, None) for a module that can be swapped, (None, reason) for one that looks like it but cannot."""
     if sources.is_source(module):
-        source = sources.recognise(module)
-        if source is None:
-            return None, f"the recogniser of {type(module).__name__} declined it"
+        try:
+            source = sources.recognise(module)
+        except ValueError as error:
+            return Target([name], module, "linear", problem=str(error)), None
+        if isinstance(source, str):
+            return None, source
         return Target([name], module, source.kind, source=source), None
     kind, transposed, extras = "linear", False, {}
     if _is_conv1d(module):
@@ -223,7 +227,7 @@ def _tied(targets: list[Target]) -> list[list[Target]]:
     """Group targets that share one weight."""
     groups: dict[int, list[Target]] = {}
     for target in targets:
-        key = id(target.module) if target.source is not None else id(target.module.weight)
+        key = id(target.module) if sources.is_source(target.module) else id(target.module.weight)
         groups.setdefault(key, []).append(target)
     return list(groups.values())
 
@@ -250,7 +254,7 @@ def _assign(
         for target in group:
             if target.source is None:
                 target.spec = chosen
-        wanted = [t for t in group if t.spec is not None or t.source is not None]
+        wanted = [t for t in group if t.spec or t.source or t.problem]
         skipped.update({t.name: "no spec for it" for t in group if t not in wanted})
         if wanted:
             groups.append(wanted)
@@ -268,6 +272,8 @@ def _assign(
 
 
 def _problems_of(target: Target) -> list[str]:
+    if target.problem is not None:
+        return [f"{target.name}: {target.problem}"]
     if target.spec is None:
         return []
     weight = target.weight()
@@ -294,13 +300,18 @@ def _all_finite(weight: Tensor) -> bool:
 def _nothing_to_do(spec: Specs | None, skipped: dict[str, str], existing: dict[str, Layer]) -> str:
     if existing:
         return f"nothing to convert: the model already has {len(existing)} packed layers"
-    if spec is None:
-        return (
-            "nothing to convert: no module of the model was trained quantized. Pass a spec, such as "
-            "lowbit.Packed(bits=4, group_size=64), to quantize it, or teach lowbit.register_source its modules"
-        )
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-    return "nothing to convert: no layer was left" + (f" ({reasons})" if reasons else "")
+    if spec is not None:
+        return "nothing to convert: no layer was left" + _listed(skipped)
+    declined = {name: reason for name, reason in skipped.items() if reason != "no spec for it"}
+    return (
+        "nothing to convert: no module of the model was trained quantized. Pass a spec, such as "
+        "lowbit.Packed(bits=4, group_size=64), to quantize it, or teach lowbit.register_source its modules"
+        + _listed(declined)
+    )
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return f" ({'; '.join(f'{n}: {reason}' for n, reason in list(reasons.items())[:5])})" if reasons else ""
 
 
 def _check_calibration(plan: Plan, batches: list[Any] | None) -> None:
@@ -370,8 +381,7 @@ def build_group(
     first = group[0]
     if first.source is not None:
         layer = _layer_from_source(first)
-        prologue = sources.prologue_of(first.module)
-        built[first.name] = _finish(layer if prologue is None else nn.Sequential(prologue, layer), first)
+        built[first.name] = _finish(sources.wrap(first.module, layer), first)
         return built
     assert first.spec is not None
     weight = first.weight()
@@ -428,8 +438,15 @@ def _finish(layer: nn.Module, target: Target) -> nn.Module:
     layer.train(old.training)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
                   "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):  # fmt: skip
-        getattr(layer, hooks).update(getattr(old, hooks))
+        kept = {key: hook for key, hook in getattr(old, hooks).items() if not _is_observer_hook(hook)}
+        getattr(layer, hooks).update(kept)
     return layer
+
+
+def _is_observer_hook(hook: Any) -> bool:
+    # torch.ao's observers hang on hooks that call a child of the old module, which the packed layer lacks
+    names = ("_observer_forward_hook", "_observer_forward_pre_hook")
+    return getattr(hook, "__name__", "") in names and hook.__module__ == "torch.ao.quantization.quantize"
 
 
 def _empty(target: Target) -> PackedLayer:
@@ -460,6 +477,7 @@ def _layer_from_source(target: Target) -> PackedLayer:
             )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from error
+    layer.note = source.note
     if source.weight is not None:
         layer.weight_error = _relative_error(source.weight.detach(), layer)
         if layer.weight_error > 1e-6 + torch.finfo(source.weight.dtype).eps:

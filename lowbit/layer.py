@@ -40,12 +40,14 @@ class Layer(nn.Module):
         dtype: the compute dtype that ``.weight`` shows; ``.to(dtype)`` changes it and the bias, never the
             packed form.
         weight_error: relative Frobenius error of the weight against the float original, where it is known.
+        note: what this layer does differently from the module it replaced, for the report.
     """
 
     family: ClassVar[str]
     kind: ClassVar[str]
     format: Format
     weight_error: float | None
+    note: str | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -63,6 +65,7 @@ class Layer(nn.Module):
         self.format = format
         self.dtype = dtype or torch.get_default_dtype()
         self.weight_error = None
+        self.note = None
         for name, (shape, tensor_dtype) in format.tensors().items():
             empty = torch.zeros(shape, dtype=tensor_dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))

@@ -20,6 +20,7 @@ class Row:
     ``weight_error``: relative Frobenius error of the dequantized weight against the float original.
     ``kernel_error``: relative error of the layer's output against float64 arithmetic on the dequantized weight.
     ``output_error``: relative error of the layer's output against the float layer's, on the same input.
+    ``note``: what the layer does differently from the module it replaced.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     kernel_error: float | None = None
     output_error: float | None = None
     shares: str | None = None
+    note: str | None = None
 
     @classmethod
     def planned(cls, name: str, kind: str, format: Format, dtype: torch.dtype) -> Row:
@@ -44,6 +46,7 @@ class Row:
         row = cls.planned(name, layer.kind, layer.format, layer.dtype)
         row.backend = dispatch.active_backend(layer.device.type)
         row.weight_error = layer.weight_error
+        row.note = layer.note
         return row
 
     def share(self, other: str) -> None:
@@ -101,6 +104,9 @@ class Report:
         )
         for name, reason in self.skipped.items():
             lines.append(f"float: {name}: {reason}")
+        for note in dict.fromkeys(row.note for row in self.rows if row.note):
+            names = [row.name or "(model)" for row in self.rows if row.note == note]
+            lines.append(f"note: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {note}")
         return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Modules that *were trained quantized*: how each is read without loss.
 
 A recogniser looks at one module and returns a :class:`Source`, the exact codes and scales it trained with, or
-``None`` when the module is not of its kind. ``lowbit.convert(model)`` swaps every recognised module.
+why it leaves this one alone. ``lowbit.convert(model)`` swaps every recognised module.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Source:
         weight: the float weight ``[N, K]`` the module multiplies by, if it has one: conversion then checks that
             the packed form reproduces it, and refuses when it does not.
         padding_idx: of an embedding.
+        note: what the packed layer does not do that the trained module did; it is shown in the report.
     """
 
     quantized: Quantized
@@ -40,45 +41,92 @@ class Source:
     x_scale: Tensor | None = None
     weight: Tensor | None = None
     padding_idx: int | None = None
+    note: str | None = None
 
 
-Recogniser = Callable[[nn.Module], Source | None]
-Prologue = Callable[[nn.Module], nn.Module]
+Recogniser = Callable[[nn.Module], Source | str | None]
+Step = Callable[[nn.Module], nn.Module]
 
-_recognisers: dict[type[nn.Module], tuple[Recogniser, Prologue | None]] = {}
+
+@dataclass(frozen=True)
+class _Entry:
+    recognise: Recogniser
+    prologue: Step | None = None
+    epilogue: Step | None = None
+
+
+# by type, or by qualified name for the types of libraries that need not be imported
+_entries: dict[type[nn.Module] | str, _Entry] = {}
 
 
 def register_source(
-    module_type: type[nn.Module], recognise: Recogniser, *, prologue: Prologue | None = None
+    module_type: type[nn.Module],
+    recognise: Recogniser,
+    *,
+    prologue: Step | None = None,
+    epilogue: Step | None = None,
 ) -> None:
     """Teach :func:`lowbit.convert` to read modules of exactly ``module_type``.
 
     Args:
         module_type: the class of the trained module.
-        recognise: module -> :class:`Source`, or ``None`` to leave this one alone.
+        recognise: module -> :class:`Source`; or the reason (or ``None``) to leave this one alone. A ``ValueError``
+            it raises is reported with the layer's name, and nothing is converted.
         prologue: module -> a module to run on the input first (for example a norm that the trained module
             applies itself); the layer becomes ``nn.Sequential(prologue(module), packed layer)``. It must not need
             the module's weights, because a saved model is rebuilt with it.
+        epilogue: the same for the output (for example a fused activation function).
 
     A second registration for the same type replaces the first.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of nn.Module: got {module_type!r}")
-    _recognisers[module_type] = (recognise, prologue)
+    _entries[module_type] = _Entry(recognise, prologue, epilogue)
+
+
+def register_source_by_name(name: str, recognise: Recogniser, *, epilogue: Step | None = None) -> None:
+    """:func:`register_source` for a type that is not imported: ``name`` is its ``module.qualname``."""
+    _entries[name] = _Entry(recognise, epilogue=epilogue)
+
+
+def type_name(cls: type) -> str:
+    """``module.qualname`` of a type."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _entry(module: nn.Module) -> _Entry | None:
+    return _entries.get(type(module)) or _entries.get(type_name(type(module)))
 
 
 def is_source(module: nn.Module) -> bool:
     """Whether a recogniser is registered for the type of ``module``."""
-    return type(module) in _recognisers
+    return _entry(module) is not None
 
 
-def recognise(module: nn.Module) -> Source | None:
-    """The :class:`Source` of a registered module, else ``None``."""
-    entry = _recognisers.get(type(module))
-    return None if entry is None else entry[0](module)
+def recognise(module: nn.Module) -> Source | str:
+    """The :class:`Source` of a registered module, or why it has none. Raises what the recogniser raises."""
+    entry = _entry(module)
+    found = None if entry is None else entry.recognise(module)
+    return f"the recogniser of {type(module).__name__} declined it" if found is None else found
 
 
 def prologue_of(module: nn.Module) -> nn.Module | None:
     """The module to run before the packed form of a registered module, if any."""
-    entry = _recognisers.get(type(module))
-    return None if entry is None or entry[1] is None else entry[1](module)
+    entry = _entry(module)
+    return None if entry is None or entry.prologue is None else entry.prologue(module)
+
+
+def wrap(module: nn.Module, layer: nn.Module) -> nn.Module:
+    """What stands for ``module`` once ``layer`` is its packed form: the layer between prologue and epilogue."""
+    entry = _entry(module)
+    before = [] if entry is None or entry.prologue is None else [entry.prologue(module)]
+    after = [] if entry is None or entry.epilogue is None else [entry.epilogue(module)]
+    return nn.Sequential(*before, layer, *after) if before or after else layer
+
+
+def position_of(module: nn.Module) -> str | None:
+    """The child name that :func:`wrap` gives the layer of ``module``; ``None`` where it adds nothing."""
+    entry = _entry(module)
+    if entry is None or (entry.prologue is None and entry.epilogue is None):
+        return None
+    return "0" if entry.prologue is None else "1"

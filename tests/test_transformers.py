@@ -209,7 +209,7 @@ def test_base_model_from_a_head_folder(saved, auto, attribute, tmp_path):
     inner = model if attribute is None else getattr(model, attribute)
     expected = layers(inner, duplicates=True)
     found = layers(base, duplicates=True)
-    assert len(found) > 10
+    assert len(found) >= 10
     if auto is AutoModel:
         assert found.keys() == expected.keys() - {"lm_head"}
     for name, layer in found.items():

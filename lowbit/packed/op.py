@@ -159,7 +159,7 @@ def _reference_linear(
 ) -> Tensor:
     n, k = packed.shape[0], x.shape[-1]
     _check_weight(packed, scales, zeros, bits, group_size, k)
-    rows_x = x.reshape(-1, k).float()
+    rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
     outliers = (outlier_values, outlier_columns, outlier_rows)
     for rows in _row_blocks(n, k):

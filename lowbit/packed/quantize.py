@@ -33,11 +33,12 @@ _FEEDBACK_BLOCK = 64
 # ternary per-tensor weights; least squares then refines the best one (Lloyd's algorithm on a uniform grid).
 _SHRINK, _STEPS, _REFITS = 0.92, 30, 6
 
+# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
+_DAMPING = (0.01, 0.1, 1.0)
+
 # (weights, importance or None = all 1); an element of importance 0 does not exist for the fit.
 _Piece = tuple[Tensor, Tensor | None]
 _Pieces = Callable[[], Iterable[_Piece]]
-# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
-_DAMPING = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,16 @@ class _Layer:
     def fit(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(scales, zeros), each [N, G], [N, 1] or [1, 1]."""
         if self.per_tensor:
-            fitted = [self.fit_groups(self.groups, dtype)]
-        else:
-            fitted = [self.fit_groups(partial(iter, (piece,)), dtype) for piece in self.groups()]
-        return (
-            torch.cat([scale for scale, _ in fitted]).squeeze(-1),
-            torch.cat([zero for _, zero in fitted]).squeeze(-1),
-        )
+            scale, zero = self.fit_groups(self.groups, dtype)
+            return scale.view(1, 1), zero.view(1, 1)
+        scales = torch.empty(self.n, -(-self.k // self.group), device=self.weight.device)
+        zeros = torch.empty_like(scales)
+        done = 0
+        for piece in self.groups():
+            rows = slice(done, done := done + len(piece[0]))
+            scale, zero = self.fit_groups(partial(iter, (piece,)), dtype)
+            scales[rows], zeros[rows] = scale.squeeze(-1), zero.squeeze(-1)
+        return scales, zeros
 
     def fit_groups(self, pieces: _Pieces, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(scale, zero), [rows, G, 1] each, of groups that are the pieces joined along the last dimension."""
@@ -228,9 +232,8 @@ class _Layer:
         """(scale, zero) as they will be stored, with code 0 nearest to ``low`` unless the zero is fixed."""
         # An all-zero group gets scale 1: its codes are the zero point, and nothing divides by 0.
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        if (
-            dtype != torch.float16
-        ):  # a float16 scale of 0 or Inf sends the layer to float32, where only this is left
+        # float16 may give 0 or Inf, which sends the layer to float32; there it must end.
+        if dtype != torch.float16:
             scale = scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max)
         scale = scale.to(dtype).float()
         if self.spec.symmetric or low is None:
@@ -372,17 +375,24 @@ class _Layer:
         """CSR of S = w - dequant(code) at the outliers."""
         if self.outliers is None:
             return None, None, None
-        values = []
+        ends = torch.zeros(self.n + 1, dtype=torch.int64, device=self.weight.device)
+        for _, rows in self.chunks():
+            ends[1:][rows] = self.outliers[rows].sum(1)
+        ends = ends.cumsum(0)
+        # Filled in place: small results kept between large temporaries would fragment the heap.
+        values = torch.empty(int(ends[-1]), device=self.weight.device)
+        columns = torch.empty(len(values), dtype=torch.int32, device=self.weight.device)
         for w, rows in self.chunks():
+            mask = self.outliers[rows]
             scale, zero = self.columns(scales, rows), self.columns(zeros, rows)
-            values.append((w - (codes[rows] - zero) * scale)[self.outliers[rows]])
-        value = torch.cat(values)
-        fits = bool((value.abs() <= torch.finfo(torch.float16).max).all())
-        ends = self.outliers.sum(1).cumsum(0)
+            found = slice(int(ends[rows.start]), int(ends[rows.stop]))
+            values[found] = (w - (codes[rows] - zero) * scale)[mask]
+            columns[found] = mask.nonzero()[:, 1].int()
+        fits = bool((values.abs() <= torch.finfo(torch.float16).max).all())
         return (
-            value.to(torch.float16) if fits else value,
-            self.outliers.nonzero()[:, 1].to(torch.int16 if self.k <= 1 << 15 else torch.int32),
-            torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            values.to(torch.float16) if fits else values,
+            columns.to(torch.int16) if self.k <= 1 << 15 else columns,
+            ends.to(torch.int32),
         )
 
 

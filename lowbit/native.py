@@ -1,0 +1,105 @@
+"""The native CPU library: loading it, and the instruction set (ISA) its kernels use.
+
+Nothing here compiles, prints or raises at import. `load()` says why there is no library; the pure torch
+reference then runs instead.
+
+Environment:
+    LOWBIT_LIBRARY  load this file instead of the one built next to the package
+    LOWBIT_ISA      use this ISA's kernels; an error at the first use when the machine cannot run them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_FILE = Path(__file__).with_name("_C.abi3.so")
+_lock = threading.Lock()
+_tried = False
+_reason: str | None = None
+
+
+def path() -> Path:
+    """The library's file: LOWBIT_LIBRARY, else the one built into the package (which may not exist)."""
+    override = os.environ.get("LOWBIT_LIBRARY")
+    return Path(override) if override else _FILE
+
+
+def load() -> str | None:
+    """Loads the native library once. None when it is loaded, else the reason why it is not.
+
+    The schemas of the ops it implements (namespace `lowbit`) must be defined before.
+    """
+    global _tried, _reason
+    with _lock:
+        if not _tried:
+            _reason = _load(path())
+            _tried = True
+        return _reason
+
+
+def _load(file: Path) -> str | None:
+    if not file.is_file():
+        return f"not compiled: there is no {file} (build it: pip install -e . --no-build-isolation)"
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 10):
+        return f"the native library needs torch >= 2.10: found {torch.__version__}"
+    try:
+        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever the loader says becomes the reason
+        return f"{file} cannot be loaded: {error}"
+    return None
+
+
+def _require() -> None:
+    reason = load()
+    if reason is not None:
+        raise RuntimeError(f"the native library is not available: {reason}")
+
+
+def isas() -> list[str]:
+    """The compiled ISAs this machine can run, best first; empty without the native library."""
+    if load() is not None:
+        return []
+    return str(torch.ops.lowbit_native.isas()).split(",")
+
+
+def isa() -> str:
+    """The ISA in use. Raises RuntimeError without the native library, or when LOWBIT_ISA cannot run here."""
+    _require()
+    return str(torch.ops.lowbit_native.isa())
+
+
+def set_isa(name: str) -> None:
+    """Makes every CPU kernel of this process use the ISA `name`; "" returns to the automatic choice.
+
+    Raises RuntimeError, listing the choices, when `name` is unknown or this machine cannot run it.
+    """
+    _require()
+    torch.ops.lowbit_native.set_isa(name)
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """set_isa(name) inside a `with` block; the previous choice comes back afterwards."""
+    previous = isa()
+    set_isa(name)
+    try:
+        yield
+    finally:
+        set_isa(previous)
+
+
+def build_info() -> dict[str, str]:
+    """What there is to report about the library: its file, its ISAs, or the reason why it is missing."""
+    info = {"library": str(path()), "torch": torch.__version__}
+    reason = load()
+    if reason is not None:
+        return info | {"unavailable": reason}
+    compiled = str(torch.ops.lowbit_native.compiled_isas())
+    return info | {"compiled_isas": compiled, "isas": ",".join(isas())}

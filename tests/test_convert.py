@@ -1,0 +1,364 @@
+"""``convert``, ``dequantize`` and ``report``: what is swapped, what is refused, and that refusals change nothing."""
+
+import copy
+import pickle
+
+import lowbit
+import pytest
+import torch
+from lowbit import Packed, PackedEmbedding, PackedLinear
+from lowbit.layer import layers
+from numerics import assert_bitwise_equal
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Tied embedding and head, a shared block, a frozen layer."""
+
+    def __init__(self, d=40, vocab=50):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(vocab, d, padding_idx=0)
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.blocks.append(self.blocks[0])
+        self.head = nn.Linear(d, vocab, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks[1].up.requires_grad_(False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def snapshot(model):
+    return {name: (id(module), type(module)) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def test_one_spec_swaps_every_layer_in_place(ids):
+    model = Model().eval()
+    before = model(ids)
+    assert lowbit.convert(model, Packed(bits=8, group_size=20)) is model
+    kinds = {name: type(layer) for name, layer in layers(model, duplicates=True).items()}
+    assert kinds == {
+        "embed": PackedEmbedding,
+        **{f"blocks.{i}.{part}": PackedLinear for i in range(3) for part in ("up", "down")},
+        "head": PackedLinear,
+    }
+    assert model.blocks[2] is model.blocks[0]
+    assert model.head.packed is model.embed.packed and model.head.scales is model.embed.scales
+    assert not any(module.training for module in model.modules())
+    assert float((model(ids) - before).norm() / before.norm()) < 0.02
+    assert model.embed.padding_idx == 0
+
+
+def test_biases_are_kept_as_they_are():
+    model = Model()
+    bias = model.blocks[0].up.bias
+    lowbit.convert(model, Packed())
+    assert model.blocks[0].up.bias is bias and bias.requires_grad
+    assert not model.blocks[1].up.bias.requires_grad
+
+
+def test_patterns_the_last_match_counts():
+    model = Model()
+    lowbit.convert(model, {"*": Packed(bits=4), "*.down": Packed(bits=8), "blocks.1": Packed(bits=2), "embed": None})
+    bits = {name: layer.format.bits for name, layer in layers(model).items()}
+    assert bits == {"blocks.0.up": 4, "blocks.0.down": 8, "blocks.1.up": 2, "blocks.1.down": 2}
+    assert type(model.head) is nn.Linear and model.head.weight is model.embed.weight
+    assert model.lowbit_skipped == {"embed": "no spec for it", "head": "no spec for it"}
+
+
+def test_a_tied_pair_is_one_layer_with_two_names():
+    model = Model()
+    lowbit.convert(model, {"*": Packed(bits=4), "embed": Packed(bits=2, granularity="row", activations="int8")})
+    assert model.embed.format.bits == model.head.format.bits == 2
+    assert model.head.format.activations == "int8" and model.embed.format.activations == "float"
+
+
+def test_skipping_one_of_a_tied_pair_unties_it():
+    model = Model()
+    weight = model.head.weight
+    lowbit.convert(model, Packed(bits=4), skip=["head"])
+    assert isinstance(model.embed, PackedEmbedding) and type(model.head) is nn.Linear
+    assert model.head.weight is weight
+    assert model.lowbit_skipped == {"head": "skipped by the caller"}
+
+
+REFUSED = {
+    "group larger than K": (Packed(group_size=64), {}, r"embed: group_size .* got group_size=64, K=40"),
+    "every layer is named": (Packed(group_size=64), {}, r"(?s)embed: .*head: .*blocks.0.up: "),
+    "pattern without match": ({"*.mlp.*": Packed()}, {}, r"spec pattern '\*\.mlp\.\*': matches no layer"),
+    "skip without match": (Packed(), {"skip": ["lm_head"]}, r"skip pattern 'lm_head' matches no layer"),
+    "pattern never decides": (
+        {"blocks.*": Packed(), "*": Packed(bits=2)}, {}, r"spec pattern 'blocks\.\*': a later pattern takes"),
+    "all of it skipped": ({"head": Packed()}, {"skip": ["head", "embed"]}, r"every layer it matches is skipped"),
+    "everything skipped": (Packed(), {"skip": ["*"]}, r"nothing to convert: no layer was left"),
+    "nothing trained quantized": (None, {}, r"nothing to convert: no module of the model was trained quantized"),
+    "gptq without data": (Packed(quantizer="gptq"), {}, r"head: quantizer='gptq' needs calibration data"),
+    "static without data": (
+        {"*.up": Packed(activations="int8_static")}, {}, r"blocks.0.up: activations='int8_static' needs calib"),
+    "layer that cannot": ({"blocks.0.norm": Packed()}, {}, r"spec pattern 'blocks.0.norm': matches no layer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_layer_and_change_nothing(name):
+    spec, arguments, message = REFUSED[name]
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        lowbit.convert(model, spec, **arguments)
+    assert snapshot(model) == before
+
+
+def test_a_weight_that_is_not_finite_is_refused_before_anything_changed():
+    model = Model()
+    with torch.no_grad():
+        model.blocks[1].down.weight[3, 4] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks\.1\.down: the weight must be finite"):
+        lowbit.convert(model, Packed())
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "skip", "message"),
+    [("4bit", (), "spec must be None, a Packed or a mapping"), ({"*": 4}, (), r"'\*': 4"), (Packed(), "head", "not a string")],
+)  # fmt: skip
+def test_arguments_of_the_wrong_type(spec, skip, message):
+    with pytest.raises(TypeError, match=message):
+        lowbit.convert(Model(), spec, skip=skip)
+
+
+SPECS = [
+    (dict(bits=1), "bits must be an integer between 2 and 8: got bits=1"),
+    (dict(bits=9), "got bits=9"),
+    (dict(bits=True), "got bits=True"),
+    (dict(group_size=0), "group_size must be an integer between 1 and K: got group_size=0"),
+    (dict(group_size=-1), "got group_size=-1"),
+    (dict(granularity="row", group_size=32), "group_size goes with granularity='group'"),
+    (dict(granularity="group"), "group_size goes with granularity='group'"),
+    (dict(granularity="column"), "granularity must be one of 'tensor', 'row', 'group': got granularity='column'"),
+    (dict(quantizer="best"), "quantizer must be one of"),
+    (dict(quantizer="mean"), "requires symmetric=True"),
+    (dict(activations="int4"), "activations must be one of"),
+    (dict(outliers=0.5), "outliers must be a fraction between 0 and 0.1: got outliers=0.5"),
+    (dict(gamma=0), "gamma must be greater than 0"),
+    (dict(scale_dtype=torch.int8), "scale_dtype must be float32, float16 or bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), SPECS, ids=[str(fields) for fields, _ in SPECS])
+def test_specs_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Packed(**fields)
+
+
+def test_layers_that_cannot_be_swapped_stay_and_the_report_says_why(ids):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Linear(8, 8)
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            self.capped = nn.Embedding(5, 8, max_norm=1.0)
+            self.attention = nn.MultiheadAttention(8, 2)
+
+    model = Odd()
+    lowbit.convert(model, Packed())
+    assert isinstance(model.plain, PackedLinear)
+    assert set(model.lowbit_skipped) == {"normed", "capped", "attention.out_proj"}
+    assert "float: capped: max_norm" in str(lowbit.report(model))
+
+
+def test_a_converted_model_is_not_converted_again():
+    model = lowbit.convert(Model(), Packed())
+    with pytest.raises(ValueError, match="already has 6 packed layers"):
+        lowbit.convert(model, Packed())
+
+
+def test_a_model_that_is_one_layer_is_returned_swapped():
+    layer = nn.Linear(16, 8)
+    packed = lowbit.convert(layer, Packed(bits=8))
+    assert isinstance(packed, PackedLinear) and packed.bias is layer.bias
+    assert type(lowbit.dequantize(packed)) is nn.Linear
+
+
+def test_transformer_encoder_layers_run_our_kernels_not_the_fused_path():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16)
+    before = model(x)
+    lowbit.convert(model, Packed(bits=8))
+    with torch.no_grad():
+        after = model(x)
+    assert float((after - before).norm() / before.norm()) < 0.05
+
+
+def test_hooks_survive():
+    model, calls = Model(), []
+    model.blocks[0].up.register_forward_hook(lambda *_: calls.append("after"))
+    model.blocks[0].up.register_forward_pre_hook(lambda *_: calls.append("before"))
+    lowbit.convert(model, Packed())
+    model.blocks[0](torch.randn(1, 40))
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_models_of_every_dtype(ids, dtype):
+    model = Model().to(dtype).eval()
+    reference = copy.deepcopy(model).float()(ids)
+    lowbit.convert(model, Packed(bits=8, group_size=20))
+    y = model(ids)
+    assert y.dtype == dtype and model.blocks[0].up.weight.dtype == dtype
+    assert float((y.float() - reference).norm() / reference.norm()) < 0.04
+
+
+def test_moves_keep_the_packed_form_bit_identical(ids):
+    model = lowbit.convert(Model(), Packed(bits=3, group_size=16, outliers=0.02, zeros="float")).eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    y = model(ids)
+    for moved in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).bfloat16().float()):
+        assert moved.head.packed is moved.embed.packed
+        for name, tensor in moved.state_dict().items():
+            if "norm" not in name and "bias" not in name:
+                assert_bitwise_equal(tensor, state[name])
+    assert_bitwise_equal(pickle.loads(pickle.dumps(model))(ids), y)
+    half = copy.deepcopy(model).half()
+    assert half.blocks[0].up.weight.dtype == half.blocks[0].up.bias.dtype == torch.float16
+    assert half.blocks[0].up.scales.dtype == model.blocks[0].up.scales.dtype
+
+
+def test_state_dict_round_trip(ids):
+    model = lowbit.convert(Model(), Packed(bits=5, group_size=16)).eval()
+    other = Model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    lowbit.convert(other, Packed(bits=5, group_size=16)).eval()
+    other.load_state_dict(model.state_dict())
+    assert_bitwise_equal(other(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "message"),
+    [
+        ("scales", lambda t: t.float(), r"blocks\.0\.up\.scales must be torch.float16: got torch.float32"),
+        ("scales", lambda t: t * float("nan"), r"blocks\.0\.up\.scales must be finite"),
+        ("packed", lambda t: t[:, 1:], r"blocks\.0\.up\.packed must have shape"),
+        ("zeros", lambda t: t + 200, r"blocks\.0\.up\.zeros must be between 0 and 31 at bits=5: got 2"),
+    ],
+)
+def test_a_malformed_state_dict_is_refused(tensor, change, message):
+    model = lowbit.convert(Model(), Packed(bits=5, group_size=16))
+    state = dict(model.state_dict())
+    state[f"blocks.0.up.{tensor}"] = change(state[f"blocks.0.up.{tensor}"])
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+
+
+def test_dequantize_is_the_way_back(ids):
+    model = lowbit.convert(Model(), Packed(bits=6, group_size=8)).eval()
+    y = model(ids)
+    weight = model.blocks[1].up.dequantize()
+    assert lowbit.dequantize(model) is model
+    assert not layers(model) and type(model.blocks[1].up) is nn.Linear and type(model.embed) is nn.Embedding
+    assert model.head.weight is model.embed.weight and model.blocks[2] is model.blocks[0]
+    assert_bitwise_equal(model.blocks[1].up.weight.detach(), weight)
+    assert float((model(ids) - y).abs().max()) < 1e-5
+    with pytest.raises(ValueError, match="no packed layer"):
+        lowbit.dequantize(model)
+
+
+def test_the_weight_view_is_loud_when_misused():
+    layer = lowbit.convert(nn.Linear(16, 8), Packed())
+    assert layer.weight.shape == (8, 16) and layer.weight.dtype == torch.float32
+    assert bool((torch.randn(2, 16) @ layer.weight.t()).isnan().all())
+
+
+def test_meta_models_take_the_shape_of_the_real_conversion():
+    spec = {"*": Packed(bits=3, group_size=16, outliers=0.01), "*.down": Packed(bits=8)}
+    real = lowbit.convert(Model(), spec)
+    with torch.device("meta"):
+        meta = Model()
+    lowbit.convert(meta, spec)
+    assert meta.head.packed is meta.embed.packed
+    for name, tensor in meta.state_dict().items():
+        assert tensor.is_meta
+        assert (tensor.shape, tensor.dtype) == (real.state_dict()[name].shape, real.state_dict()[name].dtype), name
+
+
+def test_calibration_beats_plain_rounding_and_restores_the_model_on_error(ids):
+    model, data = Model().eval(), [torch.randint(0, 50, (64, 7))]
+    reference = model(ids)
+
+    def error(quantizer):
+        converted = copy.deepcopy(model)
+        lowbit.convert(
+            converted, {"*": Packed(bits=3, group_size=20, quantizer=quantizer), "embed": None}, calibration=data
+        )
+        return float((converted(ids) - reference).norm() / reference.norm())
+
+    assert error("gptq") < 0.9 * error("minmax")
+    broken = copy.deepcopy(model)
+    broken.head.forward = None  # the forward fails in the middle of calibration
+    before = snapshot(broken)
+    with pytest.raises(TypeError):
+        lowbit.convert(broken, Packed(bits=3, quantizer="gptq"), calibration=data)
+    assert snapshot(broken) == before
+
+
+def test_static_activations_are_calibrated(ids):
+    model = Model().eval()
+    reference = model(ids)
+    lowbit.convert(model, Packed(bits=8, activations="int8_static"), calibration=[ids])
+    assert float(model.blocks[0].up.x_scale) > 0 and model.embed.x_scale is None
+    assert float((model(ids) - reference).norm() / reference.norm()) < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_counts_every_byte(ids):
+    model = Model()
+    float_model = copy.deepcopy(model)
+    spec = Packed(bits=4, group_size=20)
+    planned = lowbit.convert(model, spec, dry_run=True)
+    assert not layers(model)
+    lowbit.convert(model, spec)
+    report = lowbit.report(model, ids, reference=float_model)
+    planned_bytes = {row.name: row.bytes_after for row in planned.rows}
+    assert planned_bytes == {row.name: row.bytes_after for row in report.rows}
+    assert report.total_before == sum(p.numel() * 4 for p in float_model.parameters())
+    assert report.total_after == sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = {row.name: row for row in report.rows}
+    # K=40: 2 blocks of 32 codes of 4 bits, 2 scales of 2 bytes, 2 zeros of 1 byte
+    assert rows["embed"].bytes_after == 50 * (2 * 16 + 4 + 2) and rows["embed"].bytes_before == 50 * 40 * 4
+    assert rows["head"].shares == "embed" and rows["head"].bytes_after == 0
+    assert rows["embed"].bits_per_weight == pytest.approx(8 * 38 / 40)
+    up = rows["blocks.0.up"]
+    assert 0.01 < up.weight_error < 0.2 and up.kernel_error < 1e-5 and 0.01 < up.output_error < 0.2
+    weight = float_model.blocks[0].up.weight
+    exact = (model.blocks[0].up.dequantize() - weight).norm() / weight.norm()
+    assert up.weight_error == pytest.approx(float(exact), rel=1e-4)
+    assert report.to_dict()["ratio"] == pytest.approx(report.total_before / report.total_after)
+    assert "x smaller" in str(report) and "blocks.1.down" in str(report)
+
+
+def test_report_of_a_float_model_is_an_error():
+    with pytest.raises(ValueError, match="no packed layer"):
+        lowbit.report(Model())

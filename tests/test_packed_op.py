@@ -1,0 +1,259 @@
+"""The ops as torch sees them: schemas, fakes, gradients, compile, export; and the choice of a backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import DTYPES, activations, everywhere, random_weight, running
+from lowbit import dispatch, native
+from lowbit.packed.format import PackedFormat
+from lowbit.packed.module import PackedEmbedding, PackedLinear
+from numerics import assert_bitwise_equal
+from torch import nn
+
+FORMATS = [
+    PackedFormat(4, 10, 70, 16, "group", "int", "float16", outliers=9),
+    PackedFormat(3, 10, 70, 70, "row", "float", "float32"),
+    PackedFormat(2, 10, 70, 70, "tensor", "none", "bfloat16"),
+]
+format_ids = [f.describe() for f in FORMATS]
+
+
+@pytest.fixture(params=[w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa], ids=str)
+def where(request):
+    """The reference, and the compiled kernels on this machine's best ISA."""
+    with running(request.param):
+        yield request.param
+
+
+def layer_of(format: PackedFormat, bias: bool = True) -> PackedLinear:
+    weight = random_weight(format)
+    layer = PackedLinear(format, bias)
+    layer._set("packed", weight.packed)
+    layer._set("scales", weight.scales)
+    if weight.zeros is not None:
+        layer._set("zeros", weight.zeros)
+    for name, tensor in zip(("values", "columns", "rows"), weight.outliers, strict=True):
+        if tensor is not None:
+            layer._set(f"outlier_{name}", tensor)
+    if bias:
+        nn.init.normal_(layer.bias)
+    layer.validate()
+    return layer
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_opcheck(where, format, int8):
+    w = random_weight(format)
+    f = format
+    x = activations(3, f.in_features, torch.float32).requires_grad_()
+    bias = torch.randn(f.out_features, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.lowbit.packed_linear.default,
+        (x, w.packed, w.scales, w.zeros, bias, *w.outliers, None, f.bits, f.group_size, int8),
+        # finite differences of a rounded input say nothing: gradients are checked against formulas below
+    )
+    torch.library.opcheck(
+        torch.ops.lowbit.packed_dequantize.default,
+        (w.packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size, f.in_features, torch.float16),
+    )
+    torch.library.opcheck(
+        torch.ops.lowbit.packed_embedding.default,
+        (torch.tensor([[1, 0], [7, 7]]), w.packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size,
+         f.in_features, torch.bfloat16),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
+    layer = layer_of(format)
+    x = activations(5, format.in_features, dtype).view(5, 1, -1).requires_grad_()
+    dy = activations(5, format.out_features, dtype, seed=2).view(5, 1, -1)
+    layer(x).backward(dy)
+    exact = dy.double() @ layer.dequantize(torch.float32).double()
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert x.grad.dtype == dtype
+    assert float((x.grad.double() - exact).norm() / exact.norm()) < tolerance
+    assert float((layer.bias.grad.double() - dy.double().sum((0, 1))).norm()) < 10 * tolerance
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_gradients_of_scales_zeros_and_outliers(where, format):
+    """Against torch's own gradients of the dense expression."""
+    layer = layer_of(format, bias=False)
+    trainable = {
+        name: nn.Parameter(tensor.detach().float().clone())
+        for name, tensor in layer.named_tensors().items()
+        if name in ("scales", "outlier_values") or (name == "zeros" and format.zeros == "float")
+    }
+    x, dy = activations(4, format.in_features, torch.float32), activations(4, format.out_features, torch.float32, 3)
+    t = {**layer.named_tensors(), **trainable}
+    y = torch.ops.lowbit.packed_linear(
+        x, t["packed"], t["scales"], t.get("zeros"), None, t.get("outlier_values"), t.get("outlier_columns"),
+        t.get("outlier_rows"), None, format.bits, format.group_size, False,
+    )  # fmt: skip
+    grads = torch.autograd.grad(y, list(trainable.values()), dy)
+
+    from lowbit.bitpack import unpack
+
+    group = torch.arange(format.in_features) // format.group_size
+    zeros = float(1 << (format.bits - 1)) if format.zeros == "none" else t["zeros"].float()[:, group]
+    dense = (unpack(t["packed"], format.bits, format.in_features).float() - zeros) * t["scales"][:, group]
+    if format.outliers:
+        rows = t["outlier_rows"].long()
+        row = torch.repeat_interleave(torch.arange(format.out_features), rows[1:] - rows[:-1])
+        dense = dense.index_put((row, t["outlier_columns"].long()), t["outlier_values"], accumulate=True)
+    expected = torch.autograd.grad(x @ dense.t(), list(trainable.values()), dy)
+    for name, grad, want in zip(trainable, grads, expected, strict=True):
+        assert float((grad - want).norm() / want.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_the_straight_through_gradient_of_int8_activations(where, int8):
+    w, x = random_weight(FORMATS[1]), activations(3, 70, torch.float32).requires_grad_()
+    w.linear(x, int8=int8).sum().backward()
+    exact = w.dense().sum(0).expand(3, -1)
+    assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+class Model(nn.Module):
+    def __init__(self, format):
+        super().__init__()
+        self.up = layer_of(format)
+        embedding = PackedFormat(4, 20, 70, 35, "group", "int", "float16")
+        self.embed = PackedEmbedding(embedding)
+        w = random_weight(embedding)
+        for name, tensor in (("packed", w.packed), ("scales", w.scales), ("zeros", w.zeros)):
+            self.embed._set(name, tensor)
+
+    def forward(self, ids):
+        return torch.relu(self.up(self.embed(ids))) + 1
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(where, format, dynamic):
+    torch._dynamo.reset()
+    model = Model(format)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((2, 3), (4, 5), (1, 1)):
+        ids = torch.randint(0, 20, shape)
+        assert_bitwise_equal(compiled(ids).detach(), model(ids).detach())
+
+
+def test_compile_trains_through_a_layer(where):
+    torch._dynamo.reset()
+    layer = layer_of(FORMATS[0])
+    x = activations(4, 70, torch.float32).requires_grad_()
+    torch.compile(lambda x: layer(x).sin().sum(), fullgraph=True, backend="aot_eager")(x).backward()
+    compiled, x.grad = x.grad, None
+    layer(x).sin().sum().backward()
+    assert float((compiled - x.grad).norm() / x.grad.norm()) < 1e-6
+
+
+def test_compile_inductor(where):
+    torch._dynamo.reset()
+    model, ids = Model(FORMATS[0]), torch.randint(0, 20, (2, 3))
+    with torch.no_grad():
+        y = torch.compile(model, fullgraph=True)(ids)
+        assert float((y - model(ids)).abs().max()) < 1e-5
+
+
+def test_export(where):
+    model, ids = Model(FORMATS[0]), torch.randint(0, 20, (2, 3))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (ids,), dynamic_shapes={"ids": {0: batch}})
+    other = torch.randint(0, 20, (5, 3))
+    assert_bitwise_equal(program.module()(other).detach(), model(other).detach())
+
+
+def test_meta_tensors_give_shapes():
+    model = Model(FORMATS[0]).to("meta")
+    assert model(torch.zeros(2, 3, dtype=torch.int64, device="meta")).shape == (2, 3, 10)
+
+
+def test_input_of_another_width_is_refused():
+    layer = layer_of(FORMATS[0])
+    with pytest.raises(ValueError, match="in_features=70: got 69"):
+        layer(torch.randn(2, 69))
+
+
+# ------------------------------------------------------------------------------------------- choosing a backend
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+LINEAR = """
+import torch, lowbit
+layer = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed(bits=4))
+"""
+
+
+@pytest.mark.skipif(dispatch.why_unavailable("cpu") is not None, reason="no compiled kernels")
+class TestForcing:
+    def test_a_named_backend_is_what_runs(self):
+        w = random_weight(FORMATS[1])
+        called = []
+        original = dispatch._references["packed_linear"]
+        dispatch._references["packed_linear"] = lambda *a: called.append(1) or original(*a)
+        try:
+            x = activations(2, 70, torch.float32)
+            with dispatch.use_backend("reference"):
+                assert dispatch.active_backend() == "reference"
+                w.linear(x)
+                assert called == [1]
+            w.linear(x)
+            with dispatch.use_backend("cpu"):
+                w.linear(x)
+            assert called == [1]
+        finally:
+            dispatch._references["packed_linear"] = original
+
+    def test_environment_forces_the_reference(self):
+        done = run_python(LINEAR + "print(lowbit.dispatch.active_backend())", LOWBIT_BACKEND="reference")
+        assert done.stdout.strip() == "reference" and not done.stderr, done.stderr
+
+    def test_an_unknown_backend_is_an_error_at_the_first_call_not_at_import(self):
+        done = run_python(LINEAR.replace("layer", "print('imported');layer", 1), LOWBIT_BACKEND="cuda9")
+        assert done.stdout.strip() == "imported" and "unknown backend 'cuda9'" in done.stderr
+
+    def test_environment_forces_the_isa(self):
+        code = LINEAR + "layer(torch.randn(1, 64)); print(lowbit.native.isa())"
+        assert run_python(code, LOWBIT_ISA="scalar").stdout.strip() == "scalar"
+
+    def test_an_unknown_isa_is_an_error_that_lists_the_choices(self):
+        done = run_python(LINEAR + "layer(torch.randn(1, 64))", LOWBIT_ISA="mmx")
+        assert done.returncode == 1 and "mmx" in done.stderr and "scalar" in done.stderr
+        with pytest.raises(RuntimeError, match=r"mmx.*scalar"):
+            native.set_isa("mmx")
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once():
+    code = LINEAR + "layer(torch.randn(1, 64)); layer(torch.randn(1, 64)); print(lowbit.dispatch.active_backend())"
+    done = run_python(code, LOWBIT_LIBRARY="/nonexistent/lowbit.so")
+    assert done.stdout.strip() == "reference"
+    assert done.stderr.count("slow torch reference") == 1 and "not compiled" in done.stderr
+
+
+def test_a_named_backend_that_cannot_run_raises_with_the_reason():
+    done = run_python(LINEAR, LOWBIT_LIBRARY="/nonexistent/lowbit.so", LOWBIT_BACKEND="cpu")
+    assert done.returncode == 1 and "LOWBIT_BACKEND=cpu cannot run: not compiled" in done.stderr
+
+
+def test_import_prints_nothing():
+    done = run_python("import lowbit")
+    assert done.returncode == 0 and not done.stdout and not done.stderr
+
+
+def test_backends_lists_every_backend():
+    rows = {row.name: row for row in dispatch.backends()}
+    assert rows["reference"].available
+    assert rows["cpu"].available or rows["cpu"].reason
