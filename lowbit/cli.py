@@ -30,7 +30,7 @@ from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.layer import Layer, build
-from lowbit.packed.format import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, QUANTIZERS
+from lowbit.packed.format import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, QUANTIZERS, Granularity
 from lowbit.report import Report, Row
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
@@ -44,7 +44,7 @@ CALIBRATION_LENGTH = 512  # tokens of one calibration sample
 
 
 def _spec(options: argparse.Namespace) -> lowbit.Packed:
-    granularity = options.granularity or "group"
+    granularity: Granularity = options.granularity or "group"
     group_size = options.group_size
     if group_size is None and granularity == "group":
         group_size = 64
@@ -172,7 +172,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _seconds(call: Callable[[Any], Tensor], weights: Sequence[Any]) -> float:
     """Median time of ``call`` on the weights in turn, for about ``BENCH_SECONDS``."""
-    samples = []
+    samples: list[float] = []
     turn = itertools.cycle(weights)
     call(next(turn))
     end = time.perf_counter() + BENCH_SECONDS

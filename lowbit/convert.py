@@ -42,8 +42,12 @@ class Target:
 
     def weight(self) -> Tensor:
         """The float weight as ``[N, K]``."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[assignment,operator,union-attr]
+        weight = self.module.get_parameter("weight").detach()
         return weight.t() if self.transposed else weight
+
+    def bias(self) -> nn.Parameter | None:
+        """The bias as it is, the very same Parameter."""
+        return self.module._parameters.get("bias")
 
 
 @dataclass
@@ -197,7 +201,8 @@ def _examine(name: str, module: nn.Module) -> tuple[Target | None, str | None]:
         if isinstance(source, str):
             return None, source
         return Target([name], module, source.kind, source=source), None
-    kind, transposed, extras = "linear", False, {}
+    kind, transposed = "linear", False
+    extras: dict[str, Any] = {}
     if _is_conv1d(module):
         transposed = True
     elif type(module) is nn.Embedding:
@@ -332,8 +337,9 @@ def _on_meta(plan: Plan) -> bool:
 # ----------------------------------------------------------------------------------------------------------- build
 
 
-def predicted_format(spec: Packed, n: int, k: int, kind: str) -> PackedFormat:
-    """The format a spec gives a weight of this shape, unless its scales turn out not to fit their dtype."""
+def predicted_format(spec: Packed, weight: Tensor, kind: str) -> PackedFormat:
+    """The format that ``spec`` gives ``weight``, unless the scales turn out not to fit their dtype."""
+    n, k = weight.shape
     return PackedFormat(
         bits=spec.bits,
         out_features=n,
@@ -354,7 +360,7 @@ def _predicted_rows(group: list[Target]) -> list[Row]:
             rows.append(Row.of_layer(target.name, _layer_from_source(target)))
         elif target.spec is not None:
             weight = target.weight()
-            format = predicted_format(target.spec, *weight.shape, target.kind)
+            format = predicted_format(target.spec, weight, target.kind)
             rows.append(Row.planned(target.name, target.kind, format, weight.dtype))
     for row in rows[1:]:
         row.share(rows[0].name)
@@ -380,8 +386,7 @@ def build_group(
     built: dict[str, nn.Module] = {}
     first = group[0]
     if first.source is not None:
-        layer = _layer_from_source(first)
-        built[first.name] = _finish(sources.wrap(first.module, layer), first)
+        built[first.name] = _finish(sources.wrap(first.module, _layer_from_source(first)), first)
         return built
     assert first.spec is not None
     weight = first.weight()
@@ -397,24 +402,25 @@ def build_group(
         quantized = quantize(weight, spec, hessian=hessian)
     except ValueError as error:
         raise ValueError(f"{first.name}: {error}") from error
-    layers = []
+    made: list[tuple[Target, PackedLayer]] = []
     for target in group:
+        layer: PackedLayer
         if target.kind == "embedding":
-            layer: PackedLayer = PackedEmbedding.from_quantized(
+            layer = PackedEmbedding.from_quantized(
                 quantized, spec.bits, spec.group_size, dtype=weight.dtype, **target.extras
             )
         else:
             layer = PackedLinear.from_quantized(
-                quantized, spec.bits, spec.group_size, target.module.bias,
+                quantized, spec.bits, spec.group_size, target.bias(),
                 activations=spec.activations,
                 x_scale=None if measured is None else measured.x_scale,
                 dtype=weight.dtype,
             )  # fmt: skip
-        layers.append((target, layer))
-    error = _relative_error(weight, layers[0][1])
-    for _, layer in layers:
-        layer.weight_error = error
-    return _share(layers)
+        made.append((target, layer))
+    weight_error = _relative_error(weight, made[0][1])
+    for _, layer in made:
+        layer.weight_error = weight_error
+    return _share(made)
 
 
 def _share(layers: list[tuple[Target, PackedLayer]]) -> dict[str, nn.Module]:
@@ -453,11 +459,11 @@ def _empty(target: Target) -> PackedLayer:
     """A layer on meta for a target on meta."""
     assert target.spec is not None
     weight = target.weight()
-    format = predicted_format(target.spec, *weight.shape, target.kind)
+    format = predicted_format(target.spec, weight, target.kind)
     if target.kind == "embedding":
         return PackedEmbedding(format, False, weight.dtype, "meta", **target.extras)
     layer = PackedLinear(format, False, weight.dtype, "meta")
-    layer.bias = target.module.bias  # type: ignore[assignment]
+    layer.bias = target.bias()
     return layer
 
 

@@ -73,7 +73,7 @@ class Layer(nn.Module):
             if name not in self._parameters:
                 self.register_parameter(name, None)
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
-        self.bias = None if bias_tensor is None else nn.Parameter(bias_tensor)
+        self.bias: nn.Parameter | None = None if bias_tensor is None else nn.Parameter(bias_tensor)
 
     @classmethod
     def optional_tensors(cls) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class Layer(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(

@@ -99,8 +99,8 @@ class Report:
             table.append(cells + ([row.backend] if with_backend else []))
         lines = _align(table)
         lines.append(
-            f"total: {format_bytes(self.total_before)} -> {format_bytes(self.total_after)} ({self.ratio:.2f}x smaller), "
-            f"{len(self.rows)} layers packed"
+            f"total: {format_bytes(self.total_before)} -> {format_bytes(self.total_after)} "
+            f"({self.ratio:.2f}x smaller), {len(self.rows)} layers packed"
         )
         for name, reason in self.skipped.items():
             lines.append(f"float: {name}: {reason}")

@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
 from lowbit import dispatch, native
 from lowbit.bitpack import pack
 from lowbit.packed.format import FLOAT_DTYPES, PackedFormat
-from torch import Tensor
 
 DTYPES = tuple(FLOAT_DTYPES.values())
 BITS = tuple(range(2, 9))

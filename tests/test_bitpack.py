@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowbit.bitpack import pack, unpack, words_per_row
 
 # The first bits+1 words of a row of 33 codes, code j = (5 j + 3) mod 2**bits; the words after them are 0.

@@ -3,13 +3,14 @@
 import copy
 import pickle
 
-import lowbit
 import pytest
 import torch
-from lowbit import Packed, PackedEmbedding, PackedLinear
-from lowbit.layer import layers
 from numerics import assert_bitwise_equal
 from torch import nn
+
+import lowbit
+from lowbit import Packed, PackedEmbedding, PackedLinear
+from lowbit.layer import layers
 
 
 class Block(nn.Module):
@@ -139,8 +140,12 @@ def test_a_weight_that_is_not_finite_is_refused_before_anything_changed():
 
 @pytest.mark.parametrize(
     ("spec", "skip", "message"),
-    [("4bit", (), "spec must be None, a Packed or a mapping"), ({"*": 4}, (), r"'\*': 4"), (Packed(), "head", "not a string")],
-)  # fmt: skip
+    [
+        ("4bit", (), "spec must be None, a Packed or a mapping"),
+        ({"*": 4}, (), r"'\*': 4"),
+        (Packed(), "head", "not a string"),
+    ],
+)
 def test_arguments_of_the_wrong_type(spec, skip, message):
     with pytest.raises(TypeError, match=message):
         lowbit.convert(Model(), spec, skip=skip)

@@ -8,13 +8,23 @@ import functools
 import pytest
 import torch
 from cases import (
-    BITS, DTYPES, ROWS, SHAPES, Weight, activations, everywhere, formats, random_weight, running,
+    BITS,
+    DTYPES,
+    ROWS,
+    SHAPES,
+    Weight,
+    activations,
+    everywhere,
+    formats,
+    random_weight,
+    running,
 )  # fmt: skip
+from numerics import assert_bitwise_equal, assert_linear_close
+
 from lowbit import dispatch, native
 from lowbit.bitpack import pack
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.op import quantize_activations
-from numerics import assert_bitwise_equal, assert_linear_close
 
 WHERE = everywhere()
 

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from cases import DTYPES, activations, everywhere, random_weight, running
+from numerics import assert_bitwise_equal
+from torch import nn
+
 from lowbit import dispatch, native
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
-from numerics import assert_bitwise_equal
-from torch import nn
 
 FORMATS = [
     PackedFormat(4, 10, 70, 16, "group", "int", "float16", outliers=9),
@@ -178,7 +179,7 @@ def test_meta_tensors_give_shapes():
 
 def test_input_of_another_width_is_refused():
     layer = layer_of(FORMATS[0])
-    with pytest.raises(ValueError, match="in_features=70: got 69"):
+    with pytest.raises(ValueError, match="in_features=70 as its last dimension: got 69"):
         layer(torch.randn(2, 69))
 
 

@@ -180,7 +180,7 @@ class PackedLinear(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         format = self.format
         if x.shape[-1] != format.in_features:
-            raise ValueError(f"the input's last dimension must be in_features={format.in_features}: got {x.shape[-1]}")
+            raise ValueError(f"x must have in_features={format.in_features} as its last dimension: got {x.shape[-1]}")
         y: Tensor = torch.ops.lowbit.packed_linear(
             x, self.packed, self.scales, self.zeros, self.bias,
             self.outlier_values, self.outlier_columns, self.outlier_rows, self.x_scale,
@@ -192,7 +192,7 @@ class PackedLinear(PackedLayer):
         """``nn.Linear`` with the dequantized weight and the same bias."""
         linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.dtype)
         linear.weight = nn.Parameter(self.dequantize())
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
 
@@ -294,7 +294,7 @@ class ScaledEmbedding(nn.Embedding):
     """``F.embedding(ids, weight) * output_scale``: what a scaled :class:`PackedEmbedding` dequantizes to."""
 
     def __init__(self, weight: nn.Parameter, padding_idx: int | None, output_scale: float) -> None:
-        super().__init__(*weight.shape, padding_idx, _weight=weight.data)
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight.data)
         self.weight = weight
         self.output_scale = output_scale
 

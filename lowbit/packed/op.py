@@ -118,8 +118,10 @@ def _outliers_of(
 
 def _dequantize_block(rows: slice, weight: tuple[Any, ...], bits: int, group_size: int, k: int) -> Tensor:
     packed, scales, zeros, values, columns, pointers = weight
+    block_scales = _rows_of(scales, rows)
+    assert block_scales is not None
     return dequantize_rows(
-        packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows),
+        packed[rows], block_scales, _rows_of(zeros, rows),
         *_outliers_of(values, columns, pointers, rows), bits, group_size, k,
     )  # fmt: skip
 

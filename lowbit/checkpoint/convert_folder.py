@@ -1,0 +1,150 @@
+"""``convert_folder``: a float transformers checkpoint in, a packed one out, layer by layer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lowbit import convert as converting
+from lowbit.checkpoint import stream
+from lowbit.checkpoint.folder import save
+from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from lowbit.layer import layers
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+
+
+def convert_folder(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    spec: Any,
+    *,
+    skip: Sequence[str] = (),
+    calibration: Iterable[Any] | None = None,
+) -> None:
+    """Convert the float transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
+
+    One layer at a time is read, quantized and dropped, so that memory stays near the size of the result. The
+    tokenizer and other small files are copied. ``dst`` appears only when everything went well.
+
+    Args:
+        src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype.
+        dst: a folder that does not exist yet, or is empty.
+        spec, skip, calibration: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
+            models whose files do not map one to one to their modules, the whole float model is loaded
+            instead.
+
+    Raises:
+        FileNotFoundError, FileExistsError: ``src`` is not a model folder; ``dst`` is not empty.
+        ValueError: as :func:`lowbit.convert`, and for a malformed checkpoint.
+    """
+    src, dst = Path(src), Path(dst)
+    if not (src / "config.json").is_file():
+        raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst} must not exist, or be an empty folder")
+    model = None if calibration is not None else _convert_streaming(src, spec, skip)
+    if model is None:
+        model = converting.convert(_load_float(src), spec, skip=skip, calibration=calibration)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    try:
+        save(model, temporary)
+        _copy_small_files(src, temporary)
+        temporary.chmod(0o755)
+        if dst.exists():
+            dst.rmdir()
+        temporary.rename(dst)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_small_files(src: Path, dst: Path) -> None:
+    for file in sorted(src.iterdir()):
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(file, dst / file.name)
+
+
+def _load_float(src: Path) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(src)
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(
+            f"{src / 'config.json'}: architectures must name a class of transformers: got {name!r}"
+        )
+    return cls.from_pretrained(src, dtype="auto")
+
+
+def _convert_streaming(src: Path, spec: Any, skip: Sequence[str]) -> Any | None:
+    """The converted model, or ``None`` where the whole float model is needed."""
+    from lowbit.integrations import pretrained
+
+    if not any((src / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+        return None
+    checkpoint = Checkpoint.of_folder(src)
+    model = pretrained.skeleton(src)
+    if model is None:
+        return None
+    plan = converting.make_plan(model, spec, skip)
+    if any(t.spec is None or (t.kind == "linear" and t.spec.needs_calibration) for t in plan.targets()):
+        return None
+    found = pretrained.match(model, checkpoint)
+    if found.transformed:
+        return None
+    names = found.names
+    for target, source in model.all_tied_weights_keys.items():
+        key = names.get(source) or names.get(target)
+        if key is not None:
+            names[target] = names[source] = key
+    stream.check_shapes(model, checkpoint, names)
+    dtype_of = pretrained.dtype_in(model)
+    for group in tqdm(plan.groups, desc="lowbit convert", unit="layer", disable=None):
+        _convert_group(model, group, checkpoint, names, dtype_of)
+    model.lowbit_skipped = plan.skipped
+    pretrained.retie(model)
+    state = model.state_dict()
+    packed = layers(model, duplicates=True)
+    rest = {n: key for n, key in names.items() if n in state and n.rpartition(".")[0] not in packed}
+    stream.fill(model, checkpoint, rest, dtype_of=dtype_of)
+    model.tie_weights(recompute_mapping=False)
+    stream.check_complete(model)
+    pretrained.attach(model)
+    return model.eval()
+
+
+def _convert_group(
+    model: nn.Module,
+    group: list[converting.Target],
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    dtype_of: Any,
+) -> None:
+    """Read the weight of a group and its biases, quantize, swap the packed layers in, forget the weight."""
+    first = group[0]
+    weight_names = [f"{name}.weight" for target in group for name in target.names]
+    source = next((name for name in weight_names if name in names), None)
+    if source is None:
+        raise ValueError(f"{weight_names[0]!r} is missing in the checkpoint")
+    weight = checkpoint.read(names[source]).to(dtype_of(source))
+    first.module.weight = nn.Parameter(weight, requires_grad=False)
+    if problems := converting._problems_of(first):
+        raise ValueError("; ".join(problems))
+    for target in group:
+        biases = {n: names[n] for n in (f"{name}.bias" for name in target.names) if n in names}
+        stream.fill(model, checkpoint, biases, dtype_of=dtype_of)
+    built = converting.build_group(group)
+    first.module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    for target in group:
+        for name in target.names:
+            converting.swap(model, name, built[target.name])

@@ -1,0 +1,242 @@
+"""The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
+of a transformers ``config.json``.
+
+    {"format_version": "1.0", "lowbit": "0.1.0",
+     "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
+     "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "skipped": {"score": "..."}}
+
+Layers with the same :meth:`~lowbit.layer.Layer.config` share one entry. ``tied`` lists layers that use one
+storage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit import sources
+from lowbit.convert import share_storage, swap
+from lowbit.layer import Layer, build, layers
+
+FORMAT_VERSION = "1.0"
+_FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "skipped"}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What :func:`parse` found: layer name -> ``Layer.config()``, and the rest by layer name."""
+
+    layers: dict[str, dict[str, Any]]
+    tied: tuple[tuple[str, ...], ...] = ()
+    weight_error: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def renamed(self, names: dict[str, str]) -> Metadata:
+        """The same for a model that calls its layers differently; layers not in ``names`` are left out."""
+        tied = [tuple(names[name] for name in group if name in names) for group in self.tied]
+        return Metadata(
+            {names[name]: config for name, config in self.layers.items() if name in names},
+            tuple(group for group in tied if len(group) > 1),
+            {names[name]: error for name, error in self.weight_error.items() if name in names},
+            self.skipped,
+        )
+
+
+def _stored(layer: Layer) -> dict[str, Any]:
+    # the scale of static activations depends on what a layer is fed: tied layers each have their own
+    return {name: spec for name, spec in layer.format.tensors().items() if name != "x_scale"}
+
+
+def shared_tensors(first: Layer, second: Layer) -> list[str]:
+    """Names of the stored tensors that two tied layers have in common."""
+    others = _stored(second)
+    return [name for name, spec in _stored(first).items() if others.get(name) == spec]
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of the layers that use one storage, in groups of two or more.
+
+    Raises ``ValueError`` for layers that share some of their tensors but not all.
+    """
+    found = layers(model, duplicates=True)
+    groups: dict[int, list[str]] = {}
+    for name, layer in found.items():
+        first_tensor = next(iter(layer.named_tensors().values()))
+        groups.setdefault(id(first_tensor), []).append(name)
+    tied = [names for names in groups.values() if len(names) > 1]
+    for first, *others in tied:
+        for other in others:
+            for tensor in shared_tensors(found[first], found[other]):
+                if found[first].named_tensors()[tensor] is not found[other].named_tensors()[tensor]:
+                    raise ValueError(f"{first} and {other} share some of their tensors, but not {tensor}")
+    return tied
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The JSON-ready description of a model's packed layers; :func:`parse` is the inverse."""
+    from lowbit import __version__
+
+    found = layers(model, duplicates=True)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, layer in found.items():
+        config = layer.config()
+        groups.setdefault(json.dumps(config, sort_keys=True), {**config, "names": []})["names"].append(name)
+    description: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "lowbit": __version__,
+        "layers": list(groups.values()),
+    }
+    if tied := tied_groups(model):
+        description["tied"] = tied
+    errors = {name: layer.weight_error for name, layer in found.items() if layer.weight_error is not None}
+    if errors:
+        description["weight_error"] = {name: float(f"{error:.6g}") for name, error in errors.items()}
+    if skipped := getattr(model, "lowbit_skipped", None):
+        description["skipped"] = dict(skipped)
+    return description
+
+
+def _check(condition: bool, field_name: str, requirement: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"lowbit metadata: {field_name} must be {requirement}: got {value!r:.200}")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def parse(description: dict[str, Any]) -> Metadata:
+    """Check a description and return it by layer name.
+
+    Raises:
+        ValueError: naming the layer and the field: an unknown major version, an unknown family or field, a
+            wrong type, a layer that is described twice, or named without being described.
+    """
+    _check(isinstance(description, dict), "the description", "an object", description)
+    version = description.get("format_version")
+    _check(isinstance(version, str), "format_version", "a string like '1.0'", version)
+    major = str(version).split(".")[0]
+    _check(major == FORMAT_VERSION.split(".")[0], "format_version", "1.x for this version of lowbit", version)
+    if version == FORMAT_VERSION:  # a later minor version may add fields
+        unknown = sorted(set(description) - _FIELDS)
+        _check(not unknown, "the description", f"made of the fields {', '.join(sorted(_FIELDS))}", unknown)
+    entries = description.get("layers")
+    _check(isinstance(entries, list), "layers", "a list of objects", entries)
+    assert isinstance(entries, list)
+    configs: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        _check(isinstance(entry, dict), "layers", "a list of objects", entry)
+        names = entry.get("names")
+        _check(_is_names(names) and bool(names), "layers: names", "a list of layer names", names)
+        config = {key: value for key, value in entry.items() if key != "names"}
+        try:
+            build(config, "meta")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"lowbit metadata: layer {names[0]!r}: {error}") from None
+        for name in names:
+            _check(name not in configs, "layers: names", "unique", name)
+            configs[name] = config
+    tied = description.get("tied", [])
+    _check(
+        isinstance(tied, list) and all(_is_names(group) for group in tied),
+        "tied",
+        "lists of layer names",
+        tied,
+    )
+    tied_names = [name for group in tied for name in group]
+    _check(len(set(tied_names)) == len(tied_names), "tied", "made of layers named once", tied)
+    errors, skipped = description.get("weight_error", {}), description.get("skipped", {})
+    _check(isinstance(errors, dict), "weight_error", "an object", errors)
+    _check(isinstance(skipped, dict), "skipped", "an object", skipped)
+    for name in (*tied_names, *errors):
+        _check(name in configs, "a name in tied or weight_error", "one of the described layers", name)
+    for name, value in errors.items():
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        _check(real, f"weight_error of {name!r}", "a finite number", value)
+    for name, reason in skipped.items():
+        _check(isinstance(reason, str), f"skipped of {name!r}", "a reason", reason)
+    return Metadata(configs, tuple(tuple(group) for group in tied), dict(errors), dict(skipped))
+
+
+def _shape_of(module: nn.Module) -> tuple[int, int] | None:
+    """``(N, K)`` of a module that a packed layer stands for, where its attributes tell."""
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # transformers': a linear with weight [K, N]
+        return int(module.nf), module.get_parameter("weight").shape[0]  # type: ignore[arg-type]
+    for rows, columns in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
+        if hasattr(module, rows) and hasattr(module, columns):
+            return int(getattr(module, rows)), int(getattr(module, columns))
+    return None
+
+
+def _locate(modules: dict[str, nn.Module], name: str) -> tuple[str, nn.Module, nn.Module | None]:
+    """The name to swap at, the float module there, and what must run before the layer, if anything."""
+    if name in modules:
+        return name, modules[name], None
+    # a trained module with a step of its own before the weight became Sequential(prologue, layer)
+    parent = name.removesuffix(".1")
+    if parent != name and parent in modules and sources.is_source(modules[parent]):
+        prologue = sources.prologue_of(modules[parent])
+        if prologue is not None:
+            return parent, modules[parent], prologue
+    raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
+
+
+def apply(
+    model: nn.Module,
+    metadata: Metadata,
+    *,
+    dtype_of: Callable[[str, torch.dtype], torch.dtype] = lambda name, dtype: dtype,
+) -> Any:
+    """Swap the described modules of a float skeleton (its parameters may be on meta) for empty layers on
+    meta.
+
+    ``dtype_of(name, saved dtype)`` chooses each layer's compute dtype. Tied layers share their parameters
+    again. Returns the model (or the layer that replaces it, when it is itself the described module).
+
+    Raises:
+        ValueError: nothing has changed; a name that the model lacks, or a module of another kind or shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    built: dict[str, Layer] = {}
+    replacements: dict[str, nn.Module] = {}
+    by_module: dict[int, Layer] = {}  # a module registered under two names stays one module
+    for name, config in metadata.layers.items():
+        where, module, prologue = _locate(modules, name)
+        layer = build(config, "meta")
+        shape = (layer.format.out_features, layer.format.in_features)
+        found = _shape_of(module)
+        is_embedding = isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
+        if (found is not None and found != shape) or is_embedding != (layer.kind == "embedding"):
+            raise ValueError(
+                f"layer {name!r} was saved from a float {layer.kind} of shape {list(shape)}: "
+                f"this model has {repr(module)[:200]} there"
+            )
+        if isinstance(module, nn.Linear) and (layer.bias is None) != (module.bias is None):
+            raise ValueError(
+                f"layer {name!r} was saved {'without' if layer.bias is None else 'with'} a bias: "
+                f"this model has {module!r} there"
+            )
+        if id(module) not in by_module:
+            layer.to(dtype=dtype_of(name, layer.dtype))
+            layer.weight_error = metadata.weight_error.get(name)
+            layer.train(module.training)
+            by_module[id(module)] = layer
+        built[name] = by_module[id(module)]
+        replacements[where] = built[name] if prologue is None else nn.Sequential(prologue, built[name])
+    for first, *others in metadata.tied:
+        for other in others:
+            if shared_tensors(built[first], built[other]) != list(_stored(built[first])):
+                raise ValueError(f"tied layers must have the same format: {first!r} and {other!r} differ")
+            share_storage(built[first], built[other])
+    for where, replacement in replacements.items():
+        model = swap(model, where, replacement)
+    model.lowbit_skipped = dict(metadata.skipped)  # type: ignore[assignment]
+    return model

@@ -1,0 +1,482 @@
+"""The quantizer that transformers' loader calls, and streaming loads of saved transformers models.
+
+Names inside transformers that this file depends on were checked with 5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.checkpoint import stream
+from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, shared_tensors
+from lowbit.checkpoint.reader import Checkpoint, read_json
+from lowbit.layer import Layer, layers
+
+METHOD = "lowbit"
+
+
+@register_quantization_config(METHOD)
+class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a packed model: the description of its layers; or what to convert while
+    loading.
+
+    Args:
+        spec: with ``from_pretrained`` of a *float* model: what :func:`lowbit.convert` is to be called with
+            after loading; ``skip`` and ``calibration`` go with it.
+        description: the fields of :mod:`lowbit.checkpoint.metadata`, as saved.
+
+    Raises:
+        ValueError: naming the layer and the field of a description that is not valid.
+    """
+
+    def __init__(
+        self, spec: Any = None, *, skip: Any = (), calibration: Any = None, **description: Any
+    ) -> None:
+        self.quant_method = METHOD
+        description.pop("quant_method", None)
+        self.spec, self.skip, self.calibration = spec, skip, calibration
+        self.description = description
+        self.metadata: Metadata | None = None if spec is not None else parse(description)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **self.description}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+@register_quantizer(METHOD)
+class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps the described layers in while ``from_pretrained`` has the model on meta; checks what it loads."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized and quantization_config.metadata is None:
+            raise ValueError("the model is packed already: LowbitConfig(spec=...) converts float models only")
+        self._files: list[Path] = []
+        self._stored: set[str] = set()
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _install_dtype()
+        if not self.pre_quantized:
+            return model
+        # files of another kind than safetensors have no header to check; transformers 5 does not write any
+        self._files = [
+            Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")
+        ]
+        assert self.quantization_config.metadata is not None
+        _apply(model, self.quantization_config.metadata)
+        retie(model)
+        for name, layer in layers(model, duplicates=True).items():
+            self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        # the last call before tensors are read: check the files' headers against the description
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if self._files:
+            checkpoint = Checkpoint(self._files)
+            check(model, checkpoint, match(model, checkpoint, conversions))
+        return conversions
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # packed tensors keep their stored dtype whatever dtype the model is loaded in
+        if converter.target_patterns[0] in self._stored:
+            return None
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            from lowbit.convert import convert
+
+            config = self.quantization_config
+            return convert(model, config.spec, skip=config.skip, calibration=config.calibration)  # type: ignore[no-any-return]
+        for layer in layers(model).values():
+            for tensor in layer.named_tensors().values():
+                tensor.requires_grad_(False)
+        stream.validate(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        # called by save_pretrained before it writes config.json: describe the model as it is now
+        description = describe(model)
+        self.quantization_config = model.config.quantization_config = LowbitConfig(**description)  # type: ignore[union-attr]
+        return None, {"lowbit_format_version": description["format_version"]}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from lowbit.convert import dequantize
+
+        return dequantize(model)
+
+
+# ------------------------------------------------------------------------------------------------ in memory
+
+
+def attach(model: nn.Module) -> None:
+    """Make a converted model one that transformers knows to be quantized, and can save and tie."""
+    _install_dtype()
+    retie(model)
+    config = LowbitConfig(**describe(model))
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
+    _assign_is_quantized(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Make a dequantized model a plain float one again: its ties, its Conv1D layers, its config."""
+    _restore_conv1d(model)
+    for _, part in _submodels(model):
+        part.__dict__.pop("_tied_weights_keys", None)
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr,operator]
+    for _, part in _submodels(model):
+        part.config._is_quantized = False
+        pairs = part.get_expanded_tied_weights_keys(all_submodels=True)
+        part.all_tied_weights_keys = {
+            target: source
+            for target, source in pairs.items()
+            if part.get_parameter(target) is part.get_parameter(source)
+        }
+
+
+def _restore_conv1d(model: Any) -> None:
+    # GPT-2's Conv1D saves its weight as [in, out]: an nn.Linear in its place would be saved transposed
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    for name, module in skeleton.named_modules():
+        plain = model.get_submodule(name) if isinstance(module, Conv1D) else None
+        if isinstance(plain, nn.Linear):
+            with torch.device("meta"):
+                conv = Conv1D(plain.out_features, plain.in_features)
+            conv.weight = nn.Parameter(plain.weight.detach().t().contiguous())
+            bias = (
+                plain.bias
+                if plain.bias is not None
+                else torch.zeros(plain.out_features, dtype=plain.weight.dtype)
+            )
+            conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], conv.train(plain.training))
+
+
+def _submodels(model: nn.Module) -> list[tuple[str, Any]]:
+    from transformers.modeling_utils import PreTrainedModel
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+
+
+def _install_dtype() -> None:
+    """``model.dtype`` is that of the first floating parameter, which may now be float16 scales of a float32
+    model: let a packed layer answer with its compute dtype. ``save_pretrained`` records it, models cast
+    inputs to it.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    original = ModuleUtilsMixin.dtype.fget
+    if original.__module__ == __name__:
+        return
+
+    def dtype(self: nn.Module) -> torch.dtype:
+        for module in self.modules():
+            if isinstance(module, Layer):
+                return module.dtype
+            for tensor in module._parameters.values():
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor.dtype
+        return original(self)  # type: ignore[no-any-return]
+
+    ModuleUtilsMixin.dtype = property(dtype, doc=original.__doc__)
+
+
+def retie(model: nn.Module) -> None:
+    """Rewrite the tied names from ``x.weight`` to the packed tensors of ``x``, in ``model`` and its
+    submodels.
+
+    A pair of which only one side was packed is no longer tied: each side is saved. transformers reads the
+    names from ``_tied_weights_keys`` when it saves and from ``all_tied_weights_keys`` when it loads.
+    """
+    tied: dict[str, str] = {}
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        (first, leaf), (second, source_leaf) = target.rpartition(".")[::2], source.rpartition(".")[::2]
+        mine, other = model.get_submodule(first), model.get_submodule(second)
+        packed = [
+            isinstance(mine, Layer) and leaf != "bias",
+            isinstance(other, Layer) and source_leaf != "bias",
+        ]
+        if not any(packed):
+            tied[target] = source
+        elif all(packed) and mine is not other:
+            assert isinstance(mine, Layer)
+            assert isinstance(other, Layer)
+            theirs = other.named_tensors()
+            names = [n for n in shared_tensors(mine, other) if mine.named_tensors()[n] is theirs[n]]
+            tied.update({f"{first}.{name}": f"{second}.{name}" for name in names})
+    for name, part in _submodels(model):
+        prefix = f"{name}." if name else ""
+        inside = {
+            target.removeprefix(prefix): source.removeprefix(prefix)
+            for target, source in tied.items()
+            if target.startswith(prefix) and source.startswith(prefix)
+        }
+        part.all_tied_weights_keys = dict(inside)
+        part._tied_weights_keys = inside
+
+
+# -------------------------------------------------------------------------------------------- names and files
+
+
+@dataclass
+class Match:
+    """How a checkpoint's names correspond to a model's.
+
+    Attributes:
+        names: name in the model's state_dict -> name in the checkpoint.
+        unexpected: what the model has no place for: the model's name it would have -> name in the checkpoint.
+        transformed: model names that transformers computes from several tensors or by an operation.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
+    transformed: set[str] = field(default_factory=set)
+
+
+def match(model: Any, checkpoint: Checkpoint, conversions: list[Any] | None = None) -> Match:
+    """Match names as transformers' loader does: its renamings, the base model's prefix added or removed."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found = Match()
+    for key in checkpoint:
+        name, operation = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, operation = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            found.unexpected[name] = key
+        elif operation is not None:
+            found.transformed.add(name)
+        else:
+            found.names[name] = key
+    return found
+
+
+def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
+    """Compare the headers with a model whose layers were swapped in; raises ``ValueError`` naming file and
+    tensor.
+
+    Packed layers must find exactly their tensors. For the rest, loading the class that was saved is strict as
+    well; another class (a base model, another head) may leave tensors out or start new ones, as in
+    transformers.
+    """
+    provided = set(found.names) | found.transformed
+    tied = {**model.all_tied_weights_keys}
+    for target, source in tied.items():
+        if {target, source} & provided:
+            provided |= {target, source}
+    same_class = _same_class(model)
+    packed = layers(model, duplicates=True)
+    ignored = "|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)"
+    folder = next(iter(checkpoint.entries.values())).file.parent if checkpoint.entries else "the checkpoint"
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        # a head that was packed only because its weight is tied starts with a new bias
+        is_new = leaf == "bias" and f"{owner}.packed" not in found.names
+        mandatory = (owner in packed and not is_new) or (same_class and re.search(ignored, name) is None)
+        if mandatory and name not in provided:
+            raise ValueError(
+                f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required"
+            )
+    ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
+    for name, key in found.unexpected.items():
+        file = checkpoint.entries[key].file
+        if name.rpartition(".")[0] in packed:
+            raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")
+        if same_class and re.search(ignored, name) is None:
+            raise ValueError(f"{file}: tensor {key!r} belongs to no module of {type(model).__name__}")
+    stream.check_shapes(model, checkpoint, found.names)
+
+
+def _same_class(model: Any) -> bool:
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def _apply(model: Any, described: Metadata) -> None:
+    """Swap the described layers into a transformers skeleton, under the names this class has for them."""
+    described = described.renamed(_names_in(model, described))
+    if not _same_class(model):
+        described = _with_tied_partners(model, described)
+    plan = model._get_dtype_plan(model.config.dtype)
+    wanted = model.config.dtype
+
+    def dtype_of(name: str, saved: torch.dtype) -> torch.dtype:
+        return _kept_dtype(plan, f"{name}.weight") or wanted or saved
+
+    apply(model, described, dtype_of=dtype_of)
+
+
+def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
+    # transformers keeps some modules in float32 whatever the dtype of the model
+    return next(
+        (dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)), None
+    )
+
+
+def _names_in(model: Any, described: Metadata) -> dict[str, str]:
+    """Name of each described layer -> its name in ``model``, which may be a base model or have another head.
+
+    A layer may be missing only with everything around it (a head, a decoder) and only from another class than
+    the one that was saved: a layer that silently stayed float would run on random weights.
+    """
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    prefix = model.base_model_prefix + "."
+    names: dict[str, str] = {}
+    missing = []
+    for name in described.layers:
+        options = (name, name.removeprefix(prefix), prefix + name)
+        # a trained module with a prologue became Sequential(prologue, layer): the skeleton has the module
+        found = next((n for n in options if n in modules or n.removesuffix(".1") in modules), None)
+        if found is not None:
+            names[name] = found
+        elif _same_class(model) or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
+            missing.append(name)
+    has_base = hasattr(model, model.base_model_prefix)
+    if not missing and not any(name.startswith(prefix) or not has_base for name in names.values()):
+        missing = list(described.layers)[:1]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {missing[0]!r}: "
+            f"the packed model was saved from {', '.join(model.config.architectures or ['another class'])}"
+        )
+    return names
+
+
+def _with_tied_partners(model: Any, described: Metadata) -> Metadata:
+    """Describe also the new layers that this class ties to described ones, such as a head on a base model."""
+    configs, tied = dict(described.layers), [list(group) for group in described.tied]
+    for pair in model.all_tied_weights_keys.items():
+        names = [name.removesuffix(".weight") for name in pair]
+        known = [name for name in names if name in described.layers]
+        if len(known) != 1 or any(name in described.skipped for name in names):
+            continue
+        (partner,) = (name for name in names if name not in known)
+        module = model.get_submodule(partner)
+        config = {key: configs[known[0]][key] for key in ("family", "dtype")}
+        config["format"] = {**configs[known[0]]["format"], "activations": "float"}
+        if isinstance(module, nn.Embedding):
+            config.update(kind="embedding", bias=False, padding_idx=module.padding_idx)
+            config["output_scale"] = float(getattr(module, "embed_scale", 1.0))
+        else:
+            config.update(kind="linear", bias=module.bias is not None)
+        configs[partner] = config
+        group = next((group for group in tied if known[0] in group), None)
+        if group is None:
+            tied.append([known[0], partner])
+        else:
+            group.append(partner)
+    return replace(described, layers=configs, tied=tuple(tuple(group) for group in tied))
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def skeleton(folder: Path) -> Any | None:
+    """The model named in ``config.json``, parameters on meta, buffers real; ``None`` for an unknown class."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        return None
+    with stream.empty_parameters():
+        model = cls._from_config(config)
+    return model
+
+
+def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
+    """:func:`lowbit.load` for a transformers folder: skeleton, swap, check headers, then stream tensors."""
+    import transformers
+
+    file = folder / "config.json"
+    description = read_json(file).get("quantization_config")
+    if not isinstance(description, dict) or description.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{file}: quantization_config must have quant_method 'lowbit': got {description!r:.200}"
+        )
+    try:
+        described = LowbitConfig(**description).metadata
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    assert described is not None
+    checkpoint = Checkpoint.of_folder(folder)
+    given = model is not None
+    if model is None:
+        model = skeleton(folder)
+    if model is None:
+        raise ValueError(
+            f"{file}: architectures must name a class of transformers: "
+            "a model with code of its own is loaded by from_pretrained"
+        )
+    _apply(model, described)
+    retie(model)
+    found = match(model, checkpoint)
+    if found.transformed and given:
+        raise ValueError(f"{folder}: its tensors do not map one to one to {type(model).__name__}")
+    if found.transformed:
+        return type(model).from_pretrained(folder, dtype="auto").to(device)
+    check(model, checkpoint, found)
+    stream.fill(model, checkpoint, found.names, device)
+    model.tie_weights(recompute_mapping=False)
+    model.to(device)  # buffers that are not saved
+    stream.check_complete(model)
+    stream.validate(model)
+    attach(model)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def dtype_in(model: Any) -> Callable[[str], torch.dtype | None]:
+    """The dtype each parameter of a float skeleton is loaded in: the model's, or float32 where kept so."""
+    plan = model._get_dtype_plan(model.config.dtype)
+    state = model.state_dict()
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        dtype: torch.dtype = _kept_dtype(plan, name) or state[name].dtype
+        return dtype
+
+    return dtype_of
