@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import logging
 import os
 import platform
 import sys
@@ -270,7 +271,10 @@ def _transformers_status() -> str:
     installed = _version("transformers")
     if installed is None or find_spec("transformers") is None:
         return "not installed: plain torch models only"
+    logging.disable(logging.WARNING)  # importing it makes other packages report what they miss
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    logging.disable(logging.NOTSET)
 
     registered = "lowbit" in AUTO_QUANTIZER_MAPPING
     return f"{installed}, " + (

@@ -93,8 +93,10 @@ def _force(backend: str) -> None:
     if backend != "reference" and reason is None:
         return
     _override = torch.library.Library(_NAMESPACE, "IMPL", "CPU")
-    for op, reference in _references.items():
-        _override.impl(op, reference if reason is None else _refusal(backend, reason))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        for op, reference in _references.items():
+            _override.impl(op, reference if reason is None else _refusal(backend, reason))
 
 
 def _refusal(backend: str, reason: str) -> Callable[..., Any]:

@@ -105,9 +105,7 @@ def test_codes_are_nearest_on_the_stored_grid(spec: Packed, quantizer: str) -> N
     assert int(q.codes.max()) <= 2**spec.bits - 1
     assert q.outlier_values is q.outlier_columns is q.outlier_rows is None
     assert_nearest(w, q, spec)
-    if (
-        quantizer == "minmax"
-    ):  # nothing is clipped, so half a step bounds the error (a float16 scale: a bit more)
+    if quantizer == "minmax":  # nothing is clipped, so half a step bounds the error (a float16 scale: a bit more)
         scales, _ = grid(q, spec)
         allowed = 0.5 + 2**spec.bits * 2.0**-11 + 1e-5
         if not spec.symmetric and spec.zeros == "int":
@@ -118,9 +116,7 @@ def test_codes_are_nearest_on_the_stored_grid(spec: Packed, quantizer: str) -> N
 @pytest.mark.parametrize("quantizer", ["minmax", "mse"])
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.zeros == "int"], ids=name)
-def test_a_weight_on_a_grid_is_recovered_exactly(
-    spec: Packed, scale_dtype: torch.dtype, quantizer: str
-) -> None:
+def test_a_weight_on_a_grid_is_recovered_exactly(spec: Packed, scale_dtype: torch.dtype, quantizer: str) -> None:
     spec = with_(spec, scale_dtype=scale_dtype, quantizer=quantizer)
     generator = torch.Generator().manual_seed(spec.bits)
     top, middle = 2**spec.bits - 1, 2 ** (spec.bits - 1)
@@ -199,9 +195,7 @@ def test_single_elements() -> None:
 @pytest.mark.parametrize("quantizer", ["minmax", "mse"])
 @pytest.mark.parametrize("magnitude", [1e-35, 1e-20, 1e-6, 1e5, 1e20, 3e38])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_extreme_magnitudes_fall_back_to_float32_scales(
-    magnitude: float, symmetric: bool, quantizer: str
-) -> None:
+def test_extreme_magnitudes_fall_back_to_float32_scales(magnitude: float, symmetric: bool, quantizer: str) -> None:
     w = weight()
     w = w / w.abs().max() * magnitude
     w[0, 0], w[0, 1] = magnitude, -magnitude
@@ -238,9 +232,7 @@ def test_mse_is_close_to_a_brute_force_search(bits: int, symmetric: bool, weight
     for ratio in torch.linspace(0.05, 2.0, 400):
         scale = extent * ratio / (2 ** (bits - 1))
         for zero in [2 ** (bits - 1)] if symmetric else range(2**bits):
-            best = torch.minimum(
-                best, squared_error(w.double(), scale, torch.tensor(float(zero)), spec, importance)
-            )
+            best = torch.minimum(best, squared_error(w.double(), scale, torch.tensor(float(zero)), spec, importance))
     assert float(found.mean() / best.mean()) < (1.01 if symmetric else 1.05)
     plain = quantize(w, with_(spec, quantizer="minmax"))
     naive = squared_error(w.double(), *grid(plain, spec, k), spec, importance)
@@ -316,10 +308,9 @@ def test_gptq_with_dead_and_dependent_columns() -> None:
     spec = Packed(bits=4, group_size=GROUP, quantizer="gptq")
     q = quantize(w, spec, hessian=x.t() @ x)
     error = dequantize(q, spec) - w
-    scales, _ = grid(q, spec)
-    assert bool(
-        (error[:, 7:50].abs() <= 2 * scales[:, 7:50]).all()
-    )  # a dead column is still rounded sensibly
+    scales, zeros = grid(q, spec)
+    nearest_codes = (w.double() / scales + zeros).round().clamp(0, 15)
+    assert torch.equal(q.codes[:, 7:50].double(), nearest_codes[:, 7:50])  # a dead column is left to itself
     nearest = dequantize(quantize(w, with_(spec, quantizer="mse")), spec) - w
     assert (x.double() @ error.t()).norm() < 0.3 * (x.double() @ nearest.t()).norm()
 

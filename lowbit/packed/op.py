@@ -129,16 +129,16 @@ def _dequantize_block(rows: slice, weight: tuple[Any, ...], bits: int, group_siz
 def quantize_activations(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """float ``[M, K]`` to (integers in -127..127 held as float32, float32 scale per row ``[M, 1]``).
 
-    Dynamic (``x_scale`` None): ``scale = max|x| / 127`` per row. A row that holds a NaN (dynamic: or an
+    Dynamic (``x_scale`` None): ``q = round(x * (127 * (1 / max|x|)))`` and ``scale = max|x| / 127`` per row. A row that holds a NaN (dynamic: or an
     infinity) gets a NaN scale, so that its output is NaN. Rounding is half to even.
     """
     x = x.float()
     if x_scale is None:
         peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-        inverse = torch.where(peak > 0, 127 / peak, 0.0)
+        inverse = torch.where(peak > 0, peak.reciprocal() * 127, 0.0)  # as BitNet's `127 / peak` rounds in torch
         scale = peak / 127
     else:
-        inverse = 1 / x_scale.float().reshape(1, 1)
+        inverse = x_scale.float().reshape(1, 1).reciprocal()
         scale = x_scale.float().reshape(1, 1).expand(x.shape[0], 1)
     bad = x.isnan().any(-1, keepdim=True) | scale.isinf()
     q = torch.where(bad, 0.0, (x * inverse).round().clamp(-127, 127))

@@ -1,0 +1,372 @@
+"""Plain modules: save and load. Also the description, the safetensors reader, and convert_folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lowbit
+from lowbit.checkpoint import folder as folders
+from lowbit.checkpoint import metadata
+from lowbit.checkpoint.reader import Checkpoint
+from lowbit.checkpoint.stream import empty_parameters
+from lowbit.layer import layers
+
+
+class Net(nn.Module):
+    """Embedding and tied head, a block registered under two names, a buffer, a float layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(51, 48, padding_idx=0)
+        self.block = nn.Linear(48, 48)
+        self.again = self.block
+        self.norm = nn.BatchNorm1d(48)
+        self.small = nn.Linear(48, 5, bias=False)
+        self.head = nn.Linear(48, 51, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(3), persistent=False)
+
+    def forward(self, ids):
+        x = self.norm(self.again(self.block(self.embed(ids)).relu()))
+        return self.head(x) + self.small(x).sum(-1, keepdim=True) + self.steps.sum()
+
+
+IDS = torch.tensor([3, 0, 50, 7])
+
+
+def make(spec=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    model.norm.running_mean.normal_()
+    if spec is None:
+        spec = lowbit.Packed(bits=4, group_size=20, outliers=0.01)
+    return lowbit.convert(model, spec, **{"skip": ["small"], **kwargs})
+
+
+def same_bits(model, other):
+    state, reloaded = model.state_dict(), other.state_dict()
+    assert list(state) == list(reloaded)
+    for name, tensor in state.items():
+        assert tensor.dtype == reloaded[name].dtype, name
+        assert torch.equal(tensor, reloaded[name]), name
+    assert torch.equal(model(IDS), other(IDS))
+
+
+@pytest.mark.parametrize("skeleton", ["float", "meta", "empty_parameters"])
+def test_reload_is_bit_equal(skeleton, tmp_path):
+    model = make()
+    lowbit.save(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lowbit.json", "model.safetensors"]
+    if skeleton == "float":
+        empty = Net()
+    elif skeleton == "empty_parameters":
+        with empty_parameters():
+            empty = Net()
+    else:
+        with torch.device("meta"):
+            empty = Net()
+        empty.steps = torch.arange(3)  # not saved: only the constructor knows it
+    other = lowbit.load(tmp_path, empty).eval()
+    assert other is empty
+    same_bits(model, other)
+    assert other.head.packed is other.embed.packed
+    assert other.again is other.block
+    assert other.embed.padding_idx == 0
+    assert other.lowbit_skipped == model.lowbit_skipped == {"small": "skipped by the caller"}
+    for name, layer in layers(model).items():
+        assert layers(other)[name].weight_error == pytest.approx(layer.weight_error, rel=1e-5)
+        assert all(not tensor.requires_grad for tensor in layers(other)[name].named_tensors().values())
+    assert other.block.bias.requires_grad
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        lowbit.Packed(bits=2, symmetric=True),
+        lowbit.Packed(bits=3, group_size=7),
+        lowbit.Packed(bits=8, granularity="tensor", activations="int8"),
+        lowbit.Packed(bits=5, group_size=48, zeros="float", scale_dtype=torch.bfloat16),
+        lowbit.Packed(bits=7, group_size=1, scale_dtype=torch.float32, outliers=0.1),
+    ],
+    ids=lambda spec: spec.describe(),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_formats_and_dtypes(spec, dtype, tmp_path):
+    model = make(spec).to(dtype)
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path, Net()).eval()
+    assert other.embed.dtype == dtype
+    same_bits(model, other)
+
+
+def test_shared_tensors_are_stored_once(tmp_path):
+    lowbit.save(make(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert [name for name in stored if name.endswith(".packed")] == ["block.packed", "embed.packed"]
+    model = make()
+    total = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == total
+
+
+def test_a_model_that_is_one_layer(tmp_path):
+    torch.manual_seed(0)
+    layer = lowbit.convert(nn.Linear(40, 6), lowbit.Packed(bits=4))
+    lowbit.save(layer, tmp_path)
+    other = lowbit.load(tmp_path, nn.Linear(40, 6))
+    x = torch.randn(3, 40)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_load_into_an_already_packed_model(tmp_path):
+    model = make(seed=1)
+    lowbit.save(model, tmp_path)
+    same_bits(model, lowbit.load(tmp_path, make(seed=2)))
+
+
+def test_trained_module_with_a_prologue(tmp_path):
+    class Trained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+            self.codes = nn.Parameter(torch.randint(0, 4, (8, 16)).float())
+
+        def forward(self, x):
+            return self.norm(x) @ ((self.codes - 2) * 0.5).T
+
+    def recognise(module):
+        scales = torch.full((1, 1), 0.5)
+        return lowbit.Source(lowbit.Quantized(module.codes.detach().to(torch.uint8), scales, None), bits=2)
+
+    lowbit.register_source(Trained, recognise, prologue=lambda module: module.norm)
+    model = nn.Sequential(Trained(), nn.ReLU())
+    model[0].norm.weight.data.normal_()
+    lowbit.convert(model)
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path, nn.Sequential(Trained(), nn.ReLU()))
+    x = torch.randn(3, 16)
+    assert torch.equal(other(x), model(x))
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = make(seed=1)
+    lowbit.save(model, tmp_path)
+
+    def half(tensors, path, header):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.save(make(seed=2), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lowbit.json", "model.safetensors"]
+    same_bits(model, lowbit.load(tmp_path, Net()).eval())
+
+
+def test_errors_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="no packed layer"):
+        lowbit.save(Net(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        lowbit.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"neither lowbit\.json nor config\.json"):
+        lowbit.load(tmp_path)
+    lowbit.save(make(), tmp_path)
+    with pytest.raises(ValueError, match="pass the float model"):
+        lowbit.load(tmp_path)
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match="steps is on meta"):
+        lowbit.load(tmp_path, empty)
+    broken = make()
+    broken.block.scales.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"block\.scales must be finite"):
+        lowbit.save(broken, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_skeleton_of_another_shape_changes_nothing(tmp_path):
+    lowbit.save(make(), tmp_path)
+
+    class Wider(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(48, 52, bias=False)
+
+    other = Wider()
+    with pytest.raises(ValueError, match=r"layer 'head' was saved from a float linear of shape \[51, 48\]"):
+        lowbit.load(tmp_path, other)
+    assert not layers(other)
+
+    class Biased(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(48, 51, bias=True)
+
+    with pytest.raises(ValueError, match="'head' was saved without a bias"):
+        lowbit.load(tmp_path, Biased())
+
+
+def test_description_groups_equal_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(50)])
+    lowbit.convert(model, lowbit.Packed(bits=4))
+    description = metadata.describe(model)
+    assert len(description["layers"]) == 1
+    assert description["layers"][0]["names"] == [str(i) for i in range(50)]
+    parsed = metadata.parse(json.loads(json.dumps(description)))
+    assert parsed.layers == {name: layer.config() for name, layer in layers(model).items()}
+
+
+@pytest.mark.parametrize("dtype", [d for d in vars(torch).values() if isinstance(d, torch.dtype)], ids=str)
+def test_reader_agrees_with_safetensors(dtype, tmp_path):
+    tensor = torch.arange(24).to(torch.uint8).view(2, 12).clone()
+    try:
+        tensor = tensor.view(dtype)
+        save_file({"b": tensor, "empty": tensor[:0], "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        pytest.skip(f"safetensors has no {dtype}")
+    if dtype not in __import__("lowbit.checkpoint.reader", fromlist=["DTYPES"]).DTYPES.values():
+        with pytest.raises(ValueError, match="tensor 'b': dtype must be one of"):
+            Checkpoint.of_folder(tmp_path)
+        return
+    checkpoint = Checkpoint.of_folder(tmp_path)
+    for name, expected in load_file(tmp_path / "model.safetensors").items():
+        found = checkpoint.read(name)
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+
+
+# ------------------------------------------------------------------------------------------------ convert_folder
+
+
+@pytest.fixture
+def float_llama(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    def write(tied=False, dtype=torch.bfloat16, shard="5GB"):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=101, tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+        model.generation_config.repetition_penalty = 1.5
+        model.save_pretrained(tmp_path / "float", max_shard_size=shard)
+        (tmp_path / "float" / "tokenizer.json").write_text("{}")
+        # what from_pretrained makes of it: .to(dtype) also rounded the rotary frequencies, which are not saved
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float")
+
+    return write
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("dtype", "shard"), [(torch.bfloat16, "30KB"), (torch.float16, "5GB"), (torch.float32, "5GB")])
+@pytest.mark.parametrize("skip", [(), ("lm_head",), ("model.embed_tokens", "*.mlp")])
+def test_convert_folder_equals_convert(tied, dtype, shard, skip, float_llama, tmp_path):
+    spec = lowbit.Packed(bits=4, group_size=32)
+    model = lowbit.convert(float_llama(tied, dtype, shard), spec, skip=skip)
+    assert model.dtype == dtype
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, skip=skip)
+    other = lowbit.load(tmp_path / "packed")
+    ids = torch.arange(8)[None]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert other.dtype == dtype
+    assert other.lowbit_skipped == model.lowbit_skipped
+    assert other.generation_config.repetition_penalty == 1.5
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()
+    assert {f.name for f in tmp_path.iterdir()} == {"float", "packed"}
+
+
+def test_convert_folder_of_other_models(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(0)
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=64)
+    )
+    bert = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=101
+        )
+    )
+    ids = torch.arange(8)[None]
+    for name, model in {"gpt2": gpt2, "bert": bert}.items():
+        model.eval().save_pretrained(tmp_path / name)
+        lowbit.convert_folder(tmp_path / name, tmp_path / f"{name}-packed", lowbit.Packed(bits=8))
+        lowbit.convert(model, lowbit.Packed(bits=8))
+        other = type(model).from_pretrained(tmp_path / f"{name}-packed")
+        assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_convert_folder_with_calibration(float_llama, tmp_path):
+    spec = lowbit.Packed(bits=4, group_size=32, quantizer="gptq")
+    model = float_llama(dtype=torch.float32)
+    batches = [torch.randint(0, 101, (2, 16), generator=torch.Generator().manual_seed(1))]
+    with pytest.raises(ValueError, match="needs calibration"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec)
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, calibration=batches)
+    lowbit.convert(model, spec, calibration=batches)
+    ids = torch.arange(8)[None]
+    assert torch.equal(lowbit.load(tmp_path / "packed")(ids).logits, model(ids).logits)
+
+
+def test_convert_folder_errors(float_llama, tmp_path):
+    spec = lowbit.Packed(bits=4, group_size=32)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        lowbit.convert_folder(tmp_path, tmp_path / "packed", spec)
+    float_llama()
+    with pytest.raises(FileExistsError, match="must not exist"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "float", spec)
+    with pytest.raises(ValueError, match="matches no layer"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, skip=["nothing"])
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    poisoned = {
+        **tensors,
+        "model.layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.up_proj.weight"] * torch.nan,
+    }
+    save_file(poisoned, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj.*NaN"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*missing"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec)
+    assert [f.name for f in tmp_path.iterdir()] == ["float"]
+
+
+def test_loading_adds_little_more_than_the_packed_bytes(tmp_path):
+    pytest.importorskip("transformers", minversion="5.0")
+    code = f"""
+import gc, torch, lowbit, transformers
+def rss():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
+def config(n):
+    return transformers.LlamaConfig(hidden_size=n, intermediate_size=2*n, num_hidden_layers=2, num_attention_heads=4,
+                                    vocab_size=8000, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+small = lowbit.convert(transformers.LlamaForCausalLM(config(32)), lowbit.Packed(bits=4))
+lowbit.save(small, {str(tmp_path)!r} + "/small"); lowbit.load({str(tmp_path)!r} + "/small")
+gc.collect(); before = rss()
+model = lowbit.load({str(tmp_path)!r} + "/big")
+gc.collect(); print((rss() - before) / sum(t.nbytes for t in model.state_dict().values()))
+"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=4, vocab_size=8000,
+        dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    big = LlamaForCausalLM(config).to(torch.bfloat16)
+    lowbit.save(lowbit.convert(big, lowbit.Packed(bits=8)), tmp_path / "big")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert float(done.stdout.split()[-1]) <= 1.05
