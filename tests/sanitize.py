@@ -37,7 +37,6 @@ def main(arguments: list[str]) -> int:
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself never frees everything
             "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
             "OMP_NUM_THREADS": "2",
-            "PYTHONMALLOC": "malloc",
         }
         tests = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_packed_kernels.py")]
         options = ["-q", "-k", "not reference", "-p", "no:cacheprovider"]
