@@ -67,6 +67,7 @@ sanitize: $(VENV)/.installed
 	$(PY) tests/sanitize.py
 
 wheel: $(VENV)/.installed
+	rm -rf build
 	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:

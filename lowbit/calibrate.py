@@ -171,10 +171,7 @@ def _observe(
         visit(name, args[0] if args else next(iter(kwargs.values())), mask)
 
     training = [module for module in model.modules() if module.training]
-    handles = [
-        layer.register_forward_pre_hook(partial(see, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         model.eval()
         for batch in batches:
@@ -209,9 +206,7 @@ def _samples(x: Tensor, mask: Tensor | None) -> Tensor:
 def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
     missing = sorted(set(names) - set(reached))
     if missing:
-        raise ValueError(
-            f"calibration must call every layer that it quantizes: no batch reaches {', '.join(missing)}"
-        )
+        raise ValueError(f"calibration must call every layer that it quantizes: no batch reaches {', '.join(missing)}")
 
 
 def _require_finite(name: str, statistic: Tensor) -> None:

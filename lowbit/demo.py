@@ -249,9 +249,12 @@ def cpu_model() -> str:
 
 def machine_line() -> str:
     """Processor, threads, versions and the kernels in use: what the figures below it depend on."""
-    threads = f"{torch.get_num_threads()} threads"
-    active = next(str(backend) for backend in lowbit.backends() if backend.available)
-    return f"{cpu_model()}, {threads}, torch {torch.__version__}, lowbit {lowbit.__version__}, {active}"
+    active = next(backend for backend in lowbit.backends() if backend.available)
+    isa = f" ({active.details['isa']})" if "isa" in active.details else ""
+    return (
+        f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"lowbit {lowbit.__version__}, backend {active.name}{isa}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

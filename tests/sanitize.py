@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
             "OMP_NUM_THREADS": "2",
         }
         tests = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_packed_kernels.py")]
-        options = ["-q", "-k", "not reference", "-p", "no:cacheprovider"]
+        # --capture=sys: a finding is written to the process's stderr as it ends, past what pytest could still show
+        options = ["-q", "-k", "not reference", "-p", "no:cacheprovider", "--capture=sys"]
         return subprocess.run([*tests, *options, *arguments], env=environment, cwd=ROOT).returncode
 
 

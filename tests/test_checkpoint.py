@@ -13,7 +13,7 @@ from torch import nn
 import lowbit
 from lowbit.checkpoint import folder as folders
 from lowbit.checkpoint import metadata
-from lowbit.checkpoint.reader import Checkpoint
+from lowbit.checkpoint.reader import DTYPES, Checkpoint
 from lowbit.checkpoint.stream import empty_parameters
 from lowbit.layer import layers
 
@@ -222,22 +222,18 @@ def test_description_groups_equal_layers():
     assert parsed.layers == {name: layer.config() for name, layer in layers(model).items()}
 
 
-@pytest.mark.parametrize("dtype", [d for d in vars(torch).values() if isinstance(d, torch.dtype)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_reader_agrees_with_safetensors(dtype, tmp_path):
-    tensor = torch.arange(24).to(torch.uint8).view(2, 12).clone()
+    tensor = torch.arange(48).remainder(2).to(torch.uint8).view(3, 16).view(dtype)
+    file = tmp_path / "model.safetensors"
     try:
-        tensor = tensor.view(dtype)
-        save_file({"b": tensor, "empty": tensor[:0], "a": torch.tensor(3.0)}, tmp_path / "model.safetensors")
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
-        pytest.skip(f"safetensors has no {dtype}")
-    if dtype not in __import__("lowbit.checkpoint.reader", fromlist=["DTYPES"]).DTYPES.values():
-        with pytest.raises(ValueError, match="tensor 'b': dtype must be one of"):
-            Checkpoint.of_folder(tmp_path)
-        return
+        save_file({"b": tensor, "empty": tensor[:0].clone(), "scalar": tensor[0, 0].clone()}, file)
+    except (RuntimeError, KeyError):
+        pytest.skip(f"this safetensors cannot write {dtype}")
     checkpoint = Checkpoint.of_folder(tmp_path)
-    for name, expected in load_file(tmp_path / "model.safetensors").items():
+    for name, expected in load_file(file).items():
         found = checkpoint.read(name)
-        assert found.dtype == expected.dtype
+        assert found.dtype == expected.dtype == dtype
         assert found.shape == expected.shape
         assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
 

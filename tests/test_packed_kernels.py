@@ -90,21 +90,21 @@ def test_linear_int8(where, bits, dtype, static):
         bias = None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
         y = weight.linear(x, bias, int8=True, x_scale=x_scale)
         assert y.dtype == dtype and y.shape == (m, n)
-        q, scale = quantize_activations(x, x_scale)
+        q, inverse = quantize_activations(x, x_scale)
         # [x as quantized | x as it is] @ [codes part | outliers].T
         codes_part = weight.dense(outliers=False)
-        both = torch.cat([q.double() * scale.double(), x.double()], 1)
+        both = torch.cat([q.double() / inverse.double(), x.double()], 1)
         assert_linear_close(y, both, torch.cat([codes_part, weight.dense() - codes_part], 1), bias)
 
 
 def test_activation_quantization_rounds_half_to_even_and_saturates():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0], [0.0] * 6, [1e-3, -2e-3, 5e-4, 0, 0, 0]])
-    q, scale = quantize_activations(x, None)
-    assert q[0].tolist() == [127, 0, 2, 2, 0, -127] and float(scale[0]) == 1.0
-    assert q[1].tolist() == [0] * 6 and float(scale[1]) == 0.0
+    q, inverse = quantize_activations(x, None)
+    assert q[0].tolist() == [127, 0, 2, 2, 0, -127] and float(inverse[0]) == 1.0
+    assert q[1].tolist() == [0] * 6 and float(inverse[1]) == 1.0
     assert q[2].tolist() == [64, -127, 32, 0, 0, 0]
-    q, scale = quantize_activations(x, torch.tensor([0.5]))
-    assert q[0].tolist() == [127, 1, 3, 5, -1, -127] and scale.flatten().tolist() == [0.5] * 3
+    q, inverse = quantize_activations(x, torch.tensor([0.5]))
+    assert q[0].tolist() == [127, 1, 3, 5, -1, -127] and inverse.flatten().tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ SPECS = [
 ]  # fmt: skip
 
 
-def with_(spec: Packed, **changes: object) -> Packed:
-    from dataclasses import replace
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
+
+def with_(spec: Packed, **changes: object) -> Packed:
     return replace(spec, **changes)  # type: ignore[arg-type]
 
 
@@ -37,8 +41,7 @@ def name(spec: Packed) -> str:
 
 def columns(values: Tensor, spec: Packed, k: int = K) -> Tensor:
     """Per-group values as float64, broadcastable to [N, K]."""
-    wide = values.double().repeat_interleave(spec.resolve_group_size(k), dim=1)[:, :k]
-    return wide
+    return values.double().repeat_interleave(spec.resolve_group_size(k), dim=1)[:, :k]
 
 
 def grid(q: Quantized, spec: Packed, k: int = K) -> tuple[Tensor, Tensor]:
@@ -221,7 +224,8 @@ def squared_error(w: Tensor, scale: Tensor, zero: Tensor, spec: Packed, h: Tenso
 def test_mse_is_close_to_a_brute_force_search(bits: int, symmetric: bool, weighted: bool) -> None:
     n, k = 64, 64
     w = weight(n, k)
-    h = torch.diag(torch.rand(k) * 5 + 0.1) if weighted else None
+    generator = torch.Generator().manual_seed(5)
+    h = torch.diag(torch.rand(k, generator=generator) * 5 + 0.1) if weighted else None
     spec = Packed(bits=bits, group_size=k, symmetric=symmetric, quantizer="mse")
     q = quantize(w, spec, hessian=h)
     importance = None if h is None else h.diagonal().double()
@@ -233,7 +237,7 @@ def test_mse_is_close_to_a_brute_force_search(bits: int, symmetric: bool, weight
         scale = extent * ratio / (2 ** (bits - 1))
         for zero in [2 ** (bits - 1)] if symmetric else range(2**bits):
             best = torch.minimum(best, squared_error(w.double(), scale, torch.tensor(float(zero)), spec, importance))
-    assert float(found.mean() / best.mean()) < (1.01 if symmetric else 1.05)
+    assert float(found.mean() / best.mean()) < (1.01 if symmetric else 1.03)
     plain = quantize(w, with_(spec, quantizer="minmax"))
     naive = squared_error(w.double(), *grid(plain, spec, k), spec, importance)
     assert bool((found <= naive * (1 + 1e-3 + 0.02 * weighted)).all())

@@ -16,57 +16,72 @@ from lowbit.layer import layers
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from transformers import (  # noqa: E402
-    AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification,
-    BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel,
-    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM,
-    T5Config, T5EncoderModel, T5ForConditionalGeneration,
-)  # fmt: skip
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 SPEC = lowbit.Packed(bits=4, group_size=32)
 VOCAB = 101  # odd: rows that do not fill a block
 T5_BIAS = ["*.relative_attention_bias"]  # K = number of heads, smaller than a group
 
+BERT = BertConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
+    max_position_embeddings=64, num_labels=3,
+)  # fmt: skip
+GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64)
+BART = BartConfig(
+    d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=VOCAB, max_position_embeddings=64, scale_embedding=True,
+)  # fmt: skip
+T5 = T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0)
+OPT = OPTConfig(
+    hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
+    max_position_embeddings=64, word_embed_proj_dim=64,
+)  # fmt: skip
+MIXTRAL = MixtralConfig(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, num_local_experts=2,
+)  # fmt: skip
 
-def llama(tied: bool):
-    config = LlamaConfig(
+
+def llama(tied):
+    return LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCAB, tie_word_embeddings=tied,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def bert_config(**kwargs):
-    return BertConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
-        max_position_embeddings=64, **kwargs,
-    )  # fmt: skip
-
-
-def t5_config():
-    return T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0)
 
 
 MODELS = {
-    "llama": lambda: llama(tied=False),
-    "llama-tied": lambda: llama(tied=True),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64)),
-    "bert": lambda: BertModel(bert_config()),
-    "bert-mlm": lambda: BertForMaskedLM(bert_config()),
-    "bert-classify": lambda: BertForSequenceClassification(bert_config(num_labels=3)),
-    "bart": lambda: BartForConditionalGeneration(
-        BartConfig(
-            d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=VOCAB, max_position_embeddings=64, scale_embedding=True,
-        )  # fmt: skip
-    ),
-    "t5": lambda: T5ForConditionalGeneration(t5_config()),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(
-            hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
-            max_position_embeddings=64, word_embed_proj_dim=64,
-        )  # fmt: skip
-    ),
-}  # fmt: skip
+    "llama": (LlamaForCausalLM, llama(tied=False)),
+    "llama-tied": (LlamaForCausalLM, llama(tied=True)),
+    "gpt2": (GPT2LMHeadModel, GPT2),
+    "bert": (BertModel, BERT),
+    "bert-mlm": (BertForMaskedLM, BERT),
+    "bert-classify": (BertForSequenceClassification, BERT),
+    "bart": (BartForConditionalGeneration, BART),
+    "t5": (T5ForConditionalGeneration, T5),
+    "opt": (OPTForCausalLM, OPT),
+    "mixtral": (MixtralForCausalLM, MIXTRAL),  # its files hold experts one by one: they do not map one to one
+}
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -78,7 +93,8 @@ def _quiet():
 
 def make(name, spec=SPEC, skip=(), dtype=None):
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    cls, config = MODELS[name]
+    model = cls(copy.deepcopy(config)).eval()
     for tensor in model.parameters():  # biases and norms start at 0 and 1: make every tensor matter
         tensor.data += 0.05 * torch.randn_like(tensor)
     model.tie_weights()
@@ -190,6 +206,16 @@ def test_formats(spec, tmp_path):
     same_bits(model, lowbit.load(tmp_path))
 
 
+def test_static_activation_scales_are_each_layers_own(tmp_path):
+    spec = lowbit.Packed(bits=8, granularity="row", activations="int8_static")
+    plain = make("gpt2", spec=None)
+    model = lowbit.convert(plain, spec, calibration=[IDS])
+    model.save_pretrained(tmp_path)
+    assert "lm_head.x_scale" in transformers_keys(tmp_path)
+    same_bits(model, GPT2LMHeadModel.from_pretrained(tmp_path))
+    same_bits(model, lowbit.load(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("saved", "auto", "attribute"),
     [
@@ -230,15 +256,12 @@ def test_head_model_from_a_base_folder(tmp_path):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    make("llama").save_pretrained(tmp_path)
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(GPT2)
+    config.quantization_config = model.config.quantization_config.to_dict()
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no layer 'model"):
-        GPT2LMHeadModel.from_pretrained(tmp_path, config=describe_as_gpt2(tmp_path))
-
-
-def describe_as_gpt2(folder):
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64)
-    config.quantization_config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return config
+        GPT2LMHeadModel.from_pretrained(tmp_path, config=config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -327,7 +350,7 @@ def test_wrapper_around_a_transformers_model(tmp_path):
     model = lowbit.convert(Pooled(make("bert", spec=None)), SPEC)
     expected = model(IDS)
     lowbit.save(model, tmp_path / "all")
-    other = lowbit.load(tmp_path / "all", Pooled(BertModel(bert_config())).eval())
+    other = lowbit.load(tmp_path / "all", Pooled(BertModel(copy.deepcopy(BERT))).eval())
     assert torch.equal(other(IDS), expected)
     model.encoder.save_pretrained(tmp_path / "encoder")
     same_bits(model.encoder, BertModel.from_pretrained(tmp_path / "encoder"))

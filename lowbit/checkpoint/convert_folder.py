@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -80,9 +82,7 @@ def _load_float(src: Path) -> Any:
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, None)
     if cls is None:
-        raise ValueError(
-            f"{src / 'config.json'}: architectures must name a class of transformers: got {name!r}"
-        )
+        raise ValueError(f"{src / 'config.json'}: architectures must name a class of transformers: got {name!r}")
     return cls.from_pretrained(src, dtype="auto")
 
 
@@ -111,6 +111,7 @@ def _convert_streaming(src: Path, spec: Any, skip: Sequence[str]) -> Any | None:
     dtype_of = pretrained.dtype_in(model)
     for group in tqdm(plan.groups, desc="lowbit convert", unit="layer", disable=None):
         _convert_group(model, group, checkpoint, names, dtype_of)
+        _return_freed_memory()
     model.lowbit_skipped = plan.skipped
     pretrained.retie(model)
     state = model.state_dict()
@@ -121,6 +122,13 @@ def _convert_streaming(src: Path, spec: Any, skip: Sequence[str]) -> Any | None:
     stream.check_complete(model)
     pretrained.attach(model)
     return model.eval()
+
+
+def _return_freed_memory() -> None:
+    # glibc keeps freed blocks of up to 32 MB in a heap that fragments: without this, converting 1.1B weights to
+    # 4 bits ends with 2.5 GB resident instead of 1.1 GB
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _convert_group(

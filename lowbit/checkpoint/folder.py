@@ -27,9 +27,7 @@ DESCRIPTION_FILE = "lowbit.json"
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to ``path`` when all went well: readers never see half a
-    file.
-    """
+    """A temporary name in the same folder, renamed to ``path`` when all went well: readers never see half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -71,9 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     state = model.state_dict()
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} is not a tensor but {type(tensor).__name__}: extra state cannot be saved"
-            )
+            raise ValueError(f"{name} is not a tensor but {type(tensor).__name__}: extra state cannot be saved")
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is on meta: there is nothing to save")
     aliases = _aliases(state)
@@ -88,9 +84,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def load(
-    folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
-) -> Any:
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Any:
     """Load what :func:`save` (or ``save_pretrained``) wrote, without ever holding the float weights.
 
     Args:
@@ -128,14 +122,10 @@ def load(
     _check_aliases(folder / DESCRIPTION_FILE, aliases, state, checkpoint)
     for name in state:
         if name not in checkpoint and name not in aliases:
-            raise ValueError(
-                f"{folder}: tensor {name!r} is missing: {state[name].dtype} {list(state[name].shape)}"
-            )
+            raise ValueError(f"{folder}: tensor {name!r} is missing: {state[name].dtype} {list(state[name].shape)}")
     for name in checkpoint:
         if name not in state:
-            raise ValueError(
-                f"{checkpoint.entries[name].file}: tensor {name!r} belongs to no module of the model"
-            )
+            raise ValueError(f"{checkpoint.entries[name].file}: tensor {name!r} belongs to no module of the model")
     names = {name: name for name in state if name in checkpoint}
     stream.check_shapes(model, checkpoint, names)
     stream.fill(model, checkpoint, names, device)
@@ -153,20 +143,14 @@ def _check_aliases(file: Path, aliases: Any, state: dict[str, Tensor], checkpoin
     for alias, name in aliases.items():
         known = alias in state and name in checkpoint and name in state and alias not in checkpoint
         if not known or state[alias].shape != state[name].shape:
-            raise ValueError(
-                f"{file}: shared must name tensors of the model and the file: got {alias!r}: {name!r}"
-            )
+            raise ValueError(f"{file}: shared must name tensors of the model and the file: got {alias!r}: {name!r}")
 
 
 def _load_pretrained(folder: Path, model: nn.Module | None, device: torch.device | str) -> Any:
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither {DESCRIPTION_FILE} nor config.json: not a saved packed model"
-        )
+        raise FileNotFoundError(f"{folder} has neither {DESCRIPTION_FILE} nor config.json: not a saved packed model")
     try:
         from lowbit.integrations import pretrained
     except ImportError as error:
-        raise ImportError(
-            f"{folder} holds a transformers model: loading it needs the package transformers"
-        ) from error
+        raise ImportError(f"{folder} holds a transformers model: loading it needs the package transformers") from error
     return pretrained.load(folder, model, device)

@@ -166,9 +166,7 @@ def parse(description: dict[str, Any]) -> Metadata:
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     """``(N, K)`` of a module that a packed layer stands for, where its attributes tell."""
-    if type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # transformers': a linear with weight [K, N]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a linear with weight [K, N]
         return int(module.nf), module.get_parameter("weight").shape[0]  # type: ignore[arg-type]
     for rows, columns in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
         if hasattr(module, rows) and hasattr(module, columns):
@@ -195,8 +193,7 @@ def apply(
     *,
     dtype_of: Callable[[str, torch.dtype], torch.dtype] = lambda name, dtype: dtype,
 ) -> Any:
-    """Swap the described modules of a float skeleton (its parameters may be on meta) for empty layers on
-    meta.
+    """Swap the described modules of a float skeleton (its parameters may be on meta) for empty layers on meta.
 
     ``dtype_of(name, saved dtype)`` chooses each layer's compute dtype. Tied layers share their parameters
     again. Returns the model (or the layer that replaces it, when it is itself the described module).

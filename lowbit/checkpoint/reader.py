@@ -102,9 +102,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{file}: the header may have at most {MAX_HEADER_BYTES} bytes: got {length}")
         if length > size - 8:
-            raise ValueError(
-                f"{file} is truncated: its header has {length} bytes, but only {size - 8} follow"
-            )
+            raise ValueError(f"{file} is truncated: its header has {length} bytes, but only {size - 8} follow")
         try:
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_unique)
         except (UnicodeDecodeError, ValueError) as error:
@@ -171,9 +169,7 @@ class Checkpoint:
         for shard in shards:
             # a shard is a plain file name: an index must not be able to name files elsewhere
             if shard != os.path.basename(shard) or not (folder / shard).is_file():
-                raise FileNotFoundError(
-                    f"{index_file}: weight_map names the shard {shard!r}, which does not exist"
-                )
+                raise FileNotFoundError(f"{index_file}: weight_map names the shard {shard!r}, which does not exist")
         checkpoint = cls(folder / shard for shard in shards)
         for name in sorted(set(weight_map) ^ set(checkpoint.entries)):
             side = "in the index but in no shard" if name in weight_map else "in a shard but not in the index"
@@ -204,13 +200,9 @@ class Checkpoint:
         return tensor
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-        """Raise ``ValueError`` unless tensor ``name`` has this shape (and dtype), naming file, tensor and
-        field.
-        """
+        """Raise ``ValueError`` unless tensor ``name`` has this shape (and dtype), naming file, tensor and field."""
         entry = self.entries[name]
         if entry.shape != tuple(shape):
-            raise ValueError(
-                f"{entry.file}: tensor {name!r}: shape must be {tuple(shape)}: got {entry.shape}"
-            )
+            raise ValueError(f"{entry.file}: tensor {name!r}: shape must be {tuple(shape)}: got {entry.shape}")
         if dtype is not None and entry.dtype != dtype:
             raise ValueError(f"{entry.file}: tensor {name!r}: dtype must be {dtype}: got {entry.dtype}")

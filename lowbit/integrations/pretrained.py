@@ -27,8 +27,7 @@ METHOD = "lowbit"
 
 @register_quantization_config(METHOD)
 class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of a packed model: the description of its layers; or what to convert while
-    loading.
+    """``quantization_config`` of a packed model: the description of its layers; or what to convert while loading.
 
     Args:
         spec: with ``from_pretrained`` of a *float* model: what :func:`lowbit.convert` is to be called with
@@ -39,9 +38,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ValueError: naming the layer and the field of a description that is not valid.
     """
 
-    def __init__(
-        self, spec: Any = None, *, skip: Any = (), calibration: Any = None, **description: Any
-    ) -> None:
+    def __init__(self, spec: Any = None, *, skip: Any = (), calibration: Any = None, **description: Any) -> None:
         self.quant_method = METHOD
         description.pop("quant_method", None)
         self.spec, self.skip, self.calibration = spec, skip, calibration
@@ -87,9 +84,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             return model
         # files of another kind than safetensors have no header to check; transformers 5 does not write any
-        self._files = [
-            Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")
-        ]
+        self._files = [Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")]
         assert self.quantization_config.metadata is not None
         _apply(model, self.quantization_config.metadata)
         retie(model)
@@ -126,6 +121,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         # called by save_pretrained before it writes config.json: describe the model as it is now
+        _skip_zero_biases(model)
         description = describe(model)
         self.quantization_config = model.config.quantization_config = LowbitConfig(**description)  # type: ignore[union-attr]
         return None, {"lowbit_format_version": description["format_version"]}
@@ -134,6 +130,15 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         from lowbit.convert import dequantize
 
         return dequantize(model)
+
+
+def _skip_zero_biases(model: Any) -> None:
+    # BART and its relatives have a [1, vocabulary] float buffer that is zero in nearly every model, and which
+    # transformers starts at zero where a file does not hold it: as large as 2 % of a 2-bit model
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "final_logits_bias":
+            ignored = model._keys_to_ignore_on_save
+            ignored.discard(name) if bool(buffer.any()) else ignored.add(name)
 
 
 # ------------------------------------------------------------------------------------------------ in memory
@@ -180,11 +185,7 @@ def _restore_conv1d(model: Any) -> None:
             with torch.device("meta"):
                 conv = Conv1D(plain.out_features, plain.in_features)
             conv.weight = nn.Parameter(plain.weight.detach().t().contiguous())
-            bias = (
-                plain.bias
-                if plain.bias is not None
-                else torch.zeros(plain.out_features, dtype=plain.weight.dtype)
-            )
+            bias = plain.bias if plain.bias is not None else torch.zeros(plain.out_features, dtype=plain.weight.dtype)
             conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], conv.train(plain.training))
@@ -220,8 +221,7 @@ def _install_dtype() -> None:
 
 
 def retie(model: nn.Module) -> None:
-    """Rewrite the tied names from ``x.weight`` to the packed tensors of ``x``, in ``model`` and its
-    submodels.
+    """Rewrite the tied names from ``x.weight`` to the packed tensors of ``x``, in ``model`` and its submodels.
 
     A pair of which only one side was packed is no longer tied: each side is saved. transformers reads the
     names from ``_tied_weights_keys`` when it saves and from ``all_tied_weights_keys`` when it loads.
@@ -296,8 +296,7 @@ def match(model: Any, checkpoint: Checkpoint, conversions: list[Any] | None = No
 
 
 def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
-    """Compare the headers with a model whose layers were swapped in; raises ``ValueError`` naming file and
-    tensor.
+    """Compare the headers with a model whose layers were swapped in; raises ``ValueError`` naming file and tensor.
 
     Packed layers must find exactly their tensors. For the rest, loading the class that was saved is strict as
     well; another class (a base model, another head) may leave tensors out or start new ones, as in
@@ -318,9 +317,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
         is_new = leaf == "bias" and f"{owner}.packed" not in found.names
         mandatory = (owner in packed and not is_new) or (same_class and re.search(ignored, name) is None)
         if mandatory and name not in provided:
-            raise ValueError(
-                f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required"
-            )
+            raise ValueError(f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required")
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
@@ -351,9 +348,7 @@ def _apply(model: Any, described: Metadata) -> None:
 
 def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
     # transformers keeps some modules in float32 whatever the dtype of the model
-    return next(
-        (dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)), None
-    )
+    return next((dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
 
 
 def _names_in(model: Any, described: Metadata) -> dict[str, str]:
@@ -434,9 +429,7 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     file = folder / "config.json"
     description = read_json(file).get("quantization_config")
     if not isinstance(description, dict) or description.get("quant_method") != METHOD:
-        raise ValueError(
-            f"{file}: quantization_config must have quant_method 'lowbit': got {description!r:.200}"
-        )
+        raise ValueError(f"{file}: quantization_config must have quant_method 'lowbit': got {description!r:.200}")
     try:
         described = LowbitConfig(**description).metadata
     except ValueError as error:

@@ -146,9 +146,7 @@ def _read_torchao(module: Any, weight: Tensor) -> Source:
     return Source(quantized, bits, group_size, weight=value, note=note)
 
 
-def _read_intx(
-    config: Any, value: Tensor, scale: Tensor, zero_point: Tensor
-) -> tuple[Quantized, int, int | None]:
+def _read_intx(config: Any, value: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Quantized, int, int | None]:
     """``IntxFakeQuantizeConfig``: ``(q - zero_point) * scale`` or ``(q - middle) * scale + zero_point``."""
     granularity = type(config.granularity).__name__
     if granularity not in ("PerAxis", "PerGroup"):
@@ -197,9 +195,7 @@ def _with_integer_zeros(
         raise _DeclinedError("its zero points are not whole numbers")
     first, last = int(zero_point.min()), int(zero_point.max())
     if first < low or last > high:
-        raise ValueError(
-            f"zero_point must be between quant_min={low} and quant_max={high}: got {first} to {last}"
-        )
+        raise ValueError(f"zero_point must be between quant_min={low} and quant_max={high}: got {first} to {last}")
     half = 1 << (bits - 1)
     symmetric = low - last >= -half and high - first < half
     zeros = None if symmetric else (zero_point - low).to(torch.uint8)

@@ -127,22 +127,24 @@ def _dequantize_block(rows: slice, weight: tuple[Any, ...], bits: int, group_siz
 
 
 def quantize_activations(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """float ``[M, K]`` to (integers in -127..127 held as float32, float32 scale per row ``[M, 1]``).
+    """float ``[M, K]`` to (q in -127..127 held as float32, float32 inverse scale ``[M, 1]``), ``x ~ q / inverse``.
 
-    Dynamic (``x_scale`` None): ``q = round(x * (127 * (1 / max|x|)))`` and ``scale = max|x| / 127`` per row. A row that holds a NaN (dynamic: or an
-    infinity) gets a NaN scale, so that its output is NaN. Rounding is half to even.
+    ``q = clamp(round(x * inverse), -127, 127)``, halves to even. Dynamic (``x_scale`` None): per row
+    ``inverse = 127 * (1 / max|x|)``, rounded as in the quantizer that BitNet models train with; a row with
+    ``max|x| < 2**-100`` counts as zero. Static: ``inverse = 1 / x_scale``. A row that holds a NaN (dynamic: or an
+    infinity) gets a NaN inverse, so that its output is NaN.
     """
     x = x.float()
     if x_scale is None:
-        peak = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-        inverse = torch.where(peak > 0, peak.reciprocal() * 127, 0.0)  # as BitNet's `127 / peak` rounds in torch
-        scale = peak / 127
+        peak = x.abs().amax(-1, keepdim=True)
+        zero = ~(peak >= 2.0**-100)
+        inverse = torch.where(zero, 1.0, peak.reciprocal() * 127)
+        bad = ~peak.isfinite()
     else:
-        inverse = x_scale.float().reshape(1, 1).reciprocal()
-        scale = x_scale.float().reshape(1, 1).expand(x.shape[0], 1)
-    bad = x.isnan().any(-1, keepdim=True) | scale.isinf()
-    q = torch.where(bad, 0.0, (x * inverse).round().clamp(-127, 127))
-    return q, torch.where(bad, torch.nan, scale)
+        inverse = x_scale.float().reshape(1, 1).reciprocal().expand(x.shape[0], 1)
+        bad = zero = x.isnan().any(-1, keepdim=True)
+    q = torch.where(bad | zero, 0.0, (x * inverse).round().clamp(-127, 127))
+    return q, torch.where(bad, torch.nan, inverse)
 
 
 def _reference_linear(
@@ -189,9 +191,9 @@ def _int8_block(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """Integer dot products per group (exact in float64), then ``sx * sum_g scale_g * dot_g`` in float32."""
+    """Integer dot products per group (exact in float64), then ``(sum_g scale_g * dot_g) / inverse`` in float32."""
     assert scales is not None
-    q, sx = quantize_activations(x, x_scale)
+    q, inverse = quantize_activations(x, x_scale)
     q, k = q.double(), x.shape[-1]
     codes = unpack(packed, bits, k).double()
     y = torch.zeros(x.shape[0], packed.shape[0], device=x.device)
@@ -200,7 +202,7 @@ def _int8_block(
         zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros[:, g].double()
         dot = q[:, group] @ codes[:, group].t() - q[:, group].sum(-1, keepdim=True) * zero
         y += dot.float() * scales[:, g].float()
-    return y * sx
+    return y / inverse
 
 
 def _reference_dequantize(

@@ -31,7 +31,7 @@ _FEEDBACK_BLOCK = 64
 
 # Clip search of "mse": the range shrinks geometrically to _SHRINK**(_STEPS-1) = 0.09 of min-max, which covers
 # ternary per-tensor weights; least squares then refines the best one (Lloyd's algorithm on a uniform grid).
-_SHRINK, _STEPS, _REFITS = 0.92, 30, 6
+_SHRINK, _STEPS, _REFITS = 0.92, 30, 4
 
 # Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
 _DAMPING = (0.01, 0.1, 1.0)
@@ -95,9 +95,7 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
 
 def _check(weight: Tensor, spec: Packed, hessian: Tensor | None) -> None:
     if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise ValueError(
-            f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}"
-        )
+        raise ValueError(f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}")
     if spec.quantizer == "gptq" and hessian is None:
         raise ValueError(
             "quantizer='gptq' requires calibration data: got hessian=None "
@@ -204,6 +202,9 @@ class _Layer:
                 best = self.better(pieces, trial, best)
             for _ in range(_REFITS):
                 best = self.better(pieces, self.least_squares(pieces, best[0], best[1], dtype), best)
+                # Rounding the zero hides the smaller steps of least squares from an integer zero.
+                for shift in (-1, 1) if not self.spec.symmetric and self.spec.zeros == "int" else ():
+                    best = self.better(pieces, (best[0], (best[1] + shift).clamp(0, self.top)), best)
         return best[0], best[1]
 
     def clipped_at_mean(self, pieces: _Pieces) -> Tensor:
@@ -269,9 +270,7 @@ class _Layer:
             torch.where(won, error, best[2]),
         )
 
-    def least_squares(
-        self, pieces: _Pieces, scale: Tensor, zero: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def least_squares(self, pieces: _Pieces, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The grid of least error for the codes that (scale, zero) gives: a line through (code - zero, w)."""
         s_h, s_c, s_w, s_cc, s_cw = (torch.zeros_like(scale) for _ in range(5))
         for w, h in pieces():
@@ -357,9 +356,7 @@ class _Layer:
                 ties -= equal.numel()
         return mask
 
-    def _select(
-        self, digit: Callable[[Tensor], Tensor], buckets: int, count: int, above: int = 0
-    ) -> tuple[int, int]:
+    def _select(self, digit: Callable[[Tensor], Tensor], buckets: int, count: int, above: int = 0) -> tuple[int, int]:
         """(bucket of the count-th largest magnitude, ``above`` + the number of weights in higher buckets)."""
         histogram = torch.zeros(buckets, dtype=torch.int64, device=self.weight.device)
         for w, _ in self.chunks():

@@ -1,0 +1,65 @@
+"""What a figure depends on besides the code: the machine, the versions, and the memory bandwidth."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowbit
+from lowbit.demo import cpu_model
+
+PACKAGES = ("lowbit", "torch", "transformers", "bitsandbytes")
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the first core can use; 32 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kib = [int(text[:-1]) for path in sizes if (text := path.read_text().strip()).endswith("K")]
+    return max(kib, default=32 << 10) << 10
+
+
+def cold_bytes() -> int:
+    """Weights rotated through this many bytes come from memory and not from a cache."""
+    return 3 * last_level_cache()
+
+
+def describe() -> dict[str, Any]:
+    """Machine and versions, as recorded with every set of results."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            installed[package] = None
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "last_level_cache_mib": last_level_cache() >> 20,
+            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "backends": [str(backend) for backend in lowbit.backends()],
+            "system": f"{platform.system()} {platform.release()}",
+        },
+        "versions": {"python": platform.python_version(), **installed},
+    }
+
+
+@functools.cache
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second of a streaming read (a dot product of one large vector with itself), best of nine."""
+    torch.set_num_threads(threads)
+    data = torch.ones(2 * cold_bytes() // 4)
+    data.dot(data)
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        data.dot(data)
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / min(seconds)

@@ -1,0 +1,83 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace lowbit {
+namespace {
+
+struct Entry {
+  Isa isa;
+  const char* name;
+  bool (*runs)();
+};
+
+const Entry kIsas[] = {
+#if defined(__x86_64__)
+    {Isa::avx512vnni, "avx512vnni",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+     }},
+    {Isa::avx512, "avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    // Every CPU with AVX2 and FMA also has F16C.
+    {Isa::avx2, "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {Isa::scalar, "scalar", [] { return true; }},
+};
+
+std::string names(bool runnable_only) {
+  std::string list;
+  for (const Entry& e : kIsas)
+    if (!runnable_only || e.runs()) list += (list.empty() ? "" : ",") + std::string(e.name);
+  return list;
+}
+
+const Entry& find(const std::string& name, const char* source) {
+  for (const Entry& e : kIsas)
+    if (name == e.name && e.runs()) return e;
+  throw std::runtime_error(std::string(source) + " must be one of the instruction sets this machine runs (" +
+                           names(true) + "): got '" + name + "'");
+}
+
+const Entry& automatic() {
+  const char* forced = std::getenv("LOWBIT_ISA");
+  if (forced && *forced) return find(forced, "LOWBIT_ISA");
+  for (const Entry& e : kIsas)
+    if (e.runs()) return e;
+  return kIsas[sizeof(kIsas) / sizeof(kIsas[0]) - 1];
+}
+
+std::atomic<const Entry*> chosen{nullptr};
+
+}  // namespace
+
+std::string compiled_isas() { return names(false); }
+std::string runnable_isas() { return names(true); }
+
+const char* isa_name(Isa isa) {
+  for (const Entry& e : kIsas)
+    if (e.isa == isa) return e.name;
+  return "?";
+}
+
+Isa current_isa() {
+  const Entry* e = chosen.load(std::memory_order_relaxed);
+  if (!e) {
+    e = &automatic();
+    chosen.store(e, std::memory_order_relaxed);
+  }
+  return e->isa;
+}
+
+void set_isa(const std::string& name) {
+  chosen.store(name.empty() ? &automatic() : &find(name, "isa"), std::memory_order_relaxed);
+}
+
+}  // namespace lowbit

@@ -1,0 +1,37 @@
+// Every native op's registration, one list. Built on torch's stable ABI: one binary for every torch >= 2.10.
+// The schemas of namespace `lowbit` are defined in Python (lowbit/<family>/op.py) before this library is loaded.
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/isa.h"
+#include "packed/ops.h"
+
+namespace {
+
+std::string isas() { return lowbit::runnable_isas(); }
+std::string compiled_isas() { return lowbit::compiled_isas(); }
+std::string isa() { return lowbit::isa_name(lowbit::current_isa()); }
+void set_isa(std::string name) { lowbit::set_isa(name); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&lowbit::packed::linear_cpu));
+  m.impl("packed_dequantize", TORCH_BOX(&lowbit::packed::dequantize_cpu));
+  m.impl("packed_embedding", TORCH_BOX(&lowbit::packed::embedding_cpu));
+}
+
+STABLE_TORCH_LIBRARY(lowbit_native, m) {
+  m.def("isas() -> str");
+  m.def("compiled_isas() -> str");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
+  m.impl("isas", TORCH_BOX(&isas));
+  m.impl("compiled_isas", TORCH_BOX(&compiled_isas));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+}
