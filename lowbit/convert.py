@@ -543,7 +543,7 @@ class Statistics:
 
 
 def _build_calibrated(model: nn.Module, plan: Plan, batches: list[Any]) -> dict[str, nn.Module]:
-    """Quantize in execution order, each layer fitted to what its already quantized predecessors feed it.
+    """Quantize in execution order (see :func:`lowbit.calibrate.calibrate_sequential`).
 
     Finished layers stand in the model while later ones are calibrated; the originals are put back at the end.
     """

@@ -50,7 +50,7 @@ def _load(file: Path) -> str | None:
     if version < (2, 10):
         return f"the native library needs torch >= 2.10: found {torch.__version__}"
     try:
-        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(file))
     except Exception as error:  # whatever the loader says becomes the reason
         return f"{file} cannot be loaded: {error}"
     return None

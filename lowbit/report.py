@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import dispatch
+from lowbit.calibrate import call
 from lowbit.layer import Format, Layer, layers
 
 
@@ -165,15 +166,6 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
 
 def _unique_tensors(model: nn.Module) -> list[Tensor]:
     return list({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
 
 
 def layer_inputs(model: nn.Module, found: dict[str, Layer], batch: Any) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowbit import calibrate
 from lowbit.calibrate import calibrate_sequential, collect_hessians, collect_input_maxima
 
 
@@ -166,8 +167,19 @@ def test_sequential_sees_the_quantized_predecessors(model: Model) -> None:
             assert isinstance(layer, nn.Linear)
             layer.weight.data.mul_(1.5)
 
-    calibrate_sequential(model, layers(model), batches(), quantize_layer)
+    calibrate_sequential(model, layers(model), batches(), quantize_layer, memory=0)
     assert order == [f"{block}.{layer}" for block in ("once", "twice") for layer in ("q", "k", "v", "out")] + ["head"]
+
+
+def test_memory_bounds_the_layers_measured_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    measure = calibrate._hessians
+    monkeypatch.setattr(calibrate, "_hessians", lambda *args: passes.append(len(args[2])) or measure(*args))
+    groups, hessian = 5, 4 * 8 * 8  # two blocks of two inputs, and the head's; float32 [8, 8]
+    for memory, expected in [(0, [1] * groups), (2 * hessian, [2, 2, 1]), (1 << 30, [groups])]:
+        passes.clear()
+        calibrate_sequential(model, layers(model), batches(), lambda *_: None, memory=memory)
+        assert passes == expected
 
 
 def test_errors(model: Model) -> None:
