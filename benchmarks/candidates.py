@@ -6,7 +6,9 @@ for, so that its result can be checked in float64 before it is timed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +88,17 @@ def _expand(t: Tensor, group_size: int) -> Tensor:
     return t.double().repeat_interleave(group_size, dim=1)
 
 
+@functools.lru_cache(maxsize=1)
+def _packed(weight: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(packed, scales, zeros) and the dense weight: the same for both kinds of activations."""
+    codes, scales, zeros = affine(weight, bits, GROUP_SIZE)
+    dense = (codes.double() - _expand(zeros, GROUP_SIZE)) * _expand(scales, GROUP_SIZE)
+    return (pack(codes, bits), scales, zeros), dense
+
+
 def lowbit_packed(bits: int, int8: bool) -> Candidate:
     def prepare(weight: Tensor) -> Prepared:
-        codes, scales, zeros = affine(weight, bits, GROUP_SIZE)
-        dense = (codes.double() - _expand(zeros, GROUP_SIZE)) * _expand(scales, GROUP_SIZE)
+        tensors, dense = _packed(weight, bits)
 
         def call(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
             return torch.ops.lowbit.packed_linear(
@@ -97,7 +106,7 @@ def lowbit_packed(bits: int, int8: bool) -> Candidate:
             )
 
         return _from_tensors(
-            call, (pack(codes, bits), scales, zeros), dense,
+            call, tensors, dense,
             tolerance=1e-5, round_x=int8_per_token if int8 else unchanged,
         )  # fmt: skip
 
@@ -176,21 +185,20 @@ def _prepare_nf4(weight: Tensor) -> Prepared:
     n, k = weight.shape
     source = weight.bfloat16()
 
-    def layer() -> Any:
-        module = modules.Linear4bit(
-            k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False
-        )
-        module.weight = modules.Params4bit(
-            source.clone(), requires_grad=False, quant_type="nf4", blocksize=GROUP_SIZE,
-            compress_statistics=False, module=module,
-        )  # fmt: skip
-        return module.to("cpu").eval()
+    layer = modules.Linear4bit(
+        k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False
+    )
+    layer.weight = modules.Params4bit(
+        source.clone(), requires_grad=False, quant_type="nf4", blocksize=GROUP_SIZE,
+        compress_statistics=False, module=layer,
+    )  # fmt: skip
+    layer = layer.to("cpu").eval()
 
     codes, state = functional.quantize_4bit(source, blocksize=GROUP_SIZE, quant_type="nf4", compress_statistics=False)
     dense = functional.dequantize_4bit(codes, state).double()
     nbytes = codes.numel() + 4 * state.absmax.numel()
     return Prepared(
-        lambda x, w: w(x), layer(), nbytes, dense, tolerance=1e-2, copy=layer, x_dtype=torch.bfloat16
+        lambda x, w: w(x), layer, nbytes, dense, tolerance=1e-2, copy=lambda: deepcopy(layer), x_dtype=torch.bfloat16
     )  # fmt: skip
 
 

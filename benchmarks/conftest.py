@@ -83,7 +83,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
         once = max(time.perf_counter() - start, 1e-7)
         # A round lasts a millisecond at least, so that neither the clock nor the loop around it matters.
         iterations = max(1, math.ceil(1e-3 / once))
-        rounds = min(500, max(5, int(request.config.option.seconds / (iterations * once))))
+        rounds = min(500, max(3, int(request.config.option.seconds / (iterations * once))))
         benchmark.group = f"{op} {shape} m={m} threads={threads}"
         benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
         if benchmark.disabled:

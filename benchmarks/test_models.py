@@ -18,7 +18,7 @@ from lowbit import demo
 CANDIDATES = [
     "torch fp32",
     "torch bf16",
-    *(f"lowbit {bits}-bit g64 {activations}" for bits in (3, 4, 8) for activations in ("float", "int8")),
+    *(f"lowbit {bits}-bit g64 {activations}" for bits in (4, 8) for activations in ("float", "int8")),
 ]
 # Cosine of every embedding to that of the float model with the same (dequantized) weights.
 FLOOR = {"float": 0.99999, "int8": 0.99, "fp32": 0.99999, "bf16": 0.999}

@@ -24,14 +24,18 @@ ROWS_CHECKED = 8
 
 
 @functools.lru_cache(maxsize=1)
+def source(shape: tuple[int, int]) -> torch.Tensor:
+    """A float weight with rows of norm about 1."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / math.sqrt(shape[1])
+
+
+@functools.lru_cache(maxsize=1)
 def prepared(candidate: Candidate, shape: tuple[int, int]) -> tuple[Prepared, list[Any]]:
     """The candidate's weight and its copies, each called once: some kernels rearrange on the first call."""
-    n, k = shape
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) / math.sqrt(k)
-    one = candidate.prepare(weight)
+    one = candidate.prepare(source(shape))
     copies = max(1, min(400, math.ceil(machine.cold_bytes() / one.nbytes)))
     weights = [one.weight, *(one.copy() for _ in range(copies - 1))]
-    x = torch.ones(1, k, dtype=one.x_dtype)
+    x = torch.ones(1, shape[1], dtype=one.x_dtype)
     for w in weights:
         one.call(x, w)
     return one, weights

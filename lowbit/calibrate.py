@@ -9,6 +9,7 @@ a single argument; ``forward(model, batch)`` replaces that call. Where a batch i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,10 +199,8 @@ def _observe(
         model.eval()
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            try:
+            with suppress(_Reached):
                 call(model, batch) if forward is None else forward(model, batch)
-            except _Reached:
-                pass
     finally:
         for handle in handles:
             handle.remove()

@@ -80,9 +80,7 @@ def calibration_batches(folder: Path, text: Path) -> list[dict[str, Tensor]]:
 def _convert(options: argparse.Namespace) -> None:
     spec = _spec(options)
     if not options.source.is_dir():
-        raise FileNotFoundError(
-            f"SRC must be a folder with a transformers model: {options.source} is not one"
-        )
+        raise FileNotFoundError(f"SRC must be a folder with a transformers model: {options.source} is not one")
     if spec.needs_calibration and options.calibration_text is None:
         what = "--quantizer gptq" if spec.quantizer == "gptq" else "--activations int8_static"
         raise ValueError(f"{what} needs --calibration-text FILE, a text file with one sample per line")
@@ -257,14 +255,10 @@ def _doctor(options: argparse.Namespace) -> None:
             print(f"              {_ADVICE}")
     print(f"transformers  {_transformers_status()}")
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("LOWBIT_")}
-    print(
-        f"settings      {', '.join(f'{n}={v}' for n, v in settings.items()) or 'none (LOWBIT_* variables)'}"
-    )
+    print(f"settings      {', '.join(f'{n}={v}' for n, v in settings.items()) or 'none (LOWBIT_* variables)'}")
 
 
-_ADVICE = (
-    "to compile it: install a C++17 compiler, then run `pip install --no-build-isolation .` on the source"
-)
+_ADVICE = "to compile it: install a C++17 compiler, then run `pip install --no-build-isolation .` on the source"
 
 
 def _transformers_status() -> str:
@@ -277,9 +271,7 @@ def _transformers_status() -> str:
     logging.disable(logging.NOTSET)
 
     registered = "lowbit" in AUTO_QUANTIZER_MAPPING
-    return f"{installed}, " + (
-        "from_pretrained reads lowbit folders" if registered else "lowbit is not registered"
-    )
+    return f"{installed}, " + ("from_pretrained reads lowbit folders" if registered else "lowbit is not registered")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -300,9 +292,7 @@ _SKIP_HELP = "layers to leave float, such as 'lm_head' or '*.mlp.*'; may be repe
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="lowbit", description="Low-bit linear and embedding layers for PyTorch."
-    )
+    top = argparse.ArgumentParser(prog="lowbit", description="Low-bit linear and embedding layers for PyTorch.")
     top.add_argument("--version", action="version", version=f"lowbit {lowbit.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -318,9 +308,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--quantizer", choices=QUANTIZERS, default="minmax", help="(default: minmax)")
     convert.add_argument("--gamma", type=float, default=1.0, help="clipping factor of --quantizer mean")
     convert.add_argument("--activations", choices=ACTIVATIONS, default="float", help="(default: float)")
-    convert.add_argument(
-        "--outliers", type=float, default=0.0, help="fraction of weights kept sparse in float"
-    )
+    convert.add_argument("--outliers", type=float, default=0.0, help="fraction of weights kept sparse in float")
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")

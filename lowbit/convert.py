@@ -143,8 +143,9 @@ def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) ->
         elif isinstance(spec, Mapping) and any(pattern == name for pattern in spec):
             problems.append(f"{name}: cannot be converted: {reason}")
     groups = _assign(candidates, spec, skip, skipped, problems)
-    for target in [target for group in groups for target in group]:
-        problems.extend(_problems_of(target))
+    unfit = {t.name: problem for group in groups for t in group if (problem := problem_of(t)) is not None}
+    if unfit:
+        problems += [*unfit.values(), f"to leave these layers as they are: skip={list(unfit)}"]
     if problems:
         raise ValueError("cannot convert, nothing was changed:\n  " + "\n  ".join(problems))
     if not groups:
@@ -276,24 +277,23 @@ def _assign(
     return groups
 
 
-def _problems_of(target: Target) -> list[str]:
+def problem_of(target: Target) -> str | None:
+    """Why this layer cannot be converted as asked, or ``None``."""
     if target.problem is not None:
-        return [f"{target.name}: {target.problem}"]
+        return f"{target.name}: {target.problem}"
     if target.spec is None:
-        return []
+        return None
     weight = target.weight()
     if 0 in weight.shape:
-        return [f"{target.name}: a weight needs N, K >= 1: got shape {tuple(weight.shape)}"]
+        return f"{target.name}: a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
     if weight.dtype not in FLOAT_DTYPES.values():
-        return [f"{target.name}: the weight must be float32, float16 or bfloat16: got {weight.dtype}"]
-    if target.spec.group_size is not None and target.spec.group_size > weight.shape[1]:
-        return [
-            f"{target.name}: group_size must be between 1 and K: "
-            f"got group_size={target.spec.group_size}, K={weight.shape[1]}"
-        ]
+        return f"{target.name}: the weight must be float32, float16 or bfloat16: got {weight.dtype}"
+    group_size, k = target.spec.group_size, weight.shape[1]
+    if group_size is not None and group_size > k:
+        return f"{target.name}: group_size must be between 1 and K: got group_size={group_size}, K={k}"
     if weight.device.type != "meta" and not _all_finite(weight):
-        return [f"{target.name}: the weight must be finite: it holds NaN or infinity"]
-    return []
+        return f"{target.name}: the weight must be finite: it holds NaN or infinity"
+    return None
 
 
 def _all_finite(weight: Tensor) -> bool:

@@ -258,12 +258,8 @@ def machine_line() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lowbit.demo", description="Convert a model and measure it."
-    )
-    parser.add_argument(
-        "model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)"
-    )
+    parser = argparse.ArgumentParser(prog="python -m lowbit.demo", description="Convert a model and measure it.")
+    parser.add_argument("model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--bits", default="8,4,2", help="bit widths to show (default: 8,4,2)")
     parser.add_argument("--group-size", type=int, default=64, help="input features per scale (default: 64)")
     parser.add_argument("--quantizer", choices=("minmax", "mse", "gptq"), default="gptq")

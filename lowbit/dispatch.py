@@ -138,6 +138,9 @@ def backends() -> list[BackendStatus]:
     """Every backend, whether it can run here, and if not, why not."""
     rows = [BackendStatus("cpu", _unavailable is None, _unavailable or "")]
     if _unavailable is None:
-        rows[0].details = {"isa": native.isa(), "isas": ", ".join(native.isas())}
+        try:
+            rows[0].details = {"isa": native.isa(), "isas": ", ".join(native.isas())}
+        except RuntimeError as error:  # LOWBIT_ISA names what this machine cannot run
+            rows[0].available, rows[0].reason = False, str(error).splitlines()[0]
     rows.append(BackendStatus("reference", True, details={"runs on": "any device"}))
     return rows

@@ -60,9 +60,7 @@ def test_inspect_lists_every_layer(capsys: pytest.CaptureFixture[str], packed_fo
     assert "skipped by the caller" in out
 
 
-def test_inspect_total_is_what_the_file_holds(
-    capsys: pytest.CaptureFixture[str], packed_folder: Path
-) -> None:
+def test_inspect_total_is_what_the_file_holds(capsys: pytest.CaptureFixture[str], packed_folder: Path) -> None:
     report = cli.describe_folder(packed_folder)
     data = (packed_folder / "model.safetensors").read_bytes()
     (header,) = struct.unpack("<Q", data[:8])
@@ -117,9 +115,7 @@ def test_inspect_refuses_headers_that_disagree(
 
 
 @pytest.mark.parametrize("command", ["inspect", "bench", "convert"])
-def test_missing_folder_is_bad_input(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
-) -> None:
+def test_missing_folder_is_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
     arguments = [tmp_path / "absent"] + ([tmp_path / "out"] if command == "convert" else [])
     status, _, err = run(capsys, command, *arguments)
     assert status == 2
@@ -127,9 +123,7 @@ def test_missing_folder_is_bad_input(
     assert "Traceback" not in err
 
 
-def test_truncated_file_is_bad_input(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, packed_folder: Path
-) -> None:
+def test_truncated_file_is_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, packed_folder: Path) -> None:
     folder = _corrupt(packed_folder, tmp_path / "short", {})
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

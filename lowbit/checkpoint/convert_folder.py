@@ -146,8 +146,8 @@ def _convert_group(
         raise ValueError(f"{weight_names[0]!r} is missing in the checkpoint")
     weight = checkpoint.read(names[source]).to(dtype_of(source))
     first.module.weight = nn.Parameter(weight, requires_grad=False)
-    if problems := converting._problems_of(first):
-        raise ValueError("; ".join(problems))
+    if problem := converting.problem_of(first):
+        raise ValueError(problem)
     for target in group:
         biases = {n: names[n] for n in (f"{name}.bias" for name in target.names) if n in names}
         stream.fill(model, checkpoint, biases, dtype_of=dtype_of)

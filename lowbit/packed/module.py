@@ -180,7 +180,7 @@ class PackedLinear(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         format = self.format
         if x.shape[-1] != format.in_features:
-            raise ValueError(f"x must have in_features={format.in_features} as its last dimension: got {x.shape[-1]}")
+            raise ValueError(f"x must have in_features={format.in_features} as its last size: got {x.shape[-1]}")
         y: Tensor = torch.ops.lowbit.packed_linear(
             x, self.packed, self.scales, self.zeros, self.bias,
             self.outlier_values, self.outlier_columns, self.outlier_rows, self.x_scale,
@@ -197,9 +197,9 @@ class PackedLinear(PackedLayer):
 
 
 class PackedEmbedding(PackedLayer):
-    """``y = W[ids] * output_scale`` with the ``W`` of :class:`PackedLinear`; output ``[..., embedding_dim]`` in ``dtype``.
+    """``y = W[ids] * output_scale`` with the ``W`` of :class:`PackedLinear`; ``[..., embedding_dim]`` in ``dtype``.
 
-    ``output_scale`` serves scaled word embeddings (BART, MBART); it is 1.0 otherwise. Raises ``IndexError`` for an
+    ``output_scale`` serves scaled word embeddings (BART, MBART); it is 1.0 otherwise. Raises ``RuntimeError`` for an
     id outside ``[0, num_embeddings)``.
     """
 

@@ -242,7 +242,7 @@ def _reference_embedding(
     count = packed.shape[0]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise IndexError(f"ids must be in [0, {count}) (num_embeddings={count}): got {bad}")
+        raise RuntimeError(f"ids must be in [0, {count}) (num_embeddings={count}): got {bad}")
     unique, position = ids.reshape(-1).to(torch.int64).unique(return_inverse=True)
     dense = dequantize_rows(
         packed[unique], scales if scales.shape[0] == 1 else scales[unique],
