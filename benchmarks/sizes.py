@@ -2,7 +2,7 @@
 
 ``python benchmarks/sizes.py`` saves each shape with random weights in float32, and converted: block matrices with one
 scale each, the token embedding (tied to the head) with one float16 scale per row, everything else float32, 8-bit
-activations. A folder counts with everything in it. The paper reports 14.4x (GPT-2 small) and 13.4x (BART-base) at 2-2-8.
+activations. A folder counts whole. The paper reports 14.4x (GPT-2 small) and 13.4x (BART-base) at 2-2-8.
 """
 
 from __future__ import annotations
