@@ -5,7 +5,7 @@
 against its float64 reference first, and is never timed when it is wrong.
 
 With one thread the clock is the process's CPU time, which other work on the machine hardly disturbs; with
-more it is wall time. Figures are medians.
+more it is wall time, and `waited` says which part of it other work took. Figures are medians.
 """
 
 from __future__ import annotations
@@ -85,13 +85,16 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
         iterations = max(1, math.ceil(1e-3 / once))
         rounds = min(500, max(3, int(request.config.option.seconds / (iterations * once))))
         benchmark.group = f"{op} {shape} m={m} threads={threads}"
+        start, waited = time.perf_counter(), machine.waited_seconds()
         benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
+        waited = (machine.waited_seconds() - waited) / (time.perf_counter() - start)
         if benchmark.disabled:
             return
         seconds = benchmark.stats.stats.median
         row = {
             "op": op, "shape": shape, "m": m, "threads": threads, "name": name,
-            "ms": round(seconds * 1e3, 4), "rows_s": round(m / seconds), **extra,
+            "ms": round(seconds * 1e3, 4), "rows_s": round(m / seconds),
+            "waited": round(waited, 3), **extra,
         }  # fmt: skip
         if nbytes is not None:
             rate = nbytes / seconds
@@ -137,6 +140,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(" " * width + "".join(f"{c:>17}" for c in columns))
         cells = "".join(f"{row.get(c, ''):>17}" for c in columns)
         terminalreporter.write_line(f"{row['name']:<{width}}{cells}")
+    disturbed = [row for row in rows if row["threads"] > 1 and row["waited"] > 0.05]
+    if disturbed:
+        terminalreporter.write_line(
+            f"\nDo not trust {len(disturbed)} of {len(rows)} rows: their threads waited for a core more than 5 % "
+            "of the time. Run on a quiet machine."
+        )
     if config.option.results:
         used = sorted({row["threads"] for row in rows})
         content = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -63,3 +64,12 @@ def read_bandwidth(threads: int) -> float:
         data.dot(data)
         seconds.append(time.perf_counter() - start)
     return data.nbytes / min(seconds)
+
+
+def waited_seconds() -> float:
+    """How long this process's threads have been ready to run, waiting for a core; 0 where Linux does not tell."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):
+            total += int(path.read_text().split()[1])
+    return total / 1e9
