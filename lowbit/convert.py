@@ -61,6 +61,8 @@ class Plan:
         return [target for group in self.groups for target in group]
 
 
+@torch.inference_mode(False)  # what is made here must be usable, and trainable, outside inference mode
+@torch.no_grad()
 def convert(
     model: nn.Module,
     spec: Specs | None = None,

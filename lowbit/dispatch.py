@@ -33,8 +33,8 @@ class BackendStatus:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        details = ", ".join(f"{k}: {v}" for k, v in self.details.items())
-        return f"{self.name}: {'available' if self.available else 'unavailable'} {details or self.reason}".rstrip()
+        details = ", ".join(f"{k}: {v}" for k, v in self.details.items()) or self.reason
+        return f"{self.name}: {'available' if self.available else 'unavailable'}" + (f" ({details})" if details else "")
 
 
 _references: dict[str, Callable[..., Any]] = {}

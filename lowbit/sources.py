@@ -110,12 +110,6 @@ def recognise(module: nn.Module) -> Source | str:
     return f"the recogniser of {type(module).__name__} declined it" if found is None else found
 
 
-def prologue_of(module: nn.Module) -> nn.Module | None:
-    """The module to run before the packed form of a registered module, if any."""
-    entry = _entry(module)
-    return None if entry is None or entry.prologue is None else entry.prologue(module)
-
-
 def wrap(module: nn.Module, layer: nn.Module) -> nn.Module:
     """What stands for ``module`` once ``layer`` is its packed form: the layer between prologue and epilogue."""
     entry = _entry(module)

@@ -327,6 +327,14 @@ def test_calibration_beats_plain_rounding_and_restores_the_model_on_error(ids):
     assert snapshot(broken) == before
 
 
+def test_conversion_inside_inference_mode(ids):
+    with torch.inference_mode():
+        model = lowbit.convert(Model(), Packed(bits=4, quantizer="gptq"), calibration=[ids])
+    x = torch.randn(2, 40, requires_grad=True)
+    model.blocks[0].up(x).sum().backward()
+    assert float(x.grad.norm()) > 0
+
+
 def test_static_activations_are_calibrated(ids):
     model = Model().eval()
     reference = model(ids)

@@ -166,16 +166,19 @@ def test_torch_ao_embedding_with_float_zeros(bits: int, weight: Any) -> None:
     assert float(layer(ids)[1, 0].abs().max()) == 0
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_a_fused_relu_is_kept(saved: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("skeleton", [None, "float", "trained"])
+def test_a_fused_relu_is_kept(skeleton: str | None, tmp_path: Path) -> None:
     model = nn.Sequential(qat_linear(tq.default_per_channel_weight_fake_quant, nniqat.LinearReLU))
     x = torch.randn(7, K)
     expected = model(x).detach()
     assert float(expected.min()) == 0
     lowbit.convert(model)
-    if saved:
+    if skeleton is not None:
         lowbit.save(model, tmp_path)
-        model = lowbit.load(tmp_path, model=nn.Sequential(nni.LinearReLU(nn.Linear(K, N), nn.ReLU())))
+        empty = nn.Sequential(nni.LinearReLU(nn.Linear(K, N), nn.ReLU()))
+        if skeleton == "trained":
+            empty = nn.Sequential(qat_linear(tq.default_per_channel_weight_fake_quant, nniqat.LinearReLU))
+        model = lowbit.load(tmp_path, model=empty)
     torch.testing.assert_close(model(x).detach(), expected, rtol=1e-5, atol=1e-6)
     assert float(model(x).min()) == 0
 

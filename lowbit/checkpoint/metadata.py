@@ -3,7 +3,7 @@ of a transformers ``config.json``.
 
     {"format_version": "1.0", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
-     "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "skipped": {"score": "..."}}
+     "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
 
 Layers with the same :meth:`~lowbit.layer.Layer.config` share one entry. ``tied`` lists layers that use one
 storage.
@@ -25,7 +25,7 @@ from lowbit.convert import share_storage, swap
 from lowbit.layer import Layer, build, layers
 
 FORMAT_VERSION = "1.0"
-_FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "skipped"}
+_FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Metadata:
     layers: dict[str, dict[str, Any]]
     tied: tuple[tuple[str, ...], ...] = ()
     weight_error: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def renamed(self, names: dict[str, str]) -> Metadata:
@@ -44,6 +45,7 @@ class Metadata:
             {names[name]: config for name, config in self.layers.items() if name in names},
             tuple(group for group in tied if len(group) > 1),
             {names[name]: error for name, error in self.weight_error.items() if name in names},
+            {names[name]: note for name, note in self.notes.items() if name in names},
             self.skipped,
         )
 
@@ -97,6 +99,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     errors = {name: layer.weight_error for name, layer in found.items() if layer.weight_error is not None}
     if errors:
         description["weight_error"] = {name: float(f"{error:.6g}") for name, error in errors.items()}
+    if notes := {name: layer.note for name, layer in found.items() if layer.note is not None}:
+        description["notes"] = notes
     if skipped := getattr(model, "lowbit_skipped", None):
         description["skipped"] = dict(skipped)
     return description
@@ -151,17 +155,18 @@ def parse(description: dict[str, Any]) -> Metadata:
     )
     tied_names = [name for group in tied for name in group]
     _check(len(set(tied_names)) == len(tied_names), "tied", "made of layers named once", tied)
-    errors, skipped = description.get("weight_error", {}), description.get("skipped", {})
-    _check(isinstance(errors, dict), "weight_error", "an object", errors)
-    _check(isinstance(skipped, dict), "skipped", "an object", skipped)
-    for name in (*tied_names, *errors):
-        _check(name in configs, "a name in tied or weight_error", "one of the described layers", name)
+    errors, notes = description.get("weight_error", {}), description.get("notes", {})
+    skipped = description.get("skipped", {})
+    for name, value in (("weight_error", errors), ("notes", notes), ("skipped", skipped)):
+        _check(isinstance(value, dict), name, "an object", value)
+    for name in (*tied_names, *errors, *notes):
+        _check(name in configs, "a name in tied, weight_error or notes", "one of the described layers", name)
     for name, value in errors.items():
         real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         _check(real, f"weight_error of {name!r}", "a finite number", value)
-    for name, reason in skipped.items():
-        _check(isinstance(reason, str), f"skipped of {name!r}", "a reason", reason)
-    return Metadata(configs, tuple(tuple(group) for group in tied), dict(errors), dict(skipped))
+    for name, text in (*notes.items(), *skipped.items()):
+        _check(isinstance(text, str), f"notes or skipped of {name!r}", "a text", text)
+    return Metadata(configs, tuple(tuple(group) for group in tied), dict(errors), dict(notes), dict(skipped))
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
@@ -174,17 +179,16 @@ def _shape_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _locate(modules: dict[str, nn.Module], name: str) -> tuple[str, nn.Module, nn.Module | None]:
-    """The name to swap at, the float module there, and what must run before the layer, if anything."""
+def place_of(modules: dict[str, nn.Module], name: str) -> str | None:
+    """The name of the float module that the layer ``name`` stands for, or ``None`` where ``modules`` has none.
+
+    A trained module with a step of its own before or after the weight became ``Sequential(..., layer, ...)``: the
+    skeleton has the module that is now the layer's parent.
+    """
     if name in modules:
-        return name, modules[name], None
-    # a trained module with a step of its own before the weight became Sequential(prologue, layer)
-    parent = name.removesuffix(".1")
-    if parent != name and parent in modules and sources.is_source(modules[parent]):
-        prologue = sources.prologue_of(modules[parent])
-        if prologue is not None:
-            return parent, modules[parent], prologue
-    raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
+        return name
+    parent, _, child = name.rpartition(".")
+    return parent if parent in modules and sources.position_of(modules[parent]) == child else None
 
 
 def apply(
@@ -206,7 +210,10 @@ def apply(
     replacements: dict[str, nn.Module] = {}
     by_module: dict[int, Layer] = {}  # a module registered under two names stays one module
     for name, config in metadata.layers.items():
-        where, module, prologue = _locate(modules, name)
+        where = place_of(modules, name)
+        if where is None:
+            raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
+        module = modules[where]
         layer = build(config, "meta")
         shape = (layer.format.out_features, layer.format.in_features)
         found = _shape_of(module)
@@ -224,10 +231,11 @@ def apply(
         if id(module) not in by_module:
             layer.to(dtype=dtype_of(name, layer.dtype))
             layer.weight_error = metadata.weight_error.get(name)
+            layer.note = metadata.notes.get(name)
             layer.train(module.training)
             by_module[id(module)] = layer
         built[name] = by_module[id(module)]
-        replacements[where] = built[name] if prologue is None else nn.Sequential(prologue, built[name])
+        replacements[where] = built[name] if where == name else sources.wrap(module, built[name])
     for first, *others in metadata.tied:
         for other in others:
             if shared_tensors(built[first], built[other]) != list(_stored(built[first])):

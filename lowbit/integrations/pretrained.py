@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import stream
-from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, shared_tensors
+from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, place_of, shared_tensors
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.layer import Layer, layers
 
@@ -357,14 +357,13 @@ def _names_in(model: Any, described: Metadata) -> dict[str, str]:
     A layer may be missing only with everything around it (a head, a decoder) and only from another class than
     the one that was saved: a layer that silently stayed float would run on random weights.
     """
-    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
     prefix = model.base_model_prefix + "."
     names: dict[str, str] = {}
     missing = []
     for name in described.layers:
         options = (name, name.removeprefix(prefix), prefix + name)
-        # a trained module with a prologue became Sequential(prologue, layer): the skeleton has the module
-        found = next((n for n in options if n in modules or n.removesuffix(".1") in modules), None)
+        found = next((n for n in options if place_of(modules, n) is not None), None)
         if found is not None:
             names[name] = found
         elif _same_class(model) or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
