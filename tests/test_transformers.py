@@ -396,3 +396,14 @@ def test_config_is_compact():
         model = GPT2LMHeadModel(GPT2Config())
     lowbit.convert(model, lowbit.Packed(bits=4, group_size=64))
     assert len(model.config.to_json_string()) < 60_000
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
+def test_compiles_as_one_graph(name):
+    """What models do around the layers (reading `.weight.dtype` in T5) must not break the graph either."""
+    torch._dynamo.reset()
+    model = make(name)
+    inputs = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IDS, **inputs)[0], model(IDS, **inputs)[0], rtol=0, atol=0)
