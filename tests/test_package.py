@@ -7,8 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import lowbit
 import pytest
+
+import lowbit
 from lowbit import dispatch, native
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from cases import (
 from numerics import assert_bitwise_equal, assert_linear_close
 
 from lowbit import dispatch, native
-from lowbit.bitpack import pack
+from lowbit.bitpack import pack, words_per_row
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.op import quantize_activations
 
@@ -247,6 +247,26 @@ def test_more_threads_than_rows(where):
         assert_linear_close(weight.linear(x), x, weight.dense())
     finally:
         torch.set_num_threads(1)
+
+
+def test_more_than_two_to_the_31_weights():
+    """Offsets beyond 32 bits: the rows at the far end of a 0.5 GB tensor."""
+    if dispatch.why_unavailable("cpu") is not None:
+        pytest.skip("no compiled kernels")
+    n, k, bits = 33_000, 65_536, 2
+    assert n * k > 1 << 31
+    last = torch.randint(0, 4, (2, k), dtype=torch.uint8)
+    packed = torch.zeros(n, words_per_row(k, bits), dtype=torch.int32)  # pages that are not touched cost nothing
+    packed[-2:] = pack(last, bits)
+    weight = Weight(row_format(bits, n, k), last, packed, torch.full((n, 1), 0.5), None, (None, None, None))
+    dense = (last.double() - 2) * 0.5
+    x = torch.randint(-3, 4, (1, k)).float()
+    for int8 in (False, True):
+        y = weight.linear(torch.cat([x[:, :-1], torch.full((1, 1), 127.0)], 1), int8=int8)
+        x[:, -1] = 127.0
+        assert_bitwise_equal(y[:, -2:], (x.double() @ dense.t()).float())
+        assert_bitwise_equal(y[:, :1], (x.double().sum(-1, keepdim=True) * -1).float())
+    assert_bitwise_equal(weight.embedding(torch.tensor([n - 1, n - 2])), dense.flip(0).float())
 
 
 MALFORMED = {
