@@ -146,14 +146,20 @@ def _description(path: Path) -> tuple[dict[str, Any], Path]:
     return description, file
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``h.2`` before ``h.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def describe_folder(path: Path) -> Report:
     """The report of a packed folder, from its headers alone."""
     folder = open_folder(path)
     storage = {name: group[0] for group in folder.metadata.tied for name in group}
     rows = []
-    for name, layer in folder.layers.items():
+    for name in sorted(folder.layers, key=_natural):
+        layer = folder.layers[name]
         row = Row.planned(name, layer.kind, layer.format, layer.dtype)
-        row.weight_error = folder.metadata.weight_error.get(name)
+        row.weight_error, row.note = folder.metadata.weight_error.get(name), folder.metadata.notes.get(name)
         if storage.get(name, name) != name:
             row.share(storage[name])
         rows.append(row)
@@ -251,7 +257,7 @@ def _doctor(options: argparse.Namespace) -> None:
     print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
     for backend in lowbit.backends():
         print(f"backend       {backend}")
-        if not backend.available:
+        if not backend.available and backend.reason.startswith("not compiled"):
             print(f"              {_ADVICE}")
     print(f"transformers  {_transformers_status()}")
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("LOWBIT_")}
@@ -334,8 +340,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of a table has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if os.environ.get("LOWBIT_DEBUG", "") not in ("", "0"):
             traceback.print_exc()
