@@ -51,6 +51,7 @@ def snapshot(model):
     return {name: (id(module), type(module)) for name, module in model.named_modules(remove_duplicate=False)}
 
 
+@torch.no_grad()
 def test_one_spec_swaps_every_layer_in_place(ids):
     model = Model().eval()
     before = model(ids)
