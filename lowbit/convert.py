@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -63,11 +64,12 @@ class Plan:
 
 @torch.inference_mode(False)  # what is made here must be usable, and trainable, outside inference mode
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def convert(
     model: nn.Module,
     spec: Specs | None = None,
     *,
-    skip: Sequence[str] = (),
+    skip: Sequence[str] | None = None,
     dry_run: bool = False,
     calibration: Iterable[Any] | None = None,
 ) -> Any:
@@ -89,7 +91,7 @@ def convert(
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before.
     """
-    plan = make_plan(model, spec, skip)
+    plan = make_plan(model, spec, skip or ())
     batches = None if calibration is None else list(calibration)
     _check_calibration(plan, batches)
     if dry_run:
@@ -122,7 +124,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         if storage in weights:
             plain.weight = weights[storage]
         weights[storage] = plain.weight  # type: ignore[assignment]
-        floats[id(layer)] = plain
+        floats[id(layer)] = _carry_over(layer, plain)
     for name, layer in found.items():
         model = swap(model, name, floats[id(layer)])
     if hasattr(model, "lowbit_skipped"):
@@ -223,6 +225,10 @@ def _examine(name: str, module: nn.Module) -> tuple[Target | None, str | None]:
         return None, "max_norm renormalises the weight while it is used"
     if "weight" not in module._parameters:
         return None, "its weight is computed on each call (parametrization or weight norm)"
+    if getattr(module, "bias", None) is not None and "bias" not in module._parameters:
+        return None, "its bias is not a Parameter"
+    if "forward" in module.__dict__:
+        return None, "it has a forward of its own"
     return Target([name], module, kind, transposed, extras=extras), None
 
 
@@ -233,10 +239,10 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _tied(targets: list[Target]) -> list[list[Target]]:
     """Group targets that share one weight."""
-    groups: dict[int, list[Target]] = {}
+    groups: dict[tuple[int, bool], list[Target]] = {}
     for target in targets:
         key = id(target.module) if sources.is_source(target.module) else id(target.module.weight)
-        groups.setdefault(key, []).append(target)
+        groups.setdefault((key, target.transposed), []).append(target)
     return list(groups.values())
 
 
@@ -388,16 +394,17 @@ def build_group(
     built: dict[str, nn.Module] = {}
     first = group[0]
     if first.source is not None:
-        built[first.name] = _finish(sources.wrap(first.module, _layer_from_source(first)), first)
+        built[first.name] = _carry_over(
+            first.module, sources.wrap(first.module, _layer_from_source(first))
+        )
         return built
     assert first.spec is not None
     weight = first.weight()
     if weight.device.type == "meta":
         return _share([(t, _empty(t)) for t in group])
-    linear = next((t for t in group if t.kind == "linear"), None)
-    measured = None if statistics is None or linear is None else statistics.get(linear.name)
+    measured = {t.name: (statistics or {}).get(t.name, Statistics()) for t in group}
     spec = first.spec
-    hessian = None if measured is None else measured.hessian
+    hessian = next((m.hessian for m in measured.values() if m.hessian is not None), None)
     if spec.quantizer == "gptq" and hessian is None:
         spec = replace(spec, quantizer="mse")  # an embedding sees ids: there is nothing to calibrate with
     try:
@@ -415,7 +422,7 @@ def build_group(
             layer = PackedLinear.from_quantized(
                 quantized, spec.bits, spec.group_size, target.bias(),
                 activations=spec.activations,
-                x_scale=None if measured is None else measured.x_scale,
+                x_scale=measured[target.name].x_scale,
                 dtype=weight.dtype,
             )  # fmt: skip
         made.append((target, layer))
@@ -430,7 +437,7 @@ def _share(layers: list[tuple[Target, PackedLayer]]) -> dict[str, nn.Module]:
     source = layers[0][1]
     for _, layer in layers[1:]:
         share_storage(source, layer)
-    return {target.name: _finish(layer, target) for target, layer in layers}
+    return {target.name: _carry_over(target.module, layer) for target, layer in layers}
 
 
 def share_storage(source: Layer, layer: Layer) -> None:
@@ -440,15 +447,20 @@ def share_storage(source: Layer, layer: Layer) -> None:
             layer._parameters[name] = source._parameters[name]
 
 
-def _finish(layer: nn.Module, target: Target) -> nn.Module:
-    """Carry over what belongs to the module rather than to its weight."""
-    old = target.module
-    layer.train(old.training)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
-                  "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):  # fmt: skip
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give ``new`` what belongs to the module rather than to its weight: training mode and hooks."""
+    new.train(old.training)
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for hooks in _HOOKS:
         kept = {key: hook for key, hook in getattr(old, hooks).items() if not _is_observer_hook(hook)}
-        getattr(layer, hooks).update(kept)
-    return layer
+        getattr(new, hooks).update(kept)
+    return new
 
 
 def _is_observer_hook(hook: Any) -> bool:
@@ -503,9 +515,9 @@ def _relative_error(weight: Tensor, layer: PackedLayer, dtype: torch.dtype = tor
     step = max(1, (1 << 22) // weight.shape[1])
     dense = layer.dequantize(dtype)
     for start in range(0, weight.shape[0], step):
-        w = weight[start : start + step].float()
-        difference += float((w - dense[start : start + step]).square().sum(dtype=torch.float64))
-        norm += float(w.square().sum(dtype=torch.float64))
+        w = weight[start : start + step].double()
+        difference += float((w - dense[start : start + step]).square().sum())
+        norm += float(w.square().sum())
     return float((difference / norm) ** 0.5) if norm else float(difference**0.5)
 
 
@@ -513,11 +525,20 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put ``module`` at ``name``; returns the model, or ``module`` itself for the empty name."""
     if not name:
         return module
-    parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], module)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # torch's fused path reads `.weight`: take the one that calls the layers
+    path, _, child = name.rpartition(".")
+    setattr(model.get_submodule(path), child, module)
+    # torch's fused Transformer reads `.weight`: take the path that calls the layers
+    ancestors = [model, *(model.get_submodule(path[: m.end()]) for m in re.finditer(r"[^.]+", path))]
+    for parent in ancestors:
+        for attribute, value in _FUSED_PATHS.get(type(parent), {}).items():
+            setattr(parent, attribute, value)
     return model
+
+
+_FUSED_PATHS: dict[type[nn.Module], dict[str, Any]] = {
+    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
+    nn.TransformerEncoder: {"enable_nested_tensor": False, "use_nested_tensor": False},
+}
 
 
 def _attach(model: nn.Module) -> None:
@@ -573,6 +594,7 @@ def _build_calibrated(model: nn.Module, plan: Plan, batches: list[Any]) -> dict[
         statistics[name].hessian = hessian
         build(group_of[name])
 
+    fused = [(m, a, getattr(m, a)) for m in model.modules() for a in _FUSED_PATHS.get(type(m), {})]
     try:
         # a head tied to the embedding has to be known before the first layer runs: calibrate it on the float model
         tied = {n: t.module for n, t in fitted.items() if len(group_of[n]) > 1}
@@ -590,6 +612,8 @@ def _build_calibrated(model: nn.Module, plan: Plan, batches: list[Any]) -> dict[
         for target in plan.targets():
             for name in target.names:
                 swap(model, name, target.module)
+        for module, attribute, value in fused:
+            setattr(module, attribute, value)
     return built
 
 

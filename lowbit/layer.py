@@ -27,6 +27,8 @@ class Format(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 _registry: dict[tuple[str, str], type[Layer]] = {}
 
 
@@ -74,6 +76,7 @@ class Layer(nn.Module):
                 self.register_parameter(name, None)
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
         self.bias: nn.Parameter | None = None if bias_tensor is None else nn.Parameter(bias_tensor)
+        self._register_state_dict_hook(_note_format)  # type: ignore[no-untyped-call]
 
     @classmethod
     def optional_tensors(cls) -> tuple[str, ...]:
@@ -156,7 +159,10 @@ class Layer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # `.to(dtype)` is meant for activations: the packed form only follows the device
         stored = {id(tensor) for tensor in self.named_tensors().values()}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
+        self.dtype = dtype
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -177,9 +183,14 @@ class Layer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # nn.Module would cast a wrong dtype silently; a packed tensor has exactly one
+        # nn.Module would cast a wrong dtype silently; a packed tensor has exactly one. The same shapes may belong to
+        # another format: a state_dict that came straight from a layer says which
         name = prefix.removesuffix(".")
         problems = []
+        mine, theirs = self.format.to_dict(), local_metadata.get("lowbit_format", {})
+        for field, value in theirs.items():
+            if value != mine.get(field):
+                problems.append(f"{name}: the state_dict was saved with {field}={value}: got {field}={mine.get(field)}")
         for tensor_name, (shape, dtype) in self.format.tensors().items():
             tensor = state_dict.get(prefix + tensor_name)
             if tensor is not None:
@@ -204,6 +215,10 @@ class Layer(nn.Module):
             f"in_features={self.format.in_features}, out_features={self.format.out_features}, "
             f"bias={self.bias is not None}, {self.format.describe()}"
         )
+
+
+def _note_format(layer: Layer, _state: dict[str, Any], _prefix: str, local_metadata: dict[str, Any]) -> None:
+    local_metadata["lowbit_format"] = layer.format.to_dict()
 
 
 def build(config: dict[str, Any], device: torch.device | str = "meta") -> Layer:

@@ -172,26 +172,30 @@ def layer_inputs(model: nn.Module, found: dict[str, Layer], batch: Any) -> dict[
     """The first input that each linear receives when the model runs on ``batch``."""
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, args: Any) -> None:
-            inputs.setdefault(name, args[0].detach())
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
+            inputs.setdefault(name, x.detach())
 
         return hook
 
     linears = {name: layer for name, layer in found.items() if layer.kind == "linear"}
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in linears.items()]
+    handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in linears.items()]
+    training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
-            call(model, batch)
+            call(model.eval(), batch)
     finally:
         for handle in handles:
             handle.remove()
+        for module in training:
+            module.training = True
     return inputs
 
 
 def _measure(row: Row, layer: Layer, x: Tensor, reference: nn.Module | None) -> None:
     with torch.no_grad():
-        y = layer(x).double()
+        y = layer.forward(x).double()  # without hooks: they are not part of the layer
         exact = x.double() @ layer.dequantize(torch.float32).double().t()
         if layer.bias is not None:
             exact += layer.bias.double()

@@ -114,6 +114,30 @@ def test_shared_tensors_are_stored_once(tmp_path):
     assert sum(t.numel() * t.element_size() for t in stored.values()) == total
 
 
+def test_tied_layers_keep_their_own_static_scales(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(48, 48), nn.Linear(48, 48)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(10 * self.first(x).sigmoid())
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(20, 48)
+    peaks = [x.abs().max(), (10 * model.first(x).sigmoid()).max()]
+    lowbit.convert(model, lowbit.Packed(bits=8, activations="int8_static"), calibration=[x])
+    assert model.first.packed is model.second.packed
+    scales = [float(layer.x_scale) for layer in (model.first, model.second)]
+    assert scales == pytest.approx([float(peak) / 127 for peak in peaks])
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path, Tied())
+    assert other.first.packed is other.second.packed
+    assert [float(layer.x_scale) for layer in (other.first, other.second)] == scales
+    assert torch.equal(model(x), other(x))
+
+
 def test_a_model_that_is_one_layer(tmp_path):
     torch.manual_seed(0)
     layer = lowbit.convert(nn.Linear(40, 6), lowbit.Packed(bits=4))

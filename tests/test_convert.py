@@ -1,7 +1,9 @@
 """``convert``, ``dequantize`` and ``report``: what is swapped, what is refused, and that refusals change nothing."""
 
 import copy
+import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -165,7 +167,10 @@ SPECS = [
     (dict(quantizer="mean"), "requires symmetric=True"),
     (dict(activations="int4"), "activations must be one of"),
     (dict(outliers=0.5), "outliers must be a fraction between 0 and 0.1: got outliers=0.5"),
-    (dict(gamma=0), "gamma must be greater than 0"),
+    (dict(gamma=0), "gamma must be"),
+    (dict(gamma=float("inf")), "gamma must be"),
+    (dict(symmetric="no"), "symmetric must be"),
+    (dict(symmetric=True, zeros="float"), "zeros"),
     (dict(scale_dtype=torch.int8), "scale_dtype must be float32, float16 or bfloat16"),
 ]
 
@@ -176,19 +181,41 @@ def test_specs_out_of_range(fields, message):
         Packed(**fields)
 
 
+def test_numpy_integers_are_integers():
+    numpy = pytest.importorskip("numpy")
+    spec = Packed(bits=numpy.int64(4), group_size=numpy.int32(8))
+    assert spec == Packed(bits=4, group_size=8)
+    layer = lowbit.convert(nn.Linear(16, 8), spec)
+    assert json.loads(json.dumps(layer.format.to_dict())) == layer.format.to_dict()
+
+
 def test_layers_that_cannot_be_swapped_stay_and_the_report_says_why(ids):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
             self.plain = nn.Linear(8, 8)
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.normed_by_a_hook = nn.utils.weight_norm(nn.Linear(8, 8))
             self.capped = nn.Embedding(5, 8, max_norm=1.0)
             self.attention = nn.MultiheadAttention(8, 2)
+            self.bias_buffer = nn.Linear(8, 8)
+            bias = self.bias_buffer.bias.detach()
+            del self.bias_buffer.bias
+            self.bias_buffer.register_buffer("bias", bias)
+            self.patched = nn.Linear(8, 8)
+            self.patched.forward = lambda x: x
 
     model = Odd()
+    kept = {name: module for name, module in model.named_modules() if name not in ("", "plain")}
     lowbit.convert(model, Packed())
     assert isinstance(model.plain, PackedLinear)
-    assert set(model.lowbit_skipped) == {"normed", "capped", "attention.out_proj"}
+    assert set(model.lowbit_skipped) == {
+        "normed", "normed_by_a_hook", "capped", "attention.out_proj", "bias_buffer", "patched"
+    }  # fmt: skip
+    assert all(model.lowbit_skipped.values())
+    assert all(model.get_submodule(name) is module for name, module in kept.items())
     assert "float: capped: max_norm" in str(lowbit.report(model))
 
 
@@ -215,6 +242,28 @@ def test_transformer_encoder_layers_run_our_kernels_not_the_fused_path():
     assert float((after - before).norm() / before.norm()) < 0.05
 
 
+@torch.no_grad()
+def test_transformer_encoders_with_padding():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    before = model(x, src_key_padding_mask=padding)[~padding]
+    lowbit.convert(model, Packed(bits=8))
+    after = model(x, src_key_padding_mask=padding)[~padding]
+    assert float((after - before).norm() / before.norm()) < 0.02
+
+
+def test_a_failed_calibration_leaves_transformer_layers_as_they_were():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    fused, before = layer.activation_relu_or_gelu, snapshot(layer)
+    assert fused
+    with pytest.raises(Exception, match="16"):
+        lowbit.convert(
+            layer, {"linear1": Packed(), "linear2": Packed(quantizer="gptq")}, calibration=[torch.randn(2, 5, 7)]
+        )
+    assert layer.activation_relu_or_gelu == fused and snapshot(layer) == before
+
+
 def test_hooks_survive():
     model, calls = Model(), []
     model.blocks[0].up.register_forward_hook(lambda *_: calls.append("after"))
@@ -222,6 +271,77 @@ def test_hooks_survive():
     lowbit.convert(model, Packed())
     model.blocks[0](torch.randn(1, 40))
     assert calls == ["before", "after"]
+    lowbit.dequantize(model)
+    model.blocks[0](torch.randn(1, 40))
+    assert calls == ["before", "after"] * 2
+
+
+def test_backward_hooks_survive():
+    model, calls = Model(), []
+    model.blocks[0].up.register_full_backward_hook(lambda *_: calls.append("after"))
+    model.blocks[0].up.register_full_backward_pre_hook(lambda *_: calls.append("before"))
+    lowbit.convert(model, Packed())
+    model.blocks[0](torch.randn(1, 40, requires_grad=True)).sum().backward()
+    assert calls == ["before", "after"]
+
+
+class BartScaledWordEmbedding(nn.Embedding):
+    def __init__(self, *args, embed_scale, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_scaled_embeddings_there_and_back(ids, training):
+    model = nn.Sequential(BartScaledWordEmbedding(50, 40, padding_idx=3, embed_scale=6.5)).train(training)
+    lowbit.convert(model, Packed(bits=4, group_size=20))
+    layer = model[0]
+    assert isinstance(layer, PackedEmbedding) and layer.output_scale == 6.5
+    y = layer(ids).detach()
+    assert_bitwise_equal(y, nn.functional.embedding(ids, layer.dequantize()) * 6.5)
+    lowbit.dequantize(model)
+    assert isinstance(model[0], nn.Embedding) and model[0].padding_idx == 3
+    assert model[0].training == training
+    assert_bitwise_equal(model[0](ids).detach(), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq"])
+@pytest.mark.parametrize("activations", ["float", "int8", "int8_static"])
+def test_the_default_dtype_changes_nothing(ids, activations, quantizer, dtype):
+    original = Model().eval()
+    spec = Packed(bits=4, group_size=20, outliers=0.02, quantizer=quantizer, activations=activations)
+
+    @torch.no_grad()
+    def run():
+        model = lowbit.convert(copy.deepcopy(original), spec, calibration=[ids])
+        return {**model.state_dict(), "y": model(ids)}
+
+    default = torch.get_default_dtype()
+    with lowbit.use_backend("reference"):
+        expected = run()
+        torch.set_default_dtype(dtype)
+        try:
+            found = run()
+        finally:
+            torch.set_default_dtype(default)
+    for name, tensor in expected.items():
+        assert_bitwise_equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq"])
+def test_autocast_changes_nothing(ids, quantizer):
+    original = Model().eval()
+    spec = Packed(bits=4, group_size=20, quantizer=quantizer)
+    calibration = [ids] if quantizer == "gptq" else None
+    expected = lowbit.convert(copy.deepcopy(original), spec, calibration=calibration)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lowbit.convert(copy.deepcopy(original), spec, calibration=calibration)
+    for name, tensor in expected.state_dict().items():
+        assert_bitwise_equal(found.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -277,6 +397,37 @@ def test_a_malformed_state_dict_is_refused(tensor, change, message):
         model.load_state_dict(state)
 
 
+def test_a_state_dict_of_another_group_size_is_refused():
+    weight = torch.randn(8, 128)
+    layers = [PackedLinear.from_float(weight, Packed(group_size=size)) for size in (64, 100)]
+    assert layers[0].scales.shape == layers[1].scales.shape
+    with pytest.raises((RuntimeError, ValueError), match="group_size"):
+        layers[1].load_state_dict(layers[0].state_dict())
+
+
+def test_packed_models_are_not_moved_to_float64():
+    model = lowbit.convert(Model(), Packed())
+    with pytest.raises((TypeError, ValueError), match="float64"):
+        model.double()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_weight_errors_of_extreme_magnitudes(magnitude, symmetric, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 16))
+    with torch.no_grad():
+        model[0].weight.mul_(magnitude)
+    weight = model[0].weight.detach().double()
+    lowbit.convert(model, Packed(bits=4, group_size=8, symmetric=symmetric))
+    exact = float((model[0].dequantize().double() - weight).norm() / weight.norm())
+    assert 0.01 < exact < 0.2 and model[0].weight_error == pytest.approx(exact, rel=1e-4)
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path, nn.Sequential(nn.Linear(40, 16)))
+    assert_bitwise_equal(other[0].dequantize(), model[0].dequantize())
+    assert other[0].weight_error == pytest.approx(exact, rel=1e-4)
+
+
 def test_dequantize_is_the_way_back(ids):
     model = lowbit.convert(Model(), Packed(bits=6, group_size=8)).eval()
     y = model(ids)
@@ -301,8 +452,11 @@ def test_meta_models_take_the_shape_of_the_real_conversion():
     real = lowbit.convert(Model(), spec)
     with torch.device("meta"):
         meta = Model()
+    bias = meta.blocks[1].up.bias
     lowbit.convert(meta, spec)
     assert meta.head.packed is meta.embed.packed
+    assert isinstance(bias, nn.Parameter) and meta.blocks[1].up.bias is bias
+    assert list(meta.state_dict()) == list(real.state_dict())
     for name, tensor in meta.state_dict().items():
         assert tensor.is_meta
         assert (tensor.shape, tensor.dtype) == (real.state_dict()[name].shape, real.state_dict()[name].dtype), name
@@ -344,6 +498,44 @@ def test_static_activations_are_calibrated(ids):
     assert float((model(ids) - reference).norm() / reference.norm()) < 0.05
 
 
+def test_an_input_that_is_always_zero_gets_a_static_scale():
+    spec = Packed(bits=8, activations="int8_static")
+    model = lowbit.convert(nn.Sequential(nn.Linear(16, 8)), spec, calibration=[torch.zeros(3, 16)])
+    assert float(model[0].x_scale) == 1.0
+    assert bool(torch.isfinite(model(torch.randn(3, 16))).all())
+
+
+def test_gptq_quantizes_an_embedding_like_mse(ids):
+    def embedding(quantizer):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 8))
+        spec = Packed(bits=3, group_size=20, quantizer=quantizer)
+        return lowbit.convert(model, spec, calibration=[ids])[0].named_tensors()
+
+    expected = embedding("mse")
+    for name, tensor in embedding("gptq").items():
+        assert_bitwise_equal(tensor, expected[name])
+
+
+def test_a_failed_calibration_restores_every_name_of_a_module():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.again, self.last = self.first, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.last(self.again(self.first(x)))[:, 100]
+
+    model = Twice()
+    before = snapshot(model)
+    with pytest.raises(IndexError):
+        lowbit.convert(
+            model, {"first": Packed(), "last": Packed(quantizer="gptq")}, calibration=[torch.randn(3, 8)]
+        )
+    assert snapshot(model) == before
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
@@ -376,3 +568,43 @@ def test_report_counts_every_byte(ids):
 def test_report_of_a_float_model_is_an_error():
     with pytest.raises(ValueError, match="no packed layer"):
         lowbit.report(Model())
+
+
+def test_report_measures_a_wrong_kernel(ids, monkeypatch):
+    model = lowbit.convert(Model().eval(), Packed(bits=4, group_size=20))
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, *args, **kwargs: 1.01 * forward(self, *args, **kwargs))
+    errors = [row.kernel_error for row in lowbit.report(model, ids).rows if row.kind == "linear"]
+    assert errors == pytest.approx([0.01] * 5, rel=1e-3)
+
+
+def test_report_names_the_backend():
+    model = lowbit.convert(Model(), Packed())
+    with lowbit.use_backend("reference"):
+        report = lowbit.report(model)
+    assert {row.backend for row in report.rows} == {"reference"} and "reference" in str(report)
+
+
+class Keywords(nn.Module):
+    """Layers called by keyword, and a norm with statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(50, 40), nn.BatchNorm1d(40), nn.Linear(40, 8)
+
+    def forward(self, ids):
+        return self.head(input=self.norm(self.embed(input=ids).flatten(0, 1)))
+
+
+def test_report_runs_the_model_and_leaves_it_as_it_was(ids):
+    model = lowbit.convert(Keywords(), Packed(bits=4, group_size=20))
+    model.head.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    report = lowbit.report(model, ids)
+    assert {row.name: row.kernel_error for row in report.rows}["head"] < 1e-5
+    for name, tensor in model.state_dict().items():
+        assert_bitwise_equal(tensor, before[name])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    tensors = [*model.parameters(), *model.buffers()]
+    assert report.total_after == sum(t.numel() * t.element_size() for t in tensors)

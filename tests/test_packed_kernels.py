@@ -97,6 +97,20 @@ def test_linear_int8(where, bits, dtype, static):
         assert_linear_close(y, both, torch.cat([codes_part, weight.dense() - codes_part], 1), bias)
 
 
+@pytest.mark.parametrize("zeros", ["none", "int", "float"])
+def test_int8_rows_of_small_magnitude(where, zeros):
+    """Against float64 arithmetic on q = round(x * 127 / max|x|); below 2**-100 a row counts as zero."""
+    weight = random_weight(grouped(4, 9, 172, 32, zeros=zeros))
+    x = activations(5, 172, torch.float32)
+    x *= (torch.tensor([1.0, 1e-5, 1e-25, 1e-32, 0.0]) / x.abs().amax(-1))[:, None]
+    bias = torch.randn(9)
+    scale = x[:3].double().abs().amax(-1, keepdim=True) / 127
+    quantized = (x[:3].double() / scale).round() * scale
+    assert_linear_close(weight.linear(x, int8=True)[:3], quantized, weight.dense())
+    assert_linear_close(weight.linear(x, bias, int8=True)[:3], quantized, weight.dense(), bias)
+    assert_bitwise_equal(weight.linear(x, bias, int8=True)[3:], bias.expand(2, -1))
+
+
 def test_activation_quantization_rounds_half_to_even_and_saturates():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0], [0.0] * 6, [1e-3, -2e-3, 5e-4, 0, 0, 0]])
     q, inverse = quantize_activations(x, None)
@@ -267,6 +281,21 @@ def test_more_than_two_to_the_31_weights():
         assert_bitwise_equal(y[:, -2:], (x.double() @ dense.t()).float())
         assert_bitwise_equal(y[:, :1], (x.double().sum(-1, keepdim=True) * -1).float())
     assert_bitwise_equal(weight.embedding(torch.tensor([n - 1, n - 2])), dense.flip(0).float())
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int64, torch.bool], ids=str)
+def test_activations_of_another_dtype_are_refused(where, dtype, int8):
+    weight = random_weight(grouped(4, 8, 96, 32))
+    with pytest.raises(RuntimeError, match=str(dtype).removeprefix("torch.")):
+        weight.linear(torch.ones(2, 96, dtype=dtype), int8=int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool], ids=str)
+def test_ids_of_another_dtype_are_refused(where, dtype):
+    weight = random_weight(grouped(4, 8, 96, 32))
+    with pytest.raises(RuntimeError, match="ids"):
+        weight.embedding(torch.ones(2, dtype=dtype))
 
 
 MALFORMED = {

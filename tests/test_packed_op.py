@@ -83,6 +83,27 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
+    layer = layer_of(format)
+    monkeypatch.setattr("lowbit.packed.op._WEIGHTS_AT_ONCE", 3 * format.in_features)
+    x = activations(5, format.in_features, torch.float32).requires_grad_()
+    dy = activations(5, format.out_features, torch.float32, seed=2)
+    layer(x).backward(dy)
+    exact = dy.double() @ layer.dequantize(torch.float32).double()
+    assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_backward_refuses_scales_changed_after_forward(where):
+    layer = layer_of(FORMATS[1])
+    layer.scales.requires_grad_()
+    y = layer(activations(3, 70, torch.float32).requires_grad_())
+    with torch.no_grad():
+        layer.scales.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
 def test_gradients_of_scales_zeros_and_outliers(where, format):
     """Against torch's own gradients of the dense expression."""
     layer = layer_of(format, bias=False)
@@ -179,8 +200,63 @@ def test_meta_tensors_give_shapes():
 
 def test_input_of_another_width_is_refused():
     layer = layer_of(FORMATS[0])
-    with pytest.raises(ValueError, match="in_features=70 as its last size: got 69"):
+    with pytest.raises(ValueError, match=r"in_features=70 as its last size: got shape \(2, 69\)"):
         layer(torch.randn(2, 69))
+
+
+def test_a_number_is_not_an_input(where):
+    with pytest.raises((ValueError, RuntimeError)):
+        layer_of(FORMATS[0])(torch.tensor(1.0))
+    with pytest.raises((ValueError, RuntimeError)):
+        random_weight(FORMATS[0]).linear(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_layers_are_called_by_keyword_like_those_they_replace(where, format):
+    layer, x = layer_of(format), activations(3, 70, torch.float32)
+    assert_bitwise_equal(layer(input=x).detach(), layer(x).detach())
+    embed, ids = Model(format).embed, torch.tensor([3, 0])
+    assert_bitwise_equal(embed(input=ids), embed(ids))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_autocast_changes_nothing(where, format, int8):
+    def run():
+        x = activations(3, 70, torch.float32).requires_grad_()
+        y = random_weight(format).linear(x, torch.ones(10), int8=int8)
+        y.backward(activations(3, 10, torch.float32, seed=2))
+        return y.detach(), x.grad
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for tensor, want in zip(found, expected, strict=True):
+        assert_bitwise_equal(tensor, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
+def test_the_default_dtype_changes_nothing(where, format, dtype):
+    weight, x = random_weight(format), activations(3, 70, torch.float32)
+    bias, x_scale, ids = torch.ones(10), torch.tensor([0.02]), torch.tensor([3, 0])
+
+    def run():
+        given = x.clone().requires_grad_()
+        weight.linear(given, bias).sum().backward()
+        return (
+            weight.linear(x, bias), weight.linear(x, bias, int8=True), weight.linear(x, int8=True, x_scale=x_scale),
+            weight.dequantize(), weight.embedding(ids), given.grad,
+        )  # fmt: skip
+
+    expected, default = run(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(default)
+    for tensor, want in zip(found, expected, strict=True):
+        assert_bitwise_equal(tensor, want)
 
 
 # ------------------------------------------------------------------------------------------- choosing a backend

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lowbit.packed.quantize as module
 from lowbit.packed.format import Packed
+from lowbit.packed.module import PackedLinear
 from lowbit.packed.quantize import Quantized, quantize
 
 N, K, GROUP = 24, 172, 32  # the last group is shorter
@@ -361,6 +362,26 @@ def test_outliers_count_ties_and_overflow() -> None:
     assert q.outlier_values is not None
     assert q.outlier_values.dtype == torch.float32
     assert float(outliers(q)[3, 3]) == pytest.approx(1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize(("k", "dtype"), [(32768, torch.int16), (32769, torch.int32)])
+def test_the_dtype_of_outlier_columns_holds_the_last_column(k: int, dtype: torch.dtype) -> None:
+    w = weight(2, k)
+    w[:, -1] = 100.0
+    layer = PackedLinear.from_float(w, Packed(bits=4, outliers=1 / k))
+    assert layer.outlier_columns is not None
+    assert layer.outlier_columns.dtype == layer.format.tensors()["outlier_columns"][1] == dtype
+    assert layer.outlier_columns.tolist() == [k - 1, k - 1]
+    assert layer.dequantize()[:, -1].tolist() == pytest.approx([100.0, 100.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_outliers_do_not_worsen_gptq(bits: int) -> None:
+    w, h = weight(), hessian()
+    spec = Packed(bits=bits, group_size=GROUP, quantizer="gptq")
+    plain = proxy_loss(dequantize(quantize(w, spec, hessian=h), spec) - w, h)
+    with_outliers = with_(spec, outliers=0.02)
+    assert proxy_loss(dequantize(quantize(w, with_outliers, hessian=h), spec) - w, h) <= plain
 
 
 @pytest.mark.parametrize("spec", SPECS[::4], ids=name)

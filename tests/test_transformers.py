@@ -169,6 +169,21 @@ def transformers_keys(folder: Path):
     return list(Checkpoint.of_folder(folder))
 
 
+def test_conv1d_and_linear_that_share_a_square_weight():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, linear = Conv1D(32, 32), torch.nn.Linear(32, 32)
+    torch.nn.init.normal_(conv.weight)
+    linear.weight = conv.weight
+    weight = conv.weight.detach().clone()
+    model = lowbit.convert(torch.nn.ModuleList([conv, linear]), lowbit.Packed(bits=8))
+    for layer, expected in ((model[0], weight.t()), (model[1], weight)):
+        assert float((layer.dequantize() - expected).norm() / expected.norm()) < 0.01
+        x = torch.randn(3, 32)
+        assert float((layer(x) - layer.bias - x @ expected.t()).norm() / (x @ expected.t()).norm()) < 0.01
+
+
 @pytest.mark.parametrize("skip", [["lm_head"], ["model.embed_tokens"]])
 @pytest.mark.parametrize("loader", ["from_pretrained", "load"])
 def test_half_of_a_tied_pair_packed(skip, loader, tmp_path):
@@ -303,6 +318,16 @@ def test_deepcopy_and_pickle(tmp_path):
         assert twin.lm_head.packed is twin.transformer.wte.packed
         twin.save_pretrained(tmp_path / "twin")
         same_bits(model, GPT2LMHeadModel.from_pretrained(tmp_path / "twin"))
+
+
+@pytest.mark.parametrize("loader", ["from_pretrained", "load"])
+def test_save_over_a_folder_of_a_plain_model(loader, tmp_path):
+    lowbit.save(lowbit.convert(torch.nn.Sequential(torch.nn.Linear(32, 8)), SPEC), tmp_path)
+    model = make("bert")
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path) if loader == "load" else BertModel.from_pretrained(tmp_path)
+    same_bits(model, other.eval())
+    assert not (tmp_path / "lowbit.json").exists()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "t5", "bart"])

@@ -64,6 +64,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     stream.validate(model)
     folder = Path(folder)
     if is_pretrained(model):
+        (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a plain module that was saved here before
         model.save_pretrained(folder)  # type: ignore[operator]
         return
     state = model.state_dict()

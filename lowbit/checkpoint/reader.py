@@ -159,6 +159,8 @@ class Checkpoint:
         """Open ``model.safetensors`` or the sharded ``model.safetensors.index.json`` of ``folder``."""
         index_file = folder / INDEX_FILE
         if (folder / SINGLE_FILE).is_file():
+            if index_file.is_file():
+                raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is left over")
             return cls([folder / SINGLE_FILE])
         if not index_file.is_file():
             raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -7,8 +7,10 @@ Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary i
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from operator import index
+from typing import Any, Literal, SupportsIndex
 
 import torch
 
@@ -65,8 +67,14 @@ class Packed:
     scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size"):
+            value = getattr(self, name)
+            if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+                object.__setattr__(self, name, index(value))  # numpy integers too
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 2 and 8: got bits={self.bits!r}")
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric must be True or False: got symmetric={self.symmetric!r}")
         if self.granularity is None:
             object.__setattr__(self, "granularity", "row" if self.group_size is None else "group")
         _choice("granularity", self.granularity, GRANULARITIES)
@@ -84,8 +92,10 @@ class Packed:
             raise ValueError(f"group_size must be an integer between 1 and K: got group_size={self.group_size!r}")
         if self.quantizer == "mean" and not self.symmetric:
             raise ValueError("quantizer='mean' clips symmetrically: it requires symmetric=True")
-        if not self.gamma > 0:
-            raise ValueError(f"gamma must be greater than 0: got gamma={self.gamma}")
+        if self.symmetric and self.zeros == "float":
+            raise ValueError("zeros='float' is a zero point, which symmetric=True does not have")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma must be greater than 0 and finite: got gamma={self.gamma}")
         if not 0.0 <= self.outliers <= 0.1:
             raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={self.outliers}")
         if self.scale_dtype is not None and self.scale_dtype not in FLOAT_DTYPES.values():

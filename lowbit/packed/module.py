@@ -177,12 +177,13 @@ class PackedLinear(PackedLayer):
         layer.validate()
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         format = self.format
-        if x.shape[-1] != format.in_features:
-            raise ValueError(f"x must have in_features={format.in_features} as its last size: got {x.shape[-1]}")
+        if input.dim() == 0 or input.shape[-1] != format.in_features:
+            shape = tuple(input.shape)
+            raise ValueError(f"input must have in_features={format.in_features} as its last size: got shape {shape}")
         y: Tensor = torch.ops.lowbit.packed_linear(
-            x, self.packed, self.scales, self.zeros, self.bias,
+            input, self.packed, self.scales, self.zeros, self.bias,
             self.outlier_values, self.outlier_columns, self.outlier_rows, self.x_scale,
             format.bits, format.group_size, format.activations != "float",
         )  # fmt: skip
@@ -247,9 +248,9 @@ class PackedEmbedding(PackedLayer):
         layer.validate()
         return layer
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         y: Tensor = torch.ops.lowbit.packed_embedding(
-            ids, self.packed, self.scales, self.zeros,
+            input, self.packed, self.scales, self.zeros,
             self.outlier_values, self.outlier_columns, self.outlier_rows,
             self.format.bits, self.format.group_size, self.format.in_features, self.dtype,
         )  # fmt: skip

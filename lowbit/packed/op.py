@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,26 @@ library.define(
     f"packed_embedding(Tensor ids, Tensor packed, Tensor scales, Tensor? zeros, {_OUTLIERS}, "
     "int bits, int group_size, int embedding_dim, ScalarType dtype) -> Tensor"
 )
+
+
+_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Sums are float32 whatever autocast would make of a matmul."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _check_activations(x: Tensor) -> None:
+    torch._check(x.dtype in _ACTIVATION_DTYPES, lambda: f"x must be float32, float16 or bfloat16: got {x.dtype}")
+    torch._check(x.dim() >= 1, lambda: "x must have at least one dimension [..., K]: got a scalar")
+
+
+def _check_ids(ids: Tensor) -> None:
+    torch._check(ids.dtype in _ID_DTYPES, lambda: f"ids must be int32 or int64: got {ids.dtype}")
 
 
 def _check_weight(
@@ -90,7 +111,7 @@ def outlier_matrix(values: Tensor, columns: Tensor, rows: Tensor, in_features: i
     """The dense float32 ``[rows, K]`` form of a CSR matrix."""
     counts = (rows[1:] - rows[:-1]).to(torch.int64)
     row = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
-    dense = torch.zeros(len(counts), in_features, device=values.device)
+    dense = torch.zeros(len(counts), in_features, dtype=torch.float32, device=values.device)
     return dense.index_put_((row, columns.to(torch.int64)), values.float())
 
 
@@ -161,21 +182,23 @@ def _reference_linear(
     group_size: int,
     int8: bool,
 ) -> Tensor:
+    _check_activations(x)
     n, k = packed.shape[0], x.shape[-1]
     _check_weight(packed, scales, zeros, bits, group_size, k)
     rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
     outliers = (outlier_values, outlier_columns, outlier_rows)
     for rows in _row_blocks(n, k):
-        if int8:
-            dense = (packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows))
-            block = _int8_block(rows_x, *dense, x_scale, bits, group_size)
-            values, columns, pointers = _outliers_of(*outliers, rows)
-            if values is not None and columns is not None and pointers is not None:
-                block += rows_x @ outlier_matrix(values, columns, pointers, k).t()
-        else:
-            weight = (packed, scales, zeros, *outliers)
-            block = rows_x @ _dequantize_block(rows, weight, bits, group_size, k).t()
+        with _without_autocast(x.device):
+            if int8:
+                dense = (packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows))
+                block = _int8_block(rows_x, *dense, x_scale, bits, group_size)
+                values, columns, pointers = _outliers_of(*outliers, rows)
+                if values is not None and columns is not None and pointers is not None:
+                    block += rows_x @ outlier_matrix(values, columns, pointers, k).t()
+            else:
+                weight = (packed, scales, zeros, *outliers)
+                block = rows_x @ _dequantize_block(rows, weight, bits, group_size, k).t()
         if bias is not None:
             block += bias[rows].float()
         y[:, rows] = block.to(x.dtype)
@@ -196,7 +219,7 @@ def _int8_block(
     q, inverse = quantize_activations(x, x_scale)
     q, k = q.double(), x.shape[-1]
     codes = unpack(packed, bits, k).double()
-    y = torch.zeros(x.shape[0], packed.shape[0], device=x.device)
+    y = torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
     for g, start in enumerate(range(0, k, group_size)):
         group = slice(start, min(start + group_size, k))
         zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros[:, g].double()
@@ -238,6 +261,7 @@ def _reference_embedding(
     embedding_dim: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    _check_ids(ids)
     _check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     count = packed.shape[0]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
@@ -266,6 +290,7 @@ def _fake_linear(
     x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> Tensor:
     *_, bits, group_size, _int8 = rest
+    _check_activations(x)
     _check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
@@ -282,6 +307,7 @@ def _fake_embedding(
     ids: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, *rest: Any
 ) -> Tensor:
     *_, bits, group_size, embedding_dim, dtype = rest
+    _check_ids(ids)
     _check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     return packed.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
@@ -293,14 +319,18 @@ def _fake_embedding(
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, zeros, _bias, values, columns, rows, _x_scale, bits, group_size, _int8 = inputs
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[i] for i in (2, 3, 5)) else None)
-    ctx.weight = (packed, scales, zeros, values, columns, rows)
+    trains_weight = any(ctx.needs_input_grad[i] for i in (2, 3, 5))
+    ctx.save_for_backward(x if trains_weight else None, packed, scales, zeros, values, columns, rows)
     ctx.bits, ctx.group_size, ctx.shape = bits, group_size, x.shape
 
 
 def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
-    packed, scales, zeros, values, columns, rows = ctx.weight
+    with _without_autocast(grad.device):
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, scales, zeros, values, columns, rows = ctx.saved_tensors
     bits, group_size, k = ctx.bits, ctx.group_size, ctx.shape[-1]
     n = packed.shape[0]
     dy = grad.reshape(-1, n)
@@ -323,7 +353,7 @@ def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _weight_gradients(ctx: Any, x: Tensor, dy: Tensor, grads: list[Tensor | None]) -> None:
     """With D = dYᵀ X: d scale = sum_group D·(code − zero), d zero = −scale · sum_group D, d outlier = D[row, col]."""
-    packed, scales, zeros, values, columns, rows = ctx.weight
+    _x, packed, scales, zeros, values, columns, rows = ctx.saved_tensors
     bits, group_size, k = ctx.bits, ctx.group_size, ctx.shape[-1]
     d = dy.float().t() @ x.float()
     group = torch.arange(k, device=d.device) // group_size

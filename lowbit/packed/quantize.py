@@ -163,7 +163,7 @@ class _Layer:
         if self.per_tensor:
             scale, zero = self.fit_groups(self.groups, dtype)
             return scale.view(1, 1), zero.view(1, 1)
-        scales = torch.empty(self.n, -(-self.k // self.group), device=self.weight.device)
+        scales = torch.empty(self.n, -(-self.k // self.group), dtype=torch.float32, device=self.weight.device)
         zeros = torch.empty_like(scales)
         done = 0
         for piece in self.groups():
@@ -377,7 +377,7 @@ class _Layer:
             ends[1:][rows] = self.outliers[rows].sum(1)
         ends = ends.cumsum(0)
         # Filled in place: small results kept between large temporaries would fragment the heap.
-        values = torch.empty(int(ends[-1]), device=self.weight.device)
+        values = torch.empty(int(ends[-1]), dtype=torch.float32, device=self.weight.device)
         columns = torch.empty(len(values), dtype=torch.int32, device=self.weight.device)
         for w, rows in self.chunks():
             mask = self.outliers[rows]
