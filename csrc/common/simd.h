@@ -33,10 +33,11 @@ inline float float_of(uint32_t u) {
 
 // ---------------------------------------------------------------------------------------------------------
 // fp32 lanes (Float) and int32 lanes (Int).
-//   dot(acc, x, w): lane l gains sum_{j < kCodesPerLane} x[kCodesPerLane*l + j] * w[kCodesPerLane*l + j], exactly
+//   dot(acc, x, w): lane l gains sum_{j < kCodesPerLane} x[kCodesPerLane*l + j] * w[kCodesPerLane*l + j], exactly,
+//     for activations x in -127..127 and codes w in 0..255 (any 9 bits where Code is int16)
 //   sum4_add(a, b, c, d, out): out[0..3] += the sum of each vector's lanes, always by the same tree
-//   sum_add(a, out): the same for one vector; for an Int, *out holds the bits of an int32
-// Activation codes are stored as q + kActivationOffset.
+//   sum_add(a, out): the same for one vector; for Ints, out holds the bits of int32
+//   in_register(v): v, which the compiler must now hold in a register
 
 #if defined(__AVX512F__)
 
@@ -50,7 +51,8 @@ inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Int load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(int32_t* p, Int v) { _mm512_storeu_si512(p, v); }
 inline Int zero_int() { return _mm512_setzero_si512(); }
-inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+inline Int splat(int32_t v) { return _mm512_set1_epi32(v); }
+inline Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
 inline Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 inline __m128 sum4(Float a, Float b, Float c, Float d) {
   Float ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -73,7 +75,8 @@ inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Int load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store(int32_t* p, Int v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 inline Int zero_int() { return _mm256_setzero_si256(); }
-inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+inline Int splat(int32_t v) { return _mm256_set1_epi32(v); }
+inline Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
 inline Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
 inline __m128 sum4(Float a, Float b, Float c, Float d) {
   Float ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
@@ -103,7 +106,8 @@ inline Int load(const int32_t* p) {
 }
 inline void store(int32_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
 inline Int zero_int() { return Int{0, 0, 0, 0}; }
-inline Int add(Int a, Int b) { return a + b; }
+inline Int splat(int32_t v) { return Int{v, v, v, v}; }
+inline Int multiply(Int a, Int b) { return a * b; }
 inline Float to_float(Int v) { return __builtin_convertvector(v, Float); }
 inline void sum4_add(Float a, Float b, Float c, Float d, float* out) {
   const Float v[4] = {a, b, c, d};
@@ -120,30 +124,53 @@ inline void sum4_add(Float a, Float b, Float c, Float d, float* out) {
 inline void sum_add(Float a, float* out) { *out += _mm_cvtss_f32(sum4(a, a, a, a)); }
 #endif
 
-// *out, the bits of an int32, += the sum of the lanes
-inline void sum_add(Int v, float* out) {
-  int32_t lanes[kLanes], total = int32_t(bits_of(*out));
-  store(lanes, v);
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
-  *out = float_of(uint32_t(total));
+#if defined(__AVX2__)
+inline __m128i sum128(Int v) {  // the sum of the vector's 128-bit parts
+#if defined(__AVX512F__)
+  const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+#else
+  const __m256i h = v;
+#endif
+  return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+inline void sum4_add(Int a, Int b, Int c, Int d, float* out) {
+  const __m128i p = _mm_hadd_epi32(sum128(a), sum128(b)), q = _mm_hadd_epi32(sum128(c), sum128(d));
+  __m128i* to = reinterpret_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), _mm_hadd_epi32(p, q)));
+}
+#else
+inline void sum4_add(Int a, Int b, Int c, Int d, float* out) {
+  const Int v[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    out[i] = float_of(bits_of(out[i]) + uint32_t(v[i][0] + v[i][1] + v[i][2] + v[i][3]));
+}
+#endif
+inline void sum_add(Int a, float* out) {
+  float sums[4] = {*out, 0, 0, 0};
+  sum4_add(a, zero_int(), zero_int(), zero_int(), sums);
+  *out = sums[0];
 }
 
 #if defined(__AVX512VNNI__)
-// vpdpbusd multiplies unsigned by signed bytes: activations are the unsigned side, q + 128.
-using Activation = uint8_t;
-using Code = int8_t;
+// vpdpbusd multiplies unsigned by signed bytes.
+using Activation = int8_t;
+using Code = uint8_t;
 constexpr int kCodesPerLane = 4;
-constexpr int kActivationOffset = 128;
 // Not _mm512_dpbusd_epi32: GCC 12 copies every accumulator twice around it, and then runs out of registers.
 inline Int dot(Int acc, Int x, Int w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
 }
+// GCC 12 would load a vector again for each of its uses.
+inline Int in_register(Int v) {
+  asm("" : "+v"(v));
+  return v;
+}
 #else
+inline Int in_register(Int v) { return v; }
 using Activation = int16_t;
 using Code = int16_t;
 constexpr int kCodesPerLane = 2;
-constexpr int kActivationOffset = 0;
 #if defined(__AVX512F__)
 inline Int dot(Int acc, Int x, Int w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, w)); }
 #elif defined(__AVX2__)

@@ -26,12 +26,15 @@ inline void prefetch(const uint8_t* src, int64_t ahead) {
 #if defined(__AVX512VBMI__)
 
 struct UnpackTables {
-  uint8_t spread[9][64] = {}, shifts[9][64] = {};
+  uint8_t spread[9][64] = {}, shifts[9][64] = {}, wide_spread[9][64] = {};
+  int32_t wide_shifts[9][16] = {};
   constexpr UnpackTables() {
     for (int bits = 1; bits <= 8; ++bits)
       for (int i = 0; i < 64; ++i) {
         spread[bits][i] = uint8_t((i / 8 * bits + i % 8) & 63);
         shifts[bits][i] = uint8_t(i % 8 * bits);
+        wide_spread[bits][i] = uint8_t((i / 4 * bits / 8 + i % 4) & 63);
+        wide_shifts[bits][i / 4] = i / 4 * bits % 8;
       }
   }
 };
@@ -46,6 +49,20 @@ struct Unpack64 {
   // word q of `spread` holds the `bits` bytes of codes 8q..8q+7; vpmultishiftqb takes 8 bits from bit i*bits of it
   __m512i operator()(__m512i bytes) const {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes)), mask);
+  }
+};
+
+// 16 codes, each in the low `bits` bits of a lane; the bits above are arbitrary.
+struct Unpack16 {
+  __m512i spread, shifts;
+  __mmask8 words;
+  explicit Unpack16(int bits)
+      : spread(_mm512_loadu_si512(kUnpack.wide_spread[bits])),
+        shifts(_mm512_loadu_si512(kUnpack.wide_shifts[bits])),
+        words(__mmask8((1 << bits) - 1)) {}
+  __m512i operator()(const uint8_t* src) const {
+    const __m512i codes = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(words, src));
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, codes), shifts);
   }
 };
 
