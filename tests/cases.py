@@ -152,9 +152,7 @@ def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = F
         values = (values if power_of_two else values + torch.rand(flat.shape, generator=g)).to(
             spec["outlier_values"][1]
         )
-    return Weight(
-        format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows)
-    )
+    return Weight(format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows))
 
 
 def activations(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:

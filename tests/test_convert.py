@@ -295,16 +295,23 @@ class BartScaledWordEmbedding(nn.Embedding):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_scaled_embeddings_there_and_back(ids, training):
-    model = nn.Sequential(BartScaledWordEmbedding(50, 40, padding_idx=3, embed_scale=6.5)).train(training)
+@pytest.mark.parametrize("scale", [1.0, 6.5])
+def test_embeddings_there_and_back(ids, scale, training):
+    torch.manual_seed(0)
+    if scale == 1.0:
+        embedding = nn.Embedding(50, 40, padding_idx=3)
+    else:
+        embedding = BartScaledWordEmbedding(50, 40, padding_idx=3, embed_scale=scale)
+    model = nn.Sequential(embedding, nn.Linear(40, 8)).train(training)
     lowbit.convert(model, Packed(bits=4, group_size=20))
     layer = model[0]
-    assert isinstance(layer, PackedEmbedding) and layer.output_scale == 6.5
+    assert isinstance(layer, PackedEmbedding) and layer.output_scale == scale
     y = layer(ids).detach()
-    assert_bitwise_equal(y, nn.functional.embedding(ids, layer.dequantize()) * 6.5)
+    assert_bitwise_equal(y, nn.functional.embedding(ids, layer.dequantize()) * scale)
+    assert [packed.to_float().training for packed in model] == [training] * 2
     lowbit.dequantize(model)
     assert isinstance(model[0], nn.Embedding) and model[0].padding_idx == 3
-    assert model[0].training == training
+    assert [module.training for module in model.modules()] == [training] * 3
     assert_bitwise_equal(model[0](ids).detach(), y)
 
 
@@ -530,9 +537,7 @@ def test_a_failed_calibration_restores_every_name_of_a_module():
     model = Twice()
     before = snapshot(model)
     with pytest.raises(IndexError):
-        lowbit.convert(
-            model, {"first": Packed(), "last": Packed(quantizer="gptq")}, calibration=[torch.randn(3, 8)]
-        )
+        lowbit.convert(model, {"first": Packed(), "last": Packed(quantizer="gptq")}, calibration=[torch.randn(3, 8)])
     assert snapshot(model) == before
 
 

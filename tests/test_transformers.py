@@ -169,6 +169,7 @@ def transformers_keys(folder: Path):
     return list(Checkpoint.of_folder(folder))
 
 
+@torch.no_grad()
 def test_conv1d_and_linear_that_share_a_square_weight():
     from transformers.pytorch_utils import Conv1D
 
