@@ -86,7 +86,8 @@ def convert(
             parent module. One that matches no layer is an error.
         dry_run: change nothing and return the :class:`Report` of what would be done.
         calibration: batches (tensors, or tuples or dicts of arguments) that the model can be called with; needed
-            by ``quantizer="gptq"`` and ``activations="int8_static"``.
+            by ``quantizer="gptq"`` and ``activations="int8_static"``; ``quantizer="mse"`` then weighs the error of
+            each input feature by how much it matters on them.
 
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before.
