@@ -30,8 +30,8 @@ import lowbit
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.layer import Layer, build
-from lowbit.packed.format import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, QUANTIZERS, Granularity
+from lowbit.layer import FLOAT_DTYPES, Layer, build
+from lowbit.packed.format import ACTIVATIONS, GRANULARITIES, QUANTIZERS, Granularity
 from lowbit.report import Report, Row
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]

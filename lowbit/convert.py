@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowbit import calibrate, sources
-from lowbit.layer import Layer, layers
-from lowbit.packed.format import FLOAT_DTYPES, Packed, PackedFormat
+from lowbit.layer import FLOAT_DTYPES, Layer, layers
+from lowbit.packed.format import Packed, PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLayer, PackedLinear
 from lowbit.packed.quantize import quantize
 from lowbit.report import Row, planned_report
@@ -392,13 +392,10 @@ def build_group(
     group: list[Target], statistics: Mapping[str, Statistics] | None = None
 ) -> dict[str, nn.Module]:
     """The replacements of targets that share one weight: quantized once, the tensors shared."""
-    built: dict[str, nn.Module] = {}
     first = group[0]
     if first.source is not None:
-        built[first.name] = _carry_over(
-            first.module, sources.wrap(first.module, _layer_from_source(first))
-        )
-        return built
+        wrapped = sources.wrap(first.module, _layer_from_source(first))
+        return {first.name: _carry_over(first.module, wrapped)}
     assert first.spec is not None
     weight = first.weight()
     if weight.device.type == "meta":

@@ -27,7 +27,8 @@ class Format(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What activations, biases, scales and outliers may be, by the name that files give it.
+FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
 
@@ -53,7 +54,7 @@ class Layer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "family" in cls.__dict__ or "kind" in cls.__dict__:
+        if "kind" in cls.__dict__:
             _registry[cls.family, cls.kind] = cls
 
     def __init__(
@@ -160,7 +161,7 @@ class Layer(nn.Module):
         # `.to(dtype)` is meant for activations: the packed form only follows the device
         stored = {id(tensor) for tensor in self.named_tensors().values()}
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        if dtype not in COMPUTE_DTYPES:
+        if dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
         self.dtype = dtype
 

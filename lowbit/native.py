@@ -93,13 +93,3 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         set_isa(previous)
-
-
-def build_info() -> dict[str, str]:
-    """What there is to report about the library: its file, its ISAs, or the reason why it is missing."""
-    info = {"library": str(path()), "torch": torch.__version__}
-    reason = load()
-    if reason is not None:
-        return info | {"unavailable": reason}
-    compiled = str(torch.ops.lowbit_native.compiled_isas())
-    return info | {"compiled_isas": compiled, "isas": ",".join(isas())}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowbit import dispatch, native
 from lowbit.bitpack import pack
-from lowbit.packed.format import FLOAT_DTYPES, PackedFormat
+from lowbit.layer import FLOAT_DTYPES
+from lowbit.packed.format import PackedFormat
 
 DTYPES = tuple(FLOAT_DTYPES.values())
 BITS = tuple(range(2, 9))

@@ -291,6 +291,7 @@ def set_format(name, value):
         (lambda d: entry_of(d)["names"].append(LAYER), ["names", LAYER]),
         (lambda d: d["layers"].append(entry_of(d)), ["names", "unique"]),
         (lambda d: entry_of(d).update(family="magic"), [LAYER, "family", "magic"]),
+        (lambda d: entry_of(d).update(kind=""), [LAYER, "kind"]),
         (lambda d: entry_of(d).update(kind="convolution"), [LAYER, "kind", "convolution"]),
         (lambda d: entry_of(d).update(family=["packed"]), [LAYER]),
         (lambda d: entry_of(d).update(dtype="int8"), [LAYER, "dtype", "int8"]),

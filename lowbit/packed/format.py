@@ -15,6 +15,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 
 from lowbit.bitpack import words_per_row
+from lowbit.layer import FLOAT_DTYPES
 
 Granularity = Literal["tensor", "row", "group"]
 Activations = Literal["float", "int8", "int8_static"]
@@ -22,8 +23,13 @@ Activations = Literal["float", "int8", "int8_static"]
 GRANULARITIES = ("tensor", "row", "group")
 QUANTIZERS = ("minmax", "mse", "mean", "gptq")
 ACTIVATIONS = ("float", "int8", "int8_static")
-FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_INT16_COLUMNS = 1 << 15
+
+
+def _describe(format: Packed | PackedFormat) -> str:
+    """``4-bit group 64``, ``8-bit per row``."""
+    where = f"group {format.group_size}" if format.granularity == "group" else f"per {format.granularity}"
+    return f"{format.bits}-bit {where}"
 
 
 def _choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -124,8 +130,7 @@ class Packed:
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric``."""
-        where = f"group {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
-        return f"{self.bits}-bit {where} {'symmetric' if self.symmetric else 'asymmetric'}"
+        return f"{_describe(self)} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,7 @@ class PackedFormat:
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric, int8 activations``."""
-        where = f"group {self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
-        text = f"{self.bits}-bit {where} " + {
+        text = f"{_describe(self)} " + {
             "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros"
         }[self.zeros]  # fmt: skip
         if self.outliers:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.bitpack import pack, unpack
-from lowbit.layer import Layer
-from lowbit.packed.format import FLOAT_DTYPES, Packed, PackedFormat
+from lowbit.layer import FLOAT_DTYPES, Layer
+from lowbit.packed.format import Packed, PackedFormat
+from lowbit.packed.op import csr_row_indices
 from lowbit.packed.quantize import Quantized, quantize
 
 _CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
@@ -19,7 +20,6 @@ class PackedLayer(Layer):
     """Tensors and checks common to the linear and the embedding of family ``packed``."""
 
     family = "packed"
-    kind = ""
     format: PackedFormat
     packed: nn.Parameter
     scales: nn.Parameter
@@ -87,8 +87,7 @@ class PackedLayer(Layer):
                 f"{name}.outlier_columns must be in [0, {self.format.in_features}): "
                 f"got values in [{int(column.min())}, {int(column.max())}]"
             )
-        row = torch.repeat_interleave(torch.arange(len(counts), device=column.device), counts)
-        position = row * self.format.in_features + column
+        position = csr_row_indices(pointers) * self.format.in_features + column
         if bool((position[1:] <= position[:-1]).any()):
             raise ValueError(f"{name}.outlier_columns must increase within each row: they do not")
 

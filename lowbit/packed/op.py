@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from lowbit import dispatch
 from lowbit.bitpack import unpack, words_per_row
+from lowbit.layer import FLOAT_DTYPES
 
 _WEIGHTS_AT_ONCE = 1 << 22  # dequantized weights held at a time by the reference: 16 MiB in float32
 _OUTLIERS = "Tensor? outlier_values, Tensor? outlier_columns, Tensor? outlier_rows"
@@ -34,7 +35,6 @@ library.define(
 )
 
 
-_ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ID_DTYPES = (torch.int32, torch.int64)
 
 
@@ -46,7 +46,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _check_activations(x: Tensor) -> None:
-    torch._check(x.dtype in _ACTIVATION_DTYPES, lambda: f"x must be float32, float16 or bfloat16: got {x.dtype}")
+    torch._check(x.dtype in FLOAT_DTYPES.values(), lambda: f"x must be float32, float16 or bfloat16: got {x.dtype}")
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension [..., K]: got a scalar")
 
 
@@ -98,21 +98,29 @@ def dequantize_rows(
     in_features: int,
 ) -> Tensor:
     """The float32 weight ``[rows, K]`` of ``packed``'s rows, in plain torch: the definition of the format."""
-    codes = unpack(packed, bits, in_features).float()
     group = torch.arange(in_features, device=packed.device) // group_size
-    zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros.float()[:, group]
-    weight = (codes - zero) * scales.float()[:, group]
+    weight = _centered(packed, zeros, bits, group) * scales.float()[:, group]
     if outlier_values is not None and outlier_columns is not None and outlier_rows is not None:
         weight += outlier_matrix(outlier_values, outlier_columns, outlier_rows, in_features)
     return weight
 
 
+def _centered(packed: Tensor, zeros: Tensor | None, bits: int, group: Tensor) -> Tensor:
+    """``code - zero`` as float32 ``[rows, K]``; ``group[k]`` is the group of column k."""
+    zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros.float()[:, group]
+    return unpack(packed, bits, len(group)).float() - zero
+
+
+def csr_row_indices(rows: Tensor) -> Tensor:
+    """The row of every entry of a CSR matrix, from its row pointers."""
+    counts = (rows[1:] - rows[:-1]).to(torch.int64)
+    return torch.repeat_interleave(torch.arange(len(counts), device=rows.device), counts)
+
+
 def outlier_matrix(values: Tensor, columns: Tensor, rows: Tensor, in_features: int) -> Tensor:
     """The dense float32 ``[rows, K]`` form of a CSR matrix."""
-    counts = (rows[1:] - rows[:-1]).to(torch.int64)
-    row = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
-    dense = torch.zeros(len(counts), in_features, dtype=torch.float32, device=values.device)
-    return dense.index_put_((row, columns.to(torch.int64)), values.float())
+    dense = torch.zeros(len(rows) - 1, in_features, dtype=torch.float32, device=values.device)
+    return dense.index_put_((csr_row_indices(rows), columns.to(torch.int64)), values.float())
 
 
 def _row_blocks(n: int, k: int) -> Iterator[slice]:
@@ -121,6 +129,10 @@ def _row_blocks(n: int, k: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
+@overload
+def _rows_of(t: Tensor, rows: slice) -> Tensor: ...
+@overload
+def _rows_of(t: Tensor | None, rows: slice) -> Tensor | None: ...
 def _rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
     """Rows of a ``[N, G]`` tensor; a per-tensor ``[1, 1]`` serves every row."""
     return t if t is None or t.shape[0] == 1 else t[rows]
@@ -139,10 +151,8 @@ def _outliers_of(
 
 def _dequantize_block(rows: slice, weight: tuple[Any, ...], bits: int, group_size: int, k: int) -> Tensor:
     packed, scales, zeros, values, columns, pointers = weight
-    block_scales = _rows_of(scales, rows)
-    assert block_scales is not None
     return dequantize_rows(
-        packed[rows], block_scales, _rows_of(zeros, rows),
+        packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows),
         *_outliers_of(values, columns, pointers, rows), bits, group_size, k,
     )  # fmt: skip
 
@@ -188,11 +198,13 @@ def _reference_linear(
     rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
     outliers = (outlier_values, outlier_columns, outlier_rows)
+    quantized = quantize_activations(rows_x, x_scale) if int8 else None
     for rows in _row_blocks(n, k):
         with _without_autocast(x.device):
-            if int8:
-                dense = (packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows))
-                block = _int8_block(rows_x, *dense, x_scale, bits, group_size)
+            if quantized is not None:
+                block = _int8_block(
+                    *quantized, packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows), bits, group_size
+                )
                 values, columns, pointers = _outliers_of(*outliers, rows)
                 if values is not None and columns is not None and pointers is not None:
                     block += rows_x @ outlier_matrix(values, columns, pointers, k).t()
@@ -206,20 +218,18 @@ def _reference_linear(
 
 
 def _int8_block(
-    x: Tensor,
+    q: Tensor,
+    inverse: Tensor,
     packed: Tensor,
-    scales: Tensor | None,
+    scales: Tensor,
     zeros: Tensor | None,
-    x_scale: Tensor | None,
     bits: int,
     group_size: int,
 ) -> Tensor:
     """Integer dot products per group (exact in float64), then ``(sum_g scale_g * dot_g) / inverse`` in float32."""
-    assert scales is not None
-    q, inverse = quantize_activations(x, x_scale)
-    q, k = q.double(), x.shape[-1]
+    q, k = q.double(), q.shape[-1]
     codes = unpack(packed, bits, k).double()
-    y = torch.zeros(x.shape[0], packed.shape[0], dtype=torch.float32, device=x.device)
+    y = torch.zeros(q.shape[0], packed.shape[0], dtype=torch.float32, device=q.device)
     for g, start in enumerate(range(0, k, group_size)):
         group = slice(start, min(start + group_size, k))
         zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros[:, g].double()
@@ -363,14 +373,11 @@ def _weight_gradients(ctx: Any, x: Tensor, dy: Tensor, grads: list[Tensor | None
         return (sums.sum(0, keepdim=True) if scales.shape[0] == 1 else sums)
 
     if ctx.needs_input_grad[2]:
-        zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros.float()[:, group]
-        grads[2] = per_scale(d * (unpack(packed, bits, k).float() - zero)).to(scales.dtype)
+        grads[2] = per_scale(d * _centered(packed, zeros, bits, group)).to(scales.dtype)
     if ctx.needs_input_grad[3]:
         grads[3] = (-scales.float() * per_scale(d)).to(zeros.dtype)
     if ctx.needs_input_grad[5]:
-        counts = (rows[1:] - rows[:-1]).to(torch.int64)
-        row = torch.repeat_interleave(torch.arange(len(counts), device=d.device), counts)
-        grads[5] = d[row, columns.to(torch.int64)].to(values.dtype)
+        grads[5] = d[csr_row_indices(rows), columns.to(torch.int64)].to(values.dtype)
 
 
 torch.library.register_autograd(
