@@ -1,15 +1,16 @@
-"""Statistics of layer inputs on calibration data: Hessians for error-compensating quantizers, maxima for
-static int8 scales, and the loop that quantizes a model in execution order.
+"""Statistics on calibration data: Hessians of layer inputs for error-compensating quantizers, their maxima for
+static int8 scales, squared weight gradients, and the loop that quantizes a model in execution order.
 
 A batch is what the model is called with: a mapping (keyword arguments), a tuple or list (positional ones) or
 a single argument; ``forward(model, batch)`` replaces that call. Where a batch is a mapping with an
-``attention_mask`` [B, T], its padding positions do not count. The model runs in eval mode, without gradients.
+``attention_mask`` [B, T], its padding positions do not count. The model runs in eval mode, and without
+gradients where none are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["calibrate_sequential", "collect_hessians", "collect_input_maxima"]
+__all__ = ["calibrate_sequential", "collect_hessians", "collect_input_maxima", "collect_sensitivities"]
 
 # Float32 Hessians held at a time; more of them need fewer passes over the batches.
 _HESSIANS_AT_ONCE = 1 << 30
@@ -69,6 +70,54 @@ def collect_input_maxima(
     for name, value in maxima.items():
         _require_finite(name, value)
     return maxima
+
+
+def collect_sensitivities(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> dict[str, Tensor]:
+    """Mean over the batches of (d loss / d weight)**2 of every layer: float32, shape of its weight, by layer name.
+
+    With ``loss(model, batch)`` a negative log-likelihood and one sample per batch this is the diagonal of the
+    empirical Fisher information, by which SqueezeLLM weighs each weight's error (Kim et al., arXiv 2306.07629).
+    ``requires_grad`` and ``grad`` of the parameters stay as they are.
+
+    Raises:
+        ValueError: no batches; a layer whose weight the loss does not depend on; a gradient that is not finite.
+    """
+    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    count = 0
+    with _evaluating(model), torch.enable_grad():
+        try:
+            for parameter in required:
+                parameter.requires_grad_(False)
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            for batch in batches:
+                count += 1
+                value = loss(model, batch)
+                if not value.requires_grad:
+                    break
+                gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+                for name, gradient in zip(weights, gradients, strict=True):
+                    if gradient is not None:
+                        square = gradient.float().square()
+                        sums[name] = square if name not in sums else sums[name].add_(square)
+        finally:
+            for parameter, before in required.items():
+                parameter.requires_grad_(before)
+    _require_batches(count)
+    missing = sorted(set(weights) - set(sums))
+    if missing:
+        raise ValueError(f"the loss must depend on every layer's weight: it does not on {', '.join(missing)}")
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total.div_(count)).all()):
+            raise ValueError(f"the gradient of layer {name} must be finite: got Inf or NaN")
+    return {name: sums[name] for name in weights}
 
 
 def calibrate_sequential(
@@ -186,24 +235,32 @@ def _observe(
     visit: _Visit,
 ) -> None:
     """Run the model over the batches and ``visit`` every call of a layer."""
-    if not batches:
-        raise ValueError("calibration requires at least one batch: got none")
+    _require_batches(len(batches))
     mask: Tensor | None = None
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         visit(name, args[0] if args else next(iter(kwargs.values())), mask)
 
-    training = [module for module in model.modules() if module.training]
     handles = [layer.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        model.eval()
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            with suppress(_Reached):
-                call(model, batch) if forward is None else forward(model, batch)
+        with _evaluating(model):
+            for batch in batches:
+                mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                with suppress(_Reached):
+                    call(model, batch) if forward is None else forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
         for module in training:
             module.training = True
 
@@ -215,6 +272,11 @@ def _samples(x: Tensor, mask: Tensor | None) -> Tensor:
         return rows
     same = x.shape[:2] == mask.shape if x.dim() == 3 else x.dim() == 2 and len(rows) == mask.numel()
     return rows[mask.to(rows.device).bool().flatten()] if same else rows
+
+
+def _require_batches(count: int) -> None:
+    if not count:
+        raise ValueError("calibration requires at least one batch: got none")
 
 
 def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowbit import calibrate, sources
-from lowbit.layer import FLOAT_DTYPES, Layer, layers
-from lowbit.packed.format import Packed, PackedFormat
-from lowbit.packed.module import PackedEmbedding, PackedLayer, PackedLinear
-from lowbit.packed.quantize import quantize
+from lowbit.family import FLOAT_DTYPES, Spec
+from lowbit.layer import Layer, layer_class, layers, storage_of
 from lowbit.report import Row, planned_report
 
-Specs = Packed | Mapping[str, Packed | None]
+Specs = Spec | Mapping[str, Spec | None]
 
+_SPECS = "a Packed, Codebook or Kronecker"
 _PROGRESS_FROM = 1 << 26  # weights; below that a conversion takes less than a few seconds
 
 
@@ -32,7 +31,7 @@ class Target:
     module: nn.Module
     kind: str  # "linear" or "embedding"
     transposed: bool = False  # transformers' Conv1D keeps its weight as [in, out]
-    spec: Packed | None = None
+    spec: Spec | None = None
     source: sources.Source | None = None
     problem: str | None = None  # why its recogniser cannot read it
     extras: dict[str, Any] = field(default_factory=dict)
@@ -79,9 +78,9 @@ def convert(
         model: any ``nn.Module``; ``nn.Linear``, ``nn.Embedding``, transformers' ``Conv1D`` and modules known to
             :func:`lowbit.register_source` are swapped. Layers that share one weight (tied embedding and head)
             share one packed storage afterwards. A model that *is* such a layer is replaced: use the returned one.
-        spec: ``None`` swaps what was trained quantized, without loss. A :class:`Packed` quantizes every layer.
-            A mapping of name patterns to specs (``None`` as a spec: stay float) quantizes the layers that match;
-            where several patterns match a layer the last one counts.
+        spec: ``None`` swaps what was trained compressed, without loss. A :class:`Packed`, :class:`Codebook` or
+            :class:`Kronecker` compresses every layer. A mapping of name patterns to specs (``None`` as a spec: stay
+            float) compresses the layers that match; where several patterns match a layer the last one counts.
         skip: patterns of layers to leave alone. A pattern is a dotted name with ``*`` wildcards, or the name of a
             parent module. One that matches no layer is an error.
         dry_run: change nothing and return the :class:`Report` of what would be done.
@@ -116,12 +115,12 @@ def dequantize(model: nn.Module) -> nn.Module:
     if not found:
         raise ValueError("the model has no packed layer: nothing to dequantize")
     floats: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
     for layer in found.values():
         if id(layer) in floats:
             continue
         plain = layer.to_float()
-        storage = id(next(iter(layer.named_tensors().values())))
+        storage = storage_of(layer)
         if storage in weights:
             plain.weight = weights[storage]
         weights[storage] = plain.weight  # type: ignore[assignment]
@@ -161,13 +160,13 @@ def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) ->
 def _check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
-    if spec is None or isinstance(spec, Packed):
+    if spec is None or isinstance(spec, Spec):
         return
     if not isinstance(spec, Mapping):
-        raise TypeError(f"spec must be None, a Packed or a mapping of patterns to them: got {type(spec).__name__}")
+        raise TypeError(f"spec must be None, {_SPECS}, or a mapping of patterns to them: got {type(spec).__name__}")
     for pattern, value in spec.items():
-        if not isinstance(pattern, str) or not (value is None or isinstance(value, Packed)):
-            raise TypeError(f"spec maps name patterns to a Packed or None: got {pattern!r}: {value!r}")
+        if not isinstance(pattern, str) or not (value is None or isinstance(value, Spec)):
+            raise TypeError(f"spec maps name patterns to {_SPECS} or to None: got {pattern!r}: {value!r}")
 
 
 def _matching(patterns: Iterable[str], names: list[str]) -> list[str]:
@@ -260,12 +259,15 @@ def _assign(
     for tied in _tied(targets):
         group = [target for target in tied if not _matching(skip, target.names)]
         skipped.update({t.name: "skipped by the caller" for t in tied if t not in group})
-        chosen = spec if isinstance(spec, Packed) else None
+        chosen = spec if isinstance(spec, Spec) else None
         if isinstance(spec, Mapping):
             patterns = _matching(spec, [name for target in group for name in target.names])
             matched.update(patterns)
             decided.update(patterns[-1:])
             chosen = spec[patterns[-1]] if patterns else None
+        kinds = {target.kind for target in group}
+        if chosen is not None and "embedding" in kinds:
+            chosen = chosen.for_embedding(tied="linear" in kinds)
         for target in group:
             if target.source is None:
                 target.spec = chosen
@@ -297,9 +299,8 @@ def problem_of(target: Target) -> str | None:
         return f"{target.name}: a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
     if weight.dtype not in FLOAT_DTYPES.values():
         return f"{target.name}: the weight must be float32, float16 or bfloat16: got {weight.dtype}"
-    group_size, k = target.spec.group_size, weight.shape[1]
-    if group_size is not None and group_size > k:
-        return f"{target.name}: group_size must be between 1 and K: got group_size={group_size}, K={k}"
+    if problem := target.spec.problem(*weight.shape):
+        return f"{target.name}: {problem}"
     if weight.device.type != "meta" and not _all_finite(weight):
         return f"{target.name}: the weight must be finite: it holds NaN or infinity"
     return None
@@ -333,9 +334,9 @@ def _check_calibration(plan: Plan, batches: list[Any] | None) -> None:
     if needing and not batches and not _on_meta(plan):
         spec = next(t.spec for t in plan.targets() if t.name == needing[0])
         assert spec is not None
-        what = "quantizer='gptq'" if spec.quantizer == "gptq" else "activations='int8_static'"
         raise ValueError(
-            f"{needing[0]}: {what} needs calibration data: pass calibration=[...] with batches for the model"
+            f"{needing[0]}: {spec.calibration_need} needs calibration data: "
+            "pass calibration=[...] with batches for the model"
         )
 
 
@@ -346,22 +347,6 @@ def _on_meta(plan: Plan) -> bool:
 # ----------------------------------------------------------------------------------------------------------- build
 
 
-def predicted_format(spec: Packed, weight: Tensor, kind: str) -> PackedFormat:
-    """The format that ``spec`` gives ``weight``, unless the scales turn out not to fit their dtype."""
-    n, k = weight.shape
-    return PackedFormat(
-        bits=spec.bits,
-        out_features=n,
-        in_features=k,
-        group_size=spec.resolve_group_size(k),
-        granularity=spec.granularity or "row",
-        zeros="none" if spec.symmetric else spec.zeros,
-        scale_dtype=str(spec.resolve_scale_dtype()).removeprefix("torch."),
-        outliers=round(spec.outliers * n * k),
-        activations=spec.activations if kind == "linear" else "float",
-    )
-
-
 def _predicted_rows(group: list[Target]) -> list[Row]:
     rows = []
     for target in group:
@@ -369,7 +354,7 @@ def _predicted_rows(group: list[Target]) -> list[Row]:
             rows.append(Row.of_layer(target.name, _layer_from_source(target)))
         elif target.spec is not None:
             weight = target.weight()
-            format = predicted_format(target.spec, weight, target.kind)
+            format = target.spec.format(weight, target.kind)
             rows.append(Row.planned(target.name, target.kind, format, weight.dtype))
     for row in rows[1:]:
         row.share(rows[0].name)
@@ -401,27 +386,21 @@ def build_group(
     if weight.device.type == "meta":
         return _share([(t, _empty(t)) for t in group])
     measured = {t.name: (statistics or {}).get(t.name, Statistics()) for t in group}
-    spec = first.spec
     hessian = next((m.hessian for m in measured.values() if m.hessian is not None), None)
-    if spec.quantizer == "gptq" and hessian is None:
-        spec = replace(spec, quantizer="mse")  # an embedding sees ids: there is nothing to calibrate with
+    spec = first.spec
     try:
-        quantized = quantize(weight, spec, hessian=hessian)
+        stored = spec.quantize(weight, hessian=hessian)
     except ValueError as error:
         raise ValueError(f"{first.name}: {error}") from error
-    made: list[tuple[Target, PackedLayer]] = []
+    made: list[tuple[Target, Layer]] = []
     for target in group:
-        layer: PackedLayer
+        cls = layer_class(spec.family, target.kind)
         if target.kind == "embedding":
-            layer = PackedEmbedding.from_quantized(
-                quantized, spec.bits, spec.group_size, dtype=weight.dtype, **target.extras
-            )
+            layer = cls.from_weight(stored, dtype=weight.dtype, **target.extras)
         else:
-            layer = PackedLinear.from_quantized(
-                quantized, spec.bits, spec.group_size, target.bias(),
-                activations=spec.activations,
-                x_scale=measured[target.name].x_scale,
-                dtype=weight.dtype,
+            layer = cls.from_weight(
+                stored, target.bias(),
+                activations=spec.activations, x_scale=measured[target.name].x_scale, dtype=weight.dtype,
             )  # fmt: skip
         made.append((target, layer))
     weight_error = _relative_error(weight, made[0][1])
@@ -430,7 +409,7 @@ def build_group(
     return _share(made)
 
 
-def _share(layers: list[tuple[Target, PackedLayer]]) -> dict[str, nn.Module]:
+def _share(layers: list[tuple[Target, Layer]]) -> dict[str, nn.Module]:
     """Make the layers of one group hold the very same Parameters."""
     source = layers[0][1]
     for _, layer in layers[1:]:
@@ -467,39 +446,36 @@ def _is_observer_hook(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in names and hook.__module__ == "torch.ao.quantization.quantize"
 
 
-def _empty(target: Target) -> PackedLayer:
+def _empty(target: Target) -> Layer:
     """A layer on meta for a target on meta."""
     assert target.spec is not None
-    weight = target.weight()
-    format = predicted_format(target.spec, weight, target.kind)
-    if target.kind == "embedding":
-        return PackedEmbedding(format, False, weight.dtype, "meta", **target.extras)
-    layer = PackedLinear(format, False, weight.dtype, "meta")
+    weight, cls = target.weight(), layer_class(target.spec.family, target.kind)
+    layer: Layer = cls(target.spec.format(weight, target.kind), False, weight.dtype, "meta", **target.extras)
     layer.bias = target.bias()
     return layer
 
 
-def _layer_from_source(target: Target) -> PackedLayer:
+def _layer_from_source(target: Target) -> Layer:
     source = target.source
     assert source is not None
-    dtype = None if source.weight is None else source.weight.dtype
+    weight = source.weight() if callable(source.weight) else source.weight
+    dtype = None if weight is None else weight.dtype
+    cls = layer_class(source.stored.family, source.kind)
+    layer: Layer
     try:
         if source.kind == "embedding":
-            layer: PackedLayer = PackedEmbedding.from_quantized(
-                source.quantized, source.bits, source.group_size, dtype=dtype, padding_idx=source.padding_idx
-            )
+            layer = cls.from_weight(source.stored, dtype=dtype, padding_idx=source.padding_idx)
         else:
-            layer = PackedLinear.from_quantized(
-                source.quantized, source.bits, source.group_size, source.bias,
-                activations=source.activations, x_scale=source.x_scale, dtype=dtype,
-            )  # fmt: skip
+            layer = cls.from_weight(
+                source.stored, source.bias, activations=source.activations, x_scale=source.x_scale, dtype=dtype
+            )
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from error
     layer.note = source.note
-    if source.weight is not None:
-        layer.weight_error = _relative_error(source.weight.detach(), layer, source.weight.dtype)
+    if weight is not None:
+        layer.weight_error = _relative_error(weight.detach(), layer, weight.dtype)
         # bit-exact with integer zeros; with float zeros the module's own arithmetic may round once differently
-        if layer.weight_error > max(1e-6, torch.finfo(source.weight.dtype).eps / 4):
+        if layer.weight_error > max(1e-6, torch.finfo(weight.dtype).eps / 4):
             raise ValueError(
                 f"{target.name}: the recogniser's codes do not reproduce the trained weight: "
                 f"relative error {layer.weight_error:.2e}"
@@ -507,7 +483,7 @@ def _layer_from_source(target: Target) -> PackedLayer:
     return layer
 
 
-def _relative_error(weight: Tensor, layer: PackedLayer, dtype: torch.dtype = torch.float32) -> float:
+def _relative_error(weight: Tensor, layer: Layer, dtype: torch.dtype = torch.float32) -> float:
     """Frobenius norm of the weight's error over that of the weight, with the layer's weight rounded to ``dtype``."""
     difference = norm = 0.0
     step = max(1, (1 << 22) // weight.shape[1])
@@ -575,7 +551,7 @@ def _build_calibrated(model: nn.Module, plan: Plan, batches: list[Any]) -> dict[
         for name, peak in calibrate.collect_input_maxima(model, static, batches).items():
             # an input that is always zero needs some positive scale
             statistics[name].x_scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    fitted = {n: t for n, t in linears.items() if t.spec and t.spec.quantizer in ("gptq", "mse")}
+    fitted = {n: t for n, t in linears.items() if t.spec and t.spec.uses_hessian}
     group_of = {target.name: group for group in plan.groups for target in group}
     built: dict[str, nn.Module] = {}
     progress = _progress(plan.groups)

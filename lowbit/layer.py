@@ -5,32 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-
-class Format(Protocol):
-    """The stored form of one weight: what a family's format class provides."""
-
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def bits_per_weight(self) -> float: ...
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]: ...
-    def describe(self) -> str: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-# What activations, biases, scales and outliers may be, by the name that files give it.
-FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from lowbit.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
+from lowbit.reference import csr_row_indices
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
+_CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
 
 
 class Layer(nn.Module):
@@ -48,13 +32,14 @@ class Layer(nn.Module):
 
     family: ClassVar[str]
     kind: ClassVar[str]
-    format: Format
+    format_class: ClassVar[type[Format]]
+    format: Any  # of type format_class
     weight_error: float | None
     note: str | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "kind" in cls.__dict__:
+        if hasattr(cls, "family") and hasattr(cls, "kind"):
             _registry[cls.family, cls.kind] = cls
 
     def __init__(
@@ -125,7 +110,29 @@ class Layer(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any], device: torch.device | str = "meta") -> Layer:
         """The inverse of :meth:`config`; tensors are empty. Raises ``ValueError`` naming a bad field."""
-        raise NotImplementedError
+        extras = dict(config)
+        fields = {key: extras.pop(key, None) for key in _CONFIG_FIELDS}
+        if fields["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}: got dtype={fields['dtype']!r}")
+        if not isinstance(fields["bias"], bool):
+            raise ValueError(f"bias must be true or false: got bias={fields['bias']!r}")
+        if not isinstance(fields["format"], dict):
+            raise ValueError(f"format must be an object: got format={fields['format']!r}")
+        format = cls.format_class.from_dict(fields["format"])
+        return cls._from_fields(format, fields["bias"], FLOAT_DTYPES[fields["dtype"]], device, extras)
+
+    @classmethod
+    def _from_fields(
+        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
+    ) -> Layer:
+        if extras:
+            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} {cls.kind}")
+        return cls(format, bias, dtype, device)
+
+    def store(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the (meta) parameters by these tensors."""
+        for name, tensor in tensors.items():
+            self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
 
     def validate(self, name: str = "layer") -> None:
         """Check every tensor against the format and its values against their ranges.
@@ -159,7 +166,8 @@ class Layer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # `.to(dtype)` is meant for activations: the packed form only follows the device
-        stored = {id(tensor) for tensor in self.named_tensors().values()}
+        tensors = self.named_tensors().values()
+        stored = {id(tensor) for tensor in (*tensors, *(t.grad for t in tensors)) if tensor is not None}
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         if dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
@@ -218,8 +226,232 @@ class Layer(nn.Module):
         )
 
 
+class LinearLayer(Layer):
+    """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
+
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        return cast(int, self.format.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return cast(int, self.format.out_features)
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        spec: Spec,
+        bias: Tensor | None = None,
+        *,
+        hessian: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> Any:
+        """Quantize a float weight ``[N, K]`` with ``spec``; the bias is kept as it is.
+
+        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given.
+        """
+        if problem := spec.problem(*weight.shape):
+            raise ValueError(problem)
+        return cls.from_weight(
+            spec.quantize(weight, hessian=hessian), bias,
+            activations=spec.activations, x_scale=x_scale, dtype=weight.dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        activations: Activations = "float",
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """A layer that holds ``weight`` as it is; nothing is rounded again."""
+        layer = cls(weight.format(activations), bias is not None, dtype, "meta")
+        layer.store(weight.tensors())
+        if activations == "int8_static":
+            if x_scale is None:
+                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
+            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        layer.validate()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 0 or input.shape[-1] != self.format.in_features:
+            shape = tuple(input.shape)
+            raise ValueError(
+                f"input must have in_features={self.format.in_features} as its last size: got shape {shape}"
+            )
+        return self.multiply(input)
+
+    def multiply(self, input: Tensor) -> Tensor:
+        """The family's op on an input of the right size."""
+        raise NotImplementedError
+
+    def to_float(self) -> nn.Linear:
+        """``nn.Linear`` with the dequantized weight and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.dtype)
+        linear.weight = nn.Parameter(self.dequantize())
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+
+class EmbeddingLayer(Layer):
+    """``y = W[ids] * output_scale``: ``[..., embedding_dim]`` in ``dtype``.
+
+    ``output_scale`` serves scaled word embeddings (BART, MBART); it is 1.0 otherwise. Raises ``RuntimeError`` for an
+    id outside ``[0, num_embeddings)``.
+    """
+
+    kind = "embedding"
+
+    def __init__(
+        self,
+        format: Format,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+    ) -> None:
+        if bias:
+            raise ValueError("an embedding has no bias: got bias=True")
+        super().__init__(format, False, dtype, device)
+        self.padding_idx = padding_idx
+        self.output_scale = output_scale
+
+    @property
+    def num_embeddings(self) -> int:
+        return cast(int, self.format.out_features)
+
+    @property
+    def embedding_dim(self) -> int:
+        return cast(int, self.format.in_features)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Weight,
+        *,
+        dtype: torch.dtype | None = None,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+    ) -> Any:
+        """A layer that holds ``weight`` ``[num_embeddings, embedding_dim]`` as it is."""
+        layer = cls(weight.format(), False, dtype, "meta", padding_idx=padding_idx, output_scale=output_scale)
+        layer.store(weight.tensors())
+        layer.validate()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.gather(input)
+        return y if self.output_scale == 1.0 else y * self.output_scale
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """The family's op: rows of the weight."""
+        raise NotImplementedError
+
+    def to_float(self) -> nn.Module:
+        """``nn.Embedding`` with the dequantized weight (followed by the scale where ``output_scale`` is not 1)."""
+        weight = nn.Parameter(self.dequantize())
+        if self.output_scale != 1.0:
+            return ScaledEmbedding(weight, self.padding_idx, self.output_scale).train(self.training)
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight.data)
+        embedding.weight = weight
+        return embedding.train(self.training)
+
+    def config(self) -> dict[str, Any]:
+        config = super().config()
+        if self.padding_idx is not None:
+            config["padding_idx"] = self.padding_idx
+        if self.output_scale != 1.0:
+            config["output_scale"] = self.output_scale
+        return config
+
+    @classmethod
+    def _from_fields(
+        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
+    ) -> Layer:
+        padding_idx, output_scale = extras.pop("padding_idx", None), extras.pop("output_scale", 1.0)
+        if extras:
+            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} embedding")
+        if padding_idx is not None and not isinstance(padding_idx, int):
+            raise ValueError(f"padding_idx must be an integer: got padding_idx={padding_idx!r}")
+        if not isinstance(output_scale, (int, float)) or isinstance(output_scale, bool):
+            raise ValueError(f"output_scale must be a number: got output_scale={output_scale!r}")
+        return cls(format, bias, dtype, device, padding_idx=padding_idx, output_scale=float(output_scale))
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}, {self.format.describe()}"
+        return text if self.output_scale == 1.0 else text + f", output_scale={self.output_scale}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """``F.embedding(ids, weight) * output_scale``: what a scaled embedding layer dequantizes to."""
+
+    def __init__(self, weight: nn.Parameter, padding_idx: int | None, output_scale: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight.data)
+        self.weight = weight
+        self.output_scale = output_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.output_scale
+
+
+def require_finite(name: str, tensor_name: str, tensor: Tensor | None) -> None:
+    """Raise ``ValueError`` where a stored float tensor holds NaN or infinity."""
+    if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}.{tensor_name} must be finite: got NaN or infinity")
+
+
+def require_x_scale(name: str, x_scale: Tensor | None) -> None:
+    """Raise ``ValueError`` unless the scale of static activations, if any, is finite and positive."""
+    if x_scale is not None and not (bool(torch.isfinite(x_scale).all()) and float(x_scale) > 0):
+        raise ValueError(f"{name}.x_scale must be finite and positive: got {float(x_scale)}")
+
+
+def require_outliers(name: str, layer: Layer) -> None:
+    """Raise ``ValueError`` unless the layer's outliers, if any, are finite and a well-formed CSR matrix."""
+    values, columns, rows = (layer._parameters.get(f"outlier_{part}") for part in ("values", "columns", "rows"))
+    if values is None or columns is None or rows is None:
+        return
+    require_finite(name, "outlier_values", values)
+    pointers = rows.to(torch.int64)
+    counts = pointers[1:] - pointers[:-1]
+    if int(pointers[0]) != 0 or int(pointers[-1]) != len(values) or bool((counts < 0).any()):
+        raise ValueError(
+            f"{name}.outlier_rows must rise from 0 to the number of outliers {len(values)}: "
+            f"got first {int(pointers[0])}, last {int(pointers[-1])}, smallest step {int(counts.min())}"
+        )
+    column, k = columns.to(torch.int64), layer.format.in_features
+    if bool((column < 0).any()) or bool((column >= k).any()):
+        raise ValueError(
+            f"{name}.outlier_columns must be in [0, {k}): got values in [{int(column.min())}, {int(column.max())}]"
+        )
+    position = csr_row_indices(pointers) * k + column
+    if bool((position[1:] <= position[:-1]).any()):
+        raise ValueError(f"{name}.outlier_columns must increase within each row: they do not")
+
+
 def _note_format(layer: Layer, _state: dict[str, Any], _prefix: str, local_metadata: dict[str, Any]) -> None:
     local_metadata["lowbit_format"] = layer.format.to_dict()
+
+
+def layer_class(family: str, kind: str) -> Any:
+    """The layer class of a family: ``kind`` is ``"linear"`` or ``"embedding"``."""
+    return _registry[family, kind]
+
+
+def layer_classes() -> dict[tuple[str, str], type[Layer]]:
+    """Every layer class by (family, kind)."""
+    return dict(_registry)
 
 
 def build(config: dict[str, Any], device: torch.device | str = "meta") -> Layer:
@@ -236,3 +468,8 @@ def layers(model: nn.Module, *, duplicates: bool = False) -> dict[str, Layer]:
     """Every packed layer of ``model`` by name; with ``duplicates``, a shared module under each of its names."""
     found: Iterator[tuple[str, nn.Module]] = model.named_modules(remove_duplicate=not duplicates)
     return {name: module for name, module in found if isinstance(module, Layer)}
+
+
+def storage_of(layer: Layer) -> tuple[int, ...]:
+    """What tied layers have in common: every stored tensor of the weight. A factor or a table alone does not tie."""
+    return tuple(id(tensor) for name, tensor in layer.named_tensors().items() if name != "x_scale")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lowbit import dispatch
 from lowbit.calibrate import call
-from lowbit.layer import Format, Layer, layers
+from lowbit.family import Format
+from lowbit.layer import Layer, layers, storage_of
 
 
 @dataclass
@@ -148,10 +149,10 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
     if not found:
         raise ValueError("the model has no packed layer: convert it first")
     rows: dict[str, Row] = {}
-    storages: dict[int, str] = {}
+    storages: dict[tuple[int, ...], str] = {}
     for name, layer in found.items():
         row = rows[name] = Row.of_layer(name, layer)
-        storage = id(next(iter(layer.named_tensors().values())))
+        storage = storage_of(layer)
         if storage in storages:
             row.share(storages[storage])
         storages.setdefault(storage, name)

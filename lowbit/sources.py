@@ -11,35 +11,31 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowbit.packed.quantize import Quantized
+from lowbit.family import Activations, Weight
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a quantized-trained module holds, ready to be packed as it is.
+    """What a trained module holds in compressed form, ready to be stored as it is.
 
     Attributes:
-        quantized: codes, scales, zeros (and outliers) such that ``(code - zero) * scale`` is the trained weight.
-        bits: of the codes, 2 to 8.
-        group_size: input features per scale; ``None`` for one scale per row or tensor (by the shape of scales).
+        stored: a :class:`PackedWeight`, :class:`CodebookWeight` or :class:`KroneckerWeight` with the trained values.
         kind: ``"linear"`` or ``"embedding"``.
         bias: kept as it is.
         activations: ``"float"``, ``"int8"`` (dynamic, per token) or ``"int8_static"`` with ``x_scale``.
         x_scale: the input's scale of ``"int8_static"``.
-        weight: the float weight ``[N, K]`` the module multiplies by, if it has one: conversion then checks that
-            the packed form reproduces it, and refuses when it does not.
+        weight: the float weight ``[N, K]`` the module multiplies by, if it has one, or a function that computes it:
+            conversion then checks that the stored form reproduces it, and refuses when it does not.
         padding_idx: of an embedding.
         note: what the packed layer does not do that the trained module did; it is shown in the report.
     """
 
-    quantized: Quantized
-    bits: int
-    group_size: int | None = None
+    stored: Weight
     kind: str = "linear"
     bias: nn.Parameter | Tensor | None = None
-    activations: str = "float"
+    activations: Activations = "float"
     x_scale: Tensor | None = None
-    weight: Tensor | None = None
+    weight: Tensor | Callable[[], Tensor] | None = None
     padding_idx: int | None = None
     note: str | None = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit import dispatch, native
 from lowbit.bitpack import pack
-from lowbit.layer import FLOAT_DTYPES
+from lowbit.family import FLOAT_DTYPES
 from lowbit.packed.format import PackedFormat
 
 DTYPES = tuple(FLOAT_DTYPES.values())

@@ -25,8 +25,14 @@ def frobenius_bound(dtype: torch.dtype, k: int) -> float:
     return {torch.float32: 5e-7 + 3e-8 * math.sqrt(k), torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
 
 
-def assert_linear_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """``y`` against float64 ``x @ weight.T + bias``; x and weight hold exactly the values the kernel worked with."""
+def assert_linear_close(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, intermediate: float = 0.0
+) -> None:
+    """``y`` against float64 ``x @ weight.T + bias``; x and weight hold exactly the values the kernel worked with.
+
+    ``intermediate``: the rounding unit of what lies between two products, where a kernel documents one: an element may
+    be off by that much of sum_k |x w| besides.
+    """
     x64, w64 = x.double().reshape(-1, x.shape[-1]), weight.double()
     exact, magnitude = x64 @ w64.t(), x64.abs() @ w64.abs().t()
     if bias is not None:
@@ -34,7 +40,8 @@ def assert_linear_close(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     k = weight.shape[1]
     y64 = y.double().reshape(exact.shape)
     error = (y64 - exact).abs()
-    bound = (8 + math.sqrt(k)) * U * magnitude + OUTPUT_ROUNDING[y.dtype] * exact.abs() + SMALLEST[y.dtype]
+    accumulated = ((8 + math.sqrt(k)) * U + intermediate) * magnitude
+    bound = accumulated + OUTPUT_ROUNDING[y.dtype] * exact.abs() + SMALLEST[y.dtype]
     worst = error - bound
     if y.numel() and not bool((worst <= 0).all()):  # also catches NaN
         at = int(torch.where(worst.isnan(), torch.inf, worst).argmax())

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import calibrate
-from lowbit.calibrate import calibrate_sequential, collect_hessians, collect_input_maxima
+from lowbit.calibrate import (
+    calibrate_sequential,
+    collect_hessians,
+    collect_input_maxima,
+    collect_sensitivities,
+)
 
 
 class Block(nn.Module):
@@ -193,3 +198,41 @@ def test_errors(model: Model) -> None:
     for collect in (collect_hessians, collect_input_maxima):
         with pytest.raises(ValueError, match=r"layer once\.\w+ must be finite"):
             collect(model, layers(model), batches())
+
+
+def squared_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).square().sum()
+
+
+def test_sensitivities_are_mean_squared_gradients(model: Model) -> None:
+    chosen = {**layers(model), "embedding": model.embedding}
+    model.train()
+    model.once.q.weight.requires_grad_(False)
+    model.once.k.weight.grad = torch.ones(8, 8)
+    found = collect_sensitivities(model, chosen, iter(batches()), squared_loss)
+    assert model.training and model.once.drop.training  # as before, though dropout was off
+    assert not model.once.q.weight.requires_grad and model.once.q.bias.requires_grad
+    assert torch.equal(model.once.k.weight.grad, torch.ones(8, 8)) and model.head.weight.grad is None
+    model.eval()
+    model.once.q.weight.requires_grad_(True)
+    expected = {name: torch.zeros_like(layer.weight) for name, layer in chosen.items()}
+    for batch in batches():
+        model.zero_grad()
+        squared_loss(model, batch).backward()
+        for name, layer in chosen.items():
+            expected[name] += layer.weight.grad.square() / len(batches())
+    assert list(found) == list(chosen)
+    for name, value in found.items():
+        assert value.dtype == torch.float32 and float(value.abs().sum()) > 0
+        assert torch.allclose(value, expected[name], rtol=1e-4), name
+
+
+def test_sensitivities_name_what_is_wrong(model: Model) -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        collect_sensitivities(model, layers(model), [], squared_loss)
+    with pytest.raises(ValueError, match="does not on unused"):
+        collect_sensitivities(model, {**layers(model), "unused": model.unused}, batches(), squared_loss)
+    with pytest.raises(ValueError, match=r"weight: it does not on head, once\.k"):
+        collect_sensitivities(model, layers(model), batches(), lambda model, batch: torch.zeros(()))
+    with pytest.raises(ValueError, match=r"layer .* must be finite"):
+        collect_sensitivities(model, layers(model), batches(), lambda model, batch: squared_loss(model, batch) * 1e38)

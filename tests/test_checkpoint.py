@@ -165,7 +165,7 @@ def test_trained_module_with_a_prologue(tmp_path):
 
     def recognise(module):
         scales = torch.full((1, 1), 0.5)
-        return lowbit.Source(lowbit.Quantized(module.codes.detach().to(torch.uint8), scales, None), bits=2)
+        return lowbit.Source(lowbit.PackedWeight(module.codes.detach().to(torch.uint8), scales, None, bits=2))
 
     lowbit.register_source(Trained, recognise, prologue=lambda module: module.norm)
     model = nn.Sequential(Trained(), nn.ReLU())

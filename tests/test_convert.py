@@ -144,7 +144,7 @@ def test_a_weight_that_is_not_finite_is_refused_before_anything_changed():
 @pytest.mark.parametrize(
     ("spec", "skip", "message"),
     [
-        ("4bit", (), "spec must be None, a Packed or a mapping"),
+        ("4bit", (), "spec must be None, a Packed, Codebook or Kronecker, or a mapping"),
         ({"*": 4}, (), r"'\*': 4"),
         (Packed(), "head", "not a string"),
     ],
@@ -158,7 +158,7 @@ SPECS = [
     (dict(bits=1), "bits must be an integer between 2 and 8: got bits=1"),
     (dict(bits=9), "got bits=9"),
     (dict(bits=True), "got bits=True"),
-    (dict(group_size=0), "group_size must be an integer between 1 and K: got group_size=0"),
+    (dict(group_size=0), "group_size must be an integer of at least 1: got group_size=0"),
     (dict(group_size=-1), "got group_size=-1"),
     (dict(granularity="row", group_size=32), "group_size goes with granularity='group'"),
     (dict(granularity="group"), "group_size goes with granularity='group'"),

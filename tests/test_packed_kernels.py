@@ -24,7 +24,7 @@ from numerics import assert_bitwise_equal, assert_linear_close
 from lowbit import dispatch, native
 from lowbit.bitpack import pack, words_per_row
 from lowbit.packed.format import PackedFormat
-from lowbit.packed.op import quantize_activations
+from lowbit.reference import quantize_activations
 
 WHERE = everywhere()
 

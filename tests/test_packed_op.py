@@ -32,13 +32,13 @@ def where(request):
 def layer_of(format: PackedFormat, bias: bool = True) -> PackedLinear:
     weight = random_weight(format)
     layer = PackedLinear(format, bias)
-    layer._set("packed", weight.packed)
-    layer._set("scales", weight.scales)
+    layer.store({"packed": weight.packed})
+    layer.store({"scales": weight.scales})
     if weight.zeros is not None:
-        layer._set("zeros", weight.zeros)
+        layer.store({"zeros": weight.zeros})
     for name, tensor in zip(("values", "columns", "rows"), weight.outliers, strict=True):
         if tensor is not None:
-            layer._set(f"outlier_{name}", tensor)
+            layer.store({f"outlier_{name}": tensor})
     if bias:
         nn.init.normal_(layer.bias)
     layer.validate()
@@ -85,7 +85,7 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
 def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
     layer = layer_of(format)
-    monkeypatch.setattr("lowbit.packed.op._WEIGHTS_AT_ONCE", 3 * format.in_features)
+    monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * format.in_features)
     x = activations(5, format.in_features, torch.float32).requires_grad_()
     dy = activations(5, format.out_features, torch.float32, seed=2)
     layer(x).backward(dy)
@@ -150,7 +150,7 @@ class Model(nn.Module):
         self.embed = PackedEmbedding(embedding)
         w = random_weight(embedding)
         for name, tensor in (("packed", w.packed), ("scales", w.scales), ("zeros", w.zeros)):
-            self.embed._set(name, tensor)
+            self.embed.store({name: tensor})
 
     def forward(self, ids):
         return torch.relu(self.up(self.embed(ids))) + 1

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lowbit.packed.quantize as module
-from lowbit.packed.format import Packed
+from lowbit.packed.format import Packed, PackedWeight
 from lowbit.packed.module import PackedLinear
-from lowbit.packed.quantize import Quantized, quantize
+from lowbit.packed.quantize import quantize
 
 N, K, GROUP = 24, 172, 32  # the last group is shorter
 SPECS = [
@@ -45,12 +45,12 @@ def columns(values: Tensor, spec: Packed, k: int = K) -> Tensor:
     return values.double().repeat_interleave(spec.resolve_group_size(k), dim=1)[:, :k]
 
 
-def grid(q: Quantized, spec: Packed, k: int = K) -> tuple[Tensor, Tensor]:
+def grid(q: PackedWeight, spec: Packed, k: int = K) -> tuple[Tensor, Tensor]:
     zeros = torch.full_like(q.scales, 2 ** (spec.bits - 1)) if q.zeros is None else q.zeros
     return columns(q.scales, spec, k), columns(zeros, spec, k)
 
 
-def outliers(q: Quantized) -> Tensor:
+def outliers(q: PackedWeight) -> Tensor:
     dense = torch.zeros(q.codes.shape, dtype=torch.float64)
     if q.outlier_values is not None:
         assert q.outlier_rows is not None
@@ -60,12 +60,12 @@ def outliers(q: Quantized) -> Tensor:
     return dense
 
 
-def dequantize(q: Quantized, spec: Packed) -> Tensor:
+def dequantize(q: PackedWeight, spec: Packed) -> Tensor:
     scales, zeros = grid(q, spec, q.codes.shape[1])
     return (q.codes.double() - zeros) * scales + outliers(q)
 
 
-def assert_nearest(weight: Tensor, q: Quantized, spec: Packed) -> None:
+def assert_nearest(weight: Tensor, q: PackedWeight, spec: Packed) -> None:
     """No other code of the stored grid is nearer (up to a tie)."""
     scales, zeros = grid(q, spec, weight.shape[1])
     low = 1 if spec.symmetric else 0
@@ -259,7 +259,7 @@ def test_mean_is_the_formula(granularity: str) -> None:
     assert torch.allclose(dequantize(q, spec), expected, rtol=1e-6, atol=0)
 
 
-def gptq_oracle(w: Tensor, h: Tensor, q: Quantized, spec: Packed) -> Tensor:
+def gptq_oracle(w: Tensor, h: Tensor, q: PackedWeight, spec: Packed) -> Tensor:
     """Algorithm 1 of arXiv 2210.17323 as published (inverse Hessian, block of one), on the grids of ``q``."""
     w, h = w.double().clone(), h.double()
     order = h.diagonal().argsort(descending=True, stable=True)
@@ -417,7 +417,7 @@ def test_temporaries_are_small(quantizer: str, rows: int) -> None:
         pytest.skip("reads /proc/self/statm")
     script = f"""
 import resource, threading, time, torch
-from lowbit.packed.format import Packed
+from lowbit.packed.format import Packed, PackedWeight
 from lowbit.packed.quantize import quantize
 
 def resident():

@@ -29,10 +29,15 @@ from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.packed.module import PackedLinear, codes_of
+from lowbit.bitpack import unpack
+from lowbit.packed.module import PackedLinear
 from lowbit.packed.op import quantize_activations
 
 N, K = 24, 64
+
+
+def codes_of(layer: Any) -> Tensor:
+    return unpack(layer.packed, layer.format.bits, layer.format.in_features)
 
 
 def fake_quantize(observer: Any, low: int, high: int, qscheme: Any, dtype: Any = torch.qint8, **kwargs: Any) -> Any:
@@ -507,10 +512,10 @@ def answer(module: Any) -> Any:
     return module.answer
 
 
-def source(**changes: Any) -> lowbit.Source:
+def source(bits: int = 4, **changes: Any) -> lowbit.Source:
     codes = torch.randint(0, 16, (N, K), dtype=torch.uint8)
-    fields: dict[str, Any] = {"quantized": lowbit.Quantized(codes, torch.rand(N, 1) + 0.5, None), "bits": 4}
-    return lowbit.Source(**{**fields, **changes})
+    stored = lowbit.PackedWeight(codes, torch.rand(N, 1) + 0.5, None, bits=bits)
+    return lowbit.Source(**{"stored": stored, **changes})
 
 
 def test_user_types() -> None:
@@ -524,7 +529,7 @@ def test_user_types() -> None:
     assert "note: b.0: rounds differently" in str(report)
     x = torch.randn(3, K)
     assert_bitwise_equal(model["a"](x), model["a"][0](x).tanh())
-    assert_bitwise_equal(codes_of(model["a"][0]), good.quantized.codes)
+    assert_bitwise_equal(codes_of(model["a"][0]), good.stored.codes)
 
 
 @pytest.mark.parametrize(
@@ -545,15 +550,19 @@ def test_a_wrong_user_source_is_named_and_nothing_changes(bad: Any, message: str
     assert dict(model.items()) == before
 
 
-def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "trained_quantized.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "trained_quantized.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_the_documentation_runs(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(BLOCKS) == 6
+    if "import bitsandbytes" in BLOCKS[block]:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exec(compile(block, "trained_quantized.md", "exec"), {"__name__": "__main__"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(BLOCKS[block], "trained_quantized.md", "exec"), {"__name__": "__main__"})
 
 
 # ---------------------------------------------------------------------------------- a trained ternary Llama
@@ -568,8 +577,8 @@ class Normalize(nn.Module):
 
 def read_bit_linear(module: Any) -> lowbit.Source:
     codes = (module.ternary + 2).to(torch.uint8)
-    quantized = lowbit.Quantized(codes, scales=module.alpha.reshape(1, 1), zeros=None)
-    return lowbit.Source(quantized, bits=2, activations="int8", weight=module.ternary * module.alpha)
+    stored = lowbit.PackedWeight(codes, scales=module.alpha.reshape(1, 1), zeros=None, bits=2)
+    return lowbit.Source(stored, activations="int8", weight=module.ternary * module.alpha)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
 of a transformers ``config.json``.
 
-    {"format_version": "1.0", "lowbit": "0.1.0",
+    {"format_version": "1.1", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
      "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
 
@@ -22,9 +22,9 @@ from torch import nn
 
 from lowbit import sources
 from lowbit.convert import share_storage, swap
-from lowbit.layer import Layer, build, layers
+from lowbit.layer import Layer, build, layers, storage_of
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.0 knew the family packed only
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
 
 
@@ -62,22 +62,11 @@ def shared_tensors(first: Layer, second: Layer) -> list[str]:
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of the layers that use one storage, in groups of two or more.
-
-    Raises ``ValueError`` for layers that share some of their tensors but not all.
-    """
-    found = layers(model, duplicates=True)
-    groups: dict[int, list[str]] = {}
-    for name, layer in found.items():
-        first_tensor = next(iter(layer.named_tensors().values()))
-        groups.setdefault(id(first_tensor), []).append(name)
-    tied = [names for names in groups.values() if len(names) > 1]
-    for first, *others in tied:
-        for other in others:
-            for tensor in shared_tensors(found[first], found[other]):
-                if found[first].named_tensors()[tensor] is not found[other].named_tensors()[tensor]:
-                    raise ValueError(f"{first} and {other} share some of their tensors, but not {tensor}")
-    return tied
+    """Names of the layers that use one storage, in groups of two or more."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, layer in layers(model, duplicates=True).items():
+        groups.setdefault(storage_of(layer), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -125,9 +114,10 @@ def parse(description: dict[str, Any]) -> Metadata:
     _check(isinstance(description, dict), "the description", "an object", description)
     version = description.get("format_version")
     _check(isinstance(version, str), "format_version", "a string like '1.0'", version)
-    major = str(version).split(".")[0]
-    _check(major == FORMAT_VERSION.split(".")[0], "format_version", "1.x for this version of lowbit", version)
-    if version == FORMAT_VERSION:  # a later minor version may add fields
+    major, _, minor = str(version).partition(".")
+    ours = FORMAT_VERSION.split(".")
+    _check(major == ours[0] and minor.isdigit(), "format_version", "1.x for this version of lowbit", version)
+    if int(minor) <= int(ours[1]):  # a later minor version may add fields
         unknown = sorted(set(description) - _FIELDS)
         _check(not unknown, "the description", f"made of the fields {', '.join(sorted(_FIELDS))}", unknown)
     entries = description.get("layers")
@@ -218,7 +208,9 @@ def apply(
         shape = (layer.format.out_features, layer.format.in_features)
         found = _shape_of(module)
         is_embedding = isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
-        if (found is not None and found != shape) or is_embedding != (layer.kind == "embedding"):
+        # a trained module's class need not tell what it is
+        untold = found is None and sources.is_source(module)
+        if (found is not None and found != shape) or (is_embedding != (layer.kind == "embedding") and not untold):
             raise ValueError(
                 f"layer {name!r} was saved from a float {layer.kind} of shape {list(shape)}: "
                 f"this model has {repr(module)[:200]} there"

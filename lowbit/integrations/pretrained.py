@@ -152,6 +152,8 @@ def attach(model: nn.Module) -> None:
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
+    for bits in (4, 8):  # bitsandbytes' marks: its layers are gone
+        model.__dict__.pop(f"is_loaded_in_{bits}bit", None)
     model.quantization_method = METHOD  # type: ignore[assignment]
     _assign_is_quantized(model)
 

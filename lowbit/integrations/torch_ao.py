@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.packed.quantize import Quantized
+from lowbit.packed.format import PackedWeight
 from lowbit.sources import Recogniser, Source, register_source_by_name, type_name
 
 _QAT = "torch.ao.nn.qat"
@@ -106,10 +106,10 @@ def _read_torch_ao(module: Any, weight: Tensor) -> Source:
     enabled = getattr(activation, "fake_quant_enabled", None)
     note = _note(activation.dtype, "output") if enabled is not None and bool(enabled[0]) else None
     if zero_point.is_floating_point():
-        quantized, bits = _with_float_zeros(value, scale, zero_point - low, low, high, None)
+        stored = _with_float_zeros(value, scale, zero_point - low, low, high, None)
     else:
-        quantized, bits = _with_integer_zeros(value, scale, zero_point, low, high, None)
-    return Source(quantized, bits, weight=value, note=note)
+        stored = _with_integer_zeros(value, scale, zero_point, low, high, None)
+    return Source(stored, weight=value, note=note)
 
 
 def _never_observed(fake_quant: Any) -> bool:
@@ -135,18 +135,18 @@ def _read_torchao(module: Any, weight: Tensor) -> Source:
     quantizer = copy.copy(quantizer)  # a call stores a new scale and zero point
     if _is_a(quantizer, f"{_TORCHAO}.fake_quantizer.IntxFakeQuantizer"):
         value = quantizer(weight)
-        quantized, bits, group_size = _read_intx(config, value, quantizer.scale, quantizer.zero_point)
+        stored = _read_intx(config, value, quantizer.scale, quantizer.zero_point)
     elif _is_int4_bfloat16(quantizer):
-        value, bits, group_size = quantizer(weight), 4, int(config.group_size)
-        quantized = _read_int4(weight, value, group_size)
+        value = quantizer(weight)
+        stored = _read_int4(weight, value, int(config.group_size))
     else:
         raise _DeclinedError(f"{config} has no packed form")
     activation = getattr(module, "activation_fake_quantizer", None)
     note = _note(activation.config.dtype, "input") if activation is not None and activation.enabled else None
-    return Source(quantized, bits, group_size, weight=value, note=note)
+    return Source(stored, weight=value, note=note)
 
 
-def _read_intx(config: Any, value: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Quantized, int, int | None]:
+def _read_intx(config: Any, value: Tensor, scale: Tensor, zero_point: Tensor) -> PackedWeight:
     """``IntxFakeQuantizeConfig``: ``(q - zero_point) * scale`` or ``(q - middle) * scale + zero_point``."""
     granularity = type(config.granularity).__name__
     if granularity not in ("PerAxis", "PerGroup"):
@@ -157,10 +157,8 @@ def _read_intx(config: Any, value: Tensor, scale: Tensor, zero_point: Tensor) ->
     zero_point = zero_point.detach().reshape(value.shape[0], -1)
     if config.zero_point_domain.name == "FLOAT":
         zeros = (low + high + 1) / 2 - low - zero_point.float() / scale.float()
-        quantized, bits = _with_float_zeros(value, scale, zeros, low, high, group_size)
-    else:
-        quantized, bits = _with_integer_zeros(value, scale, zero_point, low, high, group_size)
-    return quantized, bits, group_size
+        return _with_float_zeros(value, scale, zeros, low, high, group_size)
+    return _with_integer_zeros(value, scale, zero_point, low, high, group_size)
 
 
 def _integer_range(dtype: Any) -> tuple[int, int]:
@@ -176,11 +174,11 @@ def _is_int4_bfloat16(quantizer: Any) -> bool:
     return _is_a(quantizer, name) and quantizer.config.activation_dtype == torch.bfloat16
 
 
-def _read_int4(weight: Tensor, value: Tensor, group_size: int) -> Quantized:
+def _read_int4(weight: Tensor, value: Tensor, group_size: int) -> PackedWeight:
     """``q * scale + low`` with ``scale = (high - low) / 15``, ``low`` and ``high`` the group's range."""
     low, high = weight.float().view(weight.shape[0], -1, group_size).aminmax(dim=-1)
     scale = (high - low).clamp(min=1e-6) / 15
-    return _with_float_zeros(value, scale, -low / scale, 0, 15, group_size)[0]
+    return _with_float_zeros(value, scale, -low / scale, 0, 15, group_size)
 
 
 # -------------------------------------------------------------------------------------------- from fq(weight)
@@ -188,7 +186,7 @@ def _read_int4(weight: Tensor, value: Tensor, group_size: int) -> Quantized:
 
 def _with_integer_zeros(
     value: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, group_size: int | None
-) -> tuple[Quantized, int]:
+) -> PackedWeight:
     """Codes of ``value == (q - zero_point) * scale``; symmetric where ``q - zero_point`` always fits."""
     bits = _bits(low, high)
     if zero_point.is_floating_point() and not bool((zero_point == zero_point.round()).all()):
@@ -206,17 +204,17 @@ def _with_integer_zeros(
     if not torch.equal(exact, value):
         count = int((exact != value).sum())
         raise ValueError(f"its weight must be (q - zero_point) * scale once fake-quantized: {count} are not")
-    return Quantized(codes.to(torch.uint8), scale.clone(), zeros), bits
+    return PackedWeight(codes.to(torch.uint8), scale.clone(), zeros, bits, group_size)
 
 
 def _with_float_zeros(
     value: Tensor, scale: Tensor, zeros: Tensor, low: int, high: int, group_size: int | None
-) -> tuple[Quantized, int]:
+) -> PackedWeight:
     """Codes of ``value == (code - zeros) * scale``; scales become float32, so that the zeros lose nothing."""
     bits = _bits(low, high)
     scale, zeros = scale.float(), zeros.float()
     codes = _codes(value, _spread(scale, value, group_size), _spread(zeros, value, group_size), bits)
-    return Quantized(codes.to(torch.uint8), scale.clone(), zeros.clone()), bits
+    return PackedWeight(codes.to(torch.uint8), scale.clone(), zeros.clone(), bits, group_size)
 
 
 def _codes(value: Tensor, scale: Tensor, zeros: Tensor | float, bits: int) -> Tensor:

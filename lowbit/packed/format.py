@@ -1,4 +1,5 @@
-"""Family ``packed``: what the user asks for (:class:`Packed`), what a layer stores (:class:`PackedFormat`).
+"""Family ``packed``: what the user asks for (:class:`Packed`), what a layer stores (:class:`PackedFormat`,
+:class:`PackedWeight`).
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],    g = k // group_size      (+ sparse outliers)
 
@@ -8,22 +9,36 @@ Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary i
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from operator import index
-from typing import Any, Literal, SupportsIndex
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from lowbit.bitpack import words_per_row
-from lowbit.layer import FLOAT_DTYPES
+from lowbit.bitpack import pack, words_per_row
+from lowbit.family import (
+    ACTIVATIONS,
+    FLOAT_DTYPES,
+    GRANULARITIES,
+    Activations,
+    Format,
+    Granularity,
+    Spec,
+    TensorSpec,
+    Weight,
+    as_integer,
+    check_float_dtype,
+    check_group_size,
+    check_outlier_fraction,
+    check_size,
+    choice,
+    describe_extras,
+    dtype_name,
+    is_integer,
+    outlier_tensors,
+)  # fmt: skip
 
-Granularity = Literal["tensor", "row", "group"]
-Activations = Literal["float", "int8", "int8_static"]
-
-GRANULARITIES = ("tensor", "row", "group")
 QUANTIZERS = ("minmax", "mse", "mean", "gptq")
-ACTIVATIONS = ("float", "int8", "int8_static")
-MAX_INT16_COLUMNS = 1 << 15
 
 
 def _describe(format: Packed | PackedFormat) -> str:
@@ -32,13 +47,8 @@ def _describe(format: Packed | PackedFormat) -> str:
     return f"{format.bits}-bit {where}"
 
 
-def _choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}: got {argument}={value!r}")
-
-
 @dataclass(frozen=True)
-class Packed:
+class Packed(Spec):
     """How to quantize a float weight ``[N, K]`` into the ``packed`` family: the spec given to ``convert``.
 
     Args:
@@ -61,6 +71,7 @@ class Packed:
         ValueError: an argument out of range, or two that exclude each other.
     """
 
+    family = "packed"
     bits: int = 4
     group_size: int | None = None
     granularity: Granularity | None = None
@@ -74,52 +85,74 @@ class Packed:
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size"):
-            value = getattr(self, name)
-            if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-                object.__setattr__(self, name, index(value))  # numpy integers too
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            object.__setattr__(self, name, as_integer(getattr(self, name)))
+        if not is_integer(self.bits) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 2 and 8: got bits={self.bits!r}")
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric must be True or False: got symmetric={self.symmetric!r}")
         if self.granularity is None:
             object.__setattr__(self, "granularity", "row" if self.group_size is None else "group")
-        _choice("granularity", self.granularity, GRANULARITIES)
-        _choice("quantizer", self.quantizer, QUANTIZERS)
-        _choice("activations", self.activations, ACTIVATIONS)
-        _choice("zeros", self.zeros, ("int", "float"))
+        choice("granularity", self.granularity, GRANULARITIES)
+        choice("quantizer", self.quantizer, QUANTIZERS)
+        choice("activations", self.activations, ACTIVATIONS)
+        choice("zeros", self.zeros, ("int", "float"))
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
                 "group_size goes with granularity='group' and only with it: "
                 f"got group_size={self.group_size}, granularity={self.granularity!r}"
             )
-        if self.group_size is not None and (
-            isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 1
-        ):
-            raise ValueError(f"group_size must be an integer between 1 and K: got group_size={self.group_size!r}")
+        if self.group_size is not None:
+            check_size("group_size", self.group_size)
         if self.quantizer == "mean" and not self.symmetric:
             raise ValueError("quantizer='mean' clips symmetrically: it requires symmetric=True")
         if self.symmetric and self.zeros == "float":
             raise ValueError("zeros='float' is a zero point, which symmetric=True does not have")
         if not 0 < self.gamma < math.inf:
             raise ValueError(f"gamma must be greater than 0 and finite: got gamma={self.gamma}")
-        if not 0.0 <= self.outliers <= 0.1:
-            raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={self.outliers}")
-        if self.scale_dtype is not None and self.scale_dtype not in FLOAT_DTYPES.values():
-            raise ValueError(
-                f"scale_dtype must be float32, float16 or bfloat16: got scale_dtype={self.scale_dtype}"
-            )
+        check_outlier_fraction(self.outliers)
+        check_float_dtype("scale_dtype", self.scale_dtype)
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether quantizing with this spec requires calibration data."""
-        return self.quantizer == "gptq" or self.activations == "int8_static"
+    def calibration_need(self) -> str | None:
+        return "quantizer='gptq'" if self.quantizer == "gptq" else super().calibration_need
+
+    @property
+    def uses_hessian(self) -> bool:
+        return self.quantizer in ("gptq", "mse")
+
+    def for_embedding(self, *, tied: bool = False) -> Packed:
+        return replace(self, quantizer="mse") if self.quantizer == "gptq" and not tied else self
+
+    def problem(self, n: int, k: int) -> str | None:
+        if self.group_size is not None and self.group_size > k:
+            return f"group_size must be between 1 and K: got group_size={self.group_size}, K={k}"
+        return None
+
+    def format(self, weight: Tensor, kind: str) -> PackedFormat:
+        """The format of the quantized weight, unless its scales turn out not to fit their dtype."""
+        n, k = weight.shape
+        return PackedFormat(
+            bits=self.bits,
+            out_features=n,
+            in_features=k,
+            group_size=self.resolve_group_size(k),
+            granularity=self.granularity or "row",
+            zeros="none" if self.symmetric else self.zeros,
+            scale_dtype=dtype_name(self.resolve_scale_dtype()),
+            outliers=round(self.outliers * n * k),
+            activations=self.activations if kind == "linear" else "float",
+        )
+
+    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> PackedWeight:
+        from lowbit.packed.quantize import quantize
+
+        return quantize(weight, self, hessian=hessian)
 
     def resolve_group_size(self, k: int) -> int:
         """The real group size for a weight with ``k`` input features; raises ``ValueError`` when it exceeds K."""
         if self.group_size is None:
             return k
-        if self.group_size > k:
-            raise ValueError(f"group_size must be between 1 and K: got group_size={self.group_size}, K={k}")
+        check_group_size(self.group_size, k)
         return self.group_size
 
     def resolve_scale_dtype(self) -> torch.dtype:
@@ -134,13 +167,14 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class PackedFormat:
+class PackedFormat(Format):
     """The stored form of one weight: everything that the shapes and dtypes of its tensors follow from.
 
-    It is what a saved folder records per layer and what a file is checked against. ``zeros`` is ``"none"``
-    (symmetric), ``"int"`` (uint8) or ``"float"``; ``outliers`` is the number of stored sparse entries.
+    ``zeros`` is ``"none"`` (symmetric), ``"int"`` (uint8) or ``"float"``; ``outliers`` is the number of stored
+    sparse entries.
     """
 
+    family = "packed"
     bits: int
     out_features: int
     in_features: int
@@ -155,21 +189,18 @@ class PackedFormat:
     def __post_init__(self) -> None:
         for name in ("bits", "out_features", "in_features", "group_size", "outliers"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise ValueError(f"{name} must be an integer: got {name}={value!r}")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be between 2 and 8: got bits={self.bits}")
         if self.out_features < 1 or self.in_features < 1:
             raise ValueError(f"a weight needs N, K >= 1: got N={self.out_features}, K={self.in_features}")
-        _choice("granularity", self.granularity, GRANULARITIES)
-        _choice("zeros", self.zeros, ("none", "int", "float"))
-        _choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
-        _choice("outlier_dtype", self.outlier_dtype, tuple(FLOAT_DTYPES))
-        _choice("activations", self.activations, ACTIVATIONS)
-        if not 1 <= self.group_size <= self.in_features:
-            raise ValueError(
-                f"group_size must be between 1 and K: got group_size={self.group_size}, K={self.in_features}"
-            )
+        choice("granularity", self.granularity, GRANULARITIES)
+        choice("zeros", self.zeros, ("none", "int", "float"))
+        choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
+        choice("outlier_dtype", self.outlier_dtype, tuple(FLOAT_DTYPES))
+        choice("activations", self.activations, self.supported_activations)
+        check_group_size(self.group_size, self.in_features)
         if self.granularity != "group" and self.group_size != self.in_features:
             raise ValueError(
                 f"group_size must equal K with granularity={self.granularity!r}: "
@@ -188,63 +219,76 @@ class PackedFormat:
         """``[N, G]``, or ``[1, 1]`` per tensor."""
         return (1, 1) if self.granularity == "tensor" else (self.out_features, self.groups)
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every stored tensor except the bias."""
+    def tensors(self) -> dict[str, TensorSpec]:
         scale_dtype = FLOAT_DTYPES[self.scale_dtype]
-        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        spec: dict[str, TensorSpec] = {
             "packed": ((self.out_features, words_per_row(self.in_features, self.bits)), torch.int32),
             "scales": (self.scale_shape, scale_dtype),
         }
         if self.zeros != "none":
             spec["zeros"] = (self.scale_shape, torch.uint8 if self.zeros == "int" else scale_dtype)
-        if self.outliers:
-            columns = torch.int16 if self.in_features <= MAX_INT16_COLUMNS else torch.int32
-            spec["outlier_values"] = ((self.outliers,), FLOAT_DTYPES[self.outlier_dtype])
-            spec["outlier_columns"] = ((self.outliers,), columns)
-            spec["outlier_rows"] = ((self.out_features + 1,), torch.int32)
+        spec |= outlier_tensors(self.out_features, self.in_features, self.outliers, self.outlier_dtype)
         if self.activations == "int8_static":
             spec["x_scale"] = ((1,), torch.float32)
         return spec
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all stored tensors, the bias excluded."""
-        total = 0
-        for shape, dtype in self.tensors().values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count * dtype.itemsize
-        return total
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits divided by N*K: codes, scales, zeros and outliers included."""
-        return 8 * self.nbytes / (self.out_features * self.in_features)
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric, int8 activations``."""
         text = f"{_describe(self)} " + {
             "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros"
         }[self.zeros]  # fmt: skip
-        if self.outliers:
-            text += f", {100 * self.outliers / (self.out_features * self.in_features):.2g} % outliers"
-        if self.activations != "float":
-            text += ", int8 activations" if self.activations == "int8" else ", static int8 activations"
-        return text
+        return text + describe_extras(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; :meth:`from_dict` is the inverse."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> PackedFormat:
-        """Build from stored fields; raises ``ValueError`` naming an unknown, missing or invalid field."""
-        known = set(cls.__dataclass_fields__)
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r} in a packed format")
-        missing = [n for n in ("bits", "out_features", "in_features", "group_size", "granularity") if n not in fields]
-        if missing:
-            raise ValueError(f"missing field {missing[0]!r} in a packed format")
-        return cls(**fields)
+@dataclass(frozen=True)
+class PackedWeight(Weight):
+    """``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``, g = k // group_size, + outliers.
+
+    codes: uint8 [N, K], values 0 .. 2**bits - 1.
+    scales: float16, bfloat16 or float32; [N, G] per group, [N, 1] per row, [1, 1] per tensor.
+    zeros: None (symmetric, zero = 2**(bits-1)), uint8, or the dtype of scales; the shape of scales.
+    bits: of the codes, 2 to 8.
+    group_size: input features per scale; None for one scale per row or tensor (by the shape of scales).
+    outlier_values [nnz], outlier_columns [nnz] (int16; int32 when K > 32768), outlier_rows int32 [N+1]: the
+        sparse part in CSR form, columns ascending within a row; all None without outliers.
+    """
+
+    family = "packed"
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int | None = None
+    outlier_values: Tensor | None = None
+    outlier_columns: Tensor | None = None
+    outlier_rows: Tensor | None = None
+
+    def format(self, activations: Activations = "float") -> PackedFormat:
+        n, k = self.codes.shape
+        if self.group_size is not None:
+            granularity: Granularity = "group"
+        else:
+            granularity = "tensor" if tuple(self.scales.shape) == (1, 1) else "row"
+        format = PackedFormat(
+            bits=self.bits,
+            out_features=n,
+            in_features=k,
+            group_size=k if self.group_size is None else self.group_size,
+            granularity=granularity,
+            zeros="none" if self.zeros is None else "float" if self.zeros.is_floating_point() else "int",
+            scale_dtype=dtype_name(self.scales.dtype),
+            outliers=0 if self.outlier_values is None else len(self.outlier_values),
+            outlier_dtype="float16" if self.outlier_values is None else dtype_name(self.outlier_values.dtype),
+            activations=activations,
+        )
+        if tuple(self.scales.shape) != format.scale_shape:
+            raise ValueError(f"scales must have shape {format.scale_shape}: got {tuple(self.scales.shape)}")
+        return format
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {
+            "packed": pack(self.codes, self.bits), "scales": self.scales, "zeros": self.zeros,
+            "outlier_values": self.outlier_values, "outlier_columns": self.outlier_columns,
+            "outlier_rows": self.outlier_rows,
+        }  # fmt: skip
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -12,56 +12,33 @@ Rows never interact, so every step works on a few rows at a time and its tempora
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowbit.packed.format import Packed
+from lowbit.hessian import check_hessian, damped, error_feedback, round_with_feedback
+from lowbit.outliers import choose_outliers, float16_holds, float_chunks, sparse_rest
+from lowbit.packed.format import Packed, PackedWeight
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["quantize"]
 
 # Elements per temporary: small enough to stay in cache, large enough to hide the cost of a torch call.
 _CHUNK = 1 << 18
 # Error feedback makes one Python step per column, so it wants many rows at once.
 _FEEDBACK_CHUNK = 1 << 22
-# Columns between two matrix products of the error feedback.
-_FEEDBACK_BLOCK = 64
 
 # Clip search of "mse": the range shrinks geometrically to _SHRINK**(_STEPS-1) = 0.09 of min-max, which covers
 # ternary per-tensor weights; least squares then refines the best one (Lloyd's algorithm on a uniform grid).
 _SHRINK, _STEPS, _REFITS = 0.92, 30, 4
-
-# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
-_DAMPING = (0.01, 0.1, 1.0)
 
 # (weights, importance or None = all 1); an element of importance 0 does not exist for the fit.
 _Piece = tuple[Tensor, Tensor | None]
 _Pieces = Callable[[], Iterable[_Piece]]
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Weight: ``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``, g = k // group_size, + outliers.
-
-    codes: uint8 [N, K], values 0 .. 2**bits - 1.
-    scales: float16, bfloat16 or float32; [N, G] per group, [N, 1] per row, [1, 1] per tensor.
-    zeros: None (symmetric, zero = 2**(bits-1)), uint8, or the dtype of scales; the shape of scales.
-    outlier_values [nnz], outlier_columns [nnz] (int16; int32 when K > 32768), outlier_rows int32 [N+1]: the
-        sparse part in CSR form, columns ascending within a row; all None without outliers.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    outlier_values: Tensor | None = None
-    outlier_columns: Tensor | None = None
-    outlier_rows: Tensor | None = None
-
-
 @torch.no_grad()
-def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> Quantized:
+def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> PackedWeight:
     """Quantize ``weight`` ([N, K], any float dtype) as ``spec`` says.
 
     - ``minmax``: round to nearest on a grid that spans the group (symmetric: codes -n..n with
@@ -85,12 +62,13 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
     layer = _Layer(weight, spec, hessian)
     dtype = spec.resolve_scale_dtype()
     scales, zeros = layer.fit(dtype)
-    if dtype == torch.float16 and not _normal_float16(scales):
+    if dtype == torch.float16 and not float16_holds(scales):
         dtype = torch.float32
         scales, zeros = layer.fit(dtype)
     codes = layer.round(scales, zeros)
     stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
-    return Quantized(codes, scales.to(dtype), stored_zeros, *layer.sparse(codes, scales, zeros))
+    outliers = sparse_rest(partial(layer.rest, codes, scales, zeros), layer.outliers)
+    return PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, spec.group_size, *outliers)
 
 
 def _check(weight: Tensor, spec: Packed, hessian: Tensor | None) -> None:
@@ -101,11 +79,7 @@ def _check(weight: Tensor, spec: Packed, hessian: Tensor | None) -> None:
             "quantizer='gptq' requires calibration data: got hessian=None "
             "(give calibration batches, or use quantizer='mse')"
         )
-    if hessian is not None:
-        if hessian.shape != (weight.shape[1],) * 2:
-            raise ValueError(f"hessian must be [K, K] with K = {weight.shape[1]}: got {list(hessian.shape)}")
-        if not bool(torch.isfinite(hessian).all()):
-            raise ValueError("hessian must be finite: got Inf or NaN (check the calibration activations)")
+    check_hessian(hessian, weight.shape[1])
 
 
 class _Layer:
@@ -122,21 +96,15 @@ class _Layer:
         self.levels = self.middle - 1 if spec.symmetric else self.top
         self.importance: Tensor | None = None
         if hessian is not None and spec.quantizer in ("mse", "gptq"):
-            diagonal = hessian.diagonal().double()
-            mean = diagonal.mean()
-            if mean > 0:  # damped, so that an input never active in calibration still counts a little
-                self.importance = (diagonal / mean + _DAMPING[0]).float()
+            self.importance = damped(hessian.diagonal())
         for w, _ in self.chunks():
             if not bool(torch.isfinite(w).all()):
                 raise ValueError("weight must be finite in float32: got Inf or NaN")
-        self.outliers = self.choose_outliers()
+        self.outliers = choose_outliers(self.chunks, self.n, self.k, round(spec.outliers * self.n * self.k))
 
     def chunks(self, size: int = _CHUNK) -> Iterator[tuple[Tensor, slice]]:
         """The weight in float32, a few rows at a time."""
-        step = max(1, size // self.k)
-        for start in range(0, self.n, step):
-            rows = slice(start, min(start + step, self.n))
-            yield self.weight[rows].float(), rows
+        return float_chunks(self.weight, size)
 
     # ---- fit the grids
 
@@ -298,7 +266,7 @@ class _Layer:
         codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.weight.device)
         if self.spec.quantizer == "gptq":
             assert self.hessian is not None
-            order, feedback = _feedback(self.hessian)
+            order, feedback = error_feedback(self.hessian)
             for w, rows in self.chunks(_FEEDBACK_CHUNK):
                 codes[rows] = self.round_with_feedback(w, rows, scales, zeros, order, feedback)
         else:
@@ -309,118 +277,24 @@ class _Layer:
     def round_with_feedback(
         self, w: Tensor, rows: slice, scales: Tensor, zeros: Tensor, order: Tensor, feedback: Tensor
     ) -> Tensor:
-        """code_j = nearest(w_j + sum_{i<j} (w_i - q_i) feedback[i, j]), j in the given order of columns."""
-        # Transposed, so that a column is contiguous.
-        w = w.t()[order].contiguous()
-        residual = torch.zeros_like(w)
-        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        exact = self.outliers[rows].t()[order] if self.outliers is not None else None
-        pick = [0] * self.k if scales.shape[1] == 1 else (order // self.group).tolist()
+        """Codes of some rows, each column rounded against the errors of those before it."""
+        per_row = scales.shape[1] == 1
         scale_of, zero_of = (v.expand(self.n, -1)[rows].t().contiguous() for v in (scales, zeros))
-        for start in range(0, self.k, _FEEDBACK_BLOCK):
-            end = min(start + _FEEDBACK_BLOCK, self.k)
-            target = w[start:end] + feedback[:start, start:end].t() @ residual[:start]
-            for j in range(start, end):
-                scale, zero = scale_of[pick[j]], zero_of[pick[j]]
-                code = self.nearest(target[j - start], scale, zero)
-                codes[j] = code
-                residual[j] = w[j] - (code - zero) * scale
-                if exact is not None:
-                    residual[j].masked_fill_(exact[j], 0)
-                target[j - start + 1 :].addr_(feedback[j, j + 1 : end], residual[j])
-        natural = torch.empty_like(codes)
-        natural[order] = codes
-        return natural.t()
 
-    # ---- outliers
+        def nearest(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
+            group = 0 if per_row else column // self.group
+            code = self.nearest(target, scale_of[group], zero_of[group])
+            return code, (code - zero_of[group]) * scale_of[group]
 
-    def choose_outliers(self) -> Tensor | None:
-        """bool [N, K]: exactly the round(f*N*K) weights of largest magnitude (of equal ones the first)."""
-        count = round(self.spec.outliers * self.n * self.k)
-        if count == 0:
-            return None
-        # Radix select: for non-negative floats the order of the bits is the order of the values.
-        high, above = self._select(lambda bits: bits >> 16, 1 << 15, count)
-        low, above = self._select(
-            lambda bits: torch.where(bits >> 16 == high, bits & 0xFFFF, -1), 1 << 16, count - above, above
-        )
-        threshold = (high << 16) | low
-        mask = torch.empty(self.n, self.k, dtype=torch.bool, device=self.weight.device)
-        ties = count - above
+        exact = None if self.outliers is None else self.outliers[rows]
+        return round_with_feedback(w, order, feedback, nearest, exact)
+
+    def rest(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """w - dequantized code, a few rows at a time."""
         for w, rows in self.chunks():
-            bits = w.abs().view(torch.int32)
-            mask[rows] = bits > threshold
-            if ties:
-                equal = (bits == threshold).flatten().nonzero().flatten()[:ties]
-                mask[rows].view(-1)[equal] = True
-                ties -= equal.numel()
-        return mask
-
-    def _select(self, digit: Callable[[Tensor], Tensor], buckets: int, count: int, above: int = 0) -> tuple[int, int]:
-        """(bucket of the count-th largest magnitude, ``above`` + the number of weights in higher buckets)."""
-        histogram = torch.zeros(buckets, dtype=torch.int64, device=self.weight.device)
-        for w, _ in self.chunks():
-            found = digit(w.abs().view(torch.int32)).flatten()
-            histogram += torch.bincount(found[found >= 0], minlength=buckets)
-        at_least = histogram.flip(0).cumsum(0).flip(0)
-        bucket = int((at_least >= count).nonzero().max())
-        return bucket, above + int(at_least[bucket] - histogram[bucket])
-
-    def sparse(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        """CSR of S = w - dequant(code) at the outliers."""
-        if self.outliers is None:
-            return None, None, None
-        ends = torch.zeros(self.n + 1, dtype=torch.int64, device=self.weight.device)
-        for _, rows in self.chunks():
-            ends[1:][rows] = self.outliers[rows].sum(1)
-        ends = ends.cumsum(0)
-        # Filled in place: small results kept between large temporaries would fragment the heap.
-        values = torch.empty(int(ends[-1]), dtype=torch.float32, device=self.weight.device)
-        columns = torch.empty(len(values), dtype=torch.int32, device=self.weight.device)
-        for w, rows in self.chunks():
-            mask = self.outliers[rows]
             scale, zero = self.columns(scales, rows), self.columns(zeros, rows)
-            found = slice(int(ends[rows.start]), int(ends[rows.stop]))
-            values[found] = (w - (codes[rows] - zero) * scale)[mask]
-            columns[found] = mask.nonzero()[:, 1].int()
-        fits = bool((values.abs() <= torch.finfo(torch.float16).max).all())
-        return (
-            values.to(torch.float16) if fits else values,
-            columns.to(torch.int16) if self.k <= 1 << 15 else columns,
-            ends.to(torch.int32),
-        )
+            yield w - (codes[rows] - zero) * scale, rows
 
 
 def _sum(t: Tensor) -> Tensor:
     return t.sum(-1, keepdim=True)
-
-
-def _normal_float16(scales: Tensor) -> bool:
-    """Whether float16 holds the scales with full precision (they were rounded to it: Inf and 0 are out)."""
-    limits = torch.finfo(torch.float16)
-    return bool(((scales >= limits.tiny) & (scales <= limits.max)).all())
-
-
-def _feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, U - I) with H[order][:, order] + damping = U D U.T, U unit upper triangular [K, K], float32.
-
-    Then e H e.T = sum_j D[j] (e_j + sum_{i<j} e_i U[i, j])**2, so rounding column j against
-    w_j + sum_{i<j} e_i U[i, j] minimises the j-th term: the error feedback of GPTQ, without inverting H.
-    """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    # float64 costs little up to a few thousand columns; beyond, damping alone keeps float32 well conditioned.
-    h = hessian[order][:, order].to(torch.float64 if len(order) <= 4096 else torch.float32)
-    mean = h.diagonal().mean()
-    if mean == 0:
-        return order, torch.zeros_like(h, dtype=torch.float32)
-    for damping in _DAMPING:
-        damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        # Reversing rows and columns turns torch's lower factor into the upper one.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not bool(failed):
-            upper = lower.flip(0, 1)
-            return order, (upper / upper.diagonal()).triu_(1).float()
-    raise ValueError(f"hessian must be positive semidefinite: got one that fails with damping {_DAMPING[-1]}")

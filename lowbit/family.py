@@ -1,0 +1,209 @@
+"""What a family defines, beside its op: a *spec* (what the user asks for), a *format* (the stored form of one weight:
+the shapes and dtypes of its tensors) and a *weight* (tensors in that form, not yet a layer's parameters).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields
+from numbers import Real
+from operator import index
+from typing import Any, ClassVar, Literal, SupportsIndex
+
+import torch
+from torch import Tensor
+
+Activations = Literal["float", "int8", "int8_static"]
+Granularity = Literal["tensor", "row", "group"]
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+ACTIVATIONS = ("float", "int8", "int8_static")
+GRANULARITIES = ("tensor", "row", "group")
+MAX_INT16_COLUMNS = 1 << 15
+
+# What activations, biases, scales and outliers may be, by the name that files give it.
+FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float16"`` of ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Spec(ABC):
+    """How to bring a float weight ``[N, K]`` into a family's form: what ``convert`` is given.
+
+    Subclasses are frozen dataclasses that check their arguments when they are made.
+    """
+
+    family: ClassVar[str]
+    activations: Activations
+
+    @abstractmethod
+    def problem(self, n: int, k: int) -> str | None:
+        """Why this spec does not fit a weight ``[n, k]``, or ``None``."""
+
+    @abstractmethod
+    def format(self, weight: Tensor, kind: str) -> Format:
+        """The format that this spec gives ``weight`` (which may be on meta), as far as it is known beforehand."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> Weight:
+        """The weight in the family's form; ``hessian`` ``[K, K]`` is proportional to X.T @ X of the layer's inputs."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One short line for tables."""
+
+    @property
+    def calibration_need(self) -> str | None:
+        """The argument that requires calibration data, as written in code; ``None`` when none does."""
+        return "activations='int8_static'" if self.activations == "int8_static" else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantizing with this spec requires calibration data."""
+        return self.calibration_need is not None
+
+    @property
+    def uses_hessian(self) -> bool:
+        """Whether :meth:`quantize` does better with a Hessian."""
+        return False
+
+    def for_embedding(self, *, tied: bool = False) -> Spec:
+        """The spec for an embedding's weight; ``tied``: a linear layer shares it.
+
+        No input is multiplied with a weight that is not tied: nothing of it can be calibrated.
+        """
+        return self
+
+
+class Format(ABC):
+    """The stored form of one weight: what the shapes and dtypes of its tensors follow from.
+
+    It is what a saved folder records per layer and what a file is checked against. Subclasses are frozen dataclasses.
+    """
+
+    family: ClassVar[str]
+    supported_activations: ClassVar[tuple[Activations, ...]] = ("float", "int8", "int8_static")
+    out_features: int
+    in_features: int
+    activations: Activations
+
+    @abstractmethod
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Name -> (shape, dtype) of every stored tensor except the bias."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One short line for tables."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors, the bias excluded."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits divided by N*K, everything counted."""
+        return 8 * self.nbytes / (self.out_features * self.in_features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; :meth:`from_dict` is the inverse."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        """A checked format from :meth:`to_dict`; raises ``ValueError`` naming an unknown, missing or bad field."""
+        known = {field.name: field.default is MISSING for field in fields(cls)}  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown field {name!r} in a {cls.family} format")
+        for name, required in known.items():
+            if required and name not in values:
+                raise ValueError(f"missing field {name!r} in a {cls.family} format")
+        return cls(**values)
+
+
+class Weight(ABC):
+    """One weight in a family's form: what a quantizer returns, and what a trained module is read into.
+
+    Subclasses are dataclasses of tensors; codes are not packed yet.
+    """
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def format(self, activations: Activations = "float") -> Format:
+        """The format of these tensors; raises ``ValueError`` where they disagree."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name, codes packed."""
+
+
+# ------------------------------------------------------------------------------------- checks and parts in common
+
+
+def choice(argument: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
+    if value not in tuple(allowed):
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}: got {argument}={value!r}")
+
+
+def as_integer(value: object) -> object:
+    """An ``int`` where ``value`` is any kind of integer (numpy's too), else ``value`` itself."""
+    return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_size(argument: str, value: object) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument} must be an integer of at least 1: got {argument}={value!r}")
+
+
+def check_group_size(group_size: int, k: int) -> None:
+    if not 1 <= group_size <= k:
+        raise ValueError(f"group_size must be between 1 and K: got group_size={group_size}, K={k}")
+
+
+def check_seed(seed: object) -> None:
+    if not is_integer(seed) or not -(2**63) <= seed < 2**63:  # type: ignore[operator]
+        raise ValueError(f"seed must be an integer of 64 bits: got seed={seed!r}")
+
+
+def check_outlier_fraction(outliers: float) -> None:
+    if not isinstance(outliers, Real) or not 0.0 <= outliers <= 0.1:
+        raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={outliers}")
+
+
+def check_float_dtype(argument: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES.values():
+        raise ValueError(f"{argument} must be float32, float16 or bfloat16: got {argument}={dtype}")
+
+
+def outlier_tensors(n: int, k: int, count: int, dtype: str) -> dict[str, TensorSpec]:
+    """The CSR form of ``count`` outliers of a weight ``[n, k]``: values, columns (rising in a row), row pointers."""
+    if not count:
+        return {}
+    return {
+        "outlier_values": ((count,), FLOAT_DTYPES[dtype]),
+        "outlier_columns": ((count,), torch.int16 if k <= MAX_INT16_COLUMNS else torch.int32),
+        "outlier_rows": ((n + 1,), torch.int32),
+    }
+
+
+def describe_extras(format: Any) -> str:
+    """``, 0.5 % outliers, int8 activations``: what any format with these fields may add to its description."""
+    text = ""
+    if format.outliers:
+        text += f", {100 * format.outliers / (format.out_features * format.in_features):.2g} % outliers"
+    if format.activations != "float":
+        text += ", int8 activations" if format.activations == "int8" else ", static int8 activations"
+    return text

@@ -1,0 +1,89 @@
+"""What a layer's Hessian H = X.T @ X says about its weights: the importance of every input, and rounding with error
+feedback. Shared by the quantizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_hessian", "damped", "error_feedback", "round_with_feedback"]
+
+# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
+DAMPING = (0.01, 0.1, 1.0)
+# Columns between two matrix products of the error feedback.
+_BLOCK = 64
+
+
+def check_hessian(hessian: Tensor | None, k: int) -> None:
+    """Raise ``ValueError`` unless ``hessian`` is ``None`` or a finite ``[K, K]``."""
+    if hessian is None:
+        return
+    if hessian.shape != (k, k):
+        raise ValueError(f"hessian must be [K, K] with K = {k}: got {list(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("hessian must be finite: got Inf or NaN (check the calibration activations)")
+
+
+def damped(importance: Tensor) -> Tensor | None:
+    """Non-negative importances over their mean, plus a little, so that what calibration never saw still counts;
+    ``None`` where all are 0."""
+    mean = importance.double().mean()
+    return (importance.double() / mean + DAMPING[0]).float() if mean > 0 else None
+
+
+def error_feedback(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, U - I) with H[order][:, order] + damping = U D U.T, U unit upper triangular [K, K], float32.
+
+    Then e H e.T = sum_j D[j] (e_j + sum_{i<j} e_i U[i, j])**2, so rounding column j against
+    w_j + sum_{i<j} e_i U[i, j] minimises the j-th term: the error feedback of GPTQ, without inverting H.
+    """
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    # float64 costs little up to a few thousand columns; beyond, damping alone keeps float32 well conditioned.
+    h = hessian[order][:, order].to(torch.float64 if len(order) <= 4096 else torch.float32)
+    mean = h.diagonal().mean()
+    if mean == 0:
+        return order, torch.zeros_like(h, dtype=torch.float32)
+    for damping in DAMPING:
+        trial = h.clone()
+        trial.diagonal().add_(damping * mean)
+        # Reversing rows and columns turns torch's lower factor into the upper one.
+        lower, failed = torch.linalg.cholesky_ex(trial.flip(0, 1))
+        if not bool(failed):
+            upper = lower.flip(0, 1)
+            return order, (upper / upper.diagonal()).triu_(1).float()
+    raise ValueError(f"hessian must be positive semidefinite: got one that fails with damping {DAMPING[-1]}")
+
+
+def round_with_feedback(
+    w: Tensor,
+    order: Tensor,
+    feedback: Tensor,
+    nearest: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    exact: Tensor | None,
+) -> Tensor:
+    """Codes, uint8 ``[rows, K]``: code_j is nearest to w_j + sum_{i<j} (w_i - q_i) feedback[i, j], j in ``order``.
+
+    ``nearest(column, targets)`` gives (codes, values) of one column; elements in ``exact`` (bool) have no error.
+    """
+    # Transposed, so that a column is contiguous.
+    w = w.t()[order].contiguous()
+    exact = exact.t()[order] if exact is not None else None
+    residual = torch.zeros_like(w)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    columns = order.tolist()
+    for start in range(0, len(w), _BLOCK):
+        end = min(start + _BLOCK, len(w))
+        target = w[start:end] + feedback[:start, start:end].t() @ residual[:start]
+        for j in range(start, end):
+            code, value = nearest(columns[j], target[j - start])
+            codes[j] = code
+            residual[j] = w[j] - value
+            if exact is not None:
+                residual[j].masked_fill_(exact[j], 0)
+            target[j - start + 1 :].addr_(feedback[j, j + 1 : end], residual[j])
+    natural = torch.empty_like(codes)
+    natural[order] = codes
+    return natural.t()

@@ -1,0 +1,97 @@
+"""The sparse part of a weight: which elements are kept aside, and their CSR form. Shared by the quantizers.
+
+Both functions read the weight through ``chunks``, a callable that yields (a float32 ``[rows, K]`` part, its rows) anew
+at every call, so that their temporaries stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lowbit.family import MAX_INT16_COLUMNS
+
+__all__ = ["CSR", "Chunks", "choose_outliers", "float16_holds", "float_chunks", "sparse_rest"]
+
+Chunks = Callable[[], Iterator[tuple[Tensor, slice]]]
+CSR = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]  # values, columns, row pointers
+
+
+def float_chunks(weight: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:
+    """The weight ``[N, K]`` in float32, about ``size`` elements at a time."""
+    n, k = weight.shape
+    step = max(1, size // k)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        yield weight[rows].float(), rows
+
+
+def float16_holds(values: Tensor) -> bool:
+    """Whether float16 holds the values with full precision (they may be rounded to it: Inf and 0 are out)."""
+    limits = torch.finfo(torch.float16)
+    return bool(((values >= limits.tiny) & (values <= limits.max)).all())
+
+
+def choose_outliers(chunks: Chunks, n: int, k: int, count: int) -> Tensor | None:
+    """bool ``[N, K]``: exactly the ``count`` elements of largest magnitude (of equal ones the first)."""
+    if count == 0:
+        return None
+    # Radix select: for non-negative floats the order of the bits is the order of the values.
+    high, above = _select(chunks, lambda bits: bits >> 16, 1 << 15, count)
+    low, above = _select(
+        chunks, lambda bits: torch.where(bits >> 16 == high, bits & 0xFFFF, -1), 1 << 16, count - above, above
+    )
+    threshold = (high << 16) | low
+    ties = count - above
+    mask: Tensor | None = None
+    for w, rows in chunks():
+        if mask is None:
+            mask = torch.empty(n, k, dtype=torch.bool, device=w.device)
+        bits = w.abs().view(torch.int32)
+        mask[rows] = bits > threshold
+        if ties:
+            equal = (bits == threshold).flatten().nonzero().flatten()[:ties]
+            mask[rows].view(-1)[equal] = True
+            ties -= equal.numel()
+    return mask
+
+
+def _select(
+    chunks: Chunks, digit: Callable[[Tensor], Tensor], buckets: int, count: int, above: int = 0
+) -> tuple[int, int]:
+    """(bucket of the count-th largest magnitude, ``above`` + the number of weights in higher buckets)."""
+    histogram: Tensor | int = 0
+    for w, _ in chunks():
+        found = digit(w.abs().view(torch.int32)).flatten()
+        histogram = histogram + torch.bincount(found[found >= 0], minlength=buckets)
+    assert isinstance(histogram, Tensor)
+    at_least = histogram.flip(0).cumsum(0).flip(0)
+    bucket = int((at_least >= count).nonzero().max())
+    return bucket, above + int(at_least[bucket] - histogram[bucket])
+
+
+def sparse_rest(rest: Chunks, mask: Tensor | None) -> CSR:
+    """CSR of S = ``rest`` (the weight minus its dense part) where ``mask`` is set; float16 where it fits."""
+    if mask is None:
+        return None, None, None
+    n, k = mask.shape
+    ends = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
+    step = max(1, (1 << 22) // k)
+    for start in range(0, n, step):  # the sum of a bool tensor would first copy all of it to int64
+        ends[start + 1 : start + step + 1] = mask[start : start + step].sum(1)
+    ends = ends.cumsum(0)
+    # Filled in place: small results kept between large temporaries would fragment the heap.
+    values = torch.empty(int(ends[-1]), dtype=torch.float32, device=mask.device)
+    columns = torch.empty(len(values), dtype=torch.int32, device=mask.device)
+    for difference, rows in rest():
+        found = slice(int(ends[rows.start]), int(ends[rows.stop]))
+        values[found] = difference[mask[rows]]
+        columns[found] = mask[rows].nonzero()[:, 1].int()
+    fits = bool((values.abs() <= torch.finfo(torch.float16).max).all())
+    return (
+        values.to(torch.float16) if fits else values,
+        columns.to(torch.int16) if k <= MAX_INT16_COLUMNS else columns,
+        ends.to(torch.int32),
+    )

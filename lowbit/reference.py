@@ -1,0 +1,143 @@
+"""What the reference implementations of the families with packed codes share: plain torch, any device.
+
+Checks raise through ``torch._check``, so that they serve fakes as well. A sparse outlier matrix is in CSR form:
+``values`` and ``columns`` of every entry, row after row, and ``pointers`` to the first entry of each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.bitpack import words_per_row
+from lowbit.family import FLOAT_DTYPES
+
+Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+WEIGHTS_AT_ONCE = 1 << 22  # dequantized weights held at a time by a reference: 16 MiB in float32
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Sums are float32 whatever autocast would make of a matmul."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def check_activations(x: Tensor) -> None:
+    torch._check(x.dtype in FLOAT_DTYPES.values(), lambda: f"x must be float32, float16 or bfloat16: got {x.dtype}")
+    torch._check(x.dim() >= 1, lambda: "x must have at least one dimension [..., K]: got a scalar")
+
+
+def embedding_weight_gradient(ids: Tensor, grad: Tensor, n: int) -> Tensor:
+    """The gradient ``[n, K]`` of a weight whose rows were gathered: float32, as dense as ``F.embedding``'s."""
+    rows = grad.reshape(-1, grad.shape[-1]).float()
+    return rows.new_zeros(n, rows.shape[1]).index_add_(0, ids.reshape(-1), rows)
+
+
+def check_ids(ids: Tensor) -> None:
+    torch._check(ids.dtype in _ID_DTYPES, lambda: f"ids must be int32 or int64: got {ids.dtype}")
+
+
+def check_codes(packed: Tensor, min_bits: int, bits: int, group_size: int, in_features: int) -> None:
+    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``."""
+    torch._check(min_bits <= bits <= 8, lambda: f"bits must be between {min_bits} and 8: got bits={bits}")
+    torch._check(packed.dim() == 2, lambda: f"packed must be 2-d: got shape {tuple(packed.shape)}")
+    torch._check(packed.dtype == torch.int32, lambda: f"packed must be int32: got {packed.dtype}")
+    torch._check(
+        packed.shape[1] == words_per_row(in_features, bits),
+        lambda: f"packed must have ceil(K/32)*bits = {words_per_row(in_features, bits)} words per row "
+        f"for K={in_features}, bits={bits}: got {packed.shape[1]}",
+    )
+    torch._check(
+        1 <= group_size <= in_features,
+        lambda: f"group_size must be between 1 and K: got group_size={group_size}, K={in_features}",
+    )
+
+
+def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The distinct ids, sorted, and each id's place among them; raises when one is not in ``[0, count)``."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
+        bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise RuntimeError(f"ids must be in [0, {count}) (num_embeddings={count}): got {bad}")
+    unique, position = ids.reshape(-1).to(torch.int64).unique(return_inverse=True)
+    return unique, position
+
+
+def row_blocks(n: int, k: int) -> Iterator[slice]:
+    """Blocks of rows of an ``[n, k]`` weight that are small enough to be dequantized."""
+    step = max(1, WEIGHTS_AT_ONCE // max(k, 1))
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def csr_row_indices(pointers: Tensor) -> Tensor:
+    """The row of every entry of a CSR matrix, from its row pointers."""
+    counts = (pointers[1:] - pointers[:-1]).to(torch.int64)
+    return torch.repeat_interleave(torch.arange(len(counts), device=pointers.device), counts)
+
+
+def outlier_matrix(values: Tensor, columns: Tensor, pointers: Tensor, in_features: int) -> Tensor:
+    """The dense float32 ``[rows, K]`` form of a CSR matrix."""
+    dense = torch.zeros(len(pointers) - 1, in_features, dtype=torch.float32, device=values.device)
+    return dense.index_put_((csr_row_indices(pointers), columns.to(torch.int64)), values.float())
+
+
+def outliers_of(outliers: Outliers, rows: slice) -> Outliers:
+    """Rows of a CSR matrix, as a CSR matrix of its own."""
+    values, columns, pointers = outliers
+    if values is None or columns is None or pointers is None:
+        return None, None, None
+    pointers = pointers[rows.start : rows.stop + 1]
+    start, stop = int(pointers[0]), int(pointers[-1])
+    return values[start:stop], columns[start:stop], pointers - start
+
+
+def add_outliers(weight: Tensor, outliers: Outliers) -> None:
+    """``weight += S``, in place."""
+    values, columns, pointers = outliers
+    if values is not None and columns is not None and pointers is not None:
+        weight += outlier_matrix(values, columns, pointers, weight.shape[1])
+
+
+def add_outlier_products(y: Tensor, x: Tensor, outliers: Outliers) -> None:
+    """``y += x @ S.T``, in place."""
+    values, columns, pointers = outliers
+    if values is not None and columns is not None and pointers is not None:
+        y += x @ outlier_matrix(values, columns, pointers, x.shape[1]).t()
+
+
+def add_outlier_rows(dense: Tensor, rows: Tensor, outliers: Outliers) -> None:
+    """``dense[i] += S[rows[i]]``, in place."""
+    values, columns, pointers = outliers
+    if values is None or columns is None or pointers is None:
+        return
+    for i, row in enumerate(rows.tolist()):
+        entry = slice(int(pointers[row]), int(pointers[row + 1]))
+        dense[i, columns[entry].to(torch.int64)] += values[entry].float()
+
+
+def quantize_activations(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float ``[M, K]`` to (q in -127..127 held as float32, float32 inverse scale ``[M, 1]``), ``x ~ q / inverse``.
+
+    ``q = clamp(round(x * inverse), -127, 127)``, halves to even. Dynamic (``x_scale`` None): per row
+    ``inverse = 127 * (1 / max|x|)``, rounded as in the quantizer that BitNet models train with; a row with
+    ``max|x| < 2**-100`` counts as zero. Static: ``inverse = 1 / x_scale``. A row that holds a NaN (dynamic: or an
+    infinity) gets a NaN inverse, so that its output is NaN.
+    """
+    x = x.float()
+    if x_scale is None:
+        peak = x.abs().amax(-1, keepdim=True)
+        zero = ~(peak >= 2.0**-100)
+        inverse = torch.where(zero, 1.0, peak.reciprocal() * 127)
+        bad = ~peak.isfinite()
+    else:
+        inverse = x_scale.float().reshape(1, 1).reciprocal().expand(x.shape[0], 1)
+        bad = zero = x.isnan().any(-1, keepdim=True)
+    q = torch.where(bad | zero, 0.0, (x * inverse).round().clamp(-127, 127))
+    return q, torch.where(bad, torch.nan, inverse)
