@@ -13,19 +13,22 @@ struct Entry {
   bool (*runs)();
 };
 
+#if defined(__x86_64__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool runs_avx512vnni() {
+  return runs_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
 const Entry kIsas[] = {
 #if defined(__x86_64__)
-    {Isa::avx512vnni, "avx512vnni",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-     }},
-    {Isa::avx512, "avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
+    {Isa::avx512bf16, "avx512bf16", [] { return runs_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }},
+    {Isa::avx512vnni, "avx512vnni", runs_avx512vnni},
+    {Isa::avx512, "avx512", runs_avx512},
     // Every CPU with AVX2 and FMA also has F16C.
     {Isa::avx2, "avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -4,7 +4,7 @@
 
 namespace lowbit {
 
-enum class Isa { scalar, avx2, avx512, avx512vnni };
+enum class Isa { scalar, avx2, avx512, avx512vnni, avx512bf16 };
 
 std::string compiled_isas();  // comma list, best first
 std::string runnable_isas();  // the compiled ones this machine can run, best first

@@ -33,6 +33,7 @@ inline float float_of(uint32_t u) {
 
 // ---------------------------------------------------------------------------------------------------------
 // fp32 lanes (Float) and int32 lanes (Int).
+//   dot16(acc, x, w): lane l gains x[2*l] * w[2*l] + x[2*l + 1] * w[2*l + 1] of int16 values, exactly
 //   dot(acc, x, w): lane l gains sum_{j < kCodesPerLane} x[kCodesPerLane*l + j] * w[kCodesPerLane*l + j], exactly,
 //     for activations x in -127..127 and codes w in 0..255 (any 9 bits where Code is int16)
 //   sum4_add(a, b, c, d, out): out[0..3] += the sum of each vector's lanes, always by the same tree
@@ -151,12 +152,31 @@ inline void sum_add(Int a, float* out) {
   *out = sums[0];
 }
 
+// Not the intrinsics of VNNI: GCC 12 copies every accumulator twice around them, and then runs out of registers.
+#if defined(__AVX512VNNI__)
+inline Int dot16(Int acc, Int x, Int w) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+#elif defined(__AVX512F__)
+inline Int dot16(Int acc, Int x, Int w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, w)); }
+#elif defined(__AVX2__)
+inline Int dot16(Int acc, Int x, Int w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
+#else
+inline Int dot16(Int acc, Int x, Int w) {
+#if defined(__SSE2__)
+  return acc + Int(_mm_madd_epi16(__m128i(x), __m128i(w)));
+#else
+  return acc + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);  // low halves, high halves
+#endif
+}
+#endif
+
 #if defined(__AVX512VNNI__)
 // vpdpbusd multiplies unsigned by signed bytes.
 using Activation = int8_t;
 using Code = uint8_t;
 constexpr int kCodesPerLane = 4;
-// Not _mm512_dpbusd_epi32: GCC 12 copies every accumulator twice around it, and then runs out of registers.
 inline Int dot(Int acc, Int x, Int w) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   return acc;
@@ -167,23 +187,11 @@ inline Int in_register(Int v) {
   return v;
 }
 #else
-inline Int in_register(Int v) { return v; }
 using Activation = int16_t;
 using Code = int16_t;
 constexpr int kCodesPerLane = 2;
-#if defined(__AVX512F__)
-inline Int dot(Int acc, Int x, Int w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, w)); }
-#elif defined(__AVX2__)
-inline Int dot(Int acc, Int x, Int w) { return _mm256_add_epi32(acc, _mm256_madd_epi16(x, w)); }
-#else
-inline Int dot(Int acc, Int x, Int w) {
-#if defined(__SSE2__)
-  return acc + Int(_mm_madd_epi16(__m128i(x), __m128i(w)));
-#else
-  return acc + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16);  // low halves, high halves
-#endif
-}
-#endif
+inline Int dot(Int acc, Int x, Int w) { return dot16(acc, x, w); }
+inline Int in_register(Int v) { return v; }
 #endif
 constexpr int kVector = kLanes * kCodesPerLane;  // codes in one Int
 inline Int load_bytes(const void* p) { return load(static_cast<const int32_t*>(p)); }

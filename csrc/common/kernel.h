@@ -1,0 +1,56 @@
+// What the CPU kernels of the families with packed codes share: raw pointers, no torch.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace lowbit {
+
+// A sparse matrix [N, K] in CSR form.
+struct Outliers {
+  const void* values;  // null: none
+  DType dtype;
+  const void* columns;  // uint16 (or int16: none is negative), int32 when wide; rising in a row
+  bool wide;
+  const int32_t* rows;  // [N + 1]
+  explicit operator bool() const { return values != nullptr; }
+};
+
+// The part of a family's `Weight` that says where its codes are; they are laid out as in lowbit/bitpack.py.
+struct Codes {
+  int64_t N, K, G, group_size;  // G = ceil(K / group_size)
+  int bits;
+  const uint8_t* packed;  // [N, row_bytes], row_bytes = ceil(K / 32) * bits * 4
+  int64_t row_bytes;
+  Outliers outliers;
+};
+
+template <class Weight>
+struct Linear {
+  Weight weight;
+  int64_t M;
+  const void* x;  // [M, K], contiguous
+  DType dtype;    // of x and y
+  const void* bias;  // [N] or null
+  DType bias_dtype;
+  bool int8;             // int8 activations
+  const float* x_scale;  // static activation scale; null: one per row of x
+  void* y;               // [M, N]
+};
+
+// One family on one instruction set.
+// y[m,n] is the same to the last bit whatever M, whatever the row's place in the batch, whatever the split of N.
+template <class Weight>
+struct CpuKernel {
+  int64_t (*prepared_bytes)(const Linear<Weight>&);
+  // x rows [m0, m1) -> prepared: the activations as the kernel reads them
+  void (*prepare)(const Linear<Weight>&, void* prepared, int64_t m0, int64_t m1);
+  // y[:, n0:n1]
+  void (*linear)(const Linear<Weight>&, const void* prepared, int64_t n0, int64_t n1);
+  // out[0:K] = w[row, :]
+  void (*dequantize)(const Weight&, int64_t row, DType dtype, void* out);
+};
+
+constexpr int64_t kRowTile = 4;  // output rows a kernel takes at a time: split N at multiples of it
+
+}  // namespace lowbit
