@@ -1,0 +1,43 @@
+// CPU kernels of the family `codebook`: raw pointers, no torch.
+//   w[n,k] = codebook[tn, tg, code[n,k]] (* scale[n,g]) (+ outlier[n,k]),  g = k / group_size
+#pragma once
+#include "../common/isa.h"
+#include "../common/kernel.h"
+
+namespace lowbit {
+namespace codebook {
+
+// bitsandbytes' double quantization: scale[i] = codebook[scales[i]] * absmax[i / 256] + offset, i = n * G + g
+struct Nested {
+  const float *codebook, *absmax, *offset;
+};
+
+// Where nothing is stored per group, G = 1 and group_size = K, whatever the caller calls a group.
+struct Weight : Codes {
+  const void* codebook;  // [tables, 2^bits], tables as `tables` says
+  DType codebook_dtype;
+  enum class Tables : uint8_t { tensor, row, group } tables;  // one; one per row, [N]; one per group, [N, G]
+  const void* scales;  // [N, G]; null: none
+  DType scales_dtype;  // u8: nested
+  Nested nested;
+};
+
+using Linear = lowbit::Linear<Weight>;
+using CpuKernel = lowbit::CpuKernel<Weight>;
+
+extern const CpuKernel kernel_scalar, kernel_avx2, kernel_avx512, kernel_avx512vnni, kernel_avx512bf16;
+
+inline const CpuKernel& cpu_kernel(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16: return kernel_avx512bf16;
+    case Isa::avx512vnni: return kernel_avx512vnni;
+    case Isa::avx512: return kernel_avx512;
+    case Isa::avx2: return kernel_avx2;
+#endif
+    default: return kernel_scalar;
+  }
+}
+
+}  // namespace codebook
+}  // namespace lowbit

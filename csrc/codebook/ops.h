@@ -1,0 +1,34 @@
+// The CPU implementations of the ops of the family `codebook`; schemas, fakes and gradients: lowbit/codebook/op.py.
+#pragma once
+#include <optional>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace lowbit {
+namespace codebook {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]; mean_gradient matters to the backward pass only
+Tensor linear_cpu(Tensor x, Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                  OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor bias,
+                  OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
+                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, bool mean_gradient);
+
+// w, [N, K] of `dtype`
+Tensor dequantize_cpu(Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                      OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor outlier_values,
+                      OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
+                      int64_t in_features, ScalarType dtype);
+
+// w[ids], [..., K] of `dtype`
+Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                     OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor outlier_values,
+                     OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
+                     int64_t embedding_dim, ScalarType dtype, bool mean_gradient);
+
+}  // namespace codebook
+}  // namespace lowbit

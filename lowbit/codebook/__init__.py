@@ -1,0 +1,3 @@
+"""Family ``codebook``: ``w = codebook[codes] (* scales) (+ outliers)``; k-means tables, NF4, FP4 and any other."""
+
+from lowbit.codebook import op as op  # registers the ops
