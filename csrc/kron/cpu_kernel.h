@@ -1,0 +1,81 @@
+// CPU kernels of the family `kron`: raw pointers, no torch.
+//   w[n,k] = sum_r a[r,n1,k1] * b[r,n2,k2],  n = n1 * N2 + n2,  k = k1 * K2 + k2,  up to a permutation of either
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/isa.h"
+
+namespace lowbit {
+namespace kron {
+
+// One factor of every term, as the matrix [R * N, K]: dense, or packed as in the family `packed`.
+struct Factor {
+  int64_t N, K;
+  DType dtype;         // of dense values; none: packed
+  const void* values;  // [R * N, K], or packed words [R * N, row_bytes], row_bytes = ceil(K / 32) * bits * 4
+  int bits;
+  int64_t row_bytes, total_bytes;
+  int64_t G, group_size;
+  const void* scales;  // [R * N, G], or one value when per_tensor
+  const void* zeros;   // as scales; null: symmetric, zero = 2^(bits-1)
+  DType scales_dtype, zeros_dtype;
+  bool per_tensor;
+};
+
+struct Weight {
+  int64_t N, K, R;
+  Factor a, b;
+  const int32_t* input_permutation;   // [K] or null: w[n,k] = kron[n, input_permutation[k]]
+  const int32_t* output_permutation;  // [N] or null: w[n,k] = kron[output_permutation[n], k]
+};
+
+// y = x @ (sum_r left[r] (x) right[r]).T, as two products: for every row m of x, read as the matrix X[k_left, k_right],
+//   right_first:  T_r = X right[r].T,  y = sum_r left[r] T_r        else:  U_r = left[r] X,  y = sum_r U_r right[r].T
+// `right` is a or b, whichever makes the better inner loop; the permutations and that exchange are in the two maps.
+struct Linear {
+  int64_t R;
+  Factor left, right;
+  bool right_first;
+  bool dot;               // lanes along the columns of `right`, else along its rows
+  const int32_t* source;  // X[k_left, k_right] = x[source[k_left * right.K + k_right]]; null: the identity
+  const int32_t* target;  // result[n_left, n_right] = y[target[n_left * right.N + n_right]]; null: the identity
+  int64_t M;
+  const void* x;  // [M, K], contiguous
+  DType dtype;    // of x and y
+  const void* bias;  // [N] or null, in the order of y
+  DType bias_dtype;
+  void* y;  // [M, N]
+
+  int64_t in_features() const { return left.K * right.K; }
+  int64_t out_features() const { return left.N * right.N; }
+};
+
+// y[m,n] is the same to the last bit whatever M, whatever the row's place in the batch, whatever the split of tasks.
+struct CpuKernel {
+  // What all tasks of a call share: the left factor and the bias in fp32, and the rows of x that the tasks multiply.
+  int64_t (*shared_bytes)(const Linear&);
+  void (*prepare_constants)(const Linear&, void* shared);  // once; then, as often as there are blocks of rows of x:
+  void (*prepare)(const Linear&, void* shared, int64_t m0, int64_t m1);
+  int64_t (*tasks)(const Linear&);
+  void (*linear)(const Linear&, const void* shared, int64_t task0, int64_t task1);
+  // out[0:K] = w[row, :]
+  void (*dequantize)(const Weight&, int64_t row, DType dtype, void* out);
+};
+
+extern const CpuKernel kernel_scalar, kernel_avx2, kernel_avx512, kernel_avx512vnni, kernel_avx512bf16;
+
+inline const CpuKernel& cpu_kernel(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16: return kernel_avx512bf16;
+    case Isa::avx512vnni: return kernel_avx512vnni;
+    case Isa::avx512: return kernel_avx512;
+    case Isa::avx2: return kernel_avx2;
+#endif
+    default: return kernel_scalar;
+  }
+}
+
+}  // namespace kron
+}  // namespace lowbit

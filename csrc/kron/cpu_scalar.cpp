@@ -1,0 +1,2 @@
+#define LOWBIT_KERNEL kernel_scalar
+#include "cpu_kernel.inc"

@@ -1,0 +1,3 @@
+"""Family ``kron``: ``W = sum_r A_r ⊗ B_r``, each factor dense or itself packed."""
+
+from lowbit.kron import op as op  # registers the ops

@@ -1,0 +1,85 @@
+"""The drop-in modules of family ``kron``: :class:`KroneckerLinear` and :class:`KroneckerEmbedding`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.kron.format import KroneckerFormat
+from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite
+from lowbit.packed.module import require_zeros
+
+
+class KroneckerLayer(Layer):
+    """Tensors and checks common to the linear and the embedding of family ``kron``."""
+
+    family = "kron"
+    format_class = KroneckerFormat
+    format: KroneckerFormat
+    a: nn.Parameter
+    a_scales: nn.Parameter | None
+    a_zeros: nn.Parameter | None
+    b: nn.Parameter
+    b_scales: nn.Parameter | None
+    b_zeros: nn.Parameter | None
+    input_permutation: nn.Parameter | None
+    output_permutation: nn.Parameter | None
+
+    @classmethod
+    def optional_tensors(cls) -> tuple[str, ...]:
+        return ("a_scales", "a_zeros", "b_scales", "b_zeros", "input_permutation", "output_permutation")
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight ``[N, K]``: the sum of products in float32, rounded to ``dtype``."""
+        weight: Tensor = torch.ops.lowbit.kron_dequantize(
+            *self._factors(), self.input_permutation, self.output_permutation, *self.format.sizes, dtype or self.dtype
+        )
+        return weight
+
+    def _factors(self) -> tuple[Tensor | None, ...]:
+        """The factors' tensors in the order of the ops."""
+        return self.a, self.a_scales, self.a_zeros, self.b, self.b_scales, self.b_zeros
+
+    def validate_values(self, name: str) -> None:
+        for part, factor in (("a", self.format.a), ("b", self.format.b)):
+            require_finite(name, part, getattr(self, part))
+            require_finite(name, f"{part}_scales", getattr(self, f"{part}_scales"))
+            if factor is not None:
+                require_zeros(name, f"{part}_zeros", getattr(self, f"{part}_zeros"), factor.bits)
+        for which, size in (("input", self.format.in_features), ("output", self.format.out_features)):
+            permutation = getattr(self, f"{which}_permutation")
+            if permutation is not None and not torch.equal(
+                permutation.sort().values.to(torch.int64), torch.arange(size, device=permutation.device)
+            ):
+                raise ValueError(
+                    f"{name}.{which}_permutation must hold each of 0..{size - 1} once: got values in "
+                    f"[{int(permutation.min())}, {int(permutation.max())}], {len(permutation.unique())} different"
+                )
+
+
+class KroneckerLinear(KroneckerLayer, LinearLayer):
+    """``y = x @ W.T + bias`` with ``W = sum_r A_r ⊗ B_r``, which is never formed.
+
+    Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums and what lies
+    between the two products are float32. Parameters (all frozen but the bias): ``a`` ``[R, N1, K1]`` and ``b``
+    ``[R, N2, K2]`` in float, or packed as in :class:`PackedLinear` with ``a_scales``, ``a_zeros``, ``b_scales``,
+    ``b_zeros``; optional ``input_permutation`` ``[K]`` and ``output_permutation`` ``[N]`` (int32):
+    ``W[n, k] = (sum_r A_r ⊗ B_r)[output_permutation[n], input_permutation[k]]``.
+    """
+
+    def multiply(self, input: Tensor) -> Tensor:
+        y: Tensor = torch.ops.lowbit.kron_linear(
+            input, self.a, self.a_scales, self.a_zeros, self.b, self.b_scales, self.b_zeros, self.bias,
+            self.input_permutation, self.output_permutation, *self.format.sizes,
+        )  # fmt: skip
+        return y
+
+
+class KroneckerEmbedding(KroneckerLayer, EmbeddingLayer):
+    """``y = W[ids] * output_scale`` with the ``W`` of :class:`KroneckerLinear`: row i of A ⊗ B for each id i."""
+
+    def gather(self, ids: Tensor) -> Tensor:
+        y: Tensor = torch.ops.lowbit.kron_embedding(
+            ids, *self._factors(), self.input_permutation, self.output_permutation, *self.format.sizes, self.dtype
+        )
+        return y

@@ -1,0 +1,402 @@
+"""The ops of family ``kron``: schemas, reference implementations, fakes and gradients.
+
+``kron_linear(x, ...)`` equals ``F.linear(x, kron_dequantize(...), bias)`` and ``kron_embedding(ids, ...)`` equals
+``F.embedding(ids, kron_dequantize(...))``, where with ``n = n1 * N2 + n2`` and ``k = k1 * K2 + k2``
+
+    kron[n, k] = sum_r a[r, n1, k1] * b[r, n2, k2]        (sum_r torch.kron(a[r], b[r]))
+    W[n, k] = kron[output_permutation[n], input_permutation[k]]
+
+A product with W never forms it: x, read as ``X[k1, k2]``, gives ``sum_r a[r] @ X @ b[r].T``.
+
+Arguments:
+    a, b: a dense factor, float32, float16 or bfloat16 ``[rank, n, k]``, contiguous, with bits 0 (its group_size is
+        not read); or a packed one, int32 ``[rank * n, ceil(k / 32) * bits]`` of 2 to 8 bits in groups of group_size
+        columns, with its scales ``[rank * n, ceil(k / group_size)]`` (``[1, 1]``: one for all) and optional zeros of
+        that shape, uint8 or of the scales' dtype: ``value = (code - zero) * scale``, in float32.
+    input_permutation, output_permutation: int32 ``[k1 * k2]`` and ``[n1 * n2]``, each number once; None: the identity.
+
+Sums and what is between the two products are float32; the result is rounded once, to the dtype of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit import dispatch
+from lowbit.bitpack import words_per_row
+from lowbit.family import FLOAT_DTYPES
+from lowbit.reference import check_activations, check_ids, row_blocks, unique_ids, without_autocast
+
+_FACTORS = "Tensor a, Tensor? a_scales, Tensor? a_zeros, Tensor b, Tensor? b_scales, Tensor? b_zeros"
+_PERMUTATIONS = "Tensor? input_permutation, Tensor? output_permutation"
+_SIZES = "int rank, int n1, int k1, int n2, int k2, int a_bits, int a_group_size, int b_bits, int b_group_size"
+
+library = torch.library.Library("lowbit", "FRAGMENT")
+library.define(f"kron_linear(Tensor x, {_FACTORS}, Tensor? bias, {_PERMUTATIONS}, {_SIZES}) -> Tensor")
+library.define(f"kron_dequantize({_FACTORS}, {_PERMUTATIONS}, {_SIZES}, ScalarType dtype) -> Tensor")
+library.define(f"kron_embedding(Tensor ids, {_FACTORS}, {_PERMUTATIONS}, {_SIZES}, ScalarType dtype) -> Tensor")
+
+
+class _Factor(NamedTuple):
+    """One factor of every term: ``values`` as the op takes them."""
+
+    name: str
+    values: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    rank: int
+    n: int
+    k: int
+    bits: int
+    group_size: int
+
+    def check(self) -> None:
+        name, rows = self.name, self.rank * self.n
+        values, scales, zeros, bits = self.values, self.scales, self.zeros, self.bits
+        torch._check(
+            bits == 0 or 2 <= bits <= 8,
+            lambda: f"{name}_bits must be between 2 and 8, or 0 for a dense factor: got {name}_bits={bits}",
+        )
+        if bits == 0:
+            torch._check(
+                values.dtype in FLOAT_DTYPES.values(),
+                lambda: f"{name} must be float32, float16 or bfloat16: got {values.dtype}",
+            )
+            _check_shape(name, values, (self.rank, self.n, self.k))
+            torch._check(
+                scales is None and zeros is None,
+                lambda: f"{name}_scales and {name}_zeros belong to a packed factor: got {name}_bits=0",
+            )
+            return
+        torch._check(
+            1 <= self.group_size <= self.k,
+            lambda: f"{name}_group_size must be between 1 and {self.k}: got {self.group_size}",
+        )
+        torch._check(values.dtype == torch.int32, lambda: f"{name} must be int32 when packed: got {values.dtype}")
+        _check_shape(name, values, (rows, words_per_row(self.k, bits)))
+        torch._check(
+            scales is not None, lambda: f"{name}_scales must be given for a packed factor: got {name}_bits={bits}"
+        )
+        assert scales is not None
+        groups = -(-self.k // self.group_size)
+        torch._check(
+            scales.dtype in FLOAT_DTYPES.values(),
+            lambda: f"{name}_scales must be float32, float16 or bfloat16: got {scales.dtype}",
+        )
+        per_tensor = groups == 1 and tuple(scales.shape) == (1, 1)
+        _check_shape(f"{name}_scales", scales, (1 if per_tensor else rows, groups))
+        if zeros is not None:
+            _check_shape(f"{name}_zeros", zeros, tuple(scales.shape))
+            torch._check(
+                zeros.dtype in (torch.uint8, scales.dtype),
+                lambda: f"{name}_zeros must be uint8 or of the dtype of {name}_scales ({scales.dtype}): "
+                f"got {zeros.dtype}",
+            )
+
+    def dense(self) -> Tensor:
+        """The values, float32 ``[rank, n, k]``."""
+        return self.values.float() if self.bits == 0 else self._unpacked(self.scales)
+
+    def _unpacked(self, scales: Tensor | None) -> Tensor:
+        values: Tensor = torch.ops.lowbit.packed_dequantize(
+            self.values, scales, self.zeros, None, None, None, self.bits, self.group_size, self.k, torch.float32
+        )
+        return values.view(self.rank, self.n, self.k)
+
+    def gradients(self, of_values: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of values, scales and zeros, from that of the float32 values."""
+        if self.bits == 0:
+            return of_values.to(self.values.dtype), None, None
+        assert self.scales is not None
+        scales = self.scales
+        group = torch.arange(self.k, device=of_values.device) // self.group_size
+
+        def per_scale(t: Tensor) -> Tensor:
+            t = t.reshape(-1, self.k)
+            sums = t.new_zeros(t.shape[0], scales.shape[1]).index_add_(1, group, t)
+            return sums.sum(0, keepdim=True) if scales.shape[0] == 1 else sums
+
+        centered = self._unpacked(torch.ones_like(scales))
+        of_scales = per_scale(of_values * centered).to(scales.dtype)
+        if self.zeros is None or not self.zeros.is_floating_point():
+            return None, of_scales, None
+        return None, of_scales, (-scales.float() * per_scale(of_values)).to(self.zeros.dtype)
+
+
+class _Weight(NamedTuple):
+    """The arguments that the three ops share."""
+
+    a: _Factor
+    b: _Factor
+    input_permutation: Tensor | None
+    output_permutation: Tensor | None
+    rank: int
+
+    @property
+    def n(self) -> int:
+        return self.a.n * self.b.n
+
+    @property
+    def k(self) -> int:
+        return self.a.k * self.b.k
+
+    def check(self) -> None:
+        """What can be known without reading a value; raises through ``torch._check``, so it serves fakes as well."""
+        sizes = {"rank": self.rank, "n1": self.a.n, "k1": self.a.k, "n2": self.b.n, "k2": self.b.k}
+        for name, size in sizes.items():
+            torch._check(
+                1 <= size < 1 << 31, lambda name=name, size=size: f"{name} must be between 1 and 2^31 - 1: got {size}"
+            )
+        torch._check(
+            max(self.n, self.k) < 1 << 31,
+            lambda: "n1*n2 and k1*k2 must be below 2^31: got " + ", ".join(f"{n}={s}" for n, s in sizes.items()),
+        )
+        self.a.check()
+        self.b.check()
+        for name, permutation, size in (
+            ("input_permutation", self.input_permutation, self.k),
+            ("output_permutation", self.output_permutation, self.n),
+        ):
+            if permutation is not None:
+                dtype = permutation.dtype
+                torch._check(
+                    dtype == torch.int32, lambda name=name, dtype=dtype: f"{name} must be int32: got {dtype}"
+                )
+                _check_shape(name, permutation, (size,))
+
+    def check_values(self) -> None:
+        """Permutations index memory, so their values are checked too."""
+        for name, permutation in (
+            ("input_permutation", self.input_permutation),
+            ("output_permutation", self.output_permutation),
+        ):
+            if permutation is None:
+                continue
+            low, high, last = int(permutation.min()), int(permutation.max()), len(permutation) - 1
+            if low < 0 or high > last:
+                raise RuntimeError(f"{name} must hold numbers from 0 to {last}: got {low if low < 0 else high}")
+            counts = torch.bincount(permutation, minlength=last + 1)
+            if int(counts.max()) > 1:
+                raise RuntimeError(f"{name} must hold every number once: got {int(counts.argmax())} twice")
+
+    def rows(self, n: Tensor) -> Tensor:
+        """Rows ``n`` (int64) of W in float32: one rounding per product, summed over the terms in order."""
+        a, b = self.a.dense(), self.b.dense()
+        if self.output_permutation is not None:
+            n = self.output_permutation[n].to(torch.int64)
+        n1, n2 = n // self.b.n, n % self.b.n
+        out = n.new_zeros(len(n), self.k, dtype=torch.float32)
+        for r in range(self.rank):
+            out += (a[r, n1, :, None] * b[r, n2, None, :]).reshape(len(n), self.k)
+        return out if self.input_permutation is None else out[:, self.input_permutation]
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` for float32 ``x [M, K]``, by the cheaper order of the two products."""
+        a, b = self.a, self.b
+        x = self.columns(x)
+        y = x.new_zeros(x.shape[0], a.n, b.n)
+        b_first = a.k * b.n * (b.k + a.n) <= a.n * b.k * (a.k + b.n)
+        for a_r, b_r in zip(a.dense(), b.dense(), strict=True):
+            y += a_r @ (x @ b_r.t()) if b_first else (a_r @ x) @ b_r.t()
+        y = y.view(-1, self.n)
+        return y if self.output_permutation is None else y[:, self.output_permutation]
+
+    def columns(self, x: Tensor) -> Tensor:
+        """``x [M, K]`` as the Kronecker product reads it, ``[M, k1, k2]``."""
+        if self.input_permutation is not None:
+            x = x[:, self.input_permutation.argsort()]
+        return x.reshape(-1, self.a.k, self.b.k)
+
+
+def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    torch._check(
+        tuple(t.shape) == shape, lambda: f"{name} must be of shape {list(shape)}: got {list(t.shape)}"
+    )
+
+
+def _weight(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_zeros: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    b_zeros: Tensor | None,
+    input_permutation: Tensor | None,
+    output_permutation: Tensor | None,
+    rank: int,
+    n1: int,
+    k1: int,
+    n2: int,
+    k2: int,
+    a_bits: int,
+    a_group_size: int,
+    b_bits: int,
+    b_group_size: int,
+) -> _Weight:
+    return _Weight(
+        _Factor("a", a, a_scales, a_zeros, rank, n1, k1, a_bits, a_group_size),
+        _Factor("b", b, b_scales, b_zeros, rank, n2, k2, b_bits, b_group_size),
+        input_permutation,
+        output_permutation,
+        rank,
+    )
+
+
+def _linear_arguments(x: Tensor, *args: Any) -> tuple[_Weight, Tensor | None]:
+    """The weight and the bias, checked."""
+    weight, bias = _weight(*args[:6], *args[7:]), args[6]
+    check_activations(x)
+    weight.check()
+    torch._check(
+        x.shape[-1] == weight.k, lambda: f"x must be of shape [..., k1*k2 = {weight.k}]: got {list(x.shape)}"
+    )
+    if bias is not None:
+        torch._check(
+            bias.dtype in FLOAT_DTYPES.values(),
+            lambda: f"bias must be float32, float16 or bfloat16: got {bias.dtype}",
+        )
+        _check_shape("bias", bias, (weight.n,))
+    return weight, bias
+
+
+def _reference_linear(x: Tensor, *args: Any) -> Tensor:
+    weight, bias = _linear_arguments(x, *args)
+    weight.check_values()
+    with without_autocast(x.device):
+        y = weight.times(x.reshape(-1, weight.k).float())
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.n)
+
+
+def _reference_dequantize(*args: Any) -> Tensor:
+    *arguments, dtype = args
+    weight = _weight(*arguments)
+    weight.check()
+    weight.check_values()
+    out = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.a.values.device)
+    for rows in row_blocks(weight.n, weight.k):
+        out[rows] = weight.rows(torch.arange(rows.start, rows.stop, device=out.device)).to(dtype)
+    return out
+
+
+def _reference_embedding(ids: Tensor, *args: Any) -> Tensor:
+    *arguments, dtype = args
+    check_ids(ids)
+    weight = _weight(*arguments)
+    weight.check()
+    weight.check_values()
+    unique, position = unique_ids(ids, weight.n)
+    return weight.rows(unique).to(dtype)[position].view(*ids.shape, weight.k)
+
+
+_REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "kron_linear": _reference_linear,
+    "kron_dequantize": _reference_dequantize,
+    "kron_embedding": _reference_embedding,
+}
+for _name, _reference in _REFERENCES.items():
+    dispatch.register_reference(library, _name, _reference)
+
+
+@torch.library.register_fake("lowbit::kron_linear", lib=library)
+def _fake_linear(x: Tensor, *args: Any) -> Tensor:
+    weight, _bias = _linear_arguments(x, *args)
+    return x.new_empty(*x.shape[:-1], weight.n)
+
+
+@torch.library.register_fake("lowbit::kron_dequantize", lib=library)
+def _fake_dequantize(*args: Any) -> Tensor:
+    *arguments, dtype = args
+    weight = _weight(*arguments)
+    weight.check()
+    return weight.a.values.new_empty(weight.n, weight.k, dtype=dtype)
+
+
+@torch.library.register_fake("lowbit::kron_embedding", lib=library)
+def _fake_embedding(ids: Tensor, *args: Any) -> Tensor:
+    *arguments, dtype = args
+    check_ids(ids)
+    weight = _weight(*arguments)
+    weight.check()
+    return weight.a.values.new_empty(*ids.shape, weight.k, dtype=dtype)
+
+
+# Gradients. With D = dY as [M, n1, n2] and X as [M, k1, k2]:
+#   dX = dY @ W, a product with the transposed factors;  da[r] = sum_m D (X b[r].T).T;  db[r] = sum_m D.T (a[r] X)
+# A packed factor passes its gradient on to its scales and float zeros.
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *args = inputs
+    tensors, bias, permutations, ctx.sizes = args[:6], args[6], args[7:9], args[9:]
+    trains_factors = any(ctx.needs_input_grad[1:7])
+    ctx.save_for_backward(x if trains_factors else None, *tensors, *permutations)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    with without_autocast(grad.device):
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *tensors = ctx.saved_tensors
+    w = _weight(*tensors, *ctx.sizes)
+    a, b = w.a.dense(), w.b.dense()
+    grads: list[Tensor | None] = [None] * (10 + len(ctx.sizes))
+    if ctx.needs_input_grad[0]:
+        grads[0] = torch.ops.lowbit.kron_linear(
+            grad, a.transpose(1, 2).contiguous(), None, None, b.transpose(1, 2).contiguous(), None, None, None,
+            w.output_permutation, w.input_permutation, w.rank, w.a.k, w.a.n, w.b.k, w.b.n, 0, 0, 0, 0,
+        )  # fmt: skip
+    dy = grad.reshape(-1, w.n).float()
+    if ctx.needs_input_grad[7]:
+        grads[7] = dy.sum(0).to(ctx.bias_dtype)
+    if x is None:
+        return tuple(grads)
+    d = dy if w.output_permutation is None else dy[:, w.output_permutation.argsort()]
+    d = d.view(-1, w.a.n, w.b.n)
+    x = w.columns(x.reshape(-1, w.k).float())
+    if any(ctx.needs_input_grad[1:4]):
+        products = [torch.einsum("mij,mkj->ik", d, x @ b_r.t()) for b_r in b]
+        grads[1:4] = w.a.gradients(torch.stack(products))
+    if any(ctx.needs_input_grad[4:7]):
+        products = [torch.einsum("mij,mik->jk", d, a_r @ x) for a_r in a]
+        grads[4:7] = w.b.gradients(torch.stack(products))
+    return tuple(grads)
+
+
+def _save_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, *tensors = inputs[:9]
+    ctx.sizes = inputs[9:-1]
+    ctx.save_for_backward(ids, *tensors)
+
+
+def _embedding_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Row n1*N2 + n2 of W passes its gradient [k1, k2] on: da[r, n1] = D b[r, n2], db[r, n2] = D.T a[r, n1]."""
+    ids, *tensors = ctx.saved_tensors
+    w = _weight(*tensors, *ctx.sizes)
+    a, b = w.a.dense(), w.b.dense()
+    rows = ids.reshape(-1).to(torch.int64)
+    rows = rows if w.output_permutation is None else w.output_permutation[rows].to(torch.int64)
+    of_a, of_b = rows // w.b.n, rows % w.b.n
+    d = w.columns(grad.reshape(-1, w.k).float()).view(-1, w.a.k, w.b.k)
+    grads: list[Tensor | None] = [None] * (10 + len(ctx.sizes))
+    if any(ctx.needs_input_grad[1:4]):
+        products = [(d @ b_r[of_b].unsqueeze(-1)).squeeze(-1) for b_r in b]
+        grads[1:4] = w.a.gradients(torch.stack([torch.zeros_like(a[0]).index_add_(0, of_a, p) for p in products]))
+    if any(ctx.needs_input_grad[4:7]):
+        products = [(a_r[of_a].unsqueeze(1) @ d).squeeze(1) for a_r in a]
+        grads[4:7] = w.b.gradients(torch.stack([torch.zeros_like(b[0]).index_add_(0, of_b, p) for p in products]))
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "lowbit::kron_embedding", _embedding_gradient, setup_context=_save_embedding, lib=library
+)
+torch.library.register_autograd("lowbit::kron_linear", _linear_gradient, setup_context=_save_linear, lib=library)
