@@ -25,19 +25,24 @@ from setuptools.command.build_ext import build_ext
 
 # Object -> its source and the flags of its instruction set (one source may be compiled more than once).
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+_ISAS = {"scalar": ("cpu_scalar.cpp", [])}
+if platform.machine() in ("x86_64", "AMD64"):
+    _ISAS |= {
+        "avx2": ("cpu_avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
+        "avx512": ("cpu_avx512.cpp", _AVX512),
+        "avx512vnni": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi"]),
+        "avx512bf16": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]),
+    }
 OBJECTS: dict[str, tuple[str, list[str]]] = {
     "library": ("csrc/library.cpp", []),
     "isa": ("csrc/common/isa.cpp", []),
     "scratch": ("csrc/common/scratch.cpp", []),
-    "packed_ops": ("csrc/packed/ops.cpp", []),
-    "packed_scalar": ("csrc/packed/cpu_scalar.cpp", []),
+    "codebook_kmeans": ("csrc/codebook/kmeans.cpp", []),
+    "codebook_quantize_ops": ("csrc/codebook/quantize_ops.cpp", []),
 }
-if platform.machine() in ("x86_64", "AMD64"):
-    OBJECTS |= {
-        "packed_avx2": ("csrc/packed/cpu_avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
-        "packed_avx512": ("csrc/packed/cpu_avx512.cpp", _AVX512),
-        "packed_avx512vnni": ("csrc/packed/cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi"]),
-    }
+for _family in ("packed", "codebook", "kron"):
+    OBJECTS[f"{_family}_ops"] = (f"csrc/{_family}/ops.cpp", [])
+    OBJECTS |= {f"{_family}_{isa}": (f"csrc/{_family}/{file}", flags) for isa, (file, flags) in _ISAS.items()}
 
 # -ffp-contract=off: a product and a sum round as written, the same in every object file.
 # -Wno-(maybe-)uninitialized: GCC 12 warns about undefined operands in its own AVX-512 intrinsics (bug 105593).

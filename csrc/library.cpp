@@ -4,7 +4,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "codebook/ops.h"
+#include "codebook/quantize_ops.h"
 #include "common/isa.h"
+#include "kron/ops.h"
 #include "packed/ops.h"
 
 namespace {
@@ -20,6 +23,12 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&lowbit::packed::linear_cpu));
   m.impl("packed_dequantize", TORCH_BOX(&lowbit::packed::dequantize_cpu));
   m.impl("packed_embedding", TORCH_BOX(&lowbit::packed::embedding_cpu));
+  m.impl("codebook_linear", TORCH_BOX(&lowbit::codebook::linear_cpu));
+  m.impl("codebook_dequantize", TORCH_BOX(&lowbit::codebook::dequantize_cpu));
+  m.impl("codebook_embedding", TORCH_BOX(&lowbit::codebook::embedding_cpu));
+  m.impl("kron_linear", TORCH_BOX(&lowbit::kron::linear_cpu));
+  m.impl("kron_dequantize", TORCH_BOX(&lowbit::kron::dequantize_cpu));
+  m.impl("kron_embedding", TORCH_BOX(&lowbit::kron::embedding_cpu));
 }
 
 STABLE_TORCH_LIBRARY(lowbit_native, m) {
@@ -27,6 +36,7 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("compiled_isas() -> str");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
+  m.def("kmeans_optimal(Tensor x, Tensor? weights, int clusters, int choices=67108864) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
@@ -34,4 +44,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
   m.impl("compiled_isas", TORCH_BOX(&compiled_isas));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
+  m.impl("kmeans_optimal", TORCH_BOX(&lowbit::codebook::kmeans_optimal_cpu));
 }

@@ -8,22 +8,30 @@
 
 from lowbit import dispatch
 from lowbit.checkpoint import convert_folder, load, save
+from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
+from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
+from lowbit.codebook.read import codebook_of
 from lowbit.convert import convert, dequantize
 from lowbit.dispatch import backends, use_backend
+from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
-from lowbit.packed.format import Packed, PackedFormat
+from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
+from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
+from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedLinear
-from lowbit.packed.quantize import Quantized
 from lowbit.report import Report, report
 from lowbit.sources import Source, register_source
 
 __version__ = "0.1.0"
 __all__ = [
-    "Packed", "PackedEmbedding", "PackedFormat", "PackedLinear", "Quantized", "Report", "Source", "backends",
-    "convert", "convert_folder", "dequantize", "load", "register_source", "report", "save", "use_backend",
+    "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
+    "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",
+    "PackedFormat", "PackedLinear", "PackedWeight", "Report", "Source", "backends", "codebook_of", "convert",
+    "convert_folder", "dequantize", "load", "register_source", "report", "save", "use_backend",
 ]  # fmt: skip
 
 dispatch.initialize()
+_bitsandbytes.register()
 _torch_ao.register()
 _transformers.register()

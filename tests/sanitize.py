@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
             "OMP_NUM_THREADS": "2",
         }
-        tests = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "test_packed_kernels.py")]
+        files = sorted(str(file) for file in (ROOT / "tests").glob("test_*_kernels.py"))
+        tests = [sys.executable, "-m", "pytest", *files]
         # --capture=sys: a finding is written to the process's stderr as it ends, past what pytest could still show
         options = ["-q", "-k", "not reference", "-p", "no:cacheprovider", "--capture=sys"]
         return subprocess.run([*tests, *options, *arguments], env=environment, cwd=ROOT).returncode

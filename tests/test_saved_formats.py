@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
-from lowbit import Packed
+from lowbit import Codebook, Kronecker, Packed
 from lowbit.checkpoint.metadata import FORMAT_VERSION
 from lowbit.layer import layers
 
@@ -20,8 +20,8 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 IDS = torch.arange(12).view(3, 4)
 
 
-class Model(nn.Module):
-    """A layer of every kind of format."""
+class Packed10(nn.Module):
+    """A layer of every kind of format that version 1.0 knew."""
 
     def __init__(self):
         super().__init__()
@@ -36,13 +36,51 @@ class Model(nn.Module):
         return self.head(self.norm(self.outliers(torch.tanh(self.ternary(x)))))
 
 
-SPECS = {
+class Families11(nn.Module):
+    """The same for the families that version 1.1 added."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 40), nn.Linear(40, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.rows, self.tensor, self.grouped = nn.Linear(40, 36), nn.Linear(36, 20, bias=False), nn.Linear(20, 24)
+        self.nf4, self.scaled = nn.Linear(24, 32), nn.Linear(32, 24)
+        self.dense, self.ranks, self.small = nn.Linear(24, 20), nn.Linear(20, 24), nn.Linear(24, 40)
+        self.table = nn.Embedding(12, 40)
+
+    def forward(self, ids):
+        x = torch.tanh(self.embed(ids) + self.table(ids))
+        for layer in (self.rows, self.tensor, self.grouped, self.nf4, self.scaled, self.dense, self.ranks, self.small):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
     "rows": Packed(bits=5, granularity="row", zeros="float", activations="int8"),
     "ternary": Packed(bits=2, granularity="tensor", symmetric=True, quantizer="mean", activations="int8_static"),
     "outliers": Packed(bits=3, group_size=7, symmetric=True, outliers=0.02, scale_dtype=torch.bfloat16),
 }
+
+
+FAMILIES11 = {
+    "embed": Codebook(bits=5),
+    "rows": Codebook(bits=3, outliers=0.02, activations="int8"),
+    "tensor": Codebook(bits=1, granularity="tensor", activations="int8_static"),
+    "grouped": Codebook(bits=2, group_size=7, codebook_dtype=torch.bfloat16),
+    "nf4": Codebook(table="nf4", group_size=16),
+    "scaled": Codebook(bits=8, scales=True, scale_dtype=torch.float32),
+    "dense": Kronecker(compression=2),
+    "ranks": Kronecker(shape=(4, 5), rank=3, dtype=torch.bfloat16),
+    "small": Kronecker(shape=(4, 4), factors=Packed(bits=4, group_size=2, zeros="float")),
+    "table": Kronecker(compression=4),
+}
+VERSIONS = {"1.0": (Packed10, PACKED10), "1.1": (Families11, FAMILIES11)}
+
+
+def model_of(folder: Path) -> nn.Module:
+    return VERSIONS[folder.name.removeprefix("format-")][0]()
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,7 +91,8 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def write(folder: Path) -> None:
     torch.manual_seed(0)
-    model = lowbit.convert(Model(), SPECS, calibration=[IDS])
+    make, specs = VERSIONS[FORMAT_VERSION]
+    model = lowbit.convert(make(), specs, calibration=[IDS])
     lowbit.save(model, folder / "model")
     save_file({name: t.contiguous() for name, t in values(model).items()}, folder / "expected.safetensors")
 
@@ -64,7 +103,7 @@ def test_the_current_version_has_a_fixture():
 
 @pytest.mark.parametrize("folder", sorted(FIXTURES.glob("format-*")), ids=lambda f: f.name)
 def test_a_saved_folder_still_means_the_same(folder):
-    model = lowbit.load(folder / "model", model=Model())
+    model = lowbit.load(folder / "model", model=model_of(folder))
     expected = load_file(folder / "expected.safetensors")
     found = values(model)
     assert found.keys() == expected.keys()
@@ -76,7 +115,7 @@ def test_a_saved_folder_still_means_the_same(folder):
 
 @pytest.mark.parametrize("folder", sorted(FIXTURES.glob("format-*")), ids=lambda f: f.name)
 def test_saving_again_changes_no_tensor(folder, tmp_path):
-    lowbit.save(lowbit.load(folder / "model", model=Model()), tmp_path)
+    lowbit.save(lowbit.load(folder / "model", model=model_of(folder)), tmp_path)
     before, after = (load_file(f / "model.safetensors") for f in (folder / "model", tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
