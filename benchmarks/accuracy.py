@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import Packed
+from lowbit import Codebook, Packed
+from lowbit.family import Spec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shared_data
@@ -135,7 +136,33 @@ MINILM_SPECS = [
 ]
 
 
-def minilm_rows(specs: list[Packed]) -> Iterator[tuple[str, float, float, float]]:
+CODEBOOK_SPECS = [
+    Codebook(table="nf4", group_size=64),
+    Codebook(bits=4),
+    Codebook(bits=4, sensitivity=True),
+    Codebook(bits=4, sensitivity=True, activations="int8"),
+    Codebook(bits=3),
+    Codebook(bits=3, sensitivity=True),
+    Codebook(bits=3, outliers=0.005),
+    Codebook(bits=3, outliers=0.005, sensitivity=True),
+    Codebook(bits=2, outliers=0.005, sensitivity=True),
+]
+
+
+def name_of(spec: Spec) -> str:
+    """What the spec asks for, in one line."""
+    parts = [spec.describe()]
+    if isinstance(spec, Packed):
+        parts.append(spec.quantizer)
+    elif isinstance(spec, Codebook):
+        parts.append(str(spec.table if isinstance(spec.table, str) else spec.quantizer))
+        parts += ["sensitivity"] * spec.sensitivity
+    if outliers := getattr(spec, "outliers", 0):
+        parts.append(f"{100 * outliers:g} % outliers")
+    return ", ".join(parts + ["int8 activations"] * (spec.activations == "int8"))
+
+
+def minilm_rows(specs: Sequence[Spec]) -> Iterator[tuple[str, float, float, float]]:
     """(scheme, file MB, Spearman, mean cosine to the float embeddings), the float model first."""
     model, tokenizer = minilm()
     data, batches = StsB(tokenizer), calibration(tokenizer)
@@ -145,10 +172,7 @@ def minilm_rows(specs: list[Packed]) -> Iterator[tuple[str, float, float, float]
         packed = lowbit.convert(copy.deepcopy(model), spec, calibration=batches if spec.needs_calibration else None)
         embeddings = data.embed(packed)
         cosine = float((embeddings * exact).sum(-1).mean())
-        name = f"{spec.describe()}, {spec.quantizer}"
-        name += f", {100 * spec.outliers:g} % outliers" if spec.outliers else ""
-        name += ", int8 activations" if spec.activations == "int8" else ""
-        yield name, file_megabytes(packed), data.spearman(embeddings), cosine
+        yield name_of(spec), file_megabytes(packed), data.spearman(embeddings), cosine
 
 
 STORIES_SPECS = [
@@ -158,7 +182,7 @@ STORIES_SPECS = [
 ]  # fmt: skip
 
 
-def stories_rows(specs: list[Packed]) -> Iterator[tuple[str, float]]:
+def stories_rows(specs: Sequence[Spec]) -> Iterator[tuple[str, float]]:
     """(scheme, perplexity), every layer and the tied embedding packed; calibrated on the first 32 stories."""
     model, stories = stories260k()
     yield "float32", perplexity(model, stories)
@@ -166,20 +190,20 @@ def stories_rows(specs: list[Packed]) -> Iterator[tuple[str, float]]:
         packed = lowbit.convert(
             copy.deepcopy(model), spec, calibration=stories[:32] if spec.needs_calibration else None
         )
-        name = f"{spec.describe()}, {spec.quantizer}"
-        name += ", int8 activations" if spec.activations == "int8" else ""
-        yield name, perplexity(packed, stories)
+        yield name_of(spec), perplexity(packed, stories)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["minilm", "stories"])
+    parser.add_argument("--only", choices=["minilm", "codebook", "stories"])
     only = parser.parse_args().only
     start = time.perf_counter()
-    if only in (None, "minilm"):
-        print("| MiniLM, all Linear and Embedding | file, MB | STS-B dev Spearman | mean cosine to float |")
+    for part, specs in (("minilm", MINILM_SPECS), ("codebook", CODEBOOK_SPECS)):
+        if only not in (None, part):
+            continue
+        print("\n| MiniLM, all Linear and Embedding | file, MB | STS-B dev Spearman | mean cosine to float |")
         print("|---|---|---|---|")
-        for name, size, spearman, cosine in minilm_rows(MINILM_SPECS):
+        for name, size, spearman, cosine in minilm_rows(specs):
             print(f"| {name} | {size:.2f} | {spearman:.4f} | {cosine:.4f} |", flush=True)
     if only in (None, "stories"):
         print("\n| stories260k, all layers | perplexity |\n|---|---|")

@@ -1,4 +1,4 @@
-"""What `test_packed_linear.py` times: our kernels, and what else computes ``y = x @ W.T`` on this machine.
+"""What the `test_*_linear.py` time: our kernels, and what else computes ``y = x @ W.T`` on this machine.
 
 A candidate turns a float weight ``[N, K]`` into its own form and says which dense weight that form stands
 for, so that its result can be checked in float64 before it is timed.
@@ -96,7 +96,15 @@ def _packed(weight: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:
     return (pack(codes, bits), scales, zeros), dense
 
 
-def lowbit_packed(bits: int, int8: bool) -> Candidate:
+# Of a relative Frobenius error: that of the output's own rounding, and some room.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def _activations(dtype: torch.dtype, int8: bool) -> str:
+    return "int8" if int8 else {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def lowbit_packed(bits: int, int8: bool, dtype: torch.dtype = torch.float32) -> Candidate:
     def prepare(weight: Tensor) -> Prepared:
         tensors, dense = _packed(weight, bits)
 
@@ -106,11 +114,93 @@ def lowbit_packed(bits: int, int8: bool) -> Candidate:
             )
 
         return _from_tensors(
-            call, tensors, dense,
-            tolerance=1e-5, round_x=int8_per_token if int8 else unchanged,
+            call, tensors, dense, x_dtype=dtype,
+            tolerance=TOLERANCE[dtype], round_x=int8_per_token if int8 else unchanged,
         )  # fmt: skip
 
-    return Candidate(f"lowbit {bits}-bit g{GROUP_SIZE} {'int8' if int8 else 'float'}", prepare)
+    return Candidate(f"lowbit {bits}-bit g{GROUP_SIZE} {_activations(dtype, int8)}", prepare)
+
+
+@functools.lru_cache(maxsize=1)
+def _codebook(weight: Tensor, bits: int, scaled: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(packed, codebook, scales) and the dense weight: NF4-like with scales, else a table per row of random values."""
+    generator = torch.Generator().manual_seed(bits)
+    n, k = weight.shape
+    codes = torch.randint(0, 1 << bits, (n, k), generator=generator)
+    table = torch.randn(1 if scaled else n, 1, 1 << bits, generator=generator).half()
+    dense = table[:, 0].float().expand(n, -1).gather(1, codes)
+    scales = torch.rand(n, k // GROUP_SIZE, generator=generator).half() / k**0.5
+    if scaled:
+        dense = dense.mul_(scales.float().repeat_interleave(GROUP_SIZE, 1))
+    return (pack(codes, bits), table, scales), dense.double()
+
+
+def lowbit_codebook(bits: int, scaled: bool, int8: bool, dtype: torch.dtype) -> Candidate:
+    def prepare(weight: Tensor) -> Prepared:
+        (packed, table, scales), dense = _codebook(weight, bits, scaled)
+
+        def call(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
+            return torch.ops.lowbit.codebook_linear(
+                x, w[0], w[1], w[2] if scaled else None, None, None, None, None, None, None, None, None,
+                bits, GROUP_SIZE if scaled else weight.shape[1], int8, True,
+            )  # fmt: skip
+
+        tensors = (packed, table, scales) if scaled else (packed, table)
+        # int8: tables are rounded to 16 bits
+        tolerance = 1e-4 if int8 and dtype == torch.float32 else TOLERANCE[dtype]
+        return _from_tensors(
+            call, tensors, dense, x_dtype=dtype, tolerance=tolerance, round_x=int8_per_token if int8 else unchanged
+        )
+
+    form = f"codebook g{GROUP_SIZE} scales" if scaled else "codebook per row"
+    return Candidate(f"lowbit {bits}-bit {form} {_activations(dtype, int8)}", prepare)
+
+
+def _factors(a_shape: tuple[int, int], weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random factors [1, N1, K1], [1, N2, K2] of the weight's shape, and their product in float64."""
+    generator = torch.Generator().manual_seed(sum(a_shape))
+    (n1, k1), (n, k) = a_shape, weight.shape
+    a = (torch.randn(1, n1, k1, generator=generator) / k1**0.5).to(dtype)
+    b = (torch.randn(1, n // n1, k // k1, generator=generator) / (k // k1) ** 0.5).to(dtype)
+    return a, b, torch.kron(a[0].double(), b[0].double())
+
+
+KronCall = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def kron_candidate(name: str, call: KronCall, a_shape: tuple[int, int], dtype: torch.dtype) -> Candidate:
+    """``call(x, a, b)`` with A of ``a_shape``; skipped where that does not divide the weight."""
+
+    def prepare(weight: Tensor) -> Prepared:
+        n, k = weight.shape
+        if n % a_shape[0] or k % a_shape[1] or (a_shape == (64, 64) and n != k):
+            pytest.skip(f"A {a_shape[0]}x{a_shape[1]} is not for a weight of shape {list(weight.shape)}")
+        a, b, dense = _factors(a_shape, weight, dtype)
+        tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+        return _from_tensors(
+            lambda x, w: call(x, w[0], w[1]), (a, b), dense, x_dtype=dtype, tolerance=tolerance
+        )  # fmt: skip
+
+    return Candidate(f"{name} {a_shape[0]}x{a_shape[1]} {_activations(dtype, False)}", prepare)
+
+
+def _lowbit_kron(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    sizes = (*a.shape, *b.shape[1:])
+    return torch.ops.lowbit.kron_linear(x, a, None, None, b, None, None, None, None, None, *sizes, 0, 0, 0, 0)
+
+
+def _two_matmuls_b_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    t = x.view(len(x), a.shape[2], -1) @ b[0].t()
+    return torch.matmul(a[0], t).flatten(1)
+
+
+def _two_matmuls_a_first(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    t = torch.matmul(a[0], x.view(len(x), a.shape[2], -1))
+    return (t @ b[0].t()).flatten(1)
+
+
+def _einsum(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("nk,mkj,lj->mnl", a[0], x.view(len(x), a.shape[2], -1), b[0]).flatten(1)
 
 
 def torch_float(dtype: torch.dtype, name: str, tolerance: float) -> Candidate:
@@ -202,13 +292,40 @@ def _prepare_nf4(weight: Tensor) -> Prepared:
     )  # fmt: skip
 
 
-CANDIDATES = [
-    torch_float(torch.float32, "torch fp32", 1e-5),
-    torch_float(torch.bfloat16, "torch bf16", 8e-3),
+F32, BF16 = torch.float32, torch.bfloat16
+DENSE = [torch_float(F32, "torch fp32", 1e-5), torch_float(BF16, "torch bf16", 8e-3)]
+NF4 = Candidate(f"bitsandbytes nf4 g{GROUP_SIZE} bf16", _prepare_nf4)
+
+PACKED = [
+    *DENSE,
     *(lowbit_packed(bits, int8) for bits in (2, 3, 4, 8) for int8 in (False, True)),
     Candidate(f"torch int4pack g{GROUP_SIZE} bf16", _prepare_int4pack),
     Candidate("torch int8pack bf16", _prepare_int8pack),
     torch_dynamic_int8("onednn"),
     torch_dynamic_int8("fbgemm"),
-    Candidate(f"bitsandbytes nf4 g{GROUP_SIZE} bf16", _prepare_nf4),
+    NF4,
 ]
+
+CODEBOOK = [
+    *DENSE,
+    NF4,
+    *(lowbit_codebook(4, True, int8, dtype) for int8, dtype in ((False, BF16), (False, F32), (True, F32))),
+    *(
+        lowbit_codebook(bits, False, int8, dtype)
+        for bits in (4, 3, 2, 8) for int8, dtype in ((False, BF16), (False, F32), (True, F32))
+    ),
+    *(lowbit_packed(4, int8, dtype) for int8, dtype in ((False, BF16), (False, F32), (True, F32))),
+]  # fmt: skip
+
+KRON = [
+    *DENSE,
+    *(
+        kron_candidate(name, call, shape, dtype)
+        for dtype in (F32, BF16)
+        for shape in ((2, 1), (1, 2), (64, 64))
+        for name, call in (
+            ("lowbit kron", _lowbit_kron), ("torch B first", _two_matmuls_b_first),
+            ("torch A first", _two_matmuls_a_first), ("torch einsum", _einsum),
+        )
+    ),
+]  # fmt: skip

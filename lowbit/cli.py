@@ -7,11 +7,13 @@ Exit status: 0, 2 for a usage error or bad input, 1 for any other failure. An er
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import itertools
 import logging
 import os
 import platform
+import re
 import sys
 import time
 import traceback
@@ -30,8 +32,9 @@ import lowbit
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.layer import FLOAT_DTYPES, Layer, build
-from lowbit.packed.format import ACTIVATIONS, GRANULARITIES, QUANTIZERS, Granularity
+from lowbit.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
+from lowbit.layer import Layer, build, layer_class
+from lowbit.packed.format import QUANTIZERS
 from lowbit.report import Report, Row
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
@@ -44,23 +47,65 @@ CALIBRATION_LENGTH = 512  # tokens of one calibration sample
 # ------------------------------------------------------------------------------------------ convert
 
 
-def _spec(options: argparse.Namespace) -> lowbit.Packed:
-    granularity: Granularity = options.granularity or "group"
-    group_size = options.group_size
-    if group_size is None and granularity == "group":
-        group_size = 64
-    return lowbit.Packed(
-        bits=options.bits,
-        group_size=group_size,
-        granularity=granularity,
-        symmetric=options.symmetric,
-        zeros=options.zeros,
-        quantizer=options.quantizer,
-        gamma=options.gamma,
-        activations=options.activations,
-        outliers=options.outliers,
-        scale_dtype=None if options.scale_dtype is None else FLOAT_DTYPES[options.scale_dtype],
-    )
+_SPECS: dict[str, type[Spec]] = {cls.__name__: cls for cls in (lowbit.Packed, lowbit.Codebook, lowbit.Kronecker)}
+# "Codebook(bits=3)", or "*.mlp.*=Codebook(bits=3)"
+_SPEC_TEXT = re.compile(rf"(?:(?P<pattern>[^=()]+)=)?(?P<spec>(?:{'|'.join(_SPECS)})\(.*\)|None)", re.DOTALL)
+
+
+def parse_spec(text: str) -> Spec | None:
+    """The spec that a constructor call such as ``Codebook(bits=3, outliers=0.005)`` writes; of ``None``, ``None``.
+
+    Arguments are literals, specs, or names of dtypes. Raises ``ValueError`` for anything else: nothing is evaluated.
+    """
+    try:
+        spec = _spec_value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"{text!r} is not a spec: {error}") from None
+    if spec is not None and not isinstance(spec, Spec):
+        raise ValueError(f"{text!r} is not a spec: write one of {', '.join(f'{n}(...)' for n in _SPECS)}, or None")
+    return spec
+
+
+def _spec_value(node: ast.expr) -> Any:
+    if not isinstance(node, ast.Call):
+        try:
+            value = ast.literal_eval(node)
+        except ValueError:
+            raise ValueError(
+                f"{ast.unparse(node)!r} is not a value: write a literal, or the name of a dtype such as 'float16'"
+            ) from None
+        return FLOAT_DTYPES.get(value, value) if isinstance(value, str) else value
+    if not isinstance(node.func, ast.Name) or node.func.id not in _SPECS or node.args:
+        raise ValueError(f"{ast.unparse(node)!r} is not a spec: write {' or '.join(_SPECS)} with named arguments")
+    arguments = {keyword.arg: _spec_value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    if len(arguments) < len(node.keywords):
+        raise ValueError(f"{ast.unparse(node)!r} is not a spec: name every argument, each once")
+    return _SPECS[node.func.id](**arguments)
+
+
+def _specs(options: argparse.Namespace) -> Spec | dict[str, Spec | None]:
+    """What ``--spec`` says, else the ``Packed`` that the other options describe."""
+    own = {name: getattr(options, name) for name in _PACKED_OPTIONS if getattr(options, name) is not None}
+    if not options.spec:
+        if own.get("granularity", "group") == "group":
+            own.setdefault("group_size", 64)
+        if "scale_dtype" in own:
+            own["scale_dtype"] = FLOAT_DTYPES[own["scale_dtype"]]
+        return lowbit.Packed(**own)
+    if own:
+        flags = ", ".join("--" + name.replace("_", "-") for name in own)
+        raise ValueError(f"--spec says it all: leave out {flags}")
+    found: dict[str, Spec | None] = {}
+    for text in options.spec:
+        match = _SPEC_TEXT.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"--spec must be SPEC or PATTERN=SPEC, such as '*.mlp.*=Codebook(bits=3)': got {text!r}")
+        pattern = match["pattern"] or "*"
+        if pattern in found:
+            raise ValueError(f"--spec must give each pattern once: got {pattern!r} again with {text!r}")
+        found[pattern] = parse_spec(match["spec"])
+    only = found.get("*")
+    return only if only is not None and len(found) == 1 else found
 
 
 def calibration_batches(folder: Path, text: Path) -> list[dict[str, Tensor]]:
@@ -78,14 +123,17 @@ def calibration_batches(folder: Path, text: Path) -> list[dict[str, Tensor]]:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    spec = _spec(options)
+    spec = _specs(options)
     if not options.source.is_dir():
         raise FileNotFoundError(f"SRC must be a folder with a transformers model: {options.source} is not one")
-    if spec.needs_calibration and options.calibration_text is None:
-        what = "--quantizer gptq" if spec.quantizer == "gptq" else "--activations int8_static"
-        raise ValueError(f"{what} needs --calibration-text FILE, a text file with one sample per line")
+    specs = list(spec.values()) if isinstance(spec, dict) else [spec]
+    need = next((each.calibration_need for each in specs if each is not None and each.needs_calibration), None)
+    if need is not None and options.calibration_text is None:
+        if not options.spec:  # as the option says it: --quantizer gptq
+            need = "--" + need.replace("='", " ").rstrip("'")
+        raise ValueError(f"{need} needs --calibration-text FILE, a text file with one sample per line")
     calibration = None
-    if spec.needs_calibration:
+    if need is not None:
         calibration = calibration_batches(options.source, options.calibration_text)
     start = time.perf_counter()
     lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration)
@@ -193,26 +241,42 @@ def _copies(weight: Any, nbytes: int) -> list[Any]:
     return [weight] + [copy.deepcopy(weight) for _ in range(min(400, BENCH_BYTES // nbytes))]
 
 
-def _spec_of(format: lowbit.PackedFormat) -> lowbit.Packed:
-    """A spec that gives a float weight the stored form ``format``."""
-    return lowbit.Packed(
-        bits=format.bits,
-        group_size=format.group_size if format.granularity == "group" else None,
-        granularity=format.granularity,
-        symmetric=format.zeros == "none",
-        zeros="float" if format.zeros == "float" else "int",
-        activations=format.activations,
-        outliers=min(0.1, format.outliers / (format.out_features * format.in_features)),
-        scale_dtype=FLOAT_DTYPES[format.scale_dtype],
-    )
+def random_layer(format: Format) -> Any:
+    """A linear of this form whose tensors hold random values that are valid."""
+    layer = layer_class(format.family, "linear")(format)
+    tensors = {name: _random_tensor(name, t.shape, t.dtype) for name, t in layer.named_tensors().items()}
+    if "outlier_rows" in tensors:
+        count = len(tensors["outlier_values"])
+        position = torch.randperm(format.out_features * format.in_features)[:count].sort().values
+        tensors["outlier_columns"] = (position % format.in_features).to(tensors["outlier_columns"].dtype)
+        counts = torch.bincount(position // format.in_features, minlength=format.out_features)
+        tensors["outlier_rows"][1:] = counts.cumsum(0)
+    layer.store(tensors)
+    layer.validate()
+    return layer
 
 
-def _bench_formats(folder: Path | None, bits: int) -> list[lowbit.PackedFormat]:
-    """The distinct stored forms of the linears in a saved folder, or usual shapes at ``bits`` bits."""
+def _random_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point:
+        return (torch.rand(shape) / 16 + 2**-8).to(dtype)
+    if name.endswith("permutation"):
+        return torch.randperm(shape[0], dtype=torch.int32)
+    if name.startswith("outlier"):
+        return torch.zeros(shape, dtype=dtype)
+    # words of codes; or zeros and scale codes, below 2**bits, where bits is 2 at least
+    low, high = (0, 4) if dtype == torch.uint8 else (-(2**31), 2**31)
+    return torch.randint(low, high, shape, dtype=dtype)
+
+
+def _bench_formats(folder: Path | None, spec: Spec) -> list[Format]:
+    """The distinct stored forms of the linears in a saved folder, or ``spec`` on usual shapes."""
     if folder is not None:
         found = (layer.format for layer in open_folder(folder).layers.values() if layer.kind == "linear")
-        return list(dict.fromkeys(format for format in found if isinstance(format, lowbit.PackedFormat)))
-    return [lowbit.PackedFormat(bits, n, k, 64, "group", "int", "float16") for n, k in BENCH_SHAPES]
+        return list(dict.fromkeys(found))
+    shapes = [shape for shape in BENCH_SHAPES if spec.problem(*shape) is None]
+    if not shapes:
+        raise ValueError(f"--spec must fit one of the shapes to time: {spec.problem(*BENCH_SHAPES[0])}")
+    return [spec.format(torch.empty(shape, device="meta"), "linear") for shape in shapes]
 
 
 @torch.inference_mode()
@@ -220,15 +284,13 @@ def _bench(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     print(f"{torch.get_num_threads()} threads, times in ms, weights from memory")
-    print(f"{'N x K':>14} {'M':>5} {'float32':>9} {'packed':>9} {'faster':>7}  scheme")
-    for format in _bench_formats(options.folder, options.bits):
+    print(f"{'N x K':>14} {'M':>5} {'float32':>9} {'lowbit':>9} {'faster':>7}  scheme")
+    spec = lowbit.Packed(bits=options.bits, group_size=64) if options.spec is None else parse_spec(options.spec)
+    if spec is None:
+        raise ValueError("--spec must be a spec to time: got None")
+    for format in _bench_formats(options.folder, spec):
         n, k = format.out_features, format.in_features
-        dense = torch.randn(n, k) / k**0.5
-        layer = lowbit.PackedLinear.from_float(
-            dense,
-            _spec_of(format),
-            x_scale=torch.tensor(0.03) if format.activations == "int8_static" else None,
-        )
+        dense, layer = torch.randn(n, k) / k**0.5, random_layer(format)
         packed, floats = _copies(layer, format.nbytes), _copies(dense, dense.nbytes)
         for m in options.rows:
             x = torch.randn(m, k)
@@ -293,6 +355,15 @@ def _counts(text: str) -> list[int]:
 _counts.__name__ = "comma-separated list of positive numbers"  # what argparse calls a bad value
 
 
+_PACKED_OPTIONS = (
+    "bits", "group_size", "granularity", "symmetric", "zeros", "quantizer", "gamma", "activations", "outliers",
+    "scale_dtype",
+)  # fmt: skip
+_SPEC_HELP = (
+    "instead of the options below, the spec as in Python: 'Codebook(bits=3, outliers=0.005)', "
+    "'Kronecker(compression=2)', or '*.mlp.*=Packed(bits=4)'; may be repeated, "
+    "the last pattern that matches a layer counts"
+)
 _SKIP_HELP = "layers to leave float, such as 'lm_head' or '*.mlp.*'; may be repeated"
 
 
@@ -306,15 +377,16 @@ def parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
     convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model (safetensors)")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    convert.add_argument("--bits", type=int, default=4, help="2 to 8 (default: 4)")
+    convert.add_argument("--spec", action="append", metavar="[PATTERN=]SPEC", help=_SPEC_HELP)
+    convert.add_argument("--bits", type=int, help="2 to 8 (default: 4)")
     convert.add_argument("--group-size", type=int, help="input features per scale (default: 64)")
     convert.add_argument("--granularity", choices=GRANULARITIES, help="what shares a scale (default: group)")
-    convert.add_argument("--symmetric", action="store_true", help="no zero point")
-    convert.add_argument("--zeros", choices=("int", "float"), default="int", help="kind of zero point")
-    convert.add_argument("--quantizer", choices=QUANTIZERS, default="minmax", help="(default: minmax)")
-    convert.add_argument("--gamma", type=float, default=1.0, help="clipping factor of --quantizer mean")
-    convert.add_argument("--activations", choices=ACTIVATIONS, default="float", help="(default: float)")
-    convert.add_argument("--outliers", type=float, default=0.0, help="fraction of weights kept sparse in float")
+    convert.add_argument("--symmetric", action="store_true", default=None, help="no zero point")
+    convert.add_argument("--zeros", choices=("int", "float"), help="kind of zero point")
+    convert.add_argument("--quantizer", choices=QUANTIZERS, help="(default: minmax)")
+    convert.add_argument("--gamma", type=float, help="clipping factor of --quantizer mean")
+    convert.add_argument("--activations", choices=ACTIVATIONS, help="(default: float)")
+    convert.add_argument("--outliers", type=float, help="fraction of weights kept sparse in float")
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")
@@ -326,7 +398,8 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time packed layers beside F.linear on this machine")
     bench.set_defaults(run=_bench)
     bench.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="take the layers of this model")
-    bench.add_argument("--bits", type=int, default=4, help="without FOLDER (default: 4)")
+    bench.add_argument("--bits", type=int, default=4, help="of Packed, without FOLDER or --spec (default: 4)")
+    bench.add_argument("--spec", metavar="SPEC", help="time this form, such as 'Codebook(bits=4)'")
     bench.add_argument("--rows", type=_counts, default=[1, 16, 256], help="rows M of x (default: 1,16,256)")
     bench.add_argument("--threads", type=int, help="(default: torch's own choice)")
 

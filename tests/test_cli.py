@@ -178,6 +178,69 @@ def test_convert_then_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("Packed(bits=3, group_size=32)", lowbit.Packed(bits=3, group_size=32)),
+        ("Codebook(table='nf4', group_size=64)", lowbit.Codebook(table="nf4", group_size=64)),
+        ("Codebook(table=(-1, 0.0, 0.5, 2))", lowbit.Codebook(table=(-1.0, 0.0, 0.5, 2.0))),
+        ("Codebook(bits=3, codebook_dtype='bfloat16')", lowbit.Codebook(bits=3, codebook_dtype=torch.bfloat16)),
+        ("Kronecker(compression=4, rank=2)", lowbit.Kronecker(compression=4, rank=2)),
+        ("Kronecker(shape=(2, 1), factors=Packed(bits=4))",
+         lowbit.Kronecker(shape=(2, 1), factors=lowbit.Packed(bits=4))),
+        ("None", None),
+    ],
+)  # fmt: skip
+def test_a_spec_reads_as_in_python(text: str, spec: object) -> None:
+    assert cli.parse_spec(text) == spec
+
+
+@pytest.mark.parametrize(
+    "text", ["Linear(3)", "Packed(4)", "3", "__import__('os')", "Codebook(bits=", "Packed(**{})", "Packed(bits=1+1)",
+             "Packed(colour='red')", "Packed(bits=99)", "lowbit.Packed()"]
+)  # fmt: skip
+def test_anything_else_is_not_a_spec(text: str) -> None:
+    with pytest.raises(ValueError, match="spec|bits must be|is not a value"):
+        cli.parse_spec(text)
+
+
+def test_convert_with_specs_by_pattern(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, float_folder: Path
+) -> None:
+    status, out, err = run(
+        capsys, "convert", float_folder, tmp_path / "packed", "--spec", "Codebook(bits=4)",
+        "--spec", "*.mlp.*=Kronecker(compression=2)", "--spec", "*.q_proj=Packed(bits=8)", "--spec", "*.o_proj=None",
+    )  # fmt: skip
+    assert status == 0, err
+    scheme = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "4-bit codebook per row" in scheme["model.embed_tokens"]
+    assert "Kronecker" in scheme["model.layers.0.mlp.up_proj"]
+    assert "8-bit per row" in scheme["model.layers.1.self_attn.q_proj"]
+    assert "float: model.layers.0.self_attn.o_proj: no spec for it" in out
+    assert run(capsys, "inspect", tmp_path / "packed")[1] in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "Codebook(bits=4)", "--bits", "3"], "--spec says it all: leave out --bits"),
+        (["--spec", "*.mlp.*:Codebook(bits=4)"], "--spec must be SPEC or PATTERN=SPEC"),
+        (["--spec", "Codebook(bits=9)"], "bits must be an integer between 1 and 8: got bits=9"),
+        (["--spec", "Codebook(sensitivity=True)"], "sensitivity=True needs --calibration-text FILE"),
+        (["--spec", "Codebook(codebook_dtype=torch.float16)"], "'torch.float16' is not a value: write a literal, or"),
+        (["--spec", "Codebook(bits=3, bits=4)"], "name every argument, each once"),
+        (["--spec", "Codebook()", "--spec", "Kronecker()"], "--spec must give each pattern once: got '*' again"),
+        (["--spec", "nothing.*=Codebook()"], "spec pattern 'nothing.*': matches no layer"),
+    ],
+)
+def test_convert_refuses_bad_specs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, float_folder: Path, arguments: list[str], message: str
+) -> None:
+    status, _, err = run(capsys, "convert", float_folder, tmp_path / "packed", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--bits", "9"], "bits must be an integer between 2 and 8: got bits=9"),
@@ -199,6 +262,31 @@ def test_convert_refuses_bad_options(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "Packed(bits=3, outliers=0.01)", "Packed(activations='int8_static', zeros='float')",
+        "Codebook(bits=4, outliers=0.01)", "Codebook(table='nf4', group_size=64)",
+        "Kronecker()", "Kronecker(rank=2, factors=Packed(bits=2))",
+    ],
+)  # fmt: skip
+def test_bench_times_any_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spec: str
+) -> None:
+    monkeypatch.setattr(cli, "BENCH_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "BENCH_BYTES", 1 << 20)
+    monkeypatch.setattr(cli, "BENCH_SHAPES", [(96, 64)])
+    status, out, err = run(capsys, "bench", "--spec", spec, "--rows", "1")
+    assert status == 0, err
+    assert "96 x 64" in out
+
+
+def test_bench_refuses_a_form_that_fits_no_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "bench", "--spec", "Codebook(group_size=4097)", "--rows", "1")
+    assert status == 2
+    assert "--spec must fit one of the shapes to time: group_size must be between 1 and K" in err
 
 
 def test_bench_times_each_distinct_layer(
