@@ -71,7 +71,8 @@ class CodebookLinear(CodebookLayer, LinearLayer):
     """``y = x @ W.T + bias`` with ``W[n, k] = codebook[n, g, code[n, k]] (* scale[n, g])``, ``g = k // group_size``.
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
-    In bfloat16 the weight counts as rounded to bfloat16, as in a dense layer of that dtype.
+    In bfloat16, on a CPU with AVX-512 BF16, the weight is rounded to bfloat16 first, as in a dense layer of that dtype
+    (and numbers below 2**-126 count as zero).
     Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]``, ``codebook`` ``[1, 1, 2**bits]``,
     ``[N, 1, 2**bits]`` or ``[N, G, 2**bits]``, optional ``scales`` ``[N, G]`` (float, or nested: see
     :class:`CodebookWeight`), optional CSR outliers, optional ``x_scale``.
