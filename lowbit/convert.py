@@ -299,6 +299,9 @@ def problem_of(target: Target) -> str | None:
         return f"{target.name}: a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
     if weight.dtype not in FLOAT_DTYPES.values():
         return f"{target.name}: the weight must be float32, float16 or bfloat16: got {weight.dtype}"
+    bias = target.bias()
+    if bias is not None and bias.dtype not in FLOAT_DTYPES.values():
+        return f"{target.name}: the bias must be float32, float16 or bfloat16: got {bias.dtype}"
     if problem := target.spec.problem(*weight.shape):
         return f"{target.name}: {problem}"
     if weight.device.type != "meta" and not _all_finite(weight):

@@ -146,6 +146,8 @@ class Layer(nn.Module):
             raise ValueError(
                 f"{name}.bias must have shape ({self.format.out_features},): got {tuple(self.bias.shape)}"
             )
+        if self.bias is not None and self.bias.dtype not in FLOAT_DTYPES.values():
+            raise ValueError(f"{name}.bias must be float32, float16 or bfloat16: got {self.bias.dtype}")
         if self.device.type != "meta":
             self.validate_values(name)
 

@@ -289,6 +289,16 @@ def test_a_malformed_tensor_is_named(model: Model) -> None:
                     model_of(model.up).load_state_dict({f"up.{k}": v for k, v in layer.state_dict().items()})
 
 
+def test_a_bias_of_a_dtype_that_no_kernel_takes_is_named(model: Model, tmp_path: Path) -> None:
+    model.up.bias = nn.Parameter(model.up.bias.detach().double())
+    with pytest.raises(ValueError, match="up.bias must be float32, float16 or bfloat16: got torch.float64"):
+        lowbit.save(model, tmp_path)
+    plain = Model()
+    plain.up.bias = nn.Parameter(plain.up.bias.detach().double())
+    with pytest.raises(ValueError, match="up: the bias must be float32, float16 or bfloat16: got torch.float64"):
+        lowbit.convert(plain, Packed(bits=4))
+
+
 def model_of(layer: Layer) -> nn.Module:
     return nn.ModuleDict({"up": copy.deepcopy(layer)})
 

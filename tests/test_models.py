@@ -8,7 +8,7 @@ import torch
 from shared_data import folder, script
 
 import lowbit
-from lowbit import Packed
+from lowbit import Codebook, Packed
 from lowbit.layer import layers
 
 
@@ -39,8 +39,9 @@ def minilm():
         (Packed(bits=8, group_size=64), 0.8670, 0.999, 24.5),
         (Packed(bits=4, group_size=64, quantizer="gptq"), 0.866, 0.975, 13.5),
         (Packed(bits=3, group_size=64, quantizer="gptq"), 0.86, 0.90, 10.7),
+        (Codebook(bits=3, outliers=0.005, sensitivity=True), 0.86, 0.94, 10.7),
     ],
-    ids=["8-bit", "4-bit", "3-bit"],
+    ids=["8-bit", "4-bit", "3-bit", "3-bit codebook"],
 )
 def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
     """all-MiniLM-L6-v2, every Linear and Embedding packed, on the whole STS-B dev set."""
