@@ -178,6 +178,25 @@ def check_seed(seed: object) -> None:
         raise ValueError(f"seed must be an integer of 64 bits: got seed={seed!r}")
 
 
+def check_coded_format(format: Any, min_bits: int) -> None:
+    """What formats of packed codes have in common; raises ``ValueError`` naming the field."""
+    for name in ("bits", "out_features", "in_features", "group_size", "outliers"):
+        value = getattr(format, name)
+        if not is_integer(value):
+            raise ValueError(f"{name} must be an integer: got {name}={value!r}")
+    n, k = format.out_features, format.in_features
+    if not min_bits <= format.bits <= 8:
+        raise ValueError(f"bits must be between {min_bits} and 8: got bits={format.bits}")
+    if n < 1 or k < 1:
+        raise ValueError(f"a weight needs N, K >= 1: got N={n}, K={k}")
+    choice("granularity", format.granularity, GRANULARITIES)
+    choice("outlier_dtype", format.outlier_dtype, FLOAT_DTYPES)
+    choice("activations", format.activations, format.supported_activations)
+    check_group_size(format.group_size, k)
+    if not 0 <= format.outliers <= n * k:
+        raise ValueError(f"outliers must be between 0 and N*K: got outliers={format.outliers}")
+
+
 def check_outlier_fraction(outliers: float) -> None:
     if not isinstance(outliers, Real) or not 0.0 <= outliers <= 0.1:
         raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={outliers}")

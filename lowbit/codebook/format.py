@@ -28,8 +28,8 @@ from lowbit.family import (
     TensorSpec,
     Weight,
     as_integer,
+    check_coded_format,
     check_float_dtype,
-    check_group_size,
     check_outlier_fraction,
     check_seed,
     check_size,
@@ -241,20 +241,9 @@ class CodebookFormat(Format):
     activations: Activations = "float"
 
     def __post_init__(self) -> None:
-        for name in ("bits", "out_features", "in_features", "group_size", "outliers"):
-            value = getattr(self, name)
-            if not is_integer(value):
-                raise ValueError(f"{name} must be an integer: got {name}={value!r}")
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"bits must be between 1 and 8: got bits={self.bits}")
-        if self.out_features < 1 or self.in_features < 1:
-            raise ValueError(f"a weight needs N, K >= 1: got N={self.out_features}, K={self.in_features}")
-        choice("granularity", self.granularity, GRANULARITIES)
+        check_coded_format(self, min_bits=1)
         choice("codebook_dtype", self.codebook_dtype, FLOAT_DTYPES)
         choice("scales", self.scales, ("none", "nested", *FLOAT_DTYPES))
-        choice("outlier_dtype", self.outlier_dtype, FLOAT_DTYPES)
-        choice("activations", self.activations, self.supported_activations)
-        check_group_size(self.group_size, self.in_features)
         if self.granularity == "group" and self.scales != "none":
             raise ValueError(f"scales must be 'none' with granularity='group': got scales={self.scales!r}")
         if self.granularity != "group" and self.scales == "none" and self.group_size != self.in_features:
@@ -262,8 +251,6 @@ class CodebookFormat(Format):
                 f"group_size must equal K where nothing is stored per group: "
                 f"got group_size={self.group_size}, K={self.in_features}"
             )
-        if not 0 <= self.outliers <= self.out_features * self.in_features:
-            raise ValueError(f"outliers must be between 0 and N*K: got outliers={self.outliers}")
 
     @property
     def groups(self) -> int:

@@ -27,6 +27,7 @@ from lowbit.family import (
     TensorSpec,
     Weight,
     as_integer,
+    check_coded_format,
     check_float_dtype,
     check_group_size,
     check_outlier_fraction,
@@ -187,27 +188,14 @@ class PackedFormat(Format):
     activations: Activations = "float"
 
     def __post_init__(self) -> None:
-        for name in ("bits", "out_features", "in_features", "group_size", "outliers"):
-            value = getattr(self, name)
-            if not is_integer(value):
-                raise ValueError(f"{name} must be an integer: got {name}={value!r}")
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be between 2 and 8: got bits={self.bits}")
-        if self.out_features < 1 or self.in_features < 1:
-            raise ValueError(f"a weight needs N, K >= 1: got N={self.out_features}, K={self.in_features}")
-        choice("granularity", self.granularity, GRANULARITIES)
+        check_coded_format(self, min_bits=2)
         choice("zeros", self.zeros, ("none", "int", "float"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
-        choice("outlier_dtype", self.outlier_dtype, tuple(FLOAT_DTYPES))
-        choice("activations", self.activations, self.supported_activations)
-        check_group_size(self.group_size, self.in_features)
         if self.granularity != "group" and self.group_size != self.in_features:
             raise ValueError(
                 f"group_size must equal K with granularity={self.granularity!r}: "
                 f"got group_size={self.group_size}, K={self.in_features}"
             )
-        if not 0 <= self.outliers <= self.out_features * self.in_features:
-            raise ValueError(f"outliers must be between 0 and N*K: got outliers={self.outliers}")
 
     @property
     def groups(self) -> int:
