@@ -34,6 +34,12 @@ def check_activations(x: Tensor) -> None:
     torch._check(x.dim() >= 1, lambda: "x must have at least one dimension [..., K]: got a scalar")
 
 
+def sum_per_scale(t: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+    """``t [N, K]`` summed over the weights that share a scale, in the shape of ``scales``; ``group[k]``: column k's."""
+    sums = t.new_zeros(t.shape[0], scales.shape[1]).index_add_(1, group, t)
+    return sums.sum(0, keepdim=True) if scales.shape[0] == 1 else sums
+
+
 def embedding_weight_gradient(ids: Tensor, grad: Tensor, n: int) -> Tensor:
     """The gradient ``[n, K]`` of a weight whose rows were gathered: float32, as dense as ``F.embedding``'s."""
     rows = grad.reshape(-1, grad.shape[-1]).float()

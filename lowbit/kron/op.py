@@ -29,7 +29,7 @@ from torch import Tensor
 from lowbit import dispatch
 from lowbit.bitpack import words_per_row
 from lowbit.family import FLOAT_DTYPES
-from lowbit.reference import check_activations, check_ids, row_blocks, unique_ids, without_autocast
+from lowbit.reference import check_activations, check_ids, row_blocks, sum_per_scale, unique_ids, without_autocast
 
 _FACTORS = "Tensor a, Tensor? a_scales, Tensor? a_zeros, Tensor b, Tensor? b_scales, Tensor? b_zeros"
 _PERMUTATIONS = "Tensor? input_permutation, Tensor? output_permutation"
@@ -114,17 +114,12 @@ class _Factor(NamedTuple):
         assert self.scales is not None
         scales = self.scales
         group = torch.arange(self.k, device=of_values.device) // self.group_size
-
-        def per_scale(t: Tensor) -> Tensor:
-            t = t.reshape(-1, self.k)
-            sums = t.new_zeros(t.shape[0], scales.shape[1]).index_add_(1, group, t)
-            return sums.sum(0, keepdim=True) if scales.shape[0] == 1 else sums
-
         centered = self._unpacked(torch.ones_like(scales))
-        of_scales = per_scale(of_values * centered).to(scales.dtype)
+        of_scales = sum_per_scale((of_values * centered).view(-1, self.k), scales, group).to(scales.dtype)
         if self.zeros is None or not self.zeros.is_floating_point():
             return None, of_scales, None
-        return None, of_scales, (-scales.float() * per_scale(of_values)).to(self.zeros.dtype)
+        total = sum_per_scale(of_values.reshape(-1, self.k), scales, group)
+        return None, of_scales, (-scales.float() * total).to(self.zeros.dtype)
 
 
 class _Weight(NamedTuple):

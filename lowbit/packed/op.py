@@ -25,6 +25,7 @@ from lowbit.reference import (
     outliers_of,
     quantize_activations,
     row_blocks,
+    sum_per_scale,
     unique_ids,
     without_autocast,
 )
@@ -290,15 +291,10 @@ def _weight_gradients(ctx: Any, d: Tensor, wanted: list[bool]) -> tuple[Tensor |
     _x, packed, scales, zeros, values, columns, rows = ctx.saved_tensors
     of_scales = of_zeros = of_outliers = None
     group = torch.arange(d.shape[1], device=d.device) // ctx.group_size
-
-    def per_scale(t: Tensor) -> Tensor:
-        sums = t.new_zeros(t.shape[0], scales.shape[1]).index_add_(1, group, t)
-        return (sums.sum(0, keepdim=True) if scales.shape[0] == 1 else sums)
-
     if wanted[0]:
-        of_scales = per_scale(d * _centered(packed, zeros, ctx.bits, group)).to(scales.dtype)
+        of_scales = sum_per_scale(d * _centered(packed, zeros, ctx.bits, group), scales, group).to(scales.dtype)
     if wanted[1]:
-        of_zeros = (-scales.float() * per_scale(d)).to(zeros.dtype)
+        of_zeros = (-scales.float() * sum_per_scale(d, scales, group)).to(zeros.dtype)
     if wanted[2]:
         of_outliers = d[csr_row_indices(rows), columns.to(torch.int64)].to(values.dtype)
     return of_scales, of_zeros, of_outliers
