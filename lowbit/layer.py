@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
+from lowbit.gpu import layout
 from lowbit.reference import csr_row_indices
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
@@ -33,6 +36,7 @@ class Layer(nn.Module):
     family: ClassVar[str]
     kind: ClassVar[str]
     format_class: ClassVar[type[Format]]
+    code_tensors: ClassVar[tuple[str, ...]] = ()  # packed codes: where a GPU's kernels run, they are held as tiles
     format: Any  # of type format_class
     weight_error: float | None
     note: str | None
@@ -62,7 +66,7 @@ class Layer(nn.Module):
                 self.register_parameter(name, None)
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
         self.bias: nn.Parameter | None = None if bias_tensor is None else nn.Parameter(bias_tensor)
-        self._register_state_dict_hook(_note_format)  # type: ignore[no-untyped-call]
+        self._register_state_dict_hook(_finish_state_dict)  # type: ignore[no-untyped-call]
 
     @classmethod
     def optional_tensors(cls) -> tuple[str, ...]:
@@ -134,6 +138,22 @@ class Layer(nn.Module):
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
 
+    def prepare(self) -> Layer:
+        """Bring the codes into the order that the kernels on this device read (:mod:`lowbit.gpu.layout`).
+
+        Moving, converting and loading do it by themselves. It happens in place and bit for bit both ways;
+        ``state_dict()`` always gives the canonical order.
+        """
+        self._arrange(layout.used_on(self.device))
+        return self
+
+    def _arrange(self, tiled: bool) -> None:
+        for name in self.code_tensors:
+            parameter = self._parameters[name]
+            if parameter is not None and layout.is_tiled(parameter) != tiled:
+                arrange = layout.tile if tiled else layout.untile
+                parameter.data = arrange(parameter.data, self.format.bits, self.format.in_features)
+
     def validate(self, name: str = "layer") -> None:
         """Check every tensor against the format and its values against their ranges.
 
@@ -141,7 +161,10 @@ class Layer(nn.Module):
             ValueError: naming ``name``, the tensor, the requirement and what was found.
         """
         for tensor_name, (shape, dtype) in self.format.tensors().items():
-            self.check_tensor(name, tensor_name, self._parameters[tensor_name], shape, dtype)
+            tensor = self._parameters[tensor_name]
+            if tensor_name in self.code_tensors and tensor is not None and layout.is_tiled(tensor):
+                shape = (shape[0], layout.tiles_per_row(self.format.in_features), 8 * self.format.bits)
+            self.check_tensor(name, tensor_name, tensor, shape, dtype)
         if self.bias is not None and tuple(self.bias.shape) != (self.format.out_features,):
             raise ValueError(
                 f"{name}.bias must have shape ({self.format.out_features},): got {tuple(self.bias.shape)}"
@@ -170,10 +193,13 @@ class Layer(nn.Module):
         # `.to(dtype)` is meant for activations: the packed form only follows the device
         tensors = self.named_tensors().values()
         stored = {id(tensor) for tensor in (*tensors, *(t.grad for t in tensors)) if tensor is not None}
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        dtype = probe.dtype
         if dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
         self.dtype = dtype
+        if not layout.used_on(probe.device):
+            self._arrange(tiled=False)
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -182,7 +208,12 @@ class Layer(nn.Module):
             return moved
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return self.prepare()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if not layout.used_on(self.device):  # unpickled on another device
+            self._arrange(tiled=False)
 
     def _load_from_state_dict(
         self,
@@ -212,6 +243,12 @@ class Layer(nn.Module):
         if problems:
             error_msgs.extend(problems)
             return
+        for code_name in self.code_tensors:
+            key, parameter = prefix + code_name, self._parameters[code_name]
+            if key in state_dict and parameter is not None and layout.is_tiled(parameter):
+                canonical = state_dict[key].to(parameter.device)
+                tiles = layout.tile(canonical, self.format.bits, self.format.in_features)
+                state_dict = {**state_dict, key: tiles}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -282,7 +319,7 @@ class LinearLayer(Layer):
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         layer.validate()
-        return layer
+        return layer.prepare()
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 0 or input.shape[-1] != self.format.in_features:
@@ -350,7 +387,7 @@ class EmbeddingLayer(Layer):
         layer = cls(weight.format(), False, dtype, "meta", padding_idx=padding_idx, output_scale=output_scale)
         layer.store(weight.tensors())
         layer.validate()
-        return layer
+        return layer.prepare()
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.gather(input)
@@ -442,8 +479,27 @@ def require_outliers(name: str, layer: Layer) -> None:
         raise ValueError(f"{name}.outlier_columns must increase within each row: they do not")
 
 
-def _note_format(layer: Layer, _state: dict[str, Any], _prefix: str, local_metadata: dict[str, Any]) -> None:
+# What state_dict() made of codes in tiles, as long as somebody holds it: tied layers give one tensor.
+_canonical = WeakTensorKeyDictionary()
+
+
+def _finish_state_dict(layer: Layer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Codes in the canonical order, and the format, for who loads them."""
     local_metadata["lowbit_format"] = layer.format.to_dict()
+    for name in layer.code_tensors:
+        parameter = layer._parameters[name]
+        if parameter is not None and layout.is_tiled(parameter):
+            state[prefix + name] = _canonical_codes(layer, parameter)
+
+
+def _canonical_codes(layer: Layer, tiles: nn.Parameter) -> Tensor:
+    contents = tiles.data_ptr(), 0 if tiles.is_inference() else tiles._version
+    known, made_of = _canonical.get(tiles, (lambda: None, None))
+    codes: Tensor | None = known()
+    if codes is None or made_of != contents:
+        codes = layout.untile(tiles.detach(), layer.format.bits, layer.format.in_features)
+        _canonical[tiles] = ref(codes), contents
+    return codes
 
 
 def layer_class(family: str, kind: str) -> Any:

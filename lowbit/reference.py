@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.bitpack import words_per_row
+from lowbit.bitpack import unpack, words_per_row
 from lowbit.family import FLOAT_DTYPES
+from lowbit.gpu.layout import is_tiled, tile_codes, tiles_per_row
 
 Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -51,19 +52,32 @@ def check_ids(ids: Tensor) -> None:
 
 
 def check_codes(packed: Tensor, min_bits: int, bits: int, group_size: int, in_features: int) -> None:
-    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``."""
+    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``: canonical words or tiles."""
     torch._check(min_bits <= bits <= 8, lambda: f"bits must be between {min_bits} and 8: got bits={bits}")
-    torch._check(packed.dim() == 2, lambda: f"packed must be 2-d: got shape {tuple(packed.shape)}")
+    torch._check(packed.dim() in (2, 3), lambda: f"packed must be 2-d (or 3-d: tiles): got shape {tuple(packed.shape)}")
     torch._check(packed.dtype == torch.int32, lambda: f"packed must be int32: got {packed.dtype}")
-    torch._check(
-        packed.shape[1] == words_per_row(in_features, bits),
-        lambda: f"packed must have ceil(K/32)*bits = {words_per_row(in_features, bits)} words per row "
-        f"for K={in_features}, bits={bits}: got {packed.shape[1]}",
-    )
+    if is_tiled(packed):
+        shape = (tiles_per_row(in_features), 8 * bits)
+        torch._check(
+            tuple(packed.shape[1:]) == shape,
+            lambda: f"packed in tiles must be [N, {shape[0]}, {shape[1]}] for K={in_features}, bits={bits}: "
+            f"got shape {tuple(packed.shape)}",
+        )
+    else:
+        torch._check(
+            packed.shape[1] == words_per_row(in_features, bits),
+            lambda: f"packed must have ceil(K/32)*bits = {words_per_row(in_features, bits)} words per row "
+            f"for K={in_features}, bits={bits}: got {packed.shape[1]}",
+        )
     torch._check(
         1 <= group_size <= in_features,
         lambda: f"group_size must be between 1 and K: got group_size={group_size}, K={in_features}",
     )
+
+
+def codes_of(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """The codes, uint8 ``[N, K]``, of canonical words or of tiles."""
+    return tile_codes(packed, bits)[:, :in_features] if is_tiled(packed) else unpack(packed, bits, in_features)
 
 
 def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:

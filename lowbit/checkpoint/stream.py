@@ -88,11 +88,15 @@ def fill(
 
 
 def validate(model: nn.Module) -> None:
-    """Check the values of every packed layer; raises ``ValueError`` naming layer and tensor."""
+    """Check the values of every packed layer, and make it ready for its device.
+
+    Raises ``ValueError`` naming layer and tensor.
+    """
     seen: set[Layer] = set()
     for name, layer in layers(model).items():
         if layer not in seen:
             layer.validate(name or "layer")
+            layer.prepare()
         seen.add(layer)
 
 

@@ -22,6 +22,7 @@ class CodebookLayer(Layer):
 
     family = "codebook"
     format_class = CodebookFormat
+    code_tensors = ("packed",)
     format: CodebookFormat
     packed: nn.Parameter
     codebook: nn.Parameter

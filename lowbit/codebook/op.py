@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from lowbit import dispatch
-from lowbit.bitpack import unpack
 from lowbit.family import FLOAT_DTYPES
 from lowbit.reference import (
     add_outlier_products,
@@ -32,6 +31,7 @@ from lowbit.reference import (
     check_activations,
     check_codes,
     check_ids,
+    codes_of,
     csr_row_indices,
     embedding_weight_gradient,
     outliers_of,
@@ -64,7 +64,7 @@ library.define(
 _LARGEST_FIXED = 32767  # int8 activations meet weights of 16 bits
 
 
-def _check_weight(
+def check_weight(
     bits: int,
     group_size: int,
     in_features: int,
@@ -151,7 +151,7 @@ def _groups(packed: Tensor, group_size: int, in_features: int) -> Tensor:
 
 def _entry(packed: Tensor, codebook: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
     """The entry of each weight among those of its row's tables, int64 ``[rows, K]``."""
-    codes = unpack(packed, bits, in_features).to(torch.int64)
+    codes = codes_of(packed, bits, in_features).to(torch.int64)
     if codebook.shape[1] == 1:
         return codes
     return codes + (_groups(packed, group_size, in_features) << bits)
@@ -202,7 +202,7 @@ def _reference_linear(
     check_activations(x)
     n, k = packed.shape[0], x.shape[-1]
     nested = (scale_codebook, scale_absmax, scale_offset)
-    _check_weight(bits, group_size, k, packed, codebook, scales, *nested)
+    check_weight(bits, group_size, k, packed, codebook, scales, *nested)
     scale = scale_values(scales, *nested)
     rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
@@ -243,7 +243,7 @@ def _reference_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     nested = (scale_codebook, scale_absmax, scale_offset)
-    _check_weight(bits, group_size, in_features, packed, codebook, scales, *nested)
+    check_weight(bits, group_size, in_features, packed, codebook, scales, *nested)
     scale = scale_values(scales, *nested)
     out = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     for rows in row_blocks(*out.shape):
@@ -273,7 +273,7 @@ def _reference_embedding(
 ) -> Tensor:
     check_ids(ids)
     nested = (scale_codebook, scale_absmax, scale_offset)
-    _check_weight(bits, group_size, embedding_dim, packed, codebook, scales, *nested)
+    check_weight(bits, group_size, embedding_dim, packed, codebook, scales, *nested)
     unique, position = unique_ids(ids, packed.shape[0])
     scale = scale_values(scales, *nested)
     dense = dequantize_rows(
@@ -287,20 +287,22 @@ def _reference_embedding(
 dispatch.register_reference(library, "codebook_linear", _reference_linear)
 dispatch.register_reference(library, "codebook_dequantize", _reference_dequantize)
 dispatch.register_reference(library, "codebook_embedding", _reference_embedding)
+for _function in ("linear", "dequantize", "embedding"):
+    dispatch.register_triton(library, f"codebook_{_function}", "lowbit.codebook.kernel_triton", _function)
 
 
 @torch.library.register_fake("lowbit::codebook_linear", lib=library)
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     weight, (bits, group_size) = arguments[:6], arguments[-4:-2]
     check_activations(x)
-    _check_weight(bits, group_size, x.shape[-1], *weight)
+    check_weight(bits, group_size, x.shape[-1], *weight)
     return x.new_empty(*x.shape[:-1], weight[0].shape[0])
 
 
 @torch.library.register_fake("lowbit::codebook_dequantize", lib=library)
 def _fake_dequantize(*arguments: Any) -> Tensor:
     weight, (bits, group_size, in_features, dtype) = arguments[:6], arguments[-4:]
-    _check_weight(bits, group_size, in_features, *weight)
+    check_weight(bits, group_size, in_features, *weight)
     packed: Tensor = weight[0]
     return packed.new_empty(packed.shape[0], in_features, dtype=dtype)
 
@@ -309,7 +311,7 @@ def _fake_dequantize(*arguments: Any) -> Tensor:
 def _fake_embedding(ids: Tensor, *arguments: Any) -> Tensor:
     weight, (bits, group_size, embedding_dim, dtype) = arguments[:6], arguments[-5:-1]
     check_ids(ids)
-    _check_weight(bits, group_size, embedding_dim, *weight)
+    check_weight(bits, group_size, embedding_dim, *weight)
     packed: Tensor = weight[0]
     return packed.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 

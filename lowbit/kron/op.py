@@ -296,6 +296,7 @@ _REFERENCES: dict[str, Callable[..., Tensor]] = {
 }
 for _name, _reference in _REFERENCES.items():
     dispatch.register_reference(library, _name, _reference)
+    dispatch.register_triton(library, _name, "lowbit.kron.kernel_triton", _name.removeprefix("kron_"))
 
 
 @torch.library.register_fake("lowbit::kron_linear", lib=library)

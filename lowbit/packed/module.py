@@ -14,6 +14,7 @@ class PackedLayer(Layer):
 
     family = "packed"
     format_class = PackedFormat
+    code_tensors = ("packed",)
     format: PackedFormat
     packed: nn.Parameter
     scales: nn.Parameter

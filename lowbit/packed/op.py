@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lowbit import dispatch
-from lowbit.bitpack import unpack
 from lowbit.reference import (
     add_outlier_products,
     add_outlier_rows,
@@ -20,6 +19,7 @@ from lowbit.reference import (
     check_activations,
     check_codes,
     check_ids,
+    codes_of,
     csr_row_indices,
     embedding_weight_gradient,
     outliers_of,
@@ -47,7 +47,7 @@ library.define(
 )
 
 
-def _check_weight(
+def check_weight(
     packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> None:
     """Shapes that must agree, whoever calls; raises through ``torch._check``."""
@@ -66,6 +66,14 @@ def _check_weight(
             zeros.shape == scales.shape,
             lambda: f"zeros must have the shape of scales {tuple(scales.shape)}: got {tuple(zeros.shape)}",
         )
+
+
+def check_linear(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> None:
+    """:func:`check_weight` and the activations."""
+    check_activations(x)
+    check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
 
 
 def dequantize_rows(
@@ -89,7 +97,7 @@ def dequantize_rows(
 def _centered(packed: Tensor, zeros: Tensor | None, bits: int, group: Tensor) -> Tensor:
     """``code - zero`` as float32 ``[rows, K]``; ``group[k]`` is the group of column k."""
     zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros.float()[:, group]
-    return unpack(packed, bits, len(group)).float() - zero
+    return codes_of(packed, bits, len(group)).float() - zero
 
 
 @overload
@@ -125,7 +133,7 @@ def _reference_linear(
 ) -> Tensor:
     check_activations(x)
     n, k = packed.shape[0], x.shape[-1]
-    _check_weight(packed, scales, zeros, bits, group_size, k)
+    check_weight(packed, scales, zeros, bits, group_size, k)
     rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
     outliers = (outlier_values, outlier_columns, outlier_rows)
@@ -157,7 +165,7 @@ def _int8_block(
 ) -> Tensor:
     """Integer dot products per group (exact in float64), then ``(sum_g scale_g * dot_g) / inverse`` in float32."""
     q, k = q.double(), q.shape[-1]
-    codes = unpack(packed, bits, k).double()
+    codes = codes_of(packed, bits, k).double()
     y = torch.zeros(q.shape[0], packed.shape[0], dtype=torch.float32, device=q.device)
     for g, start in enumerate(range(0, k, group_size)):
         group = slice(start, min(start + group_size, k))
@@ -179,7 +187,7 @@ def _reference_dequantize(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_weight(packed, scales, zeros, bits, group_size, in_features)
+    check_weight(packed, scales, zeros, bits, group_size, in_features)
     weight = (packed, scales, zeros, outlier_values, outlier_columns, outlier_rows)
     out = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     for rows in row_blocks(*out.shape):
@@ -201,7 +209,7 @@ def _reference_embedding(
     dtype: torch.dtype,
 ) -> Tensor:
     check_ids(ids)
-    _check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
+    check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     unique, position = unique_ids(ids, packed.shape[0])
     dense = dequantize_rows(
         packed[unique], scales if scales.shape[0] == 1 else scales[unique],
@@ -215,6 +223,8 @@ def _reference_embedding(
 dispatch.register_reference(library, "packed_linear", _reference_linear)
 dispatch.register_reference(library, "packed_dequantize", _reference_dequantize)
 dispatch.register_reference(library, "packed_embedding", _reference_embedding)
+for _function in ("linear", "dequantize", "embedding"):
+    dispatch.register_triton(library, f"packed_{_function}", "lowbit.packed.kernel_triton", _function)
 
 
 @torch.library.register_fake("lowbit::packed_linear", lib=library)
@@ -223,14 +233,14 @@ def _fake_linear(
 ) -> Tensor:
     *_, bits, group_size, _int8 = rest
     check_activations(x)
-    _check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
+    check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 @torch.library.register_fake("lowbit::packed_dequantize", lib=library)
 def _fake_dequantize(packed: Tensor, scales: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor:
     *_, bits, group_size, in_features, dtype = rest
-    _check_weight(packed, scales, zeros, bits, group_size, in_features)
+    check_weight(packed, scales, zeros, bits, group_size, in_features)
     return packed.new_empty(packed.shape[0], in_features, dtype=dtype)
 
 
@@ -240,7 +250,7 @@ def _fake_embedding(
 ) -> Tensor:
     *_, bits, group_size, embedding_dim, dtype = rest
     check_ids(ids)
-    _check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
+    check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     return packed.new_empty(*ids.shape, embedding_dim, dtype=dtype)
 
 
