@@ -13,6 +13,8 @@ from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
 from lowbit.codebook.read import codebook_of
 from lowbit.convert import convert, dequantize
 from lowbit.dispatch import backends, use_backend
+from lowbit.gpu.models import tune, warmup
+from lowbit.gpu.tuning import batch_invariant
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
@@ -27,8 +29,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
     "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",
-    "PackedFormat", "PackedLinear", "PackedWeight", "Report", "Source", "backends", "codebook_of", "convert",
-    "convert_folder", "dequantize", "load", "register_source", "report", "save", "use_backend",
+    "PackedFormat", "PackedLinear", "PackedWeight", "Report", "Source", "backends", "batch_invariant",
+    "codebook_of", "convert", "convert_folder", "dequantize", "load", "register_source", "report", "save", "tune",
+    "use_backend", "warmup",
 ]  # fmt: skip
 
 dispatch.initialize()

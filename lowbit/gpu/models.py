@@ -1,0 +1,156 @@
+"""What is done once for a model before it serves: compiling its kernels, and measuring their configurations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import dispatch
+from lowbit.family import dtype_name
+from lowbit.gpu import launch, tuning
+from lowbit.gpu.tuning import Config, Question
+from lowbit.layer import EmbeddingLayer, Layer, layers
+
+# Beyond this, a plan depends on M only through multiples of this.
+_ROWS = 16
+_EVERY_M_UP_TO = 256
+
+
+def warmup(model: nn.Module, max_m: int) -> int:
+    """Compile every kernel that the packed layers of ``model`` can need for up to ``max_m`` rows of input.
+
+    Args:
+        model: a converted model; its layers on a GPU are prepared, those elsewhere have nothing to compile.
+        max_m: the largest number of rows (tokens of a batch) that a layer will be given.
+
+    Returns:
+        How many kernels were compiled, or loaded from Triton's cache on disk. ``lowbit.gpu.launch.compilations()``
+        counts them, and does not rise any more for inputs of up to ``max_m`` rows in the layers' dtype.
+
+    Raises:
+        ValueError: ``max_m`` is below 1.
+    """
+    if not isinstance(max_m, int) or max_m < 1:
+        raise ValueError(f"max_m must be an integer of at least 1: got max_m={max_m!r}")
+    before = launch.compilations()
+    seen: set[Any] = set()
+    with torch.no_grad():
+        for layer in _on_gpu(model):
+            layer.prepare()
+            for m in _sizes(max_m):
+                x = _input(layer, m)
+                with launch.collecting() as planned:
+                    layer.forward(x)
+                new = {step.signature for step in planned} - seen
+                if new:
+                    layer.forward(x)
+                    seen |= new
+    return launch.compilations() - before
+
+
+def _on_gpu(model: nn.Module) -> Iterator[Layer]:
+    for layer in layers(model).values():
+        if dispatch.active_backend(layer.device.type) == "triton":
+            yield layer
+
+
+def _sizes(max_m: int) -> list[int]:
+    few = range(1, min(max_m, _EVERY_M_UP_TO) + 1)
+    return [*few, *range(_EVERY_M_UP_TO + _ROWS, max_m + _ROWS, _ROWS)]
+
+
+def _input(layer: Layer, m: int) -> Tensor:
+    if isinstance(layer, EmbeddingLayer):
+        return torch.zeros(m, dtype=torch.int64, device=layer.device)
+    return torch.zeros(m, layer.format.in_features, dtype=layer.dtype, device=layer.device)
+
+
+def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]]:
+    """Measure the configurations of the matrix products of a model's layers on this GPU, and keep the fastest.
+
+    It takes minutes. The rows go to the user's file (:func:`lowbit.gpu.tuning.cache_file`), where every later process
+    finds them; nothing else ever measures.
+
+    Args:
+        model: a converted model on a GPU.
+        max_m: the largest number of rows of input to measure for.
+
+    Returns:
+        The new rows, as in ``lowbit/gpu/tuned.json``.
+
+    Raises:
+        RuntimeError: no layer of the model runs Triton kernels on a GPU.
+    """
+    measurable = [layer for layer in _on_gpu(model) if layer.device.type == "cuda"]
+    if not measurable:
+        reason = dispatch.why_unavailable("triton") or "no packed layer of the model is on a GPU"
+        raise RuntimeError(f"tune measures layers on a GPU: {reason}")
+    rows: dict[Any, dict[str, Any]] = {}
+    with torch.no_grad():
+        for layer in measurable:
+            for m, question in _questions(layer, max_m):
+                key = (question.kernel, question.x, question.bits, question.n, question.k, m)
+                if key not in rows:
+                    rows[key] = _measure(layer, m, question)
+    tuning.remember(list(rows.values()))
+    return list(rows.values())
+
+
+def _questions(layer: Layer, max_m: int) -> Iterator[tuple[int, Question]]:
+    """The products of a layer in each regime of M that the shipped table knows."""
+    with tuning.asking() as asked, launch.collecting():
+        layer.forward(_input(layer, 1))
+    for question in dict.fromkeys(asked):
+        for m in tuning.regimes(question.target, question.kernel, question.x, question.bits):
+            yield min(m, max_m), question
+            if m >= max_m:
+                break
+
+
+def _measure(layer: Layer, m: int, question: Question) -> dict[str, Any]:
+    from triton.testing import do_bench
+
+    x = torch.randn(m, layer.format.in_features, device=layer.device).to(layer.dtype)
+    times: dict[Config, float] = {}
+    for config in candidates(m, question):
+        try:
+            with tuning.using(config):
+                times[config] = float(do_bench(lambda: layer.forward(x), warmup=5, rep=20, return_mode="median"))
+        except _does_not_fit():
+            continue
+    best = min(times, key=lambda config: times[config])
+    where = f"{torch.cuda.get_device_name(layer.device)}, torch {torch.__version__}"
+    return {
+        "kernel": question.kernel, "arch": question.target.name, "x": [dtype_name(question.x)],
+        "bits": [question.bits], "n": question.n, "k": question.k, "max_m": m,
+        "block_n": best.block_n, "block_m": best.block_m, "warps": best.warps, "stages": best.stages,
+        "split": best.split, "dense": best.dense,
+        "source": f"measured: {1e3 * times[best]:.1f} us by do_bench, {where}, {date.today()}",
+    }  # fmt: skip
+
+
+def _does_not_fit() -> tuple[type[Exception], ...]:
+    """What Triton raises for a configuration that needs more shared memory or registers than there are."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError, CompilationError
+
+
+def candidates(m: int, question: Question) -> Iterator[Config]:
+    """What :func:`tune` measures: the shipped choice first."""
+    yield tuning.choose(question.target, question.kernel, question.x, question.bits, m, question.n, question.k)
+    if question.x != torch.int8:
+        yield Config(dense=True)
+    largest = max(16, min(128, 1 << (m - 1).bit_length()))
+    blocks = [(n, b) for n in (64, 128) for b in (16, 32, 64, 128) if b in (largest, largest // 2)]
+    for (block_n, block_m), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
+        programs = -(-question.n // block_n) * -(-m // block_m)
+        for split in (1, 2, 4, 8, 16):
+            if split == 1 or (programs * split <= 8 * question.target.processors and split * 256 <= question.k):
+                yield Config(block_n, block_m, warps, stages, split)

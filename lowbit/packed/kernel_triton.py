@@ -1,0 +1,503 @@
+"""Triton kernels of family ``packed``; what they compute is in :mod:`lowbit.packed.op`.
+
+The product is taken with exact integers, ``x @ (code - center).T``, on tensor cores with float32 sums (int32 for int8
+activations); the scales, one per row or per group, multiply the sums. So no weight is ever rounded. Weights are the
+left operand, their rows along the 64 or 128 rows of a tensor-core tile, so that a single row of activations needs no
+kernel of its own. Where few rows leave processors idle, K is split and a second launch adds the parts in order.
+
+Groups of a size that is no multiple of 32 take a slower way: weights are multiplied out in float32, and enter the
+product as exact sums of bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.family import dtype_name
+from lowbit.gpu import tuning
+from lowbit.gpu.blocks import (
+    centered,
+    chunk_codes,
+    dot,
+    dot_float32,
+    element_code,
+    fields,
+    load_plane,
+    load_upper_planes,
+    outlier_products,
+    plane_width,
+)  # fmt: skip
+from lowbit.gpu.checks import check_bias, check_outliers, check_tensors, check_x_scale
+from lowbit.gpu.launch import Launch, Target, run, target_of
+from lowbit.gpu.layout import tiles_of, tiles_per_row
+from lowbit.gpu.rows import (
+    INT8_COLUMNS,
+    aligned_rows,
+    library_product,
+    plan_quantize,
+    plan_row_sums,
+    plan_sum,
+    row_stride,
+    scale_period,
+    views,
+)  # fmt: skip
+from lowbit.packed.op import check_linear, check_weight
+from lowbit.reference import check_ids
+
+_NONE = (None, None, None)
+
+
+@triton.jit
+def _center(zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The integer nearest to a zero point for which ``code - center`` is exact in DTYPE; int32."""
+    if DTYPE == tl.int8 and BITS == 8:
+        return tl.full(zero.shape, 128, tl.int32)
+    else:
+        largest = (1 << BITS) - 1
+        return (tl.minimum(tl.maximum(zero, 0.0), largest) + 0.5).to(tl.int32)
+
+
+@triton.jit
+def _with_residual(products, x_sums, center, zero, RESIDUAL: tl.constexpr, ZEROS: tl.constexpr):
+    """``sum x * (code - zero)`` from ``sum x * (code - center)`` and ``sum x``: float32, exact for integers."""
+    if RESIDUAL and ZEROS == "int":  # of int8 activations; x_sums may be those of a longer row than products
+        rest = (center - zero.to(tl.int32)).to(tl.int64)[:, None]
+        return (products.to(tl.int64) + rest * x_sums.to(tl.int64)[None, :]).to(tl.float32)
+    elif RESIDUAL:
+        rest = (center.to(tl.float32) - zero)[:, None]
+        return products.to(tl.float32) + rest * x_sums.to(tl.float32)[None, :]
+    else:
+        return products.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride"])
+def packed_linear_kernel(
+    x_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, bias_ptr, inverse_ptr, x_sums_ptr,
+    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, y_ptr,
+    m_size, n_size, k_size, tiles, groups, x_stride, outlier_x_stride,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, FLUSH: tl.constexpr, PER_TENSOR: tl.constexpr, ZEROS: tl.constexpr,
+    EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] of one block, or one part of K of it where SPLIT > 1 (y is then float32 ``[SPLIT, M, N]``).
+
+    FLUSH: chunks after which the sums meet their scale; 0: once, at the end; -1: weights are scaled one by one.
+    ``x_sums_ptr``: sums of whole rows of x, where FLUSH is 0 and the zero point needs them.
+    ZEROS: "none", "int" or "float". GROUP_SIZE is not read where FLUSH is 0.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(2)
+    n_valid = n < n_size
+    m_valid = m < m_size
+    # Rows past the end are computed like the last one and not stored: no load in the loop needs a mask for them.
+    n_row = tl.minimum(n, n_size - 1)
+    m_row = tl.minimum(m, m_size - 1).to(tl.int64)
+    lane = tl.arange(0, 32)
+    first_tile = n_row.to(tl.int64) * tiles
+    first_scale = n_row.to(tl.int64) * groups
+    x_rows = x_ptr + m_row * (x_stride * X_ALIGN)
+
+    INT8: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    DTYPE: tl.constexpr = tl.bfloat16 if x_ptr.dtype.element_ty == tl.float32 else x_ptr.dtype.element_ty
+    SUMS: tl.constexpr = tl.int32 if INT8 else tl.float32
+    # what the center leaves of the zero point meets the sum of x
+    RESIDUAL: tl.constexpr = FLUSH >= 0 and (ZEROS == "float" or (ZEROS == "int" and INT8 and BITS == 8))
+    FIELDS: tl.constexpr = fields(plane_width(BITS, 0))
+
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    products = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+    x_sums = tl.zeros((BLOCK_M,), SUMS)
+    center = tl.full((BLOCK_N,), 1 << (BITS - 1), tl.int32)
+    zero = tl.zeros((BLOCK_N,), tl.float32)
+    if FLUSH == 0 and ZEROS != "none":
+        zero = tl.load(zeros_ptr + (0 if PER_TENSOR else n_row)).to(tl.float32) + tl.zeros((BLOCK_N,), tl.float32)
+        center = _center(zero, BITS, DTYPE)
+
+    begin = (part * tiles) // SPLIT
+    end = ((part + 1) * tiles) // SPLIT
+    for t in range(begin, end):
+        second, third = load_upper_planes(tiles16_ptr, tiles8_ptr, first_tile + t, BITS)
+        for CHUNK in tl.static_range(8):
+            if CHUNK % FIELDS == 0:
+                first = load_plane(tiles16_ptr, tiles8_ptr, first_tile + t, BITS, 0, CHUNK // FIELDS)
+            k = t * 256 + CHUNK * 32 + lane
+            if EVEN_K:
+                x = tl.load(x_rows[None, :] + k[:, None])
+            else:
+                x = tl.load(x_rows[None, :] + k[:, None], mask=k[:, None] < k_size, other=0.0)
+            if FLUSH < 0:
+                group = tl.minimum(k, k_size - 1) // GROUP_SIZE
+                at = first_scale[:, None] + group[None, :]
+                weights = chunk_codes(first, second, third, 0, BITS, CHUNK, PTX).to(tl.float32)
+                if ZEROS == "none":
+                    weights -= 1 << (BITS - 1)
+                else:
+                    weights -= tl.load(zeros_ptr + at).to(tl.float32)
+                weights *= tl.load(scales_ptr + at).to(tl.float32)
+                sums = dot_float32(weights, x.to(tl.bfloat16) if INT8 else x, sums)
+            else:
+                if FLUSH > 0:
+                    if CHUNK % FLUSH == 0:
+                        products = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+                        x_sums = tl.zeros((BLOCK_M,), SUMS)
+                        at = first_scale + tl.minimum((t * 8 + CHUNK) * 32 // GROUP_SIZE, groups - 1)
+                        if ZEROS != "none":
+                            zero = tl.load(zeros_ptr + at).to(tl.float32)
+                            center = _center(zero, BITS, DTYPE)
+                weights = centered(first, second, third, center, BITS, CHUNK, DTYPE, PTX)
+                products = dot(weights, x, products)
+                # With FLUSH 0 products stay in flight over an iteration: only they may read x (Triton would overwrite
+                # what they still read, were x also taken into registers).
+                if RESIDUAL and FLUSH > 0:
+                    x_sums += tl.sum(x.to(SUMS), 0)
+                if FLUSH > 0:
+                    if CHUNK % FLUSH == FLUSH - 1:
+                        scale = tl.load(scales_ptr + at).to(tl.float32)
+                        sums += _with_residual(products, x_sums, center, zero, RESIDUAL, ZEROS) * scale[:, None]
+    if FLUSH == 0:
+        if RESIDUAL:
+            x_sums = tl.load(x_sums_ptr + m_row, mask=m_valid & (part == 0), other=0)
+        scale = tl.load(scales_ptr + (0 if PER_TENSOR else n_row)).to(tl.float32) + tl.zeros((BLOCK_N,), tl.float32)
+        sums = _with_residual(products, x_sums, center, zero, RESIDUAL, ZEROS) * scale[:, None]
+    if inverse_ptr is not None:
+        sums = tl.div_rn(sums, tl.load(inverse_ptr + m_row)[None, :] + tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    if outlier_values_ptr is not None:
+        sums += outlier_products(
+            outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, outlier_x_stride,
+            n, n_valid, m, m_valid, part, SPLIT, ENTRIES,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
+    y_row = (part * m_size + m).to(tl.int64) * n_size
+    tl.store(
+        y_ptr + y_row[None, :] + n[:, None], sums.to(y_ptr.dtype.element_ty),
+        mask=n_valid[:, None] & m_valid[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def packed_rows_kernel(
+    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, y_ptr, rows, n_size, k_size, tiles, groups,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PER_TENSOR: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y[i, :] = row ids[i] of W (row i without ids), one tile of BLOCK rows; NaN for an id outside [0, N)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.program_id(1)
+    i_row = tl.minimum(i, rows - 1)
+    n = i_row
+    if ids_ptr is not None:
+        n = tl.load(ids_ptr + i_row).to(tl.int64)
+    known = (n >= 0) & (n < n_size)
+    n = tl.where(known, n, 0)
+    tile = n * tiles + t
+    second, third = load_upper_planes(tiles16_ptr, tiles8_ptr, tile, BITS)
+    FIELDS: tl.constexpr = fields(plane_width(BITS, 0))
+    for CHUNK in tl.static_range(8):
+        if CHUNK % FIELDS == 0:
+            first = load_plane(tiles16_ptr, tiles8_ptr, tile, BITS, 0, CHUNK // FIELDS)
+        k = t * 256 + CHUNK * 32 + tl.arange(0, 32)
+        code = chunk_codes(first, second, third, 0, BITS, CHUNK, PTX)
+        w = _value(code, scales_ptr, zeros_ptr, n[:, None], k[None, :], k_size, groups, BITS, GROUP_SIZE, PER_TENSOR)
+        w = tl.where(known[:, None], w, float("nan"))
+        inside = (i < rows)[:, None] & (k < k_size)[None, :]
+        tl.store(y_ptr + i[:, None] * k_size + k[None, :], w.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _value(
+    code, scales_ptr, zeros_ptr, n, k, k_size, groups, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+):  # fmt: skip
+    """``(code - zero) * scale`` in float32."""
+    at = (n * 0 if PER_TENSOR else n * groups) + tl.minimum(k, k_size - 1) // GROUP_SIZE
+    if zeros_ptr is None:
+        centered = code.to(tl.float32) - (1 << (BITS - 1))
+    else:
+        centered = code.to(tl.float32) - tl.load(zeros_ptr + at).to(tl.float32)
+    return centered * tl.load(scales_ptr + at).to(tl.float32)
+
+
+@triton.jit
+def packed_outlier_rows_kernel(
+    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_columns_ptr,
+    outlier_pointers_ptr, y_ptr, n_size, k_size, tiles, groups,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The elements of y (as of packed_rows_kernel) that have an outlier: y[i, column] = W[n, column] + value."""
+    i = tl.program_id(0).to(tl.int64)
+    n = i
+    if ids_ptr is not None:
+        n = tl.load(ids_ptr + i).to(tl.int64)
+    known = (n >= 0) & (n < n_size)
+    n = tl.where(known, n, 0)
+    begin = tl.load(outlier_pointers_ptr + n)
+    end = tl.where(known, tl.load(outlier_pointers_ptr + n + 1), begin)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < end
+        k = tl.load(outlier_columns_ptr + at, mask=inside, other=0).to(tl.int32)
+        value = tl.load(outlier_values_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        code = element_code(tiles16_ptr, tiles8_ptr, n * tiles, k, BITS)
+        w = _value(code, scales_ptr, zeros_ptr, n, k, k_size, groups, BITS, GROUP_SIZE, PER_TENSOR) + value
+        tl.store(y_ptr + i * k_size + k, w.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# ------------------------------------------------------------------------------------------------------- on the host
+
+
+def _check(
+    device: torch.device,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None = None,
+) -> None:
+    values, columns, rows = outliers
+    check_outliers(values, columns, rows, packed.shape[0])
+    check_tensors(
+        device, packed=packed, scales=scales, zeros=zeros, bias=bias, outlier_values=values, outlier_columns=columns,
+        outlier_rows=rows,
+    )  # fmt: skip
+
+
+def plan_linear(
+    target: Target,
+    config: tuning.Config,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x_scale: Tensor | None,
+    bits: int,
+    group_size: int,
+    int8: bool,
+    y: Tensor,
+) -> list[Launch]:
+    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it."""
+    (m, k), n = x.shape, tiles.shape[0]
+    launches: list[Launch] = []
+    operand, inverse, x_sums = x, None, None
+    if int8:
+        quantize, operand, inverse, x_sums = plan_quantize(x, x_scale)
+        launches.append(quantize)
+    period = scale_period(group_size, k)
+    if period != 0 or zeros is None:
+        x_sums = None
+    elif zeros.is_floating_point() and not int8:
+        sum_rows, x_sums = plan_row_sums(x)
+        launches.append(sum_rows)
+    split = config.split
+    if int8 and period == 0:  # one int32 sum over all of a split
+        split = max(split, -(-k // INT8_COLUMNS))
+    out = y if split == 1 else torch.empty(split, m, n, dtype=torch.float32, device=y.device)
+    words, octets = views(tiles)
+    align, stride = row_stride(operand)
+    values, columns, pointers = outliers
+    launches.append(
+        Launch(
+            packed_linear_kernel,
+            (-(-n // config.block_n), -(-m // config.block_m), split),
+            dict(
+                x_ptr=operand, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros,
+                bias_ptr=bias if split == 1 else None, inverse_ptr=inverse, x_sums_ptr=x_sums,
+                outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers,
+                outlier_x_ptr=None if values is None else x, y_ptr=out, m_size=m, n_size=n, k_size=k,
+                tiles=tiles.shape[1], groups=scales.shape[1], x_stride=stride, outlier_x_stride=x.stride(0),
+            ),
+            dict(
+                BITS=bits, GROUP_SIZE=group_size, FLUSH=period, PER_TENSOR=scales.shape[0] == 1 and n > 1,
+                ZEROS="none" if zeros is None else "float" if zeros.is_floating_point() else "int",
+                EVEN_K=int8 or k % 256 == 0, X_ALIGN=align, SPLIT=split, PTX=target.inline_ptx,
+                BLOCK_N=config.block_n, BLOCK_M=config.block_m, ENTRIES=max(1, 32 // config.block_m),
+            ),
+            # With a fused multiply-add, lanes that hold one sum of outliers would round it differently, and weights
+            # that are multiplied out would not be rounded.
+            config.warps, config.stages, fuse=values is None and period >= 0,
+        )
+    )  # fmt: skip
+    if split > 1:
+        launches.append(plan_sum(out, bias, y))
+    return launches
+
+
+def plan_rows(
+    target: Target,
+    ids: Tensor | None,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bits: int,
+    group_size: int,
+    y: Tensor,
+) -> list[Launch]:
+    """The launches of ``y [rows, K] = W[ids]``, or of all of W where ids is None."""
+    (count, k), n = y.shape, tiles.shape[0]
+    words, octets = views(tiles)
+    weight = dict(
+        ids_ptr=ids, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros, y_ptr=y, n_size=n,
+        k_size=k, tiles=tiles.shape[1], groups=scales.shape[1],
+    )  # fmt: skip
+    constants = dict(BITS=bits, GROUP_SIZE=group_size, PER_TENSOR=scales.shape[0] == 1 and n > 1)
+    block = 16
+    launches = [
+        Launch(
+            packed_rows_kernel, (-(-count // block), tiles.shape[1]), {**weight, "rows": count},
+            {**constants, "BLOCK": block, "PTX": target.inline_ptx}, fuse=False,
+        )
+    ]  # fmt: skip
+    values, columns, pointers = outliers
+    if values is not None:
+        sparse = dict(outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers)
+        launches.append(
+            Launch(
+                packed_outlier_rows_kernel, (count,), {**weight, **sparse}, {**constants, "BLOCK": 32}, 1, fuse=False
+            )
+        )
+    return launches
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    x_scale: Tensor | None,
+    bits: int,
+    group_size: int,
+    int8: bool,
+) -> Tensor:
+    """``lowbit::packed_linear`` on a GPU."""
+    check_linear(x, packed, scales, zeros, bits, group_size)
+    n, k = packed.shape[0], x.shape[-1]
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    _check(x.device, packed, scales, zeros, outliers, bias)
+    check_bias(bias, n)
+    check_x_scale(x_scale, int8)
+    flat = aligned_rows(x.reshape(-1, k))
+    m = flat.shape[0]
+    target = target_of(x.device)
+    tiles = tiles_of(packed, bits, k)
+    name = "packed_linear" if scale_period(group_size, k) >= 0 else "packed_linear_odd_groups"
+    config = tuning.choose(target, name, torch.int8 if int8 else x.dtype, bits, m, n, k)
+    if config.dense:
+
+        def weight_rows(ids: Tensor | None) -> Tensor:
+            rows = torch.empty(n if ids is None else len(ids), k, dtype=x.dtype, device=x.device)
+            run(plan_rows(target, ids, tiles, scales, zeros, outliers, bits, group_size, rows))
+            return rows
+
+        return library_product(x, weight_rows, n, bias)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    run(plan_linear(target, config, flat, tiles, scales, zeros, bias, outliers, x_scale, bits, group_size, int8, y))
+    return y.view(*x.shape[:-1], n)
+
+
+def dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``lowbit::packed_dequantize`` on a GPU."""
+    check_weight(packed, scales, zeros, bits, group_size, in_features)
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    _check(packed.device, packed, scales, zeros, outliers)
+    y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
+    tiles = tiles_of(packed, bits, in_features, quiet=True)
+    run(plan_rows(target_of(y.device), None, tiles, scales, zeros, outliers, bits, group_size, y))
+    return y
+
+
+def embedding(
+    ids: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    bits: int,
+    group_size: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``lowbit::packed_embedding`` on a GPU. An id out of range gives a row of NaN: checking would wait for the GPU."""
+    check_ids(ids)
+    check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
+    outliers = (outlier_values, outlier_columns, outlier_rows)
+    _check(ids.device, packed, scales, zeros, outliers)
+    y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
+    tiles = tiles_of(packed, bits, embedding_dim)
+    run(
+        plan_rows(
+            target_of(y.device), ids.reshape(-1).contiguous(), tiles, scales, zeros, outliers, bits, group_size, y
+        )
+    )
+    return y.view(*ids.shape, embedding_dim)
+
+
+def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
+    """Every configuration that the package ships for ``target``, planned on meta tensors of 4096 x 4096 weights.
+
+    With scales and zeros per group, which take more registers than those per row; other kinds at 4 bits.
+    """
+    n = k = 4096
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weight(bits: int, group_size: int, zeros: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        shape = (n, -(-k // group_size))
+        tiles = empty((n, tiles_per_row(k), 8 * bits), torch.int32)
+        return tiles, empty(shape, torch.float16), None if zeros is None else empty(shape, zeros)
+
+    def linears(
+        name: str, bits: int, dtype: torch.dtype, group_size: int, zeros: torch.dtype | None, outliers: bool = False,
+        kernel: str = "packed_linear",
+    ) -> Iterator[tuple[str, list[Launch]]]:  # fmt: skip
+        int8 = dtype == torch.int8
+        sparse = (empty((64,), torch.float16), empty((64,), torch.int16), empty((n + 1,), torch.int32))
+        for m in tuning.regimes(target, kernel, dtype, bits):
+            config = tuning.choose(target, kernel, dtype, bits, m, n, k)
+            if not config.dense:
+                x = empty((m, k), torch.float16 if int8 else dtype)
+                yield (
+                    f"packed_linear {bits}-bit {name} {dtype_name(dtype)} M={m}",
+                    plan_linear(
+                        target, config, x, *weight(bits, group_size, zeros), None,
+                        sparse if outliers else (None, None, None), None, bits, group_size, int8,
+                        empty((m, n), x.dtype),
+                    ),
+                )  # fmt: skip
+
+    for bits in range(2, 9):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
+            yield from linears("group 128", bits, dtype, 128, torch.uint8)
+        tiles, scales, zeros = weight(bits, 128, torch.uint8)
+        ids, y = empty((64,), torch.int64), empty((64, k), torch.float16)
+        yield f"packed_embedding {bits}-bit", plan_rows(target, ids, tiles, scales, zeros, _NONE, bits, 128, y)
+    for dtype in (torch.float16, torch.int8):
+        yield from linears("per row", 4, dtype, k, None)
+        yield from linears("group 128, float zeros", 4, dtype, 128, torch.float16)
+        yield from linears("group 128, outliers", 4, dtype, 128, None, outliers=True)
+        yield from linears("group 20", 4, dtype, 20, torch.uint8, kernel="packed_linear_odd_groups")
