@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,31 +30,82 @@ ROWS = (0, 1, 2, 3, 5, 8, 17)
 
 @dataclass(frozen=True)
 class Where:
-    """A backend, and for the compiled one an ISA."""
+    """A backend, for the compiled one an ISA, and the device whose tensors it is given."""
 
     backend: str
     isa: str = ""
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return self.isa or self.backend
+        return self.isa or (self.backend if self.device == "cpu" else f"{self.backend}-{self.device}")
 
 
-def everywhere() -> list[Where]:
-    """The reference and every ISA this machine can run, or the one that LOWBIT_ISA forces."""
+def everywhere(interpreter: bool = True) -> list[Where]:
+    """The reference, every ISA this machine can run (or the one that LOWBIT_ISA forces), and, unless it is not wanted,
+    Triton in its interpreter where there is no GPU. With LOWBIT_TEST_DEVICE=cuda, what runs on a GPU and nothing else.
+    """
+    if os.environ.get("LOWBIT_TEST_DEVICE") == "cuda":
+        return [Where("triton", device="cuda"), Where("reference", device="cuda")]
     compiled = [] if dispatch.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
-    return [Where("reference"), *compiled]
+    return [Where("reference"), *compiled, *([Where("triton")] if interpreter and dispatch.interpreting() else [])]
+
+
+Case = TypeVar("Case")
+
+
+def share(where: Where, items: Sequence[Case], turn: int, turns: int) -> list[tuple[int, Case]]:
+    """(i, items[i]) of all items; for Triton's interpreter, which is slow, of every ``turns``-th, from ``turn`` on.
+
+    Tests with ``turns`` parameters (dtypes, say) so run every case there once, and each parameter on a share of them.
+    """
+    numbered = list(enumerate(items))
+    return numbered[turn::turns] if where == Where("triton") else numbered
+
+
+_device = torch.device("cpu")
 
 
 @contextmanager
 def running(where: Where) -> Iterator[None]:
-    """Force ``where`` and make sure that it is what runs."""
+    """Force ``where``, make sure that it is what runs, and give :func:`call` its device."""
+    global _device
     with ExitStack() as stack:
         stack.enter_context(dispatch.use_backend(where.backend))
         if where.isa:
             stack.enter_context(native.use_isa(where.isa))
             assert native.isa() == where.isa
-        assert dispatch.active_backend("cpu") == where.backend
-        yield
+        assert dispatch.active_backend(where.device) == where.backend
+        _device = torch.device(where.device)
+        try:
+            yield
+        finally:
+            _device = torch.device("cpu")
+
+
+def call(op: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """``op`` of the arguments moved to the device under test, its result on the CPU."""
+    if _device.type == "cpu":
+        launched = _interpreted()
+        result: Tensor = op(*args, **kwargs)
+        if dispatch.active_backend("cpu") == "triton":
+            assert _interpreted() > launched or not result.numel(), f"{op} launched no kernel"
+        return result
+    moved = [on_device(a) if isinstance(a, Tensor) else a for a in args]
+    named = {name: on_device(a) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+    return op(*moved, **named).cpu()  # type: ignore[no-any-return]
+
+
+def _interpreted() -> int:
+    """Launches in Triton's interpreter so far."""
+    return sum(sys.modules["interpreter"].launches.values()) if "interpreter" in sys.modules else 0
+
+
+def on_device(t: Tensor) -> Tensor:
+    """``t`` on the device under test, its strides kept."""
+    if t.is_contiguous():
+        return t.to(_device)
+    whole = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    return whole.to(_device).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
 def formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[PackedFormat]:
@@ -89,19 +143,22 @@ class Weight:
         self, x: Tensor, bias: Tensor | None = None, *, int8: bool = False, x_scale: Tensor | None = None
     ) -> Tensor:
         f = self.format
-        return torch.ops.lowbit.packed_linear(
+        return call(
+            torch.ops.lowbit.packed_linear,
             x, self.packed, self.scales, self.zeros, bias, *self.outliers, x_scale, f.bits, f.group_size, int8
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         f = self.format
-        return torch.ops.lowbit.packed_dequantize(
+        return call(
+            torch.ops.lowbit.packed_dequantize,
             self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
         )
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         f = self.format
-        return torch.ops.lowbit.packed_embedding(
+        return call(
+            torch.ops.lowbit.packed_embedding,
             ids, self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
         )
 

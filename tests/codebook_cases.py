@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from cases import DTYPES
+from cases import DTYPES, call
 from cases import SHAPES as PACKED_SHAPES
 from torch import Tensor
 
@@ -74,19 +74,22 @@ class Weight:
         x_scale: Tensor | None = None,
         mean_gradient: bool = False,
     ) -> Tensor:
-        return torch.ops.lowbit.codebook_linear(
+        return call(
+            torch.ops.lowbit.codebook_linear,
             x, self.packed, self.codebook, self.scales, *self.nested, bias, *self.outliers, x_scale, self.kind.bits,
             self.kind.group_size, int8, mean_gradient,
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.ops.lowbit.codebook_dequantize(
+        return call(
+            torch.ops.lowbit.codebook_dequantize,
             self.packed, self.codebook, self.scales, *self.nested, *self.outliers, self.kind.bits,
             self.kind.group_size, self.kind.k, dtype,
         )  # fmt: skip
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.ops.lowbit.codebook_embedding(
+        return call(
+            torch.ops.lowbit.codebook_embedding,
             ids, self.packed, self.codebook, self.scales, *self.nested, *self.outliers, self.kind.bits,
             self.kind.group_size, self.kind.k, dtype, True,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from cases import DTYPES
+from cases import DTYPES, call
 from numerics import assert_linear_close
 from torch import Tensor
 
@@ -118,13 +118,13 @@ class Weight:
         )  # fmt: skip
 
     def linear(self, x: Tensor, bias: Tensor | None = None, **changed: Any) -> Tensor:
-        return torch.ops.lowbit.kron_linear(x, bias=bias, **{**self.arguments, **changed})
+        return call(torch.ops.lowbit.kron_linear, x, bias=bias, **{**self.arguments, **changed})
 
     def dequantize(self, dtype: torch.dtype = torch.float32, **changed: Any) -> Tensor:
-        return torch.ops.lowbit.kron_dequantize(dtype=dtype, **{**self.arguments, **changed})
+        return call(torch.ops.lowbit.kron_dequantize, dtype=dtype, **{**self.arguments, **changed})
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32, **changed: Any) -> Tensor:
-        return torch.ops.lowbit.kron_embedding(ids, dtype=dtype, **{**self.arguments, **changed})
+        return call(torch.ops.lowbit.kron_embedding, ids, dtype=dtype, **{**self.arguments, **changed})
 
     def terms(self) -> list[Tensor]:
         """The float64 weight of every term: a product of two float32 is exact in float64."""

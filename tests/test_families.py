@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, everywhere, running
+from cases import DTYPES, call, everywhere, running
 from numerics import assert_bitwise_equal, frobenius_bound
 from torch import Tensor, nn
 
@@ -104,19 +104,21 @@ def test_no_family_is_forgotten() -> None:
 @pytest.mark.parametrize("where", everywhere(), ids=str)
 def test_layers_are_their_dequantized_weight(model: Model, spec: Spec, where: Any) -> None:
     with running(where):
+        model.to(where.device)
         for layer in (model.up, model.down, model.head):
             for dtype in DTYPES:
                 x = torch.randn(7, layer.in_features).to(dtype)
-                y = layer(x).detach()
-                weight = layer.dequantize(torch.float32).double()
-                exact = x.double() @ weight.t() + (0 if layer.bias is None else layer.bias.detach().double())
+                y = call(layer, x).detach()
+                weight = layer.dequantize(torch.float32).cpu().double()
+                bias = 0 if layer.bias is None else layer.bias.detach().cpu().double()
+                exact = x.double() @ weight.t() + bias
                 error = float((y.double() - exact).norm() / exact.norm())
                 # int8 activations round x itself; a Kronecker sum has terms larger than itself
                 bound = 2e-2 if spec.activations == "int8" else 4 * frobenius_bound(dtype, layer.in_features)
                 assert y.dtype == dtype
                 assert error <= bound, (dtype, error, bound)
-        weight = model.embed.dequantize(torch.float32)
-        assert_bitwise_equal(model.embed(ids()), weight[ids()])
+        weight = model.embed.dequantize(torch.float32).cpu()
+        assert_bitwise_equal(call(model.embed, ids()), weight[ids()])
 
 
 def test_the_report_counts_the_bytes(model: Model, spec: Spec) -> None:

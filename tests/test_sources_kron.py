@@ -110,7 +110,7 @@ def assert_multiplies(layer: Any, a: Tensor, b: Tensor) -> None:
     terms = [torch.kron(*pair).detach() for pair in zip(a.double(), b.double(), strict=True)]
     x = torch.randn(5, layer.in_features)
     bias = None if layer.bias is None else layer.bias.detach()
-    for where in everywhere():
+    for where in everywhere(interpreter=False):
         with running(where), torch.no_grad():
             # side by side, the terms give the bound their own magnitudes: their sum may cancel
             assert_linear_close(layer(x), x.repeat(1, len(terms)), torch.cat(terms, 1), bias)
@@ -205,7 +205,7 @@ def test_factored_embedding(vocabulary: int, width: int, factor: int, tmp_path: 
     lowbit.convert(model)
     assert type(model.wte) is KroneckerEmbedding
     assert model.wte.format.nbytes == 4 * (vocabulary * width // factor + factor)
-    for where in everywhere():
+    for where in everywhere(interpreter=False):
         with running(where):
             assert_bitwise_equal(model.wte(ids), reference.wte(ids).detach())  # one product each: nothing to round
     torch.testing.assert_close(model(ids).detach(), reference(ids).detach(), rtol=1e-5, atol=1e-5)
