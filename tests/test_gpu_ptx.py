@@ -1,0 +1,172 @@
+"""A sample of what ships, compiled for sm_80 and sm_90, its PTX executed on the CPU against the float64 oracle.
+
+:data:`SAMPLE` names entries of ``benchmarks/gpu/compiled.json``: each runs with the blocks, warps and stages of its row
+of the table, on a smaller weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import codebook_cases
+import kron_cases
+import pytest
+import torch
+from cases import activations, random_weight
+from numerics import assert_linear_close
+from ptx_emulator import Compiled, Statistics, run_launch
+from torch import Tensor
+
+import lowbit
+from lowbit.gpu import launch, tuning
+from lowbit.gpu.launch import TARGETS, Launch
+from lowbit.packed.format import PackedFormat
+from lowbit.reference import quantize_activations
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = (
+    *(
+        f"packed packed_linear {what}, launch {number}: packed_linear_kernel"
+        for what, number in (
+            ("2-bit group 128 float16 M=16", 1), ("3-bit group 128 bfloat16 M=16", 1),
+            ("4-bit group 128 float16 M=512", 1), ("5-bit group 128 float32 M=16", 1),
+            ("6-bit group 128 int8 M=16", 2), ("7-bit group 128 bfloat16 M=512", 1),
+            ("8-bit group 128 int8 M=4096", 2), ("8-bit group 128 bfloat16 M=16", 1),
+        )
+    ),
+    *(
+        f"codebook codebook_linear {what}, launch {number}: codebook_linear_kernel"
+        for what, number in (
+            ("1-bit row bfloat16 M=16", 1), ("2-bit tensor, group 64 float16 M=16", 1),
+            ("3-bit row bfloat16 M=512", 1), ("4-bit tensor, group 64 float16 M=16", 1),
+            ("4-bit row int8 M=16", 3), ("5-bit row float32 M=16", 1), ("8-bit tensor, group 64 float16 M=16", 1),
+        )
+    ),
+    "kron linear 64x64 x 64x64, bfloat16, dense factors, M=4096, launch 1: kron_resident_kernel",
+    "kron linear 2x1 x 384x3072, float16, dense factors, M=1, launch 1: kron_summed_kernel",
+)  # fmt: skip
+ARCHITECTURES = ("sm_80", "sm_90")
+SAMPLE = [(target, name) for target in ARCHITECTURES for name in NAMES]
+ROWS = 5
+
+
+class Case:
+    """The launches of one entry of the sample, and the check of what they write."""
+
+    def __init__(self, target: str, name: str) -> None:
+        family, _, label = name.partition(" ")
+        with ExitStack() as stack:
+            module = __import__(f"lowbit.{family}.kernel_triton", fromlist=["linear"])
+            stack.enter_context(patch.object(module, "target_of", lambda device: TARGETS[target]))
+            self.launches = stack.enter_context(launch.collecting())
+            stack.enter_context(tuning.asking())
+            make: dict[str, Callable[..., tuple[Tensor, Callable[[Tensor], None]]]] = {
+                "packed": self._packed, "codebook": self._codebook, "kron": self._kron,
+            }  # fmt: skip
+            self.y, self.compare = make[family](module, TARGETS[target], label, stack)
+
+    def check(self, compiled: list[Compiled]) -> Statistics:
+        self.y.fill_(torch.nan)
+        total = Statistics()
+        for code, step in zip(compiled, self.launches, strict=True):
+            total.executed += run_launch(code, step).executed
+        self.compare(self.y)
+        return total
+
+    @staticmethod
+    def _configured(kernel: str, target: launch.Target, label: str, stack: ExitStack) -> tuple[int, str, bool]:
+        """Bits, dtype and int8 of a label; its configuration is taken, K cut in two for few rows."""
+        bits, dtype, m = re.search(r"(\d)-bit.* (\w+) M=(\d+)", label).groups()  # type: ignore[union-attr]
+        x = getattr(torch, dtype)
+        config = tuning.choose(target, kernel, x, int(bits), int(m), 4096, 4096)
+        stack.enter_context(tuning.using(replace(config, split=2 if m == "16" else 1)))
+        return int(bits), "float16" if x == torch.int8 else dtype, x == torch.int8
+
+    def _packed(self, module, target, label, stack):
+        bits, dtype, int8 = self._configured("packed_linear", target, label, stack)
+        weight = random_weight(PackedFormat(bits, 70, 512, 128, "group", "int", "float16"), bits)
+        x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
+        y = module.linear(
+            x, weight.packed, weight.scales, weight.zeros, None, None, None, None, None, bits, 128, int8
+        )
+        q, inverse = quantize_activations(x, None)
+        return y, lambda y: assert_linear_close(y, q.double() / inverse.double() if int8 else x, weight.dense())
+
+    def _codebook(self, module, target, label, stack):
+        bits, dtype, int8 = self._configured("codebook_linear", target, label, stack)
+        tables, scales, group = ("row", "none", 512) if " row " in label else ("tensor", "float", 64)
+        table_dtype = torch.float16 if tables == "row" else torch.float32
+        kind = codebook_cases.Kind(bits, 70, 512, group, tables, scales, table_dtype, torch.float16)
+        weight = codebook_cases.random_weight(kind, bits)
+        x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
+        y = module.linear(
+            x, weight.packed, weight.codebook, weight.scales, *weight.nested, None, None, None, None, None, bits,
+            group, int8, True,
+        )  # fmt: skip
+        if int8:
+            q, inverse = quantize_activations(x, None)
+            fixed, step = weight.fixed_point()
+            return y, lambda y: assert_linear_close(y, q.double() / inverse.double(), fixed * step.double())
+        if x.dtype != torch.float32:  # entries are rounded to the dtype of x
+            weight = replace(weight, codebook=weight.codebook.to(x.dtype).float(), _dense={})
+        return y, lambda y: assert_linear_close(y, x, weight.dense())
+
+    def _kron(self, module, target, label, stack):
+        shape = (1, 64, 64, 64, 64) if "64x64" in label else (1, 2, 1, 40, 320)
+        dtype = getattr(torch, label.split(", ")[1])
+        weight = kron_cases.random_weight(shape, kron_cases.Kind(dtype), kron_cases.Kind(dtype))
+        x = activations(3, weight.k, dtype)
+        arguments = weight.arguments
+        tensors = [arguments.pop(n) for n in ("a", "a_scales", "a_zeros", "b", "b_scales", "b_zeros")]
+        y = module.linear(x, *tensors, None, *arguments.values())
+        return y, lambda y: weight.assert_close(y, x)
+
+
+@functools.cache
+def compiled(target: str) -> dict[str, list[Compiled]]:
+    """The sample, compiled for a target by a process of its own, outside of the interpreter."""
+    paths = [str(Path(lowbit.__file__).parents[1]), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, __file__, target], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    results: dict[str, list[Compiled]] = pickle.loads(done.stdout)
+    return results
+
+
+def main(target: str) -> None:
+    """Compiles, and writes a pickle of the results by name."""
+    from gpu.offline import compile_launch
+
+    def code(step: Launch) -> Compiled:
+        return Compiled.of(compile_launch(step, TARGETS[target]))
+
+    results = {name: [code(step) for step in Case(target, name).launches] for name in NAMES}
+    sys.stdout.buffer.write(pickle.dumps(results))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_compiled_code_computes_the_oracle(target: str, name: str) -> None:
+    case = Case(target, name)
+    kernel = name.rpartition(": ")[2]
+    assert kernel in [step.kernel.fn.__name__ for step in case.launches]
+    statistics = case.check(compiled(target)[name])
+    assert statistics.count("mma.sync" if target == "sm_80" else "wgmma.mma_async") or statistics.count("mma.sync")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
