@@ -319,7 +319,7 @@ KRON_REGIMES = (1, LARGE)
 WAYS = {
     "resident": Way("kron_resident_kernel", (1, 37, 40, 35, 44), 19, only_narrow=True),
     "a matrix product of each row": Way("kron_fused_kernel", (2, 21, 20, 37, 18), 5, only_narrow=True),
-    "a sum": Way("kron_fused_kernel", (1, 2, 1, 70, 150), 19),
+    "a sum": Way("kron_summed_kernel", (1, 2, 1, 70, 150), 19),
     "two launches": Way("kron_product_kernel", (2, 131, 9, 133, 10), 3),
 }
 
