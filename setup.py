@@ -37,6 +37,7 @@ OBJECTS: dict[str, tuple[str, list[str]]] = {
     "library": ("csrc/library.cpp", []),
     "isa": ("csrc/common/isa.cpp", []),
     "scratch": ("csrc/common/scratch.cpp", []),
+    "blocks_ops": ("csrc/common/blocks_ops.cpp", []),
     "codebook_kmeans": ("csrc/codebook/kmeans.cpp", []),
     "codebook_quantize_ops": ("csrc/codebook/quantize_ops.cpp", []),
 }
@@ -86,7 +87,7 @@ class Build(build_ext):
         link: list[str] = []
         if sanitize:
             link = [f"-fsanitize={sanitize}"]
-            mode = ["-O2", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
+            mode = ["-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
         includes = [flag for path in include_paths() for flag in ("-isystem", path)]
         folder = Path(self.build_temp)

@@ -6,6 +6,7 @@
 
 #include "codebook/ops.h"
 #include "codebook/quantize_ops.h"
+#include "common/blocks_ops.h"
 #include "common/isa.h"
 #include "kron/ops.h"
 #include "packed/ops.h"
@@ -37,6 +38,9 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("kmeans_optimal(Tensor x, Tensor? weights, int clusters, int choices=67108864) -> Tensor");
+  m.def("block(Tensor packed, int bits) -> Tensor");
+  m.def("block_(Tensor(a!) packed, int bits) -> ()");
+  m.def("unblock(Tensor blocks, int bits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
@@ -48,4 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
   m.impl("kmeans_optimal", TORCH_BOX(&lowbit::codebook::kmeans_optimal_cpu));
+  m.impl("block", TORCH_BOX(&lowbit::block_cpu));
+  m.impl("block_", TORCH_BOX(&lowbit::block_in_place_cpu));
+  m.impl("unblock", TORCH_BOX(&lowbit::unblock_cpu));
 }

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 CODES_PER_BLOCK = 32
+# How the kernels' own layouts deal the bits of a code to planes of 8, 4, 2 and 1 bits: low bits first.
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _ROWS_AT_ONCE = 1 << 22  # codes unpacked per step: bounds the int64 temporaries to about 32 MiB each
 
 

@@ -253,7 +253,7 @@ def random_layer(format: Format) -> Any:
         tensors["outlier_rows"][1:] = counts.cumsum(0)
     layer.store(tensors)
     layer.validate()
-    return layer
+    return layer.prepare()
 
 
 def _random_tensor(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -417,6 +417,7 @@ def _share(layers: list[tuple[Target, Layer]]) -> dict[str, nn.Module]:
     source = layers[0][1]
     for _, layer in layers[1:]:
         share_storage(source, layer)
+        layer.prepare()
     return {target.name: _carry_over(target.module, layer) for target, layer in layers}
 
 

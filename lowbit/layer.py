@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 from weakref import ref
 
@@ -13,8 +13,29 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
-from lowbit.gpu import layout
+from lowbit.layouts import BLOCKS, CANONICAL, Layout, by_group, change, layout_of, read_on
 from lowbit.reference import csr_row_indices
+
+
+def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
+    """``op(*args)``, past the Python code of its gradient where none is wanted: that would cost as much as the call."""
+    if _is_compiling() or (_is_grad_enabled() and _any_requires_grad(*args)):
+        return op(*args)  # type: ignore[no-any-return]
+    if _is_excluded(_AUTOGRAD):  # as in inference mode
+        return op._op(*args)  # type: ignore[no-any-return]
+    _exclude(_AUTOGRAD, True)
+    try:
+        return op._op(*args)  # type: ignore[no-any-return]
+    finally:
+        _exclude(_AUTOGRAD, False)
+
+
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
 _CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
@@ -36,8 +57,11 @@ class Layer(nn.Module):
     family: ClassVar[str]
     kind: ClassVar[str]
     format_class: ClassVar[type[Format]]
-    code_tensors: ClassVar[tuple[str, ...]] = ()  # packed codes: where a GPU's kernels run, they are held as tiles
+    code_tensors: ClassVar[tuple[str, ...]] = ()  # packed codes, held in the layout that a device's kernels read
+    group_tensors: ClassVar[tuple[str, ...]] = ()  # [N, G] or [1, 1]: beside blocks, group after group in memory
+    _is_replica = False  # torch's nn.DataParallel sets it
     format: Any  # of type format_class
+    bias: nn.Parameter | None
     weight_error: float | None
     note: str | None
 
@@ -65,7 +89,7 @@ class Layer(nn.Module):
             if name not in self._parameters:
                 self.register_parameter(name, None)
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
-        self.bias: nn.Parameter | None = None if bias_tensor is None else nn.Parameter(bias_tensor)
+        self.register_parameter("bias", None if bias_tensor is None else nn.Parameter(bias_tensor))
         self._register_state_dict_hook(_finish_state_dict)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -76,6 +100,13 @@ class Layer(nn.Module):
     def named_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the format (not the bias), by name."""
         return {name: self._parameters[name] for name in self.format.tensors()}  # type: ignore[misc]
+
+    def operands(self) -> Mapping[str, Tensor | None]:
+        """What :meth:`forward` reads, by name: quicker than one attribute after another.
+
+        A replica in ``nn.DataParallel`` has its tensors as attributes only.
+        """
+        return self._parameters if not self._is_replica else {**self.__dict__, **self._parameters}
 
     @property
     def device(self) -> torch.device:
@@ -138,21 +169,36 @@ class Layer(nn.Module):
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
 
-    def prepare(self) -> Layer:
-        """Bring the codes into the order that the kernels on this device read (:mod:`lowbit.gpu.layout`).
+    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
+        """The layouts that this layer's codes may stay in on ``device``; the first one is the best."""
+        return read_on(device, self.cpu_layouts())
 
-        Moving, converting and loading do it by themselves. It happens in place and bit for bit both ways;
-        ``state_dict()`` always gives the canonical order.
+    def cpu_layouts(self) -> tuple[Layout, ...]:
+        """:meth:`layouts` on a CPU with compiled kernels."""
+        return (CANONICAL,)
+
+    def prepare(self, *, owned: bool = False) -> Layer:
+        """Bring the codes into the layout that the kernels on this device read (:mod:`lowbit.layouts`).
+
+        Moving, converting and loading do it by themselves. The Parameters stay the same, and it is bit for bit both
+        ways; ``state_dict()`` always gives the canonical order. ``owned``: the memory of the tensors is nobody else's,
+        and may be rearranged where it is.
         """
-        self._arrange(layout.used_on(self.device))
+        self._arrange(self.layouts(self.device), owned)
         return self
 
-    def _arrange(self, tiled: bool) -> None:
+    def _arrange(self, layouts: tuple[Layout, ...], owned: bool = False) -> None:
+        """Bring codes that are in none of ``layouts`` into the first one, for all who share them."""
         for name in self.code_tensors:
             parameter = self._parameters[name]
-            if parameter is not None and layout.is_tiled(parameter) != tiled:
-                arrange = layout.tile if tiled else layout.untile
-                parameter.data = arrange(parameter.data, self.format.bits, self.format.in_features)
+            if parameter is not None and layout_of(parameter) not in layouts:
+                parameter.data = change(parameter.data, layouts[0], self.format.bits, self.format.in_features, owned)
+        for name in self.group_tensors:
+            parameter = self._parameters[name]
+            if parameter is not None and layouts[0] is BLOCKS:
+                parameter.data = by_group(parameter.data)
+            elif parameter is not None and BLOCKS not in layouts:
+                parameter.data = parameter.data.contiguous()
 
     def validate(self, name: str = "layer") -> None:
         """Check every tensor against the format and its values against their ranges.
@@ -162,8 +208,9 @@ class Layer(nn.Module):
         """
         for tensor_name, (shape, dtype) in self.format.tensors().items():
             tensor = self._parameters[tensor_name]
-            if tensor_name in self.code_tensors and tensor is not None and layout.is_tiled(tensor):
-                shape = (shape[0], layout.tiles_per_row(self.format.in_features), 8 * self.format.bits)
+            layout = layout_of(tensor) if tensor_name in self.code_tensors and tensor is not None else None
+            if layout is not None:
+                shape = (shape[0], *layout.row_shape(self.format.in_features, self.format.bits))
             self.check_tensor(name, tensor_name, tensor, shape, dtype)
         if self.bias is not None and tuple(self.bias.shape) != (self.format.out_features,):
             raise ValueError(
@@ -198,8 +245,7 @@ class Layer(nn.Module):
         if dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
         self.dtype = dtype
-        if not layout.used_on(probe.device):
-            self._arrange(tiled=False)
+        self._arrange((CANONICAL, *self.layouts(probe.device)))
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -212,8 +258,7 @@ class Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if not layout.used_on(self.device):  # unpickled on another device
-            self._arrange(tiled=False)
+        self.prepare()  # unpickled where other kernels run
 
     def _load_from_state_dict(
         self,
@@ -245,10 +290,11 @@ class Layer(nn.Module):
             return
         for code_name in self.code_tensors:
             key, parameter = prefix + code_name, self._parameters[code_name]
-            if key in state_dict and parameter is not None and layout.is_tiled(parameter):
+            layout = None if parameter is None else layout_of(parameter)
+            if key in state_dict and parameter is not None and layout is not None and layout is not CANONICAL:
                 canonical = state_dict[key].to(parameter.device)
-                tiles = layout.tile(canonical, self.format.bits, self.format.in_features)
-                state_dict = {**state_dict, key: tiles}
+                codes = change(canonical, layout, self.format.bits, self.format.in_features)
+                state_dict = {**state_dict, key: codes}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -257,6 +303,7 @@ class Layer(nn.Module):
                 self.validate_values(name)
             except ValueError as error:
                 error_msgs.append(str(error))
+            self.prepare()
 
     def extra_repr(self) -> str:
         return (
@@ -322,7 +369,7 @@ class LinearLayer(Layer):
         return layer.prepare()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.shape[-1] != self.format.in_features:
+        if input.dim() == 0 or input.size(-1) != self.format.in_features:
             shape = tuple(input.shape)
             raise ValueError(
                 f"input must have in_features={self.format.in_features} as its last size: got shape {shape}"
@@ -479,27 +526,34 @@ def require_outliers(name: str, layer: Layer) -> None:
         raise ValueError(f"{name}.outlier_columns must increase within each row: they do not")
 
 
-# What state_dict() made of codes in tiles, as long as somebody holds it: tied layers give one tensor.
+# What state_dict() made of tensors that are held in another order, as long as somebody holds it: tied layers give one
+# tensor.
 _canonical = WeakTensorKeyDictionary()
 
 
 def _finish_state_dict(layer: Layer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Codes in the canonical order, and the format, for who loads them."""
+    """Tensors in the canonical order, and the format, for who loads them."""
     local_metadata["lowbit_format"] = layer.format.to_dict()
-    for name in layer.code_tensors:
-        parameter = layer._parameters[name]
-        if parameter is not None and layout.is_tiled(parameter):
-            state[prefix + name] = _canonical_codes(layer, parameter)
+    for name in (*layer.code_tensors, *layer.group_tensors):
+        parameter, key = layer._parameters[name], prefix + name
+        if parameter is None or key not in state:
+            continue
+        if name in layer.group_tensors:
+            if not parameter.is_contiguous() and state[key] is not parameter:  # keep_vars wants what is trained
+                state[key] = _canonical_form(parameter, Tensor.contiguous)
+        elif layout_of(parameter) is not CANONICAL:
+            sizes = layer.format.bits, layer.format.in_features
+            state[key] = _canonical_form(parameter, lambda packed: change(packed, CANONICAL, *sizes))  # noqa: B023
 
 
-def _canonical_codes(layer: Layer, tiles: nn.Parameter) -> Tensor:
-    contents = tiles.data_ptr(), 0 if tiles.is_inference() else tiles._version
-    known, made_of = _canonical.get(tiles, (lambda: None, None))
-    codes: Tensor | None = known()
-    if codes is None or made_of != contents:
-        codes = layout.untile(tiles.detach(), layer.format.bits, layer.format.in_features)
-        _canonical[tiles] = ref(codes), contents
-    return codes
+def _canonical_form(parameter: nn.Parameter, form: Callable[[Tensor], Tensor]) -> Tensor:
+    contents = parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+    known, made_of = _canonical.get(parameter, (lambda: None, None))
+    canonical: Tensor | None = known()
+    if canonical is None or made_of != contents:
+        canonical = form(parameter.detach())
+        _canonical[parameter] = ref(canonical), contents
+    return canonical
 
 
 def layer_class(family: str, kind: str) -> Any:

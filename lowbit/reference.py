@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.bitpack import unpack, words_per_row
 from lowbit.family import FLOAT_DTYPES
-from lowbit.gpu.layout import is_tiled, tile_codes, tiles_per_row
+from lowbit.layouts import CANONICAL, ROWS_TOGETHER, layout_of
 
 Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -52,23 +51,27 @@ def check_ids(ids: Tensor) -> None:
 
 
 def check_codes(packed: Tensor, min_bits: int, bits: int, group_size: int, in_features: int) -> None:
-    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``: canonical words or tiles."""
+    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``, in any layout."""
     torch._check(min_bits <= bits <= 8, lambda: f"bits must be between {min_bits} and 8: got bits={bits}")
-    torch._check(packed.dim() in (2, 3), lambda: f"packed must be 2-d (or 3-d: tiles): got shape {tuple(packed.shape)}")
+    layout = layout_of(packed)
+    torch._check(
+        layout is not None,
+        lambda: f"packed must be 2-d (or 3-d: tiles; 4-d: blocks): got shape {tuple(packed.shape)}",
+    )
+    assert layout is not None
     torch._check(packed.dtype == torch.int32, lambda: f"packed must be int32: got {packed.dtype}")
-    if is_tiled(packed):
-        shape = (tiles_per_row(in_features), 8 * bits)
+    shape = layout.row_shape(in_features, bits)
+    if layout is CANONICAL:
         torch._check(
-            tuple(packed.shape[1:]) == shape,
-            lambda: f"packed in tiles must be [N, {shape[0]}, {shape[1]}] for K={in_features}, bits={bits}: "
-            f"got shape {tuple(packed.shape)}",
-        )
-    else:
-        torch._check(
-            packed.shape[1] == words_per_row(in_features, bits),
-            lambda: f"packed must have ceil(K/32)*bits = {words_per_row(in_features, bits)} words per row "
+            packed.shape[1] == shape[0],
+            lambda: f"packed must have ceil(K/32)*bits = {shape[0]} words per row "
             f"for K={in_features}, bits={bits}: got {packed.shape[1]}",
         )
+    torch._check(
+        tuple(packed.shape[1:]) == shape,
+        lambda: f"packed in {layout.name} must be [N, {', '.join(map(str, shape))}] for K={in_features}, bits={bits}: "
+        f"got shape {tuple(packed.shape)}",
+    )
     torch._check(
         1 <= group_size <= in_features,
         lambda: f"group_size must be between 1 and K: got group_size={group_size}, K={in_features}",
@@ -76,8 +79,17 @@ def check_codes(packed: Tensor, min_bits: int, bits: int, group_size: int, in_fe
 
 
 def codes_of(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """The codes, uint8 ``[N, K]``, of canonical words or of tiles."""
-    return tile_codes(packed, bits)[:, :in_features] if is_tiled(packed) else unpack(packed, bits, in_features)
+    """The codes, uint8 ``[N, K]``, of ``packed`` in any layout."""
+    layout = layout_of(packed)
+    assert layout is not None
+    return layout.codes(packed, bits, in_features)
+
+
+def rows_of(packed: Tensor, rows: Tensor, bits: int) -> Tensor:
+    """Some rows of ``packed``, in any order."""
+    layout = layout_of(packed)
+    assert layout is not None
+    return layout.rows(packed, rows, bits)
 
 
 def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -90,8 +102,8 @@ def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def row_blocks(n: int, k: int) -> Iterator[slice]:
-    """Blocks of rows of an ``[n, k]`` weight that are small enough to be dequantized."""
-    step = max(1, WEIGHTS_AT_ONCE // max(k, 1))
+    """Blocks of rows of an ``[n, k]`` weight that are small enough to be dequantized: packed codes may be cut there."""
+    step = max(ROWS_TOGETHER, WEIGHTS_AT_ONCE // max(k, 1) // ROWS_TOGETHER * ROWS_TOGETHER)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 

@@ -201,21 +201,23 @@ def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits,
                 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("bits", BITS)
-def test_wide_rows_and_many(where, bits, int8):
+def test_wide_rows_and_many(where, bits, arithmetic):
     """K over several chunks and not in whole blocks, groups of a block or a part of it; M over several blocks."""
-    if where.isa not in ("avx512vnni", "avx512bf16") and bits not in (1, 4):
+    if where.isa not in ("avx512vnni", "avx512bf16") and (bits not in (1, 4) or arithmetic == "float32"):
         pytest.skip("the same code for every number of bits, tested above")
     if where == Where("triton"):
         pytest.skip("too much for the interpreter: tests/test_gpu_configurations.py has several tiles and blocks")
+    int8, dtype = arithmetic == "int8", torch.float32 if arithmetic == "float32" else torch.bfloat16
     for i, (group_size, tables, scales, outliers) in enumerate(
         [(64, "tensor", "float", 0), (32, "row", "nested", 0), (128, "group", "none", 0), (4200, "row", "float", 0),
-         (96, "tensor", "float", 0), (64, "group", "float", 500)]
+         (96, "tensor", "float", 0), (64, "group", "float", 500), (16, "row", "float", 0), (32, "tensor", "float", 500),
+         (4200, "tensor", "none", 500)]
     ):  # fmt: skip
         kind = Kind(bits, 39, 4200, group_size, tables, scales, DTYPES[i % 3], DTYPES[-i % 3], outliers)
         weight = random_weight(kind)
-        x = activations(140, 4200, torch.bfloat16, seed=i)
+        x = activations(140, 4200, dtype, seed=i)
         y = weight.linear(x, int8=int8)
         if int8:
             q, inverse = quantize_activations(x, None)
@@ -224,8 +226,8 @@ def test_wide_rows_and_many(where, bits, int8):
             parts = torch.cat([fixed * step.double(), weight.dense() - weight.dense(outliers=False)], 1)
             assert_linear_close(y, both, parts)
         else:
-            assert_linear_close(y, x, multiplied(where, weight, torch.bfloat16))
-        for rows in (slice(0, 1), slice(130, 133), slice(5, 21), slice(3, 20), slice(0, 133)):
+            assert_linear_close(y, x, multiplied(where, weight, dtype))
+        for rows in (slice(0, 1), slice(130, 133), slice(5, 21), slice(3, 20), slice(0, 133), slice(7, 11)):
             if where.backend == "cpu":
                 assert_bitwise_equal(weight.linear(x[rows], int8=int8), y[rows])
 

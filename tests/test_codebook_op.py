@@ -12,6 +12,7 @@ from torch import nn
 from lowbit.bitpack import pack
 from lowbit.codebook.format import CodebookWeight
 from lowbit.codebook.module import CodebookLinear
+from lowbit.reference import row_blocks
 
 KINDS = [
     Kind(4, 10, 70, 16, "tensor", "float", scale_dtype=torch.float16),
@@ -107,11 +108,13 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, kind, dtype, int8
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_large_weight_is_worked_on_in_blocks(where, kind, monkeypatch):
+    kind = replace(kind, n=137)
     w = random_weight(kind)
     x = activations(5, kind.k, torch.float32).requires_grad_()
     dy = activations(5, kind.n, torch.float32, seed=2)
     y, rows = w.linear(x), w.dequantize()
     monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * kind.k)
+    assert len(list(row_blocks(kind.n, kind.k))) == 3
     assert_bitwise_equal(w.dequantize(), rows)
     assert close(w.linear(x), y, 1e-6)
     assert close(w.linear(x, int8=True), y, 0.05)

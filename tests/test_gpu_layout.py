@@ -16,10 +16,11 @@ from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
-from lowbit import dispatch
+from lowbit import blocks, dispatch
 from lowbit.bitpack import pack, unpack
 from lowbit.gpu import layout
 from lowbit.layer import layers
+from lowbit.layouts import TILES
 
 needs_interpreter = pytest.mark.skipif(not dispatch.interpreting(), reason="Triton's interpreter is not on")
 
@@ -70,7 +71,7 @@ def test_the_reference_reads_tiles(monkeypatch):
     with dispatch.use_backend("reference"):
         y = layer(x)
         grads = torch.autograd.grad(y.sum(), [x, layer.scales])
-        layer._arrange(tiled=True)
+        layer._arrange((TILES,))
         assert layer.packed.dim() == 3
         tiled = layer(x)
         tiled_grads = torch.autograd.grad(tiled.sum(), [x, layer.scales])
@@ -94,9 +95,10 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """A switch: whether the CPU counts as a device whose kernels read tiles."""
+    """A switch: whether the CPU counts as a device whose kernels read tiles, or canonical words."""
     switch = {"on": False}
     monkeypatch.setattr(layout, "used_on", lambda device: switch["on"])
+    monkeypatch.setattr(blocks, "used_on", lambda device: False)
     return switch
 
 

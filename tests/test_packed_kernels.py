@@ -23,8 +23,9 @@ from cases import (
 )  # fmt: skip
 from numerics import assert_bitwise_equal, assert_linear_close
 
-from lowbit import dispatch, native
-from lowbit.bitpack import pack, words_per_row
+from lowbit import blocks, dispatch, native
+from lowbit.bitpack import pack
+from lowbit.layouts import by_group, words_per_row
 from lowbit.packed.format import PackedFormat
 from lowbit.reference import quantize_activations
 
@@ -97,6 +98,36 @@ def test_linear_int8(where, bits, dtype, static):
         codes_part = weight.dense(outliers=False)
         both = torch.cat([q.double() / inverse.double(), x.double()], 1)
         assert_linear_close(y, both, torch.cat([codes_part, weight.dense() - codes_part], 1), bias)
+
+
+# Whole panels of 64 rows, blocks of 16 behind them and rows behind those; groups of whole units, of quads, of neither
+BLOCKED = ((64, 96, None), (148, 260, 64), (83, 160, 32), (64, 2304, 128), (133, 90, 20), (64, 70, 7), (80, 1100, 1100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_in_blocks(where, bits, dtype):
+    """Every number of rows of x that has a tile of its own: right, and bit for bit what canonical words give."""
+    if where.backend != "cpu":
+        pytest.skip("blocks are what the compiled kernels read")
+    for i, (n, k, group_size) in enumerate(BLOCKED):
+        formats_ = list(formats(bits, n, k, group_size))
+        weight = random_weight(formats_[(bits + i + 2 * DTYPES.index(dtype)) % len(formats_)], i)
+        words, dense = weight.packed, weight.dense()
+        bias, x = torch.randn(n), activations(19, k, dtype, seed=i)
+        plain, int8 = weight.linear(x, bias), weight.linear(x, bias, int8=True)
+        assert_linear_close(plain, x, dense, bias)
+        weight.packed = blocks.block(words, bits)
+        if weight.format.granularity == "group":
+            weight.scales = by_group(weight.scales)
+            weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
+        assert weight.packed.dim() == 4
+        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19):
+            assert_bitwise_equal(weight.linear(x[:m], bias), plain[:m])
+            assert_bitwise_equal(weight.linear(x[:m], bias, int8=True), int8[:m])
+        assert_bitwise_equal(weight.dequantize(), dense.float())
+        ids = torch.tensor([0, n - 1, 17 % n])
+        assert_bitwise_equal(weight.embedding(ids), dense.float()[ids])
 
 
 @pytest.mark.parametrize("zeros", ["none", "int", "float"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lowbit import dispatch, native
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.reference import row_blocks
 
 FORMATS = [
     PackedFormat(4, 10, 70, 16, "group", "int", "float16", outliers=9),
@@ -84,10 +86,11 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
 
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
 def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
-    layer = layer_of(format)
+    layer = layer_of(replace(format, out_features=137))
     monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * format.in_features)
+    assert len(list(row_blocks(137, format.in_features))) == 3
     x = activations(5, format.in_features, torch.float32).requires_grad_()
-    dy = activations(5, format.out_features, torch.float32, seed=2)
+    dy = activations(5, 137, torch.float32, seed=2)
     layer(x).backward(dy)
     exact = dy.double() @ layer.dequantize(torch.float32).double()
     assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-6

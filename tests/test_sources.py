@@ -29,7 +29,7 @@ from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.bitpack import unpack
+from lowbit import reference
 from lowbit.packed.module import PackedLinear
 from lowbit.packed.op import quantize_activations
 
@@ -37,7 +37,7 @@ N, K = 24, 64
 
 
 def codes_of(layer: Any) -> Tensor:
-    return unpack(layer.packed, layer.format.bits, layer.format.in_features)
+    return reference.codes_of(layer.packed, layer.format.bits, layer.format.in_features)
 
 
 def fake_quantize(observer: Any, low: int, high: int, qscheme: Any, dtype: Any = torch.qint8, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ Weight check_weight(const char* op, const Tensor& packed, const Tensor& codebook
                     const OptionalTensor& outlier_columns, const OptionalTensor& outlier_rows, int64_t bits,
                     int64_t group_size, int64_t K) {
   Weight w{};
-  check_codes(op, packed, 1, bits, group_size, K, w);
+  check_codes(op, packed, 1, bits, group_size, K, /*blocks_too=*/false, w);
 
   check_cpu(op, "codebook", codebook);
   const int64_t entries = int64_t(1) << bits;
@@ -83,7 +83,7 @@ Tensor dequantize_cpu(Tensor packed, Tensor codebook, OptionalTensor scales, Opt
   const char* op = "codebook_dequantize";
   const Weight w = check_weight(op, packed, codebook, scales, scale_codebook, scale_absmax, scale_offset,
                                 outlier_values, outlier_columns, outlier_rows, bits, group_size, in_features);
-  return run_dequantize(op, w, packed, dtype, cpu_kernel(current_isa()));
+  return run_dequantize(op, w, dtype, cpu_kernel(current_isa()));
 }
 
 Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
@@ -94,7 +94,7 @@ Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor codebook, OptionalTensor 
   check_ids(op, ids);
   const Weight w = check_weight(op, packed, codebook, scales, scale_codebook, scale_absmax, scale_offset,
                                 outlier_values, outlier_columns, outlier_rows, bits, group_size, embedding_dim);
-  return run_embedding(op, w, ids, packed, dtype, cpu_kernel(current_isa()));
+  return run_embedding(op, w, ids, dtype, cpu_kernel(current_isa()));
 }
 
 }  // namespace codebook

@@ -15,6 +15,7 @@ class Arena {
     used_ += round_up(count * int64_t(sizeof(T)), 64);
     return p;
   }
+  bool counting() const { return !base_; }
   int64_t used() const { return used_; }
 
  private:

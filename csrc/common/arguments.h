@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "empty.h"
 #include "kernel.h"
 #include "scratch.h"
 
@@ -25,12 +26,14 @@ inline int64_t grain(int64_t task, int64_t per_item) {
 }
 
 inline void check_codes(const char* op, const Tensor& packed, int64_t min_bits, int64_t bits, int64_t group_size,
-                        int64_t K, Codes& w) {
+                        int64_t K, bool blocks_too, Codes& w) {
   LOWBIT_CHECK(bits >= min_bits && bits <= 8, op, ": bits must be between ", min_bits, " and 8: got bits=", bits);
   LOWBIT_CHECK(K >= 1, op, ": in_features must be at least 1: got ", K);
   LOWBIT_CHECK(group_size >= 1 && group_size <= K, op, ": group_size must be between 1 and K: got group_size=",
                group_size, ", K=", K);
-  LOWBIT_CHECK(packed.dim() == 2, op, ": packed must have two dimensions: got shape ", shape_of(packed));
+  w.blocks = blocks_too && packed.dim() == 4;
+  LOWBIT_CHECK(w.blocks || packed.dim() == 2, op, ": packed must have two dimensions", blocks_too ? " (or four: blocks)" : "",
+               ": got shape ", shape_of(packed));
   LOWBIT_CHECK(packed.scalar_type() == ScalarType::Int, op, ": packed must be int32: got ",
                dtype_name(packed.scalar_type()));
   w.N = packed.size(0);
@@ -39,9 +42,17 @@ inline void check_codes(const char* op, const Tensor& packed, int64_t min_bits, 
   w.G = (K - 1) / group_size + 1;
   w.bits = int(bits);
   const int64_t words = ((K - 1) / 32 + 1) * bits;
-  LOWBIT_CHECK(packed.size(1) == words, op, ": packed must have ceil(K/32)*bits = ", words, " words per row for K=", K,
-               ", bits=", bits, ": got ", packed.size(1));
-  check_stored(op, "packed", packed, w.N, words);
+  if (w.blocks) {
+    LOWBIT_CHECK(packed.size(1) * bits == words && packed.size(2) == bits && packed.size(3) == 1, op,
+                 ": packed in blocks must be [N, ", words / bits, ", ", bits, ", 1] for K=", K, ", bits=", bits,
+                 ": got shape ", shape_of(packed));
+    check_cpu(op, "packed", packed);
+    LOWBIT_CHECK(packed.is_contiguous(), op, ": packed must be contiguous");
+  } else {
+    LOWBIT_CHECK(packed.size(1) == words, op, ": packed must have ceil(K/32)*bits = ", words, " words per row for K=", K,
+                 ", bits=", bits, ": got ", packed.size(1));
+    check_stored(op, "packed", packed, w.N, words);
+  }
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   w.row_bytes = words * 4;
 }
@@ -135,7 +146,7 @@ Tensor run_linear(const char* op, Linear<Weight>& a, Tensor x, const OptionalTen
     a.M *= x.size(d);
   }
   shape.push_back(N);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_cpu(shape, x.scalar_type());
   if (a.M == 0 || N == 0) return y;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   a.x = x.const_data_ptr();
@@ -145,21 +156,21 @@ Tensor run_linear(const char* op, Linear<Weight>& a, Tensor x, const OptionalTen
   torch::stable::parallel_for(0, a.M, grain(kTaskElements, K), [&](int64_t m0, int64_t m1) {
     kernel.prepare(a, prepared.data(), m0, m1);
   });
-  const int64_t tiles = (N - 1) / kRowTile + 1;
+  const int64_t rows = kernel.row_tile, tiles = (N - 1) / rows + 1;
   torch::stable::parallel_for(
-      0, tiles, grain(kTaskProducts, kRowTile * K * (a.M + kExpansion)), [&](int64_t t0, int64_t t1) {
-        kernel.linear(a, prepared.data(), t0 * kRowTile, std::min(t1 * kRowTile, N));
+      0, tiles, grain(kTaskProducts, rows * K * (a.M + kExpansion)), [&](int64_t t0, int64_t t1) {
+        kernel.linear(a, prepared.data(), t0 * rows, std::min(t1 * rows, N));
       });
   return y;
 }
 
-// w, [N, K] of `dtype`, on the device of `like`
+// w, [N, K] of `dtype`
 template <class Weight>
-Tensor run_dequantize(const char* op, const Weight& w, const Tensor& like, ScalarType dtype,
+Tensor run_dequantize(const char* op, const Weight& w, ScalarType dtype,
                       const CpuKernel<Weight>& kernel) {
   const DType out_dtype = check_float(op, "dtype", dtype);
   const std::vector<int64_t> shape{w.N, w.K};
-  Tensor out = torch::stable::new_empty(like, shape, dtype);
+  Tensor out = empty_cpu(shape, dtype);
   char* base = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_bytes = w.K * element_size(out_dtype);
   torch::stable::parallel_for(0, w.N, grain(kTaskElements, w.K), [&](int64_t n0, int64_t n1) {
@@ -175,15 +186,24 @@ inline void check_ids(const char* op, const Tensor& ids) {
                dtype_name(type));
 }
 
-// w[ids], [..., K] of `dtype`, on the device of `like`
+constexpr int64_t kRowsAhead = 8;  // of a gather, are fetched
+
+inline void prefetch_bytes(const void* first, int64_t bytes) {
+  for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64) __builtin_prefetch(static_cast<const char*>(first) + i);
+}
+
+// Asks for row n of w; a family that keeps more beside its codes has its own.
+inline void prefetch_row(const Codes& w, int64_t n) { prefetch_bytes(w.packed + n * w.row_bytes, w.row_bytes); }
+
+// w[ids], [..., K] of `dtype`
 template <class Weight>
-Tensor run_embedding(const char* op, const Weight& w, Tensor ids, const Tensor& like, ScalarType dtype,
+Tensor run_embedding(const char* op, const Weight& w, Tensor ids, ScalarType dtype,
                      const CpuKernel<Weight>& kernel) {
   const DType out_dtype = check_float(op, "dtype", dtype);
   std::vector<int64_t> shape;
   for (int64_t d = 0; d < ids.dim(); ++d) shape.push_back(ids.size(d));
   shape.push_back(w.K);
-  Tensor out = torch::stable::new_empty(like, shape, dtype);
+  Tensor out = empty_cpu(shape, dtype);
   if (!ids.is_contiguous()) ids = torch::stable::contiguous(ids);
   const void* data = ids.const_data_ptr();
   const bool narrow = ids.scalar_type() == ScalarType::Int;
@@ -197,7 +217,10 @@ Tensor run_embedding(const char* op, const Weight& w, Tensor ids, const Tensor& 
   char* base = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_bytes = w.K * element_size(out_dtype);
   torch::stable::parallel_for(0, count, grain(kTaskElements, w.K), [&](int64_t i0, int64_t i1) {
-    for (int64_t i = i0; i < i1; ++i) kernel.dequantize(w, id(i), out_dtype, base + i * row_bytes);
+    for (int64_t i = i0; i < i1; ++i) {
+      if (i + kRowsAhead < i1) prefetch_row(w, id(i + kRowsAhead));
+      kernel.dequantize(w, id(i), out_dtype, base + i * row_bytes);
+    }
   });
   return out;
 }

@@ -57,8 +57,8 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   LOWBIT_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments");
 }
 
-// A stored tensor: on the CPU, contiguous, of shape [rows, columns] (columns < 0: of shape [rows]).
-inline void check_stored(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
+// A tensor on the CPU of shape [rows, columns] (columns < 0: of shape [rows]).
+inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
   check_cpu(op, name, t);
   const bool matches = columns < 0 ? t.dim() == 1 && t.size(0) == rows
                                    : t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
@@ -66,6 +66,11 @@ inline void check_stored(const char* op, const char* name, const Tensor& t, int6
     const std::string expected = columns < 0 ? message("[", rows, "]") : message("[", rows, ", ", columns, "]");
     LOWBIT_CHECK(false, op, ": ", name, " must be of shape ", expected, ": got ", shape_of(t));
   }
+}
+
+// The same, contiguous: a stored tensor.
+inline void check_stored(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
+  check_shape(op, name, t, rows, columns);
   LOWBIT_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 

@@ -16,12 +16,14 @@ struct Outliers {
   explicit operator bool() const { return values != nullptr; }
 };
 
-// The part of a family's `Weight` that says where its codes are; they are laid out as in lowbit/bitpack.py.
+// The part of a family's `Weight` that says where its codes are; they are laid out as in lowbit/bitpack.py or, for
+// whole blocks of 16 rows, as in lowbit/blocks.py.
 struct Codes {
   int64_t N, K, G, group_size;  // G = ceil(K / group_size)
   int bits;
   const uint8_t* packed;  // [N, row_bytes], row_bytes = ceil(K / 32) * bits * 4
   int64_t row_bytes;
+  bool blocks;
   Outliers outliers;
 };
 
@@ -49,8 +51,9 @@ struct CpuKernel {
   void (*linear)(const Linear<Weight>&, const void* prepared, int64_t n0, int64_t n1);
   // out[0:K] = w[row, :]
   void (*dequantize)(const Weight&, int64_t row, DType dtype, void* out);
+  int64_t row_tile;  // output rows taken at a time: N is split at multiples of it
 };
 
-constexpr int64_t kRowTile = 4;  // output rows a kernel takes at a time: split N at multiples of it
+constexpr int64_t kRowTile = 4;  // of the kernels whose lanes run along K
 
 }  // namespace lowbit

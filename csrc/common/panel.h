@@ -1,8 +1,7 @@
 // y = x @ w.T by panels, for every family whose weights are packed codes.
 //
 // For a block of output rows and a chunk of K: expand the weights once into scratch, then multiply them with every row
-// of x, a register tile at a time. When x has few rows and the instruction set unpacks in registers, the tiles take
-// the weights straight from the packed tensor instead, and form the same sums.
+// of x, a register tile at a time.
 // y[m,n] is always the same sum: lanes along K inside a chunk, one tree over the lanes, chunks in order. So it depends
 // neither on M, nor on the tile the element falls in, nor on how N is split over threads.
 //
@@ -47,11 +46,16 @@ class OutlierCursors {
     for (int64_t n = n0; outliers_ && n < n1; ++n) next_[n - n0] = outliers_.rows[n];
   }
   void add(int64_t n, int64_t k0, int64_t k1, float* out) {
+    each(n, k0, k1, [&](int64_t column, float value) { out[column - k0] += value; });
+  }
+  // Calls run(column, value) for those in columns [k0, k1) of row n.
+  template <class Run>
+  void each(int64_t n, int64_t k0, int64_t k1, Run run) {
     if (!outliers_) return;
     for (int64_t& i = next_[n - n0_]; i < outliers_.rows[n + 1]; ++i) {
       const int64_t column = outlier_column(outliers_, i);
       if (column >= k1) break;
-      if (column >= k0) out[column - k0] += outlier_value(outliers_, i);
+      if (column >= k0) run(column, outlier_value(outliers_, i));
     }
   }
 
@@ -87,7 +91,7 @@ struct Int16Dot {
 
 // acc[m * ld + n] += the sum of the lanes
 template <int MR, int NR, class Dot>
-inline void reduce(const typename Dot::Sum (&sum)[MR][NR], float* acc, int64_t ld) {
+LOWBIT_INLINE void reduce(const typename Dot::Sum (&sum)[MR][NR], float* acc, int64_t ld) {
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) {
     if (NR == 4)
       sum4_add(Dot::lanes(sum[m][0]), Dot::lanes(sum[m][1 % NR]), Dot::lanes(sum[m][2 % NR]),
@@ -225,83 +229,6 @@ void dequantize_row(const Linear& a, int64_t n, DType dtype, void* out) {
     if (to == values) from_float(values, dtype, k0, k1 - k0, out);
   }
 }
-
-// ---------------------------------------------------------------------------------------------------------
-#if defined(__AVX512VBMI__)
-
-// Straight from the packed tensor, for a family that says what 16 codes are worth by a Decoder:
-//   Decoder(Arena&, const Linear&)
-//   load(i, n)                              row n of w becomes the decoder's row i < kRowTile
-//   Group group(i, g)                       the registers that group g of row i needs
-//   Float operator()(const Group&, Int)     16 codes, each in the low `bits` bits of a lane (arbitrary bits above)
-constexpr int64_t kFusedTileM = 4;
-
-// It pays when few rows of x use the weights; and no lane may need special care.
-template <class Linear>
-inline bool fuses(const Linear& a) {
-  const auto& w = a.weight;
-  return a.M <= kFusedTileM && !w.outliers && w.K % kLanes == 0 && (w.G == 1 || w.group_size % kLanes == 0);
-}
-
-// tile<MR, NR, FloatDot> on columns [k0, k1) of rows n0.. of w, which are rows i0.. of the decoder.
-// The same values and the same sums, so the same result to the last bit.
-template <int MR, int NR, class Decoder>
-void tile_fused(const Codes& w, const Decoder& decode, int i0, const float* x, int64_t n0, int64_t k0, int64_t k1,
-                float* acc, int64_t ld) {
-  const int64_t length = k1 - k0, step = kLanes / 8 * w.bits;
-  const int64_t ahead = length / 8 * w.bits + (k1 < w.K ? 0 : (kRowTile - 1) * w.row_bytes);
-  const Unpack16 unpack16(w.bits);
-  const uint8_t* src = w.packed + n0 * w.row_bytes + k0 / 8 * w.bits;
-  Float sum[MR][NR];
-  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int n = 0; n < NR; ++n) sum[m][n] = splat(0.0f);
-  for (int64_t k = 0, g = k0 / w.group_size; k < length; ++g) {
-    typename Decoder::Group groups[NR];
-    LOWBIT_UNROLL for (int n = 0; n < NR; ++n) groups[n] = decode.group(i0 + n, g);
-    for (const int64_t end = min64((g + 1) * w.group_size - k0, length); k < end; k += kLanes, src += step) {
-      Float wv[NR];
-      LOWBIT_UNROLL for (int n = 0; n < NR; ++n) {
-        const uint8_t* p = src + n * w.row_bytes;
-        const Int codes = unpack16(p);
-        if (k % 64 == 0) prefetch(p, ahead);
-        wv[n] = decode(groups[n], codes);
-      }
-      LOWBIT_UNROLL for (int m = 0; m < MR; ++m) {
-        const Float xv = load(x + m * length + k);
-        LOWBIT_UNROLL for (int n = 0; n < NR; ++n) sum[m][n] = fma(xv, wv[n], sum[m][n]);
-      }
-    }
-  }
-  reduce<MR, NR, FloatDot>(sum, acc, ld);
-}
-
-template <class Decoder, class Linear>
-void linear_fused(const Linear& a, const float* prepared, int64_t n_begin, int64_t n_end) {
-  using Tile = void (*)(const Codes&, const Decoder&, int, const float*, int64_t, int64_t, int64_t, float*, int64_t);
-  static const Tile tiles[kFusedTileM][2] = {{tile_fused<1, 1, Decoder>, tile_fused<1, 4, Decoder>},
-                                             {tile_fused<2, 1, Decoder>, tile_fused<2, 4, Decoder>},
-                                             {tile_fused<3, 1, Decoder>, tile_fused<3, 4, Decoder>},
-                                             {tile_fused<4, 1, Decoder>, tile_fused<4, 4, Decoder>}};
-  const auto& w = a.weight;
-  Arena count(nullptr);
-  Decoder{count, a};
-  Scratch scratch(Slot::worker, size_t(count.used()));
-  Arena arena(scratch.data());
-  Decoder decode(arena, a);
-  for (int64_t n0 = n_begin; n0 < n_end; n0 += kRowTile) {
-    const int64_t n1 = min64(n0 + kRowTile, n_end);
-    const bool four = n0 + 4 <= n1;
-    float acc[kFusedTileM * kRowTile] = {}, bias[2 * kRowTile];
-    if (a.bias) to_float(a.bias, a.bias_dtype, n0, n1 - n0, bias);
-    for (int64_t n = n0; n < n1; ++n) decode.load(int(n - n0), n);
-    for (int64_t n = n0; n < n1; n += four ? 4 : 1)
-      for (int64_t k0 = 0; k0 < w.K; k0 += kChunk)
-        tiles[a.M - 1][four](w, decode, int(n - n0), prepared + a.M * k0, n, k0, min64(k0 + kChunk, w.K),
-                             acc + (n - n0), kRowTile);
-    write_result(a, 0, a.M, n0, n1, bias, acc, kRowTile);
-  }
-}
-
-#endif
 
 }  // namespace
 }  // namespace lowbit

@@ -13,7 +13,15 @@
 namespace lowbit {
 namespace {
 
+#if defined(__AVX2__)
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
+#else  // what is unrolled would not fit the registers
+#define LOWBIT_UNROLL _Pragma("GCC unroll 1")
+#endif
+// What takes part in a register tile: called, it would force the tile into memory.
+#define LOWBIT_INLINE inline __attribute__((always_inline))
+// What runs once per row or less, and would be copied into every kernel.
+#define LOWBIT_SHARED __attribute__((noinline))
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -34,8 +42,6 @@ inline float float_of(uint32_t u) {
 // ---------------------------------------------------------------------------------------------------------
 // fp32 lanes (Float) and int32 lanes (Int).
 //   dot16(acc, x, w): lane l gains x[2*l] * w[2*l] + x[2*l + 1] * w[2*l + 1] of int16 values, exactly
-//   dot(acc, x, w): lane l gains sum_{j < kCodesPerLane} x[kCodesPerLane*l + j] * w[kCodesPerLane*l + j], exactly,
-//     for activations x in -127..127 and codes w in 0..255 (any 9 bits where Code is int16)
 //   sum4_add(a, b, c, d, out): out[0..3] += the sum of each vector's lanes, always by the same tree
 //   sum_add(a, out): the same for one vector; for Ints, out holds the bits of int32
 //   in_register(v): v, which the compiler must now hold in a register
@@ -108,7 +114,8 @@ inline Int load(const int32_t* p) {
 inline void store(int32_t* p, Int v) { std::memcpy(p, &v, sizeof v); }
 inline Int zero_int() { return Int{0, 0, 0, 0}; }
 inline Int splat(int32_t v) { return Int{v, v, v, v}; }
-inline Int multiply(Int a, Int b) { return a * b; }
+typedef uint32_t Bits __attribute__((vector_size(16)));
+inline Int multiply(Int a, Int b) { return Int(Bits(a) * Bits(b)); }
 inline Float to_float(Int v) { return __builtin_convertvector(v, Float); }
 inline void sum4_add(Float a, Float b, Float c, Float d, float* out) {
   const Float v[4] = {a, b, c, d};
@@ -172,29 +179,102 @@ inline Int dot16(Int acc, Int x, Int w) {
 }
 #endif
 
-#if defined(__AVX512VNNI__)
-// vpdpbusd multiplies unsigned by signed bytes.
-using Activation = int8_t;
-using Code = uint8_t;
-constexpr int kCodesPerLane = 4;
-inline Int dot(Int acc, Int x, Int w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-  return acc;
-}
 // GCC 12 would load a vector again for each of its uses.
+#if defined(__AVX512F__)
 inline Int in_register(Int v) {
   asm("" : "+v"(v));
   return v;
 }
 #else
-using Activation = int16_t;
-using Code = int16_t;
-constexpr int kCodesPerLane = 2;
-inline Int dot(Int acc, Int x, Int w) { return dot16(acc, x, w); }
 inline Int in_register(Int v) { return v; }
 #endif
-constexpr int kVector = kLanes * kCodesPerLane;  // codes in one Int
 inline Int load_bytes(const void* p) { return load(static_cast<const int32_t*>(p)); }
+inline void store_bytes(void* p, Int v) { store(static_cast<int32_t*>(p), v); }
+
+// as_float(v), as_int(v): the same bits
+// or_masked(a, b, mask) = a | (b & mask)
+// negated_fma(a, b, c) = c - a * b, rounded as fma() is
+// dot4<kNarrow>(acc, w, x): lane l gains sum_{j < 4} w[4*l + j] * x[4*l + j] of unsigned bytes w and signed bytes x >= -127
+//   (VNNI: >= -128), exactly; kNarrow: all w are below 128
+inline Float as_float(Int v) { return Float(v); }
+inline Int as_int(Float v) { return Int(v); }
+inline Int as_int(Int v) { return v; }
+inline Int bit_and(Int a, Int b) { return a & b; }
+inline Float negated_fma(Float a, Float b, Float c) { return fma(-a, b, c); }
+#if defined(__AVX512F__)
+inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+inline Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+inline Int to_int(Float v) { return _mm512_cvttps_epi32(v); }
+inline Int or_masked(Int a, Int b, Int mask) { return _mm512_ternarylogic_epi32(b, a, mask, 0xec); }  // overwrites b
+#elif defined(__AVX2__)
+inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+inline Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+inline Int to_int(Float v) { return _mm256_cvttps_epi32(v); }
+inline Int or_masked(Int a, Int b, Int mask) { return a | (b & mask); }
+#else
+inline Int add(Int a, Int b) { return Int(Bits(a) + Bits(b)); }  // unsigned: may wrap around
+inline Int subtract(Int a, Int b) { return Int(Bits(a) - Bits(b)); }
+inline Int to_int(Float v) { return __builtin_convertvector(v, Int); }
+inline Int or_masked(Int a, Int b, Int mask) { return a | (b & mask); }
+#endif
+
+#if defined(__AVX512VNNI__)
+template <bool kNarrow>
+inline Int dot4(Int acc, Int w, Int x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+#elif defined(__AVX512F__)
+template <bool kNarrow>
+inline Int dot4(Int acc, Int w, Int x) {
+  if (kNarrow) return dot16(acc, _mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
+  acc = dot16(acc, _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_and_si512(w, splat(0x00ff00ff)));
+  return dot16(acc, _mm512_srai_epi16(x, 8), _mm512_srli_epi16(w, 8));
+}
+#elif defined(__AVX2__)
+template <bool kNarrow>
+inline Int dot4(Int acc, Int w, Int x) {
+  if (kNarrow) return dot16(acc, _mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+  acc = dot16(acc, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_and_si256(w, splat(0x00ff00ff)));
+  return dot16(acc, _mm256_srai_epi16(x, 8), _mm256_srli_epi16(w, 8));
+}
+#else
+template <bool kNarrow>
+inline Int dot4(Int acc, Int w, Int x) {
+  for (int j = 0; j < 4; ++j) acc += (w >> (8 * j) & 255) * (x << (24 - 8 * j) >> 24);
+  return acc;
+}
+#endif
+
+// out[j * ld + i] = in[i * 16 + j] for i < rows, j < 16, and anything for rows <= i < 16.
+inline void transpose16(const float* in, int64_t rows, float* out, int64_t ld) {
+#if defined(__AVX512F__)
+  (void)rows;
+  __m512 a[16], b[16];
+  LOWBIT_UNROLL for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(in + 16 * i);
+  LOWBIT_UNROLL for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  LOWBIT_UNROLL for (int i = 0; i < 16; i += 4) LOWBIT_UNROLL for (int h = 0; h < 2; ++h) {  // quads
+    const __m512d x = _mm512_castps_pd(b[i + h]), y = _mm512_castps_pd(b[i + 2 + h]);
+    a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+    a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+  }
+  LOWBIT_UNROLL for (int j = 0; j < 4; ++j) {  // a[4 * q + j]: rows 4q.., columns j, j + 4, j + 8, j + 12
+    const __m512 lo01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44), hi01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
+    const __m512 lo23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44),
+                 hi23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xee);
+    _mm512_storeu_ps(out + j * ld, _mm512_shuffle_f32x4(lo01, lo23, 0x88));
+    _mm512_storeu_ps(out + (j + 4) * ld, _mm512_shuffle_f32x4(lo01, lo23, 0xdd));
+    _mm512_storeu_ps(out + (j + 8) * ld, _mm512_shuffle_f32x4(hi01, hi23, 0x88));
+    _mm512_storeu_ps(out + (j + 12) * ld, _mm512_shuffle_f32x4(hi01, hi23, 0xdd));
+  }
+#else
+  for (int64_t j = 0; j < 16; ++j)
+    for (int64_t i = 0; i < rows; ++i) out[j * ld + i] = in[i * 16 + j];
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // 16-bit floats. Rounding is to nearest even; NaN stays NaN.
@@ -259,6 +339,12 @@ inline void to_float(const void* src, DType dtype, int64_t begin, int64_t n, flo
     case DType::none:
       break;
   }
+}
+
+// dst[i] = float(src[begin + i * step]), i < n
+inline void to_floats(const void* src, DType dtype, int64_t begin, int64_t step, int64_t n, float* dst) {
+  if (step == 1) return to_float(src, dtype, begin, n, dst);
+  for (int64_t i = 0; i < n; ++i) to_float(src, dtype, begin + i * step, 1, dst + i);
 }
 
 // dst[begin + i] = round(src[i]), i < n

@@ -26,15 +26,12 @@ inline void prefetch(const uint8_t* src, int64_t ahead) {
 #if defined(__AVX512VBMI__)
 
 struct UnpackTables {
-  uint8_t spread[9][64] = {}, shifts[9][64] = {}, wide_spread[9][64] = {};
-  int32_t wide_shifts[9][16] = {};
+  uint8_t spread[9][64] = {}, shifts[9][64] = {};
   constexpr UnpackTables() {
     for (int bits = 1; bits <= 8; ++bits)
       for (int i = 0; i < 64; ++i) {
         spread[bits][i] = uint8_t((i / 8 * bits + i % 8) & 63);
         shifts[bits][i] = uint8_t(i % 8 * bits);
-        wide_spread[bits][i] = uint8_t((i / 4 * bits / 8 + i % 4) & 63);
-        wide_shifts[bits][i / 4] = i / 4 * bits % 8;
       }
   }
 };
@@ -49,20 +46,6 @@ struct Unpack64 {
   // word q of `spread` holds the `bits` bytes of codes 8q..8q+7; vpmultishiftqb takes 8 bits from bit i*bits of it
   __m512i operator()(__m512i bytes) const {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes)), mask);
-  }
-};
-
-// 16 codes, each in the low `bits` bits of a lane; the bits above are arbitrary.
-struct Unpack16 {
-  __m512i spread, shifts;
-  __mmask8 words;
-  explicit Unpack16(int bits)
-      : spread(_mm512_loadu_si512(kUnpack.wide_spread[bits])),
-        shifts(_mm512_loadu_si512(kUnpack.wide_shifts[bits])),
-        words(__mmask8((1 << bits) - 1)) {}
-  __m512i operator()(const uint8_t* src) const {
-    const __m512i codes = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(words, src));
-    return _mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, codes), shifts);
   }
 };
 
@@ -117,6 +100,21 @@ struct Unpack32 {
 
 // out[j] = code j for j < round_up(count, 32); src holds round_up(count, 32) codes; nothing at or past `end` is read.
 inline void unpack(const uint8_t* src, const uint8_t* end, int64_t ahead, int bits, int64_t count, uint8_t* out) {
+  if (bits == 8 || bits == 4) {
+    for (int64_t j = 0; j < count; j += 32, src += 4 * bits) {
+      prefetch(src, ahead);
+      __m256i bytes;
+      if (bits == 8) {
+        bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+      } else {
+        const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src)), mask = _mm_set1_epi8(15);
+        const __m128i low = _mm_and_si128(pairs, mask), high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+        bytes = _mm256_setr_m128i(_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + j), bytes);
+    }
+    return;
+  }
   const Unpack32 codes(bits);
   const int64_t reach = 3 * bits + 16;  // bytes read for 32 codes
   for (int64_t j = 0; j < count; j += 32, src += 4 * bits) {

@@ -6,10 +6,14 @@
 #include <vector>
 
 #include "../common/arguments.h"
+#include "../common/empty.h"
 #include "cpu_kernel.h"
 
 namespace lowbit {
 namespace kron {
+// Found by the type of its argument, so not in the unnamed namespace.
+inline void prefetch_row(const Weight&, int64_t) {}  // all rows are made of the same factors
+
 namespace {
 
 constexpr int64_t kSharedElements = int64_t(8) << 20; // rows of x go through memory in blocks of about this size
@@ -182,7 +186,7 @@ Tensor linear_cpu(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_
     M *= x.size(d);
   }
   shape.push_back(w.N);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = empty_cpu(shape, x.scalar_type());
   if (M == 0) return y;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
 
@@ -217,7 +221,7 @@ Tensor dequantize_cpu(Tensor a, OptionalTensor a_scales, OptionalTensor a_zeros,
   const char* op = "kron_dequantize";
   const Weight w = check_weight(op, a, a_scales, a_zeros, b, b_scales, b_zeros, input_permutation, output_permutation,
                                 rank, n1, k1, n2, k2, a_bits, a_group_size, b_bits, b_group_size);
-  return run_dequantize(op, w, a, dtype, rows_kernel());
+  return run_dequantize(op, w, dtype, rows_kernel());
 }
 
 Tensor embedding_cpu(Tensor ids, Tensor a, OptionalTensor a_scales, OptionalTensor a_zeros, Tensor b,
@@ -228,7 +232,7 @@ Tensor embedding_cpu(Tensor ids, Tensor a, OptionalTensor a_scales, OptionalTens
   check_ids(op, ids);
   const Weight w = check_weight(op, a, a_scales, a_zeros, b, b_scales, b_zeros, input_permutation, output_permutation,
                                 rank, n1, k1, n2, k2, a_bits, a_group_size, b_bits, b_group_size);
-  return run_embedding(op, w, ids, a, dtype, rows_kernel());
+  return run_embedding(op, w, ids, dtype, rows_kernel());
 }
 
 }  // namespace kron

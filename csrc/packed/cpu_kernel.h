@@ -8,8 +8,9 @@ namespace lowbit {
 namespace packed {
 
 struct Weight : Codes {
-  const void* scales;  // [N, G], or one value when per_tensor
+  const void* scales;  // of row n and group g at n * scales_row + g * scales_group; one value when per_tensor
   const void* zeros;   // as scales; null: symmetric, zero = 2^(bits-1)
+  int64_t scales_row, scales_group, zeros_row, zeros_group;  // one of a pair is 1
   DType scales_dtype, zeros_dtype;
   bool per_tensor;
 };

@@ -134,7 +134,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
     for alias, name in aliases.items():
         stream.assign(model, alias, kept[name])
     stream.check_complete(model)
-    stream.validate(model)
+    stream.validate(model, owned=True)
     return model
 
 

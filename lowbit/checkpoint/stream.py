@@ -87,8 +87,8 @@ def fill(
         assign(model, name, checkpoint.read(key).to(device, dtype_of(name)))
 
 
-def validate(model: nn.Module) -> None:
-    """Check the values of every packed layer, and make it ready for its device.
+def validate(model: nn.Module, *, owned: bool = False) -> None:
+    """Check the values of every packed layer, and make it ready for its device (``owned``: :meth:`Layer.prepare`).
 
     Raises ``ValueError`` naming layer and tensor.
     """
@@ -96,7 +96,7 @@ def validate(model: nn.Module) -> None:
     for name, layer in layers(model).items():
         if layer not in seen:
             layer.validate(name or "layer")
-            layer.prepare()
+            layer.prepare(owned=owned)
         seen.add(layer)
 
 

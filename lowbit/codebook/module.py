@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.codebook.format import CodebookFormat
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale
+from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
+
+_LINEAR, _EMBEDDING = torch.ops.lowbit.codebook_linear.default, torch.ops.lowbit.codebook_embedding.default
 
 
 class CodebookLayer(Layer):
@@ -56,9 +58,10 @@ class CodebookLayer(Layer):
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """The weight's tensors in the order of the ops."""
+        t = self.operands()
         return (
-            self.packed, self.codebook, self.scales, self.scale_codebook, self.scale_absmax, self.scale_offset,
-            self.outlier_values, self.outlier_columns, self.outlier_rows,
+            t["packed"], t["codebook"], t["scales"], t["scale_codebook"], t["scale_absmax"], t["scale_offset"],
+            t["outlier_values"], t["outlier_columns"], t["outlier_rows"],
         )  # fmt: skip
 
     def validate_values(self, name: str) -> None:
@@ -80,21 +83,21 @@ class CodebookLinear(CodebookLayer, LinearLayer):
     """
 
     def multiply(self, input: Tensor) -> Tensor:
-        format = self.format
-        y: Tensor = torch.ops.lowbit.codebook_linear(
-            input, self.packed, self.codebook, self.scales, self.scale_codebook, self.scale_absmax, self.scale_offset,
-            self.bias, self.outlier_values, self.outlier_columns, self.outlier_rows, self.x_scale,
+        t, format = self.operands(), self.format
+        return run(
+            _LINEAR, input, t["packed"], t["codebook"], t["scales"],
+            t["scale_codebook"], t["scale_absmax"], t["scale_offset"], t["bias"],
+            t["outlier_values"], t["outlier_columns"], t["outlier_rows"], t["x_scale"],
             format.bits, format.group_size, format.activations != "float", self.centroid_gradient == "mean",
         )  # fmt: skip
-        return y
 
 
 class CodebookEmbedding(CodebookLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`CodebookLinear`."""
 
     def gather(self, ids: Tensor) -> Tensor:
-        y: Tensor = torch.ops.lowbit.codebook_embedding(
-            ids, *self._tensors(), self.format.bits, self.format.group_size, self.format.in_features, self.dtype,
+        format = self.format
+        return run(
+            _EMBEDDING, ids, *self._tensors(), format.bits, format.group_size, format.in_features, self.dtype,
             self.centroid_gradient == "mean",
         )  # fmt: skip
-        return y

@@ -37,6 +37,7 @@ from lowbit.reference import (
     outliers_of,
     quantize_activations,
     row_blocks,
+    rows_of,
     unique_ids,
     without_autocast,
 )
@@ -277,7 +278,7 @@ def _reference_embedding(
     unique, position = unique_ids(ids, packed.shape[0])
     scale = scale_values(scales, *nested)
     dense = dequantize_rows(
-        packed[unique], _tables_of(codebook, unique), None if scale is None else scale[unique],
+        rows_of(packed, unique, bits), _tables_of(codebook, unique), None if scale is None else scale[unique],
         bits, group_size, embedding_dim,
     )  # fmt: skip
     add_outlier_rows(dense, unique, (outlier_values, outlier_columns, outlier_rows))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit.gpu.layout import CHUNKS, LANES, PLANES
+from lowbit.bitpack import PLANES
+from lowbit.gpu.layout import CHUNKS, LANES
 
 
 @triton.constexpr_function

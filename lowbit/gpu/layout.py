@@ -2,7 +2,8 @@
 
 A tile holds 256 consecutive codes of a row in ``8 * bits`` words, the canonical words of those codes rearranged:
 ``int32 [N, ceil(K/256), 8*bits]``, zero codes filling up the last one. Code ``k`` of a tile sits in *chunk* ``k // 32``
-and *lane* ``k % 32``. The bits of a code are dealt to planes of 8, 4, 2 or 1 bits (:data:`PLANES`), low bits first:
+and *lane* ``k % 32``. The bits of a code are dealt to planes of 8, 4, 2 or 1 bits
+(:data:`lowbit.bitpack.PLANES`), low bits first:
 
 * a plane of w = 8, 4 or 2 bits is ``w/2`` times 32 lanes of 16 bits; lane l of part p holds the chunks
   ``p * 16/w + f`` for f = 0 .. 16/w - 1, at bit ``f * w``;
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from lowbit import dispatch
-from lowbit.bitpack import pack, unpack
+from lowbit.bitpack import PLANES, pack, unpack
+from lowbit.blocks import is_blocked, unblock
 
 TILE = 256  # codes of one tile
 LANES = 32
 CHUNKS = TILE // LANES
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _CODES_AT_ONCE = 1 << 24
 
 _rearranging_announced = False
@@ -47,17 +48,17 @@ def is_tiled(packed: Tensor) -> bool:
 
 
 def tiles_of(packed: Tensor, bits: int, in_features: int, *, quiet: bool = False) -> Tensor:
-    """Tiles as they are; canonical words rearranged, which on a GPU costs every call as much again: said once."""
+    """Tiles as they are; others rearranged, which on a GPU costs every call as much again: said once."""
     global _rearranging_announced
     if is_tiled(packed):
         return packed
     if packed.device.type == "cuda" and not quiet and not _rearranging_announced:
         _rearranging_announced = True
         warnings.warn(
-            "packed codes in the canonical order are rearranged at every call on a GPU: call layer.prepare() once "
+            "packed codes that are not in tiles are rearranged at every call on a GPU: call layer.prepare() once "
             "(moving, converting and loading do)", RuntimeWarning, stacklevel=4,
         )  # fmt: skip
-    return tile(packed, bits, in_features)
+    return tile(unblock(packed, bits) if is_blocked(packed) else packed, bits, in_features)
 
 
 def tile(packed: Tensor, bits: int, in_features: int) -> Tensor:

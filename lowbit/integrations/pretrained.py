@@ -455,6 +455,8 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     check(model, checkpoint, found)
     stream.fill(model, checkpoint, found.names, device)
     model.tie_weights(recompute_mapping=False)
+    for layer in layers(model).values():
+        layer.prepare(owned=True)
     model.to(device)  # buffers that are not saved
     stream.check_complete(model)
     stream.validate(model)

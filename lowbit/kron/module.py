@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.kron.format import KroneckerFormat
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite
+from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, run
 from lowbit.packed.module import require_zeros
+
+_LINEAR, _EMBEDDING = torch.ops.lowbit.kron_linear.default, torch.ops.lowbit.kron_embedding.default
 
 
 class KroneckerLayer(Layer):
@@ -38,7 +40,8 @@ class KroneckerLayer(Layer):
 
     def _factors(self) -> tuple[Tensor | None, ...]:
         """The factors' tensors in the order of the ops."""
-        return self.a, self.a_scales, self.a_zeros, self.b, self.b_scales, self.b_zeros
+        t = self.operands()
+        return t["a"], t["a_scales"], t["a_zeros"], t["b"], t["b_scales"], t["b_zeros"]
 
     def validate_values(self, name: str) -> None:
         for part, factor in (("a", self.format.a), ("b", self.format.b)):
@@ -70,18 +73,19 @@ class KroneckerLinear(KroneckerLayer, LinearLayer):
     """
 
     def multiply(self, input: Tensor) -> Tensor:
-        y: Tensor = torch.ops.lowbit.kron_linear(
-            input, self.a, self.a_scales, self.a_zeros, self.b, self.b_scales, self.b_zeros, self.bias,
-            self.input_permutation, self.output_permutation, *self.format.sizes,
+        t = self.operands()
+        return run(
+            _LINEAR, input, t["a"], t["a_scales"], t["a_zeros"], t["b"], t["b_scales"], t["b_zeros"], t["bias"],
+            t["input_permutation"], t["output_permutation"], *self.format.sizes,
         )  # fmt: skip
-        return y
 
 
 class KroneckerEmbedding(KroneckerLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`KroneckerLinear`: row i of A ⊗ B for each id i."""
 
     def gather(self, ids: Tensor) -> Tensor:
-        y: Tensor = torch.ops.lowbit.kron_embedding(
-            ids, *self._factors(), self.input_permutation, self.output_permutation, *self.format.sizes, self.dtype
-        )
-        return y
+        t = self.operands()
+        return run(
+            _EMBEDDING, ids, *self._factors(), t["input_permutation"], t["output_permutation"], *self.format.sizes,
+            self.dtype,
+        )  # fmt: skip

@@ -12,6 +12,7 @@ product as exact sums of bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import overload
 
 import torch
 import triton
@@ -251,6 +252,16 @@ def packed_outlier_rows_kernel(
 # ------------------------------------------------------------------------------------------------------- on the host
 
 
+@overload
+def _row_after_row(values: Tensor) -> Tensor: ...
+@overload
+def _row_after_row(values: None) -> None: ...
+def _row_after_row(values: Tensor | None) -> Tensor | None:
+    """Scales or zeros that stand group after group in memory, as beside blocks, as the kernels read them."""
+    transposed = values is not None and values.dim() == 2 and values.t().is_contiguous()
+    return values.contiguous() if values is not None and transposed else values
+
+
 def _check(
     device: torch.device,
     packed: Tensor,
@@ -384,6 +395,7 @@ def linear(
     check_linear(x, packed, scales, zeros, bits, group_size)
     n, k = packed.shape[0], x.shape[-1]
     outliers = (outlier_values, outlier_columns, outlier_rows)
+    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
     _check(x.device, packed, scales, zeros, outliers, bias)
     check_bias(bias, n)
     check_x_scale(x_scale, int8)
@@ -421,6 +433,7 @@ def dequantize(
     """``lowbit::packed_dequantize`` on a GPU."""
     check_weight(packed, scales, zeros, bits, group_size, in_features)
     outliers = (outlier_values, outlier_columns, outlier_rows)
+    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
     _check(packed.device, packed, scales, zeros, outliers)
     y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     tiles = tiles_of(packed, bits, in_features, quiet=True)
@@ -445,6 +458,7 @@ def embedding(
     check_ids(ids)
     check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     outliers = (outlier_values, outlier_columns, outlier_rows)
+    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
     _check(ids.device, packed, scales, zeros, outliers)
     y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
     tiles = tiles_of(packed, bits, embedding_dim)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale
+from lowbit import blocks
+from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
+from lowbit.layouts import BLOCKS, CANONICAL, Layout
 from lowbit.packed.format import PackedFormat
+
+_LINEAR, _EMBEDDING = torch.ops.lowbit.packed_linear.default, torch.ops.lowbit.packed_embedding.default
 
 
 class PackedLayer(Layer):
@@ -15,6 +19,7 @@ class PackedLayer(Layer):
     family = "packed"
     format_class = PackedFormat
     code_tensors = ("packed",)
+    group_tensors = ("scales", "zeros")
     format: PackedFormat
     packed: nn.Parameter
     scales: nn.Parameter
@@ -56,27 +61,33 @@ class PackedLinear(PackedLayer, LinearLayer):
     """``y = x @ W.T + bias`` with ``W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]``, ``g = k // group_size``.
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
-    Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]``, ``scales`` ``[N, G]``,
-    ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same shape, optional CSR outliers, optional ``x_scale``.
+    Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
+    :mod:`lowbit.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same shape,
+    optional CSR outliers, optional ``x_scale``.
     """
 
+    def cpu_layouts(self) -> tuple[Layout, ...]:
+        return (BLOCKS,) if self.format.out_features >= blocks.ROWS else (CANONICAL,)
+
     def multiply(self, input: Tensor) -> Tensor:
-        format = self.format
-        y: Tensor = torch.ops.lowbit.packed_linear(
-            input, self.packed, self.scales, self.zeros, self.bias,
-            self.outlier_values, self.outlier_columns, self.outlier_rows, self.x_scale,
+        t, format = self.operands(), self.format
+        return run(
+            _LINEAR, input, t["packed"], t["scales"], t["zeros"], t["bias"],
+            t["outlier_values"], t["outlier_columns"], t["outlier_rows"], t["x_scale"],
             format.bits, format.group_size, format.activations != "float",
         )  # fmt: skip
-        return y
 
 
 class PackedEmbedding(PackedLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`PackedLinear`."""
 
+    def cpu_layouts(self) -> tuple[Layout, ...]:
+        return (CANONICAL, BLOCKS)  # blocks, where a linear layer shares the codes
+
     def gather(self, ids: Tensor) -> Tensor:
-        y: Tensor = torch.ops.lowbit.packed_embedding(
-            ids, self.packed, self.scales, self.zeros,
-            self.outlier_values, self.outlier_columns, self.outlier_rows,
-            self.format.bits, self.format.group_size, self.format.in_features, self.dtype,
+        t, format = self.operands(), self.format
+        return run(
+            _EMBEDDING, ids, t["packed"], t["scales"], t["zeros"],
+            t["outlier_values"], t["outlier_columns"], t["outlier_rows"],
+            format.bits, format.group_size, format.in_features, self.dtype,
         )  # fmt: skip
-        return y

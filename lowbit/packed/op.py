@@ -25,6 +25,7 @@ from lowbit.reference import (
     outliers_of,
     quantize_activations,
     row_blocks,
+    rows_of,
     sum_per_scale,
     unique_ids,
     without_autocast,
@@ -212,7 +213,7 @@ def _reference_embedding(
     check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
     unique, position = unique_ids(ids, packed.shape[0])
     dense = dequantize_rows(
-        packed[unique], scales if scales.shape[0] == 1 else scales[unique],
+        rows_of(packed, unique, bits), scales if scales.shape[0] == 1 else scales[unique],
         zeros if zeros is None or zeros.shape[0] == 1 else zeros[unique],
         None, None, None, bits, group_size, embedding_dim,
     )  # fmt: skip

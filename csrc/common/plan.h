@@ -1,0 +1,263 @@
+// How x is held for the tiles of tiles.h, and how K is cut into segments.
+//
+// Three kinds of activations:
+//   int8     as `Quantizer` gives them
+//   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 30 bits (fp32) or 22
+//            (16-bit floats) relative to its largest element, held as 4 or 3 digits to base 256, -128 .. 127. Each digit
+//            is a row of int8 activations: sums of products are exact, and cheaper than fp32 ones
+//   bf16     where there are bf16 dot products and x is bf16
+//   f32      floats elsewhere
+// Rows of x that pieces and bf16 products cannot hold (not finite, or very large or small) are `special`.
+#pragma once
+#include "activations.h"
+#include "tiles.h"
+
+namespace lowbit {
+namespace {
+
+enum class Kind { int8, pieces, bf16, f32 };
+
+constexpr int64_t kExactK = 65536;     // K * 127 * 255 < 2^31
+constexpr int64_t kPassM = 384;        // rows of x per pass over the weights; a multiple of every tile
+constexpr int64_t kFloatSegment = 256;  // columns that share the exponent of their pieces
+constexpr int64_t kIntSegment = 2048;
+
+struct Plan {
+  Kind kind;
+  int pieces;        // rows in which a row of x is held
+  int steps;         // of a quad of columns
+  int64_t tile;      // rows of x in a tile
+  bool fused;        // few rows of x: the tiles unpack the blocks of a panel themselves
+  bool tall;         // one tile holds them all, and zeros, and takes a block at a time
+  int64_t stride;    // positions from one group to the next: a group begins with a quad
+  int64_t padded;    // positions per row; zeros stand behind groups and behind K
+  int64_t segment;   // positions per segment; the last of a group may be shorter
+  int64_t per_group;  // segments
+  int64_t segments;  // per row
+  int64_t chunk;     // segments for which a panel is expanded at a time
+  bool in_place;     // positions are columns
+  bool whole_units;  // and segments begin and end with units
+  bool exact;        // int8 activations and one group with an integer zero: one sum in int32 over all of K
+
+  template <class Linear>
+  Plan(const Linear& a, bool integer_zeros) {
+    const auto& w = a.weight;
+    kind = Kind::f32;
+#if defined(__AVX512VNNI__)
+    kind = Kind::pieces;
+#endif
+#if defined(__AVX512BF16__)
+    if (a.dtype == DType::bf16) kind = Kind::bf16;
+#endif
+    if (a.int8) kind = Kind::int8;
+    pieces = kind != Kind::pieces ? 1 : a.dtype == DType::f32 ? 4 : 3;
+    steps = kind == Kind::f32 ? FloatDot32::kSteps : kind == Kind::bf16 ? 2 : 1;
+    exact = kind == Kind::int8 && w.G == 1 && integer_zeros && w.K <= kExactK;
+    in_place = w.G == 1 || w.group_size % 4 == 0;
+    whole_units = w.G == 1 || w.group_size % kUnitColumns == 0;
+    const int64_t rows = a.M * pieces;
+    fused = w.blocks && whole_units && rows <= kTallRows;
+    tall = fused && rows > max64(kFewRows, pieces);
+    tile = tall ? (pieces > 1 ? a.M : round_up(a.M, 4)) : max64(1, kTileRows / pieces);
+    stride = w.G == 1 ? round_up(w.K, kUnitColumns) : round_up(w.group_size, 4);
+    padded = in_place ? round_up(w.K, kUnitColumns) : round_up(w.G * stride, kUnitColumns);
+    const int64_t longest = kind == Kind::int8 ? kIntSegment : 2 * kFloatSegment;
+    segment = stride <= longest ? stride : kind == Kind::int8 ? kIntSegment : kFloatSegment;
+    per_group = ceil_div(stride, segment);
+    segments = (w.G - 1) * per_group + ceil_div(w.K - (w.G - 1) * w.group_size, segment);
+    chunk = max64(1, kIntSegment / steps / segment);
+  }
+
+  int64_t begin(int64_t s) const { return s / per_group * stride + s % per_group * segment; }
+  int64_t end(int64_t s) const { return s + 1 == segments ? padded : begin(s + 1); }
+  int64_t group(int64_t s) const { return s / per_group; }
+  int64_t row_steps() const { return padded / 4 * steps; }
+
+  // Rows of tile t of M rows of x
+  int64_t rows(int64_t M, int64_t t) const { return (tall ? tile : min64(tile, M - t * tile)) * pieces; }
+};
+
+struct PreparedX {
+  int32_t* words;     // tile after tile, each [steps, rows]
+  float* sums;        // of segments; tile after tile, each [segments, rows]
+  float* scale;       // pieces only; tile after tile, each [segments, rows / pieces]
+  int32_t* total;     // exact only: [M], the sum of a row
+  float* inverse;     // int8 only: [M]
+  uint8_t* special;   // pieces and bf16 only, else null: [M]
+  float* columns;     // outliers only: x itself, [K, M]
+  int64_t bytes;
+
+  template <class Linear>
+  PreparedX(const void* prepared, const Linear& a, const Plan& p) {
+    Arena arena(const_cast<void*>(prepared));
+    const bool int8 = p.kind == Kind::int8;
+    const int64_t rows = p.tall ? p.tile : a.M;
+    words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
+    sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.pieces * p.segments);
+    scale = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);
+    total = arena.take<int32_t>(p.exact ? a.M : 0);
+    inverse = arena.take<float>(int8 ? a.M : 0);
+    special = p.kind == Kind::pieces || p.kind == Kind::bf16 ? arena.take<uint8_t>(a.M) : nullptr;
+    columns = arena.take<float>(a.weight.outliers ? a.M * a.weight.K : 0);
+    bytes = arena.used();
+  }
+};
+
+// A row of x on its way into tiles.
+struct RowBuffers {
+  float* x;        // [padded]
+  int32_t* words;  // [steps]
+  RowBuffers(Arena& a, const Plan& p) : x(a.take<float>(p.padded)), words(a.take<int32_t>(p.row_steps())) {}
+};
+
+inline int32_t sum_of(const int8_t* q, int64_t n) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += q[i];
+  return total;
+}
+
+// In a fixed order, which vectors can keep.
+inline float sum_of(const float* x, int64_t n) {
+  float lanes[16] = {};
+  for (int64_t i = 0; i < n; i += 16)
+    for (int64_t j = 0; j < 16; ++j) lanes[j] += i + j < n ? x[i + j] : 0.0f;
+  for (int width = 8; width; width /= 2)
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  return lanes[0];
+}
+
+inline uint32_t largest_bits(const float* x, int64_t n) {  // |x| compares as its bits do, and NaN > infinity > numbers
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+inline bool is_special(const float* x, int64_t n) {
+  const uint32_t largest = largest_bits(x, n);
+  return largest >= bits_of(0x1p100f) || (largest && largest < bits_of(0x1p-80f));
+}
+
+#if defined(__AVX512VNNI__)
+// Digits of x[0:n], n a multiple of 4, lowest first: those of four neighbours are a word, words[i / 4 * rows + digit].
+// sums[digit] becomes the sum of a digit; returns what an integer is worth.
+template <int kPieces>
+inline float to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, float* sums) {
+  const uint32_t largest = largest_bits(x, n);
+  const int exponent = int(max64(int64_t(largest >> 23) - 127, -80)), low = exponent - (8 * kPieces - 3);
+  const Float factor = splat(float_of(uint32_t(127 - low) << 23));
+  const Int by_quad = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Int ones = splat(0x01010101);
+  Int total = zero_int();  // of digit p in lane 4 * quad + p
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 some = __mmask16((1u << min64(n - i, 16)) - 1);
+    Int v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), factor));
+    __m128i digit[4] = {};
+    LOWBIT_UNROLL for (int p = 0; p < kPieces; ++p) {
+      digit[p] = _mm512_cvtepi32_epi8(v);
+      v = _mm512_srai_epi32(_mm512_add_epi32(v, splat(128)), 8);
+    }
+    const Int all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(digit[1], digit[0])),
+                                       _mm256_set_m128i(digit[3], digit[2]), 1);
+    const Int quads = _mm512_permutexvar_epi32(by_quad, all);  // [quad, digit]
+    total = dot4<true>(total, ones, quads);
+    int32_t out[16];
+    store(out, quads);
+    for (int64_t q = 0; q < min64(n - i, 16) / 4; ++q)
+      std::memcpy(words + (i / 4 + q) * rows, out + 4 * q, kPieces * sizeof(int32_t));
+  }
+  int32_t lanes[16];
+  store(lanes, total);
+  for (int p = 0; p < kPieces; ++p) sums[p] = float(lanes[p] + lanes[4 + p] + lanes[8 + p] + lanes[12 + p]);
+  return float_of(uint32_t(127 + low) << 23);
+}
+#endif
+
+// Row m of x.
+template <class Linear>
+void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m) {
+  const auto& w = a.weight;
+  const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t), steps = p.row_steps();
+  if (p.in_place) {
+    to_float(a.x, a.dtype, m * w.K, w.K, b.x);
+    std::memset(b.x + w.K, 0, size_t(p.padded - w.K) * sizeof(float));
+  } else {
+    std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
+    for (int64_t g = 0; g < w.G; ++g)
+      to_float(a.x, a.dtype, m * w.K + g * w.group_size, min64(w.group_size, w.K - g * w.group_size),
+               b.x + g * p.stride);
+  }
+  // One row of x is held as it comes; more, word beside word.
+  int32_t* tile = out.words + t * p.tile * p.pieces * steps;
+  int32_t* words = rows == 1 ? tile : b.words;
+  float* sums = out.sums + t * p.tile * p.pieces * p.segments + i * p.pieces;
+
+  switch (p.kind) {
+    case Kind::f32:
+      std::memcpy(words, b.x, size_t(p.padded) * sizeof(float));
+      break;
+    case Kind::int8: {
+      int8_t* q = reinterpret_cast<int8_t*>(words);
+      const Quantizer quantize(b.x, p.padded, a.x_scale);
+      out.inverse[m] = quantize.inverse;
+      if (quantize.zero)
+        std::memset(q, 0, size_t(p.padded));
+      else
+        quantize(b.x, p.padded, q);
+      int32_t total = 0;
+      for (int64_t s = 0; s < p.segments; ++s) {
+        const int32_t sum = sum_of(q + p.begin(s), p.end(s) - p.begin(s));
+        sums[s * rows] = float(sum);
+        total += sum;
+      }
+      if (p.exact) out.total[m] = total;
+      break;
+    }
+    case Kind::pieces: {
+#if defined(__AVX512VNNI__)
+      out.special[m] = is_special(b.x, p.padded);
+      if (out.special[m]) std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
+      float* scale = out.scale + t * p.tile * p.segments + i;
+      for (int64_t s = 0; s < p.segments; ++s) {
+        const int64_t begin = p.begin(s), n = p.end(s) - begin;
+        int32_t* to = tile + i * p.pieces + begin / 4 * rows;
+        scale[s * (rows / p.pieces)] = p.pieces == 4 ? to_pieces<4>(b.x + begin, n, to, rows, sums + s * rows)
+                                                     : to_pieces<3>(b.x + begin, n, to, rows, sums + s * rows);
+      }
+      return;
+#endif
+      break;
+    }
+    case Kind::bf16: {
+      out.special[m] = is_special(b.x, p.padded);
+      for (int64_t k = 0; k < p.padded; k += 4) {  // what stood in x as bf16 loses nothing
+        uint32_t v[4];
+        for (int j = 0; j < 4; ++j) v[j] = out.special[m] ? 0 : bits_of(b.x[k + j]);
+        words[k / 2] = int32_t(v[0] >> 16 | (v[2] & 0xffff0000));
+        words[k / 2 + 1] = int32_t(v[1] >> 16 | (v[3] & 0xffff0000));
+      }
+      for (int64_t s = 0; s < p.segments; ++s)
+        sums[s * rows] = out.special[m] ? 0 : sum_of(b.x + p.begin(s), p.end(s) - p.begin(s));
+      break;
+    }
+  }
+  if (words == tile) return;
+  for (int64_t s = 0; s < steps; ++s) tile[s * rows + i] = words[s];
+}
+
+template <class Linear>
+void prepare_x(const Linear& a, const Plan& p, void* prepared, int64_t m_begin, int64_t m_end) {
+  const PreparedX out(prepared, a, p);
+  Arena count(nullptr);
+  RowBuffers{count, p};
+  Scratch scratch(Slot::worker, size_t(count.used()));
+  Arena arena(scratch.data());
+  const RowBuffers buffers(arena, p);
+  for (int64_t m = m_begin; m < m_end; ++m) prepare_row(a, p, out, buffers, m);
+  if (a.weight.outliers) transpose_activations(a, m_begin, m_end, out.columns);
+}
+
+}  // namespace
+}  // namespace lowbit

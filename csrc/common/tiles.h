@@ -1,0 +1,346 @@
+// Register tiles whose lanes are output rows: a few rows of x times one or four blocks of 16 rows of w.
+//
+// A *step* multiplies 64 bytes per block (a word per row of w) by one word of 32 bits per row of x, broadcast:
+//   Int8Dot   four codes by four int8 activations          a quad of columns is one step
+//   Bf16Dot   two bf16 weights by two bf16 activations     two steps: columns (0, 2) and (1, 3) of the quad
+//   FloatDot  an fp32 weight by an fp32 activation         four steps
+// A *segment* is a run of steps with one scale per row of w. At its end a tile adds to fp32 sums
+//   acc[m, n] += (sum - zero[n] * x_sum[m]) * scale[n]
+// so y[m, n] is the same sequence of operations whatever the tile, M, or the split of N.
+//
+// The weights come from a panel that was expanded before, or (few rows of x) straight from blocks: the same words.
+#pragma once
+#include "blocks.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kStepBytes = kPanelBlocks * 64;  // of a panel
+#if defined(__AVX512F__)
+constexpr int kTileBlocks = 4;  // 6 x 4 accumulators, and what they need, fit 32 registers
+#else
+constexpr int kTileBlocks = 1;
+#endif
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kFewRows = 4;  // of x, which the tiles multiply straight from blocks, all of a panel at a time
+constexpr int kTallRows = 16;  // and a block at a time
+#else
+constexpr int kFewRows = 1, kTallRows = 1;
+#endif
+
+struct Segment {
+  int32_t begin, end;  // steps
+  int32_t group;
+};
+
+// A value per row of a panel and group, in memory as it is stored.
+struct Lanes {
+  const void* values;
+  DType dtype;
+  int64_t step;  // elements from one group to the next
+
+  Float operator()(int64_t group, int64_t row) const {
+    const int64_t i = group * step + row;
+    if (dtype == DType::f32) return load(static_cast<const float*>(values) + i);
+#if defined(__AVX512F__)
+    const uint16_t* wide = static_cast<const uint16_t*>(values) + i;
+    if (dtype == DType::f16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(wide)));
+    if (dtype == DType::u8)
+      return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + i))));
+#endif
+    float v[kLanes];
+    to_float(values, dtype, i, kLanes, v);
+    return load(v);
+  }
+};
+
+// What a tile knows of a run of segments.
+struct TileArguments {
+  const int32_t* x;           // [steps, rows]
+  const float* x_sum;         // [segments, rows]; null: there are no zeros to subtract
+  const float* x_scale;       // [segments, rows / pieces]: of rows of x that are held as several; else null
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t first_step;         // the step at which `weights` begins
+  const uint8_t* weights;     // an expanded panel; or one in blocks
+  const uint8_t* ahead;       // of blocks only: what to fetch meanwhile, as many bytes as are read
+  Lanes scale, zero;
+  int64_t row;                // of the panel, at which the tile begins
+  float* acc;                 // [rows / pieces, kPanelN], from that row on
+  bool exact;                 // acc holds the bits of int32: add the sums as they are
+  float unit, moved;          // weights are held as (code + moved) / unit
+};
+
+// Of each: `weights`, a part of a block's 64 bytes for step i of quad q, out of vectors `ld` bytes apart, and `from_codes`, the same out of a quad of
+// codes that has been unpacked. `zero` is that of the part's rows.
+template <bool kNarrow>
+struct Int8Dot {
+  using Sum = Int;
+  static constexpr int kSteps = 1;
+  static constexpr bool kCentred = false, kMoved = false;
+  static float moved(int) { return 0; }
+  static float unit(int) { return 1; }
+  static Sum zero() { return zero_int(); }
+  static Float lanes(Sum s) { return to_float(s); }
+  static Sum add(Sum s, Int w, int32_t x) { return dot4<kNarrow>(s, w, splat(x)); }
+  static Int from_codes(Int codes, int, int, Float) { return codes; }
+  template <int kBits>
+  static Int weights(const uint8_t* unit, int64_t ld, int part, int q, int, Float) {
+    return quad<kBits>(unit, ld, part, q);
+  }
+};
+
+struct FloatDot32 {
+  using Sum = Float;
+  static constexpr int kSteps = 4;
+  static constexpr bool kCentred = true, kMoved = false;  // weights are code - zero
+  static float moved(int) { return 0; }
+  static float unit(int) { return 1; }
+  static Sum zero() { return splat(0.0f); }
+  static Float lanes(Sum s) { return s; }
+  static Sum add(Sum s, Int w, int32_t x) { return fma(as_float(w), as_float(splat(x)), s); }
+  static Int from_codes(Int codes, int step, int, Float zero) {
+    const Int code = step == 3 ? shifted(codes, 24) : bit_and(shifted(codes, 8 * step), splat(255));
+    return as_int(to_float(code) - zero);
+  }
+  template <int kBits>
+  static Int weights(const uint8_t* unit, int64_t ld, int part, int q, int step, Float zero) {
+    return from_codes(quad<kBits>(unit, ld, part, q), step, kBits, zero);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Below 8 bits the weights are 2^bits + code, which is its bits behind a fixed exponent; at 8 bits (code - 128) * 2^24.
+struct Bf16Dot {
+  using Sum = Float;
+  static constexpr int kSteps = 2;
+  static constexpr bool kCentred = false, kMoved = true;
+  static float moved(int bits) { return bits < 8 ? float(1 << bits) : -128.0f; }
+  static float unit(int bits) { return bits < 8 ? 1.0f : 0x1p-24f; }
+  static Sum zero() { return splat(0.0f); }
+  static Float lanes(Sum s) { return s; }
+  static Sum add(Sum s, Int w, int32_t x) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(splat(x)));
+    return s;
+  }
+  static Int exponent(int bits) { return splat(int32_t((uint32_t(127 + bits) << 7) * 0x00010001u)); }
+  static Int from_codes(Int codes, int step, int bits, Float) {
+    if (bits < 8) {
+      const int to = 7 - bits;
+      return or_masked(exponent(bits), shifted(codes, 8 * step - to), splat(int32_t((0x7fu >> to << to) * 0x00010001u)));
+    }
+    const Int signed_bytes = _mm512_xor_si512(codes, splat(int32_t(0x80808080u)));
+    const Int top = splat(int32_t(0xff000000u));
+    const auto value = [&](int byte) { return as_int(to_float(bit_and(shifted(signed_bytes, 8 * byte - 24), top))); };
+    return or_masked(shifted(value(step), 16), value(step + 2), splat(int32_t(0xffff0000u)));
+  }
+  template <int kBits>
+  static Int weights(const uint8_t* unit, int64_t ld, int part, int q, int step, Float zero) {
+    return kBits < 8 ? field<kBits, true>(unit, ld, part, q, 8 * step, 7 - kBits, 0x00010001u, exponent(kBits))
+                     : from_codes(quad<kBits>(unit, ld, part, q), step, kBits, zero);
+  }
+};
+#endif
+
+// The end of a segment. kPieces rows of x are one row, whose digits to base 256 they hold, lowest first.
+template <class Dot, int MR, int NB, int kPieces>
+LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
+  const int64_t group = t.segments[s].group;
+  LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
+    const Float scale = t.scale(group, t.row + v * kLanes);
+    const Float zero = Dot::kCentred ? splat(0.0f) : t.zero(group, t.row + v * kLanes);
+    LOWBIT_UNROLL for (int m = 0; m < MR / kPieces; ++m) {
+      float* acc = t.acc + m * kPanelN + v * kLanes;
+      Float total = splat(0.0f);
+      LOWBIT_UNROLL for (int p = kPieces - 1; p >= 0; --p) {
+        const int row = m * kPieces + p;
+        Float value = Dot::lanes(sum[row][v]);
+        if (Dot::kMoved) value = negated_fma(splat(t.moved), splat(t.x_sum[s * MR + row]), value * splat(t.unit));
+        if (!Dot::kCentred) value = negated_fma(zero, splat(t.x_sum[s * MR + row]), value);
+        total = p == kPieces - 1 ? value : fma(total, splat(256.0f), value);
+      }
+      if (kPieces > 1) total = total * splat(t.x_scale[s * (MR / kPieces) + m]);
+      store(acc, fma(total, scale, load(acc)));
+    }
+  }
+}
+
+template <class Dot, int MR, int NB>
+LOWBIT_INLINE void end_exact_segment(const TileArguments& t, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
+  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
+    int32_t* acc = reinterpret_cast<int32_t*>(t.acc + m * kPanelN + v * kLanes);
+    store(acc, add(load(acc), as_int(sum[m][v])));
+  }
+}
+
+// Out of a panel: [steps, kPanelBlocks, 64 bytes].
+template <class Dot, int MR, int NB, int kPieces>
+void tile_panel(const TileArguments& t) {
+  constexpr int NV = NB * kParts;
+  for (int64_t s = 0; s < t.segment_count; ++s) {
+    typename Dot::Sum sum[MR][NV];
+    LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::zero();
+    const uint8_t* w = t.weights + (t.segments[s].begin - t.first_step) * kStepBytes;
+    const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
+    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; x += MR, w += kStepBytes) {
+      Int wv[NV];
+      LOWBIT_UNROLL for (int v = 0; v < NV; ++v) wv[v] = in_register(load_bytes(w + v * kPartBytes));
+      LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
+        sum[m][v] = Dot::add(sum[m][v], wv[v], x[m]);
+    }
+    if (t.exact)
+      end_exact_segment<Dot, MR, NB>(t, sum);
+    else
+      end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+  }
+}
+
+// Straight from NB blocks of a panel in blocks; segments are whole units.
+template <class Dot, int MR, int NB, int kBits, int kPieces>
+void tile_blocks(const TileArguments& t) {
+  constexpr int NV = NB * kParts;
+  constexpr int64_t kUnitBytes = kPanelBlocks * 64 * kBits;
+  const uint8_t *w = t.weights, *ahead = t.ahead;
+  for (int64_t s = 0; s < t.segment_count; ++s) {
+    typename Dot::Sum sum[MR][NV];
+    LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::zero();
+    Float zero[NV];
+    LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
+      zero[v] = Dot::kCentred ? t.zero(t.segments[s].group, t.row + v * kLanes) : splat(0.0f);
+    const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
+    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; w += kUnitBytes) {
+      LOWBIT_UNROLL for (int v = 0; v < NB * kBits; ++v) __builtin_prefetch(ahead + 64 * v, 0, 2);
+      ahead += 64 * NB * kBits;
+      LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i, x += MR) {
+        LOWBIT_UNROLL for (int v = 0; v < NV; ++v) {
+          const Int wv = Dot::template weights<kBits>(w + v / kParts * 64, kStepBytes, v % kParts, q, i, zero[v]);
+          LOWBIT_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = Dot::add(sum[m][v], wv, x[m]);
+        }
+      }
+    }
+    if (t.exact)
+      end_exact_segment<Dot, MR, NB>(t, sum);
+    else
+      end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+  }
+}
+
+// Whole units of a block, whose vectors are `step` bytes apart, into a block of a panel: [steps, kPanelBlocks, 64 bytes]; `zero` is that
+// of the block's rows.
+template <class Dot, int kBits>
+void expand_units(const uint8_t* unit, int64_t step, int64_t units, const Float* zero, uint8_t* panel) {
+  for (; units > 0; --units, unit += step * kBits)
+    LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
+      LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
+        store_bytes(panel + part * kPartBytes, Dot::template weights<kBits>(unit, step, part, q, i, zero[part]));
+      panel += kStepBytes;
+    }
+}
+
+// The same out of quads of codes, [quads, 64 bytes].
+template <class Dot>
+void expand_quads(const uint8_t* codes, int64_t quads, int bits, const Float* zero, uint8_t* panel) {
+  for (; quads > 0; --quads, codes += 64)
+    LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
+      LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
+        store_bytes(panel + part * kPartBytes, Dot::from_codes(load_bytes(codes + part * kPartBytes), i, bits, zero[part]));
+      panel += kStepBytes;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Which of them runs.
+
+using RowTile = void (*)(const TileArguments&);
+
+// `rows` rows of x, `pieces` of which are one, times NB blocks of an expanded panel (of more than kTileRows: one)
+template <class Dot, int NB>
+RowTile panel_tile(int64_t rows, int pieces) {
+#if defined(__AVX512VNNI__)
+  if (Dot::kSteps == 1 && pieces == 4)
+    return rows == 4 ? tile_panel<Dot, 4, NB, 4>
+         : rows == 8 ? tile_panel<Dot, 8, 1, 4> : rows == 12 ? tile_panel<Dot, 12, 1, 4> : tile_panel<Dot, 16, 1, 4>;
+  if (Dot::kSteps == 1 && pieces == 3)
+    return rows == 3  ? tile_panel<Dot, 3, NB, 3>
+           : rows == 6 ? tile_panel<Dot, 6, NB, 3>
+           : rows == 9 ? tile_panel<Dot, 9, 1, 3> : rows == 12 ? tile_panel<Dot, 12, 1, 3> : tile_panel<Dot, 15, 1, 3>;
+#endif
+  (void)pieces;
+  switch (rows) {
+    case 1: return tile_panel<Dot, 1, NB, 1>;
+    case 2: return tile_panel<Dot, 2, NB, 1>;
+    case 3: return tile_panel<Dot, 3, NB, 1>;
+    case 4: return tile_panel<Dot, 4, NB, 1>;
+    case 5: return tile_panel<Dot, 5, NB, 1>;
+    case 6: return tile_panel<Dot, 6, NB, 1>;
+#if defined(__AVX512F__)
+    case 8: return tile_panel<Dot, 8, 1, 1>;
+    case 12: return tile_panel<Dot, 12, 1, 1>;
+    case 16: return tile_panel<Dot, 16, 1, 1>;
+#endif
+    default: return nullptr;
+  }
+}
+
+// `rows` rows of x times the blocks of a panel in blocks: all four, or (of more rows than kFewRows) one
+template <class Dot, int kBits>
+RowTile blocks_tile_of(int64_t rows, int pieces) {
+  constexpr int NB = kPanelBlocks;
+#if defined(__AVX512VNNI__)
+  if (Dot::kSteps == 1 && pieces == 4)
+    return rows == 4   ? tile_blocks<Dot, 4, NB, kBits, 4>
+           : rows == 8 ? tile_blocks<Dot, 8, 1, kBits, 4>
+           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4> : tile_blocks<Dot, 16, 1, kBits, 4>;
+  if (Dot::kSteps == 1 && pieces == 3)
+    return rows == 3   ? tile_blocks<Dot, 3, NB, kBits, 3>
+           : rows == 6 ? tile_blocks<Dot, 6, 1, kBits, 3>
+           : rows == 9 ? tile_blocks<Dot, 9, 1, kBits, 3>
+           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3> : tile_blocks<Dot, 15, 1, kBits, 3>;
+#endif
+  (void)pieces;
+  if (rows == 1) return tile_blocks<Dot, 1, NB, kBits, 1>;
+#if defined(__AVX512F__)
+  switch (rows) {
+    case 2: return tile_blocks<Dot, 2, NB, kBits, 1>;
+    case 3: return tile_blocks<Dot, 3, NB, kBits, 1>;
+    case 4: return tile_blocks<Dot, 4, NB, kBits, 1>;
+    case 8: return tile_blocks<Dot, 8, 1, kBits, 1>;
+    case 12: return tile_blocks<Dot, 12, 1, kBits, 1>;
+    case 16: return tile_blocks<Dot, 16, 1, kBits, 1>;
+  }
+#endif
+  return nullptr;
+}
+
+template <class Dot>
+RowTile blocks_tile(int bits, int64_t rows, int pieces) {
+  switch (bits) {
+    case 2: return blocks_tile_of<Dot, 2>(rows, pieces);
+    case 3: return blocks_tile_of<Dot, 3>(rows, pieces);
+    case 4: return blocks_tile_of<Dot, 4>(rows, pieces);
+    case 5: return blocks_tile_of<Dot, 5>(rows, pieces);
+    case 6: return blocks_tile_of<Dot, 6>(rows, pieces);
+    case 7: return blocks_tile_of<Dot, 7>(rows, pieces);
+    default: return blocks_tile_of<Dot, 8>(rows, pieces);
+  }
+}
+
+using Expansion = void (*)(const uint8_t*, int64_t, int64_t, const Float*, uint8_t*);
+
+template <class Dot>
+Expansion expansion(int bits) {
+  switch (bits) {
+    case 2: return expand_units<Dot, 2>;
+    case 3: return expand_units<Dot, 3>;
+    case 4: return expand_units<Dot, 4>;
+    case 5: return expand_units<Dot, 5>;
+    case 6: return expand_units<Dot, 6>;
+    case 7: return expand_units<Dot, 7>;
+    default: return expand_units<Dot, 8>;
+  }
+}
+
+}  // namespace
+}  // namespace lowbit
