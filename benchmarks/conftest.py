@@ -1,42 +1,87 @@
 """Options, the `measure` fixture, and the table and file of results.
 
-`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON:
-`{"date", "machine", "versions", "bandwidth_gb_s", "rows"}`, one row per measurement. A candidate is checked
-against its float64 reference first, and is never timed when it is wrong.
+`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON (see results.py). A
+candidate is checked against its float64 reference first, and is never timed when it is wrong.
 
 With one thread the clock is the process's CPU time, which other work on the machine hardly disturbs; with
-more it is wall time, and `waited` says which part of it other work took. Figures are medians.
+more it is wall time, and `waited` says which part of it other work took. Figures are medians, of the rounds that
+nothing disturbed where there are enough. The machine's limits (limits.py) are measured again every minute, and their
+medians used.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
+import limits
 import machine
 import pytest
+import results
 import torch
 
-BASELINES = {"torch fp32": "x_fp32", "torch bf16": "x_bf16"}
-rows_key = pytest.StashKey[list[dict[str, Any]]]()
+LIMITS_EVERY = 60  # seconds
+MIN_ROUNDS = 3
+
+
+class Session:
+    """What one run of pytest collects."""
+
+    def __init__(self) -> None:
+        self.rows: list[results.Row] = []
+        self.notes: list[str] = []
+        self.measured: dict[int, list[limits.Limits]] = {}
+        self.measured_at: dict[int, float] = {}
+        self.no_limits: str | None = None
+
+    def measure_limits(self, threads: int) -> None:
+        """Unless that was done with this number of threads within the last minute."""
+        if self.no_limits or time.monotonic() - self.measured_at.get(threads, -math.inf) < LIMITS_EVERY:
+            return
+        try:
+            self.measured.setdefault(threads, []).append(machine.measured_limits(threads))
+        except RuntimeError as error:
+            self.no_limits = str(error)
+        self.measured_at[threads] = time.monotonic()
+
+    def limits(self) -> dict[int, limits.Limits]:
+        return {threads: limits.median(measured) for threads, measured in self.measured.items() if measured}
+
+    def content(self) -> dict[str, Any]:
+        """Of the results file."""
+        found: dict[str, Any] = {str(threads): limit for threads, limit in sorted(self.limits().items())}
+        return {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **machine.describe(),
+            "limits": {"unavailable": self.no_limits} if self.no_limits else found,
+            "rows": results.with_shares(results.with_ratios(self.rows), self.limits()),
+        }
+
+
+session_key = pytest.StashKey[Session]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lowbit benchmarks")
     group.addoption("--threads", default="1,2", help="thread counts to measure with (default: 1,2)")
     group.addoption("--all-shapes", action="store_true", help="the shapes of larger models too")
-    group.addoption("--seconds", type=float, default=0.25, help="time for one measurement (default: 0.25)")
+    group.addoption("--full", action="store_true", help="every M, bit-width, group size and kind of activations")
+    group.addoption("--seconds", type=float, default=0.2, help="time for one measurement (default: 0.2)")
     group.addoption("--results", metavar="FILE", help="write the results as JSON")
+
+
+def thread_counts(config: pytest.Config) -> list[int]:
+    return [int(text) for text in config.option.threads.split(",")]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[rows_key] = []
-    config.option.benchmark_quiet = True  # one table, ours: it has the ratios and the bandwidth
+    config.stash[session_key] = Session()
+    config.option.benchmark_quiet = True  # one table, ours: it has the ratios and the shares of the limits
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -46,21 +91,25 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The slowest to prepare varies slowest; `threads` and `m` share one prepared weight."""
     module, option = metafunc.module, metafunc.config.option
-    values = {
-        "shape": getattr(module, "ALL_SHAPES" if option.all_shapes else "SHAPES", []),
-        "candidate": getattr(module, "CANDIDATES", []),
-        "threads": [int(t) for t in option.threads.split(",")],
-        "m": getattr(module, "MS", []),
+
+    def values(name: str, every: bool) -> list[Any]:
+        return list(getattr(module, f"ALL_{name}", ()) if every else ()) or list(getattr(module, name, ()))
+
+    parameters = {
+        "shape": values("SHAPES", option.all_shapes),
+        "candidate": values("CANDIDATES", option.full),
+        "threads": thread_counts(metafunc.config),
+        "m": values("MS", option.full),
     }
-    for name in values:
+    for name in parameters:
         if name in metafunc.fixturenames:
             metafunc.parametrize(
-                name, values[name], ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else str(v)
+                name, parameters[name], ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else str(v)
             )
 
 
 @pytest.fixture(autouse=True)
-def _pinned(threads: int, request: pytest.FixtureRequest) -> Any:
+def _conditions(threads: int, request: pytest.FixtureRequest) -> Any:
     if threads == 1:
         request.node.add_marker(pytest.mark.benchmark(timer=time.process_time))
     before = torch.get_num_threads()
@@ -71,92 +120,97 @@ def _pinned(threads: int, request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Add a line below the table."""
+    return request.config.stash[session_key].notes.append
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.option.full)
+
+
+@pytest.fixture
+def fewest_threads(request: pytest.FixtureRequest) -> int:
+    """Of the numbers of threads that this run measures with."""
+    return min(thread_counts(request.config))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return max(time.perf_counter() - start, 1e-7)
+
+
+@pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Callable[..., None]:
-    """Time a call without arguments and record a row: `m` rows out of `nbytes` bytes of weights each time."""
+    """Time a call without arguments and record a row.
+
+    One call makes `products` times `m` rows, reading `nbytes` bytes and doing `operations` multiplications and
+    additions for each of the products.
+    """
+    session = request.config.stash[session_key]
 
     def run(
-        call: Callable[[], Any], *, op: str, name: str, shape: str, m: int, nbytes: int | None = None, **extra: Any
-    ) -> None:
-        call()
-        start = time.perf_counter()
-        call()
-        once = max(time.perf_counter() - start, 1e-7)
+        call: Callable[[], Any], *, op: str, name: str, shape: str, m: int, products: int = 1,
+        nbytes: int | None = None, operations: int | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        session.measure_limits(threads)
+        once = _seconds(call)
+        if once < 0.1:
+            once = _seconds(call)
         # A round lasts a millisecond at least, so that neither the clock nor the loop around it matters.
         iterations = max(1, math.ceil(1e-3 / once))
-        rounds = min(500, max(3, int(request.config.option.seconds / (iterations * once))))
+        wanted = request.config.option.seconds * (1 if threads == 1 else 2)  # some of these will be disturbed
+        rounds = min(500, max(MIN_ROUNDS, int(wanted / (iterations * once))))
+        waited: list[float] = []
+
+        def round_() -> None:
+            for _ in range(iterations):
+                call()
+
         benchmark.group = f"{op} {shape} m={m} threads={threads}"
-        start, waited = time.perf_counter(), machine.waited_seconds()
-        benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
-        waited = (machine.waited_seconds() - waited) / (time.perf_counter() - start)
+        benchmark.pedantic(
+            round_, setup=lambda: waited.append(machine.waited_seconds() if threads > 1 else 0.0), rounds=rounds
+        )
         if benchmark.disabled:
             return
-        seconds = benchmark.stats.stats.median
+        waited.append(machine.waited_seconds() if threads > 1 else 0.0)
+        times = list(benchmark.stats.stats.data)
+        waits = [after - before for before, after in itertools.pairwise(waited)][-len(times) :]
+        seconds = results.undisturbed_median(times, waits) / (iterations * products)
         row = {
-            "op": op, "shape": shape, "m": m, "threads": threads, "name": name,
-            "ms": round(seconds * 1e3, 4), "rows_s": round(m / seconds),
-            "waited": round(waited, 3), **extra,
+            "op": op, "shape": shape, "m": m, "threads": threads, "name": name, "ms": round(seconds * 1e3, 5),
+            "rows_s": float(f"{m / seconds:.5g}"), "waited": round(sum(waits) / sum(times), 3), **facts,
         }  # fmt: skip
         if nbytes is not None:
-            rate = nbytes / seconds
-            row["gb_s"] = round(rate / 1e9, 2)
-            row["bandwidth_share"] = round(rate / machine.read_bandwidth(threads), 3)
-        torch.set_num_threads(threads)
+            row["gb_s"] = round(nbytes / seconds / 1e9, 2)
+        if operations is not None:
+            row["gop_s"] = round(operations / seconds / 1e9, 2)
         benchmark.extra_info.update(row)
-        request.config.stash[rows_key].append(row)
+        session.rows.append(row)
 
     return run
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with its speed relative to the dense baselines measured under the same conditions."""
-
-    def condition(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["op"], row["shape"], row["m"], row["threads"]
-
-    base = {(condition(r), BASELINES[r["name"]]): r["ms"] for r in rows if r["name"] in BASELINES}
-    result = []
-    for row in rows:
-        ratios = {
-            key: round(base[condition(row), key] / row["ms"], 2)
-            for key in BASELINES.values()
-            if (condition(row), key) in base
-        }
-        result.append({**row, **ratios})
-    return sorted(result, key=lambda r: condition(r))
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = with_ratios(config.stash[rows_key])
-    if not rows:
+    session = config.stash[session_key]
+    if not session.rows:
         return
-    columns = ["ms", "rows_s", "gb_s", "bandwidth_share", *BASELINES.values()]
-    width = max(len(r["name"]) for r in rows)
-    heading = None
-    for row in rows:
-        group = f"{row['op']} {row['shape']}, M={row['m']}, {row['threads']} thread(s)"
-        if group != heading:
-            heading = group
-            terminalreporter.write_sep("-", group)
-            terminalreporter.write_line(" " * width + "".join(f"{c:>17}" for c in columns))
-        cells = "".join(f"{row.get(c, ''):>17}" for c in columns)
-        terminalreporter.write_line(f"{row['name']:<{width}}{cells}")
-    disturbed = [row for row in rows if row["threads"] > 1 and row["waited"] > 0.05]
-    if disturbed:
+    content = session.content()
+    rows = content["rows"]
+    for line in results.lines(rows):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line("")
+    for threads, limit in content["limits"].items():
+        terminalreporter.write_line(f"limits, {threads}: {limit}")
+    for line in session.notes:
+        terminalreporter.write_line(line)
+    if disturbed := results.disturbed(rows):
         terminalreporter.write_line(
             f"\nDo not trust {len(disturbed)} of {len(rows)} rows: their threads waited for a core more than 5 % "
             "of the time. Run on a quiet machine."
         )
     if config.option.results:
-        used = sorted({row["threads"] for row in rows})
-        content = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **machine.describe(),
-            "bandwidth_gb_s": {str(t): round(machine.read_bandwidth(t) / 1e9, 1) for t in used},
-            "rows": rows,
-        }
-        with open(config.option.results, "w") as file:
-            # one row per line, so that two results files can be compared line by line
-            text = json.dumps({**content, "rows": []}, indent=1).rstrip("}\n").removesuffix("[]")
-            lines = ",\n  ".join(json.dumps(row) for row in rows)
-            file.write(f"{text}[\n  {lines}\n ]\n}}\n")
+        results.write(config.option.results, content)
         terminalreporter.write_line(f"\nwritten to {config.option.results}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from candidates import Candidate, Prepared
 
 MS = [1, 16, 256]
-SHAPES = [(768, 768), (4096, 4096)]  # N, K
+ALL_MS = [1, 4, 16, 64, 256, 512]
+SHAPES = [(4096, 4096), (768, 768)]  # N, K
 ALL_SHAPES = [*SHAPES, (3072, 768), (768, 3072), (11008, 4096), (4096, 11008), (50304, 2048)]
 ROWS_CHECKED = 8
+MAX_COPIES = 400
 
 
 @functools.lru_cache(maxsize=1)
@@ -28,35 +31,47 @@ def source(shape: tuple[int, int]) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def prepared(candidate: Candidate, shape: tuple[int, int]) -> tuple[Prepared, list[Any]]:
-    """The candidate's weight and its copies, each called once: some kernels rearrange on the first call."""
-    one = candidate.prepare(source(shape))
-    copies = max(1, min(400, math.ceil(machine.cold_bytes() / one.nbytes)))
-    weights = [one.weight, *(one.copy() for _ in range(copies - 1))]
-    x = torch.ones(1, shape[1], dtype=one.x_dtype)
-    for w in weights:
-        one.call(x, w)
-    return one, weights
+def prepared(candidate: Candidate, shape: tuple[int, int], **needs: int) -> tuple[Prepared, list[Any]]:
+    """The candidate's weight, and as many copies as are needed for each to come from memory when its turn comes."""
+    one = candidate.prepare(source(shape), **needs)
+    copies = math.ceil(machine.cold_bytes() / (one.nbytes * one.products))
+    return one, [one.make() for _ in range(max(1, min(MAX_COPIES, copies)))]
 
 
-def relative_error(one: Prepared, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Relative Frobenius error of the first rows against float64 on the weight the candidate stands for."""
-    expected = one.round_x(x[:ROWS_CHECKED]).double() @ one.dense.T
+def relative_error(y: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> float:
+    """Relative Frobenius error of the first rows against float64."""
+    expected = x[:ROWS_CHECKED].double() @ dense.T
     return float((y[:ROWS_CHECKED].double() - expected).norm() / expected.norm())
 
 
+def check(candidate: Candidate, one: Prepared, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Fail where ``y`` is not the candidate's own arithmetic on x: what is wrong is not timed."""
+    off = relative_error(y, one.round_x(x), one.dense)
+    assert off <= one.tolerance, f"{candidate} is wrong with x {list(x.shape)}: relative error {off:.1e}"
+
+
 def check_and_measure(
-    measure: Callable[..., None], op: str, candidate: Candidate, shape: tuple[int, int], m: int
+    measure: Callable[..., None], op: str, candidate: Candidate, shape: tuple[int, int], threads: int, m: int
 ) -> None:
-    """One row of results; a candidate that is wrong is not timed."""
-    one, weights = prepared(candidate, shape)
+    """One row of results; its ``error`` is that of all the arithmetic, rounding x included, on its own weights."""
+    conditions = {"threads": threads, "m": m}
+    one, weights = prepared(candidate, shape, **{name: conditions[name] for name in candidate.needs})
     n, k = shape
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(one.x_dtype)
-    error = relative_error(one, x, one.call(x, weights[-1]))
-    assert error <= one.tolerance, f"{candidate} is wrong at N={n}, K={k}, M={m}: relative error {error:.1e}"
+    with candidate.isa():
+        calls = [one.bind(x, weight) for weight in weights]
+        y = calls[0]()
+        check(candidate, one, x, y)
+        error = relative_error(y, x, one.dense)
+        until = time.perf_counter() + 0.5
+        for call in calls:  # some kernels rearrange at the first call
+            if m == 1 or time.perf_counter() < until:
+                call()
 
-    turn = itertools.cycle(weights)
-    measure(
-        lambda: one.call(x, next(turn)), op=op, name=candidate.name, shape=f"{n}x{k}", m=m,
-        nbytes=one.nbytes, bits=round(8 * one.nbytes / (n * k), 2), error=float(f"{error:.1e}"),
-    )  # fmt: skip
+        turn = itertools.cycle(calls)
+        measure(
+            lambda: next(turn)(), op=op, name=candidate.name, shape=f"{n}x{k}", m=m, products=one.products,
+            nbytes=one.nbytes, operations=m * (one.operations or 2 * n * k),
+            bits_stored=round(8 * one.nbytes / (n * k), 2), error=float(f"{error:.1e}"),
+            **candidate.facts,
+        )  # fmt: skip

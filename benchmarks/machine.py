@@ -1,22 +1,21 @@
-"""What a figure depends on besides the code: the machine, the versions, and the memory bandwidth."""
+"""What a figure depends on besides the code: the machine and the versions."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import platform
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import limits
 import torch
 
 import lowbit
 from lowbit.demo import cpu_model
 
-PACKAGES = ("lowbit", "torch", "transformers", "bitsandbytes")
+PACKAGES = ("lowbit", "torch", "transformers", "bitsandbytes", "onnxruntime", "openvino")
 
 
 def last_level_cache() -> int:
@@ -31,6 +30,11 @@ def cold_bytes() -> int:
     return 3 * last_level_cache()
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe() -> dict[str, Any]:
     """Machine and versions, as recorded with every set of results."""
     installed = {}
@@ -42,8 +46,9 @@ def describe() -> dict[str, Any]:
     return {
         "machine": {
             "cpu": cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "last_level_cache_mib": last_level_cache() >> 20,
+            "huge_pages": limits.huge_pages(),
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "backends": [str(backend) for backend in lowbit.backends()],
             "system": f"{platform.system()} {platform.release()}",
@@ -52,18 +57,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-@functools.cache
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second of a streaming read (a dot product of one large vector with itself), best of nine."""
-    torch.set_num_threads(threads)
-    data = torch.ones(2 * cold_bytes() // 4)
-    data.dot(data)
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        data.dot(data)
-        seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
+def measured_limits(threads: int) -> limits.Limits:
+    """One measurement of the machine's limits, out of more memory than its caches hold."""
+    return limits.measure(threads, 8 * last_level_cache())
 
 
 def waited_seconds() -> float:

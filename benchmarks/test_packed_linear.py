@@ -1,17 +1,39 @@
-"""Our packed kernels, torch, and bitsandbytes."""
+"""Our packed kernels and what else multiplies by a weight of few bits: torch, bitsandbytes, ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from candidates import PACKED as CANDIDATES
+import ours
+import peers_onnxruntime
+import peers_openvino
+import pytest
 from candidates import Candidate
-from linear import ALL_SHAPES, MS, SHAPES, check_and_measure
+from linear import ALL_MS, ALL_SHAPES, MS, SHAPES, check_and_measure
+from peers_torch import DENSE, PREPACKED, QUANTIZED
 
-__all__ = ["ALL_SHAPES", "CANDIDATES", "MS", "SHAPES"]
+from lowbit import native
+
+__all__ = ["ALL_MS", "ALL_SHAPES", "MS", "SHAPES"]
+
+PEERS = [*DENSE, *PREPACKED, *QUANTIZED, *peers_onnxruntime.CANDIDATES, *peers_openvino.CANDIDATES]
+CANDIDATES = [
+    *PEERS,
+    *ours.every_packed((2, 4, 8), (128,), ours.ACTIVATIONS),
+    *ours.every_packed((3,), (128,), ("int8",)),
+    *ours.every_packed((4, 8), ("row",), ("int8",)),
+    *(ours.packed(4, 128, kind, isa="avx2") for kind in ("int8", "fp32")),
+]
+ALL_CANDIDATES = [
+    *PEERS,
+    *ours.every_packed(range(2, 9), (128, 64, "row"), ours.ACTIVATIONS),
+    *(ours.packed(bits, 128, kind, isa="avx2") for bits in range(2, 9) for kind in ("int8", "fp32")),
+]
 
 
 def test_packed_linear(
     measure: Callable[..., None], candidate: Candidate, shape: tuple[int, int], threads: int, m: int
 ) -> None:
-    check_and_measure(measure, "packed_linear", candidate, shape, m)
+    if (isa := candidate.facts.get("isa")) and isa not in native.isas():
+        pytest.skip(f"this machine does not have {isa}")
+    check_and_measure(measure, "packed_linear", candidate, shape, threads, m)

@@ -1,0 +1,240 @@
+"""The tables of docs/performance.md, made from results files.
+
+    python -m benchmarks.tables RESULTS.json [MORE.json ...] [--document FILE]
+
+Each stands between two marker comments, ``<!-- cpu NAME: begin ... -->`` and ``<!-- cpu NAME: end -->``, and is made
+again as a whole: nothing there is written by hand. Names without markers in the document are left out. Of the same
+measurement in several files the last counts; machine and limits are the last file's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # what is beside this file, also with -m
+import bars
+import results
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+GROWTH = ROOT / "benchmarks" / "results" / "growth.json"
+NOTHING = "Not measured yet."
+
+Row = dict[str, Any]
+Content = dict[str, Any]
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def milliseconds(row: Row) -> str:
+    return number(row["ms"])
+
+
+def microseconds(row: Row) -> str:
+    return number(1e3 * row["ms"])
+
+
+def rows_per_second(row: Row) -> str:
+    return number(row["rows_s"])
+
+
+def threads_name(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def machine(content: Content) -> str:
+    """What was measured on, and the limits of it that shares are of."""
+    facts, versions = content["machine"], content["versions"]
+    names = [f"{name} {version}" for name, version in versions.items() if version and name not in ("python", "lowbit")]
+    text = (
+        f"{content['date'][:10]}, {facts['cores']} cores of {facts['cpu']}, "
+        f"{facts['last_level_cache_mib']} MiB last-level cache, {', '.join(names)}."
+    )
+    measured = content.get("limits", {})
+    if "unavailable" in measured or not measured:
+        return f"{text} Limits of the machine were not measured: {measured.get('unavailable', 'no data')}."
+    figures = {}
+    for kind, unit in (("read_gb_s", "reading, GB/s"), ("peak_gop_s", "products and sums, G/s")):
+        for name in next(iter(measured.values()))[kind]:
+            figures[f"{unit}: {name}"] = [f"{limit[kind][name]:g}" for limit in measured.values()]
+    head = ["limit", *(threads_name(int(t)) for t in measured)]
+    return f"{text}\n\n{table(head, ([name, *values] for name, values in figures.items()))}"
+
+
+def products(op: str) -> Callable[[Content], str]:
+    """Time by candidate and M, one table for each shape and number of threads."""
+
+    def section(content: Content) -> str:
+        rows = [row for row in content["rows"] if row["op"] == op]
+        blocks = dict.fromkeys((row["shape"], row["threads"]) for row in rows)
+        return "\n\n".join(
+            _products([row for row in rows if (row["shape"], row["threads"]) == block], *block) for block in blocks
+        )
+
+    return section
+
+
+def _products(rows: Sequence[Row], shape: str, threads: int) -> str:
+    ms = sorted({row["m"] for row in rows})
+    largest = ms[-1] if ms[-1] >= results.COMPUTE_BOUND else None
+    head = [f"{shape}, {threads_name(threads)}, ms (× fp32 `F.linear`)", *(f"M={m}" for m in ms)]
+    head += ["of bandwidth, M=1"] * (ms[0] == 1) + ([f"of peak, M={largest}"] if largest else []) + ["error"]
+    lines = []
+    for name, cells in by_name(rows).items():
+        line = [name, *(cell(cells.get(m)) for m in ms)]
+        line += [percent(cells.get(1, {}).get("bandwidth_share"))] * (ms[0] == 1)
+        if largest:
+            line.append(percent(cells.get(largest, {}).get("peak_share")))
+        lines.append([*line, f"{max(row.get('error', 0) for row in cells.values()):.1e}"])
+    return table(head, lines)
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
+    """Candidate -> M -> row."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault(row["name"], {})[row["m"]] = row
+    return found
+
+
+def cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    ratio = f" ({row['x_fp32']:.2g}×)" if "x_fp32" in row else ""
+    return number(row["ms"]) + ratio
+
+
+def simple(op: str, title: str, value: Callable[[Row], str]) -> Callable[[Content], str]:
+    """One line per candidate; columns by shape, M and threads."""
+
+    def section(content: Content) -> str:
+        rows = [row for row in content["rows"] if row["op"] == op]
+        columns = list(dict.fromkeys((row["shape"], row["m"], row["threads"]) for row in rows))
+        found = {(row["name"], row["shape"], row["m"], row["threads"]): value(row) for row in rows}
+        several = len({shape for shape, *_ in columns}) > 1, len({m for _, m, _ in columns}) > 1
+        head = [title]
+        for shape, m, threads in columns:
+            parts = [shape] * several[0] + [f"M={m}"] * several[1] + [threads_name(threads)]
+            head.append(", ".join(parts))
+        names = dict.fromkeys(row["name"] for row in rows)
+        return table(head, ([name, *(found.get((name, *c), "") for c in columns)] for name in names)) if rows else ""
+
+    return section
+
+
+def decode(content: Content) -> str:
+    """Tokens per second, and where the time goes."""
+    blocks = [
+        simple("decode", "1.1B Llama, 32 tokens by `generate`, tokens/s", rows_per_second)(content),
+        simple("prefill", "1.1B Llama, a prompt of 128, tokens/s", rows_per_second)(content),
+    ]
+    profiles = [row for row in content["rows"] if row["op"] == "decode" and "profile" in row]
+    if profiles:
+        head = ["time of generating", "our operations", "others of torch", "Python between them", "largest of torch"]
+        blocks.append(table(head, (_profile(row) for row in profiles)))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _profile(row: Row) -> list[str]:
+    shares = dict(row["profile"])
+    parts = [percent(shares.pop(name)) for name in ("lowbit", "torch", "python")]
+    largest = ", ".join(f"{name.removeprefix('aten::')} {percent(share)}" for name, share in list(shares.items())[:2])
+    return [f"{row['name']}, {threads_name(row['threads'])}", *parts, largest]
+
+
+def judgement(content: Content) -> str:
+    """Every bar: what is wanted, the worst that was measured, and whose it is."""
+    judged = bars.judged(content)
+    if not judged:
+        return ""
+    met = sum(bar.verdict == "met" for bar in judged)
+    lines = (
+        [bar.what, f"{'≤' if bar.at_most else '≥'} {bar.wanted:g}", number(bar.got), bar.verdict, bar.row]
+        for bar in judged
+    )
+    head = ["what", "wanted", "worst measured", "", "of"]
+    return f"{met} of {len(judged)} are met.\n\n{table(head, lines)}"
+
+
+def growth(content: Content) -> str:
+    """The plots, and the steps that are larger than what the work grows by."""
+    if not GROWTH.exists():
+        return ""
+    found = results.read(GROWTH)
+    varied = dict.fromkeys(row["varied"] for row in found["rows"])
+    blocks = [f"![time and bytes against {name}](plots/growth-{name}.svg)" for name in varied]
+    steps = found["steps"]
+    blocks.append("\n".join(f"- {step}" for step in steps) if steps else "No step is larger than 1.3 × the work's.")
+    return "\n\n".join(blocks)
+
+
+SECTIONS: dict[str, Callable[[Content], str]] = {
+    "machine": machine,
+    "bars": judgement,
+    "packed": products("packed_linear"),
+    "codebook": products("codebook_linear"),
+    "kron": products("kron_linear"),
+    "embedding": simple("packed_embedding", "gather of 4096 rows, ms", milliseconds),
+    "calls": simple("module_call", "call of a layer, M = 1, µs", microseconds),
+    "models": simple("sentences", "all-MiniLM-L6-v2, M sentences at once, sentences/s", rows_per_second),
+    "decode": decode,
+    "growth": growth,
+}
+
+MARKED = re.compile(r"(<!-- cpu (\w+): begin[^>]*-->).*?(<!-- cpu \2: end -->)", re.DOTALL)
+
+
+def merged(contents: Sequence[Content]) -> Content:
+    """Of the same measurement the last; ratios and shares stay those of its own run."""
+    rows = {(row["name"], *results.condition(row)): row for content in contents for row in content["rows"]}
+    return {**contents[-1], "rows": list(rows.values())}
+
+
+def rewrite(document: str, content: Content) -> str:
+    """The document with every marked section made again; raises ``ValueError`` for a marker of an unknown name."""
+
+    def section(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in SECTIONS:
+            raise ValueError(f"a marker must name one of {', '.join(SECTIONS)}: got {name!r}")
+        return f"{begin}\n\n{SECTIONS[name](content) or NOTHING}\n\n{end}"
+
+    return MARKED.sub(section, document)
+
+
+def missing(document: str) -> Iterator[str]:
+    """Names that the document has no markers for."""
+    present = {match.group(2) for match in MARKED.finditer(document)}
+    yield from (name for name in SECTIONS if name not in present)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    options = parser.parse_args()
+    content = merged([results.read(file) for file in options.results])
+    text = options.document.read_text()
+    options.document.write_text(rewrite(text, content))
+    print(f"written: {options.document}; without markers: {', '.join(missing(text)) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

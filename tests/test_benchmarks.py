@@ -1,0 +1,177 @@
+"""What the benchmarks work out from their measurements: shares, ratios, bars, tables, steps of growth."""
+
+import bars
+import candidates
+import growth
+import limits
+import pytest
+import results
+import tables
+import torch
+
+LIMITS = {
+    "read_gb_s": {"huge pages": 20.0, "4 KiB pages": 10.0},
+    "peak_gop_s": {"fp32 avx2": 50.0, "fp32 avx512": 100.0, "int8 avx2": 90.0, "int8 avx512vnni": 400.0},
+}
+
+
+def row(name="lowbit 4-bit g128 int8", ms=1.0, m=1, threads=1, op="packed_linear", shape="4096x4096", **facts):
+    facts = {"who": "lowbit", "family": "packed", "bits": 4, "group": 128, "activations": "int8", **facts}
+    return {"op": op, "shape": shape, "m": m, "threads": threads, "name": name, "ms": ms, "waited": 0.0, **facts}
+
+
+def test_peaks_are_those_of_the_activations_and_the_isa():
+    assert limits.bandwidth(LIMITS) == 20e9
+    assert limits.peak(LIMITS, "int8") == 400e9
+    assert limits.peak(LIMITS, "int8", "avx512") == 90e9  # which has no instruction of its own here
+    assert limits.peak(LIMITS, "fp32", "avx2") == 50e9
+    assert limits.peak(LIMITS, "bf16", "avx512bf16") == 100e9  # multiplied as fp32
+    assert limits.peak(LIMITS, "fp32", "scalar") is None
+
+
+def test_limits_are_medians_of_their_measurements():
+    others = [{"read_gb_s": {"huge pages": v}, "peak_gop_s": {"fp32 avx2": 2 * v}} for v in (30.0, 10.0, 20.0)]
+    assert limits.median(others) == {"read_gb_s": {"huge pages": 20.0}, "peak_gop_s": {"fp32 avx2": 40.0}}
+
+
+def test_limits_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    limits.program.cache_clear()
+    try:
+        found = limits.measure(1, 0)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    finally:
+        limits.program.cache_clear()
+    assert 0.1 < found["read_gb_s"]["4 KiB pages"] < 10_000
+    assert all(1 < rate < 100_000 for rate in found["peak_gop_s"].values())
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(limits.shutil, "which", lambda _: None)
+    limits.program.cache_clear()
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        limits.measure(1, 0)
+
+
+def test_shares_of_the_right_limit():
+    rows = [row(gb_s=10.0, gop_s=1.0), row(m=64, gb_s=1.0, gop_s=200.0), row(m=16, gb_s=1.0, gop_s=1.0)]
+    rows += [row(m=64, gop_s=45.0, isa="avx2"), row(m=4096, op="packed_embedding", gb_s=5.0), row(threads=2, gb_s=1.0)]
+    found = results.with_shares(rows, {1: LIMITS})
+    assert [(r.get("bandwidth_share"), r.get("peak_share")) for r in found] == [
+        (0.5, None), (None, 0.5), (None, None), (None, 0.5), (0.25, None), (None, None),
+    ]  # fmt: skip
+
+
+def test_ratios_are_to_the_baseline_under_the_same_condition():
+    rows = [row("torch fp32", 4.0), row("torch fp32", 8.0, m=16)]
+    rows += [row(ms=2.0), row(ms=2.0, m=16), row(ms=2.0, threads=2)]
+    ratios = {(r["m"], r["threads"]): r.get("x_fp32") for r in results.with_ratios(rows) if r["ms"] == 2.0}
+    assert ratios == {(1, 1): 2.0, (16, 1): 4.0, (1, 2): None}
+
+
+def test_disturbed_rounds_do_not_count_where_there_are_enough_others():
+    assert results.undisturbed_median([1.0, 9.0, 1.1, 1.2, 9.0], [0.0, 8.0, 0.0, 0.0, 8.0]) == 1.1
+    assert results.undisturbed_median([1.0, 9.0, 3.0], [0.0, 8.0, 2.0]) == 3.0
+
+
+def test_results_files_round_trip(tmp_path):
+    content = {"date": "2026-01-01", "limits": {"1": LIMITS}, "rows": [row(), row(m=16)]}
+    results.write(tmp_path / "r.json", content)
+    assert results.read(tmp_path / "r.json") == content
+    assert len([line for line in (tmp_path / "r.json").read_text().splitlines() if '"packed_linear"' in line]) == 2
+
+
+def judged(*rows):
+    return {bar.what: bar for bar in bars.judged({"rows": list(rows), "limits": {"1": LIMITS}})}
+
+
+def test_a_bar_is_about_the_worst_row():
+    found = judged(row(bandwidth_share=0.95), row("lowbit 6-bit g128 int8", bits=6, bandwidth_share=0.8))
+    bar = found["packed, int8, 4 to 8 bits, 4096x4096, M=1, 1 thread: share of streaming bandwidth"]
+    assert (bar.wanted, bar.got, bar.row, bar.verdict) == (0.9, 0.8, "lowbit 6-bit g128 int8", "missed by 11 %")
+
+
+def test_the_best_peer_has_the_same_bits():
+    peer = {"who": "onnxruntime", "family": None}
+    others = [row("slow", 2.0, **peer), row("fast", 1.0, **peer), row("other bits", 0.1, **{**peer, "bits": 8})]
+    found = judged(row(ms=0.6), *others)
+    bar = found["packed, int8, 4 bits, 4096x4096, M=1, 1 thread: time against the best peer"]
+    assert bar.verdict == "met" and bar.got == 0.6 and bar.row.endswith("/ fast")
+
+
+def test_a_forced_isa_is_held_against_its_own_bar_only():
+    dense = row("torch fp32", 1.0, who="torch", family="dense", bits=None, activations="fp32")
+    found = judged(dense, row(ms=0.5), row("lowbit 4-bit g128 int8 avx2", 1.5, isa="avx2"))
+    assert found["packed, AVX2, 4096x4096, M=1, 1 thread: time against fp32 F.linear"].verdict == "missed by 50 %"
+    assert found["packed, int8: time against F.linear, every shape and M"].verdict == "met"
+
+
+def test_a_bit_width_that_costs_more_than_its_bytes_is_named():
+    rows = [row(f"{b} bits", ms, bits=b) for b, ms in {2: 1.0, 3: 1.5, 4: 2.0, 5: 4.0, 8: 4.0}.items()]
+    bar = judged(*rows)["packed, int8, 3, 5, 6, 7 bits, 4096x4096, M=1, 1 thread: time against the line between 2, 4 "
+                        "and 8 bits"]  # fmt: skip
+    assert bar.row == "5 bits" and bar.got == pytest.approx(4.0 / 2.5)
+
+
+def test_kronecker_layers_are_held_against_their_operations():
+    same = {"m": 16, "op": "kron_linear", "activations": "bf16"}
+    dense = row("torch bf16", 10.0, who="torch", family="dense", gop_s=100.0, **same)
+    ours = row("kron", 1.0, family="kron", gop_s=90.0, **same)
+    bar = judged(dense, ours)["kron, bf16, 4096x4096, M=16, 1 thread: share of the operations' speed-up over F.linear"]
+    assert bar.got == 0.9 and bar.verdict == "met"
+
+
+def test_marked_sections_are_made_again_and_nothing_else():
+    content = {"rows": results.with_ratios([row("torch fp32", 2.0, error=1e-7), row(ms=0.5, error=0.007)])}
+    text = "before\n<!-- cpu packed: begin (x) -->\nold\n<!-- cpu packed: end -->\nafter <!-- cpu decode: begin -->" \
+           "<!-- cpu decode: end -->"  # fmt: skip
+    found = tables.rewrite(text, content)
+    assert found.startswith("before\n<!-- cpu packed: begin (x) -->\n\n| 4096x4096, 1 thread, ms")
+    assert "| lowbit 4-bit g128 int8 | 0.5 (4×) |" in found and "old" not in found
+    assert tables.NOTHING in found.split("after")[1]
+    assert tables.rewrite(found, content) == found
+    with pytest.raises(ValueError, match="one of machine, bars, .* got 'nonsense'"):
+        tables.rewrite("<!-- cpu nonsense: begin --><!-- cpu nonsense: end -->", content)
+    assert "packed" not in list(tables.missing(text)) and "kron" in list(tables.missing(text))
+
+
+def test_every_section_has_its_place_in_the_document():
+    assert list(tables.missing(tables.DOCUMENT.read_text())) == []
+
+
+def point(varied, value, ms, nbytes=1000, **sizes):
+    sizes = {"M": 1, "N": 64, "K": 64, "bits": 4, "threads": 1, **sizes, varied: value}
+    return growth.Point(varied, "int8", **sizes, ms=ms, nbytes=nbytes)
+
+
+def test_steps_larger_than_the_work_are_named():
+    line = [point("M", 1, 1.0), point("M", 2, 2.5), point("M", 4, 5.1)]
+    assert list(growth.steps(line)) == []
+    line[2] = point("M", 4, 6.6)
+    (step,) = growth.steps(line)
+    assert step.startswith("time, M 2 to 4 (int8, N=64, K=64, bits=4, threads=1): 2.5 to 6.6 ms, 2.64 times; the work")
+
+
+def test_bytes_count_as_work_and_threads_share_it():
+    def named(*points):
+        return [step.split(",")[0] for step in growth.steps(points)]
+
+    four = point("bits", 4, 1.0, 1000)
+    assert named(four, point("bits", 5, 1.6, 1250)) == []
+    assert named(four, point("bits", 5, 1.7, 1250)) == ["time"]
+    assert named(four, point("bits", 5, 1.7, 2000)) == ["bytes"]
+    assert named(point("threads", 1, 1.0), point("threads", 2, 0.6)) == []
+    assert named(point("threads", 1, 1.0), point("threads", 2, 0.7)) == ["time"]
+
+
+def test_peers_weights():
+    weight = torch.randn(4, 64)
+    for bits in (2, 4, 8):
+        codes, scales = candidates.symmetric(weight, bits, 32)
+        dense = (codes.double() - 2 ** (bits - 1)) * candidates.expand(scales, 32)
+        steps = candidates.expand(scales, 32)
+        assert float(((weight - dense).abs() / steps).max()) <= 0.5 + 1e-4 + (bits < 8) * 0.01
+        packed = candidates.pack_bytes(codes, bits).int()
+        unpacked = torch.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1).flatten(1)
+        assert torch.equal(unpacked, codes.int())
