@@ -19,7 +19,7 @@ from lowbit.reference import csr_row_indices
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
     """``op(*args)``, past the Python code of its gradient where none is wanted: that would cost as much as the call."""
-    if _is_compiling() or (_is_grad_enabled() and _any_requires_grad(*args)):
+    if not _CAN_SKIP or _is_compiling() or (_is_grad_enabled() and _any_requires_grad(*args)):
         return op(*args)  # type: ignore[no-any-return]
     if _is_excluded(_AUTOGRAD):  # as in inference mode
         return op._op(*args)  # type: ignore[no-any-return]
@@ -30,11 +30,13 @@ def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
         _exclude(_AUTOGRAD, False)
 
 
-_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-_any_requires_grad = torch._C._any_requires_grad
+# Not public: a torch without one of them makes the plain call.
+_AUTOGRAD = getattr(torch._C.DispatchKey, "AutogradFunctionality", None)
+_is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
+_exclude: Any = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
+_any_requires_grad: Any = getattr(torch._C, "_any_requires_grad", None)
+_CAN_SKIP = None not in (_AUTOGRAD, _is_excluded, _exclude, _any_requires_grad)
 
 
 _registry: dict[tuple[str, str], type[Layer]] = {}

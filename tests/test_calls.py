@@ -147,3 +147,13 @@ def test_parameters_that_are_swapped_are_read(spec):
     assert without.bias is None and "bias" not in without.state_dict()
     without.bias = layer.bias
     assert_bitwise_equal(without(torch.zeros(1, 48)), layer.bias[None])
+
+
+def test_a_torch_without_the_names_that_are_not_public_makes_the_plain_call(monkeypatch):
+    layer = lowbit.PackedLinear.from_float(torch.randn(32, 64), lowbit.Packed(bits=4))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr("lowbit.layer._CAN_SKIP", False)
+        monkeypatch.setattr("lowbit.layer._any_requires_grad", None)
+        assert torch.equal(layer(x), expected)
