@@ -29,12 +29,11 @@ ROWS = 16  # of a block
 PANEL = 4 * ROWS  # rows
 _BYTES = 0x01010101  # one bit in each byte of a word
 _CODES_AT_ONCE = 1 << 22
-KERNELS_READ_BLOCKS = True  # whether the compiled kernels of family `packed` do
 
 
 def used_on(device: torch.device) -> bool:
-    """Whether the kernels that run on ``device`` read blocks."""
-    return KERNELS_READ_BLOCKS and device.type == "cpu" and dispatch.active_backend("cpu") == "cpu"
+    """Whether the compiled kernels run on ``device``: those of packed linears read blocks, others make them."""
+    return device.type == "cpu" and dispatch.active_backend("cpu") == "cpu"
 
 
 def is_blocked(packed: Tensor) -> bool:
@@ -47,7 +46,7 @@ def block(packed: Tensor, bits: int) -> Tensor:
     n, units = packed.shape[0], packed.shape[1] // bits
     if packed.device.type == "meta":
         return packed.new_empty(n, units, bits, 1)
-    if _native(packed):
+    if used_on(packed.device):
         blocks: Tensor = torch.ops.lowbit_native.block(packed.contiguous(), bits)
         return blocks
     parts = []
@@ -62,7 +61,7 @@ def block(packed: Tensor, bits: int) -> Tensor:
 
 def block_in_place(packed: Tensor, bits: int) -> Tensor:
     """:func:`block` in the memory of ``packed`` itself, where the compiled library can; else as that."""
-    if not _native(packed) or not packed.is_contiguous():
+    if not used_on(packed.device) or not packed.is_contiguous():
         return block(packed, bits)
     torch.ops.lowbit_native.block_(packed, bits)
     return packed.view(packed.shape[0], -1, bits, 1)
@@ -73,7 +72,7 @@ def unblock(blocks: Tensor, bits: int) -> Tensor:
     n, units = blocks.shape[:2]
     if blocks.device.type == "meta":
         return blocks.new_empty(n, units * bits)
-    if _native(blocks):
+    if used_on(blocks.device):
         packed: Tensor = torch.ops.lowbit_native.unblock(blocks.contiguous(), bits)
         return packed
     parts = [pack(codes_of_blocks(blocks[rows], bits), bits) for rows in _rows_at_once(n, units)]
@@ -118,10 +117,6 @@ def _by_row(panels: Tensor, bits: int, rows: Tensor | None = None) -> Tensor:
     if rows is None:
         return words.permute(0, 3, 4, 1, 2).reshape(n, units, bits)
     return words[rows // (count * ROWS), :, :, rows // ROWS % count, rows % ROWS]
-
-
-def _native(packed: Tensor) -> bool:
-    return packed.device.type == "cpu" and dispatch.active_backend("cpu") == "cpu"
 
 
 def _rows_at_once(n: int, units: int) -> list[slice]:

@@ -168,7 +168,7 @@ FORMATS = [
     PackedFormat(7, 16, 33, 33, "row", "int", "float32", outliers=5),
 ]
 format_ids = [f.describe() for f in FORMATS]
-WHERE = [w for w in everywhere() if w.backend != "cpu" or blocks.KERNELS_READ_BLOCKS]
+WHERE = everywhere()
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
@@ -259,7 +259,7 @@ def kernels(monkeypatch):
     """Compiled kernels of packed linears that read blocks, and a switch to those that do not."""
     switch = {"read_blocks": True}
     monkeypatch.setattr(blocks, "used_on", lambda device: switch["read_blocks"] and device.type == "cpu")
-    with nullcontext() if blocks.KERNELS_READ_BLOCKS and COMPILED else dispatch.use_backend("reference"):
+    with nullcontext() if COMPILED else dispatch.use_backend("reference"):
         yield switch
 
 
@@ -376,9 +376,8 @@ def test_only_packed_linears_of_16_rows_hold_blocks(kernels):
         assert PackedLinear(spec.quantize(weight.to("cpu")).format()).packed.dim() == 2
 
 
-def test_where_blocks_are_used(monkeypatch):
+def test_where_blocks_are_used():
     """Where the compiled kernels run, and nowhere else."""
-    monkeypatch.setattr(blocks, "KERNELS_READ_BLOCKS", True)
     cpu, weight = torch.device("cpu"), lowbit.Packed(bits=4).quantize(torch.randn(20, 40))
     with dispatch.use_backend("reference"):
         assert not blocks.used_on(cpu)
@@ -443,7 +442,6 @@ from lowbit.packed.format import PackedFormat
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
 
-blocks.KERNELS_READ_BLOCKS = True
 torch.set_num_threads(1)
 made = [lowbit.PackedLinear(PackedFormat(4, 4096, 4096, 4096, "row", "none", "float32")) for _ in range(16)]
 for layer in made:

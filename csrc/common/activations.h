@@ -6,17 +6,23 @@
 namespace lowbit {
 namespace {
 
+// The largest |x|, as its bits: they compare as magnitudes do, and NaN > infinity > every number.
+inline uint32_t largest_bits(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
 struct Quantizer {
   float inverse;  // q = round(x * inverse) and x ~ q / inverse; NaN marks a row whose result is NaN
   bool zero;      // all codes are zero: x is (nearly) zero or not finite
 
   // The two roundings of (1 / max) * 127 are those of the activation quantizer that BitNet models train with.
   Quantizer(const float* x, int64_t K, const float* x_scale) {
-    uint32_t largest = 0;  // |x| compares as its bits do, and NaN > infinity > every number
-    for (int64_t k = 0; k < K; ++k) {
-      const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
+    const uint32_t largest = largest_bits(x, K);
     const uint32_t infinity = 0x7f800000;
     const float max = float_of(largest);
     zero = true;

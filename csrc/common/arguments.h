@@ -32,8 +32,8 @@ inline void check_codes(const char* op, const Tensor& packed, int64_t min_bits, 
   LOWBIT_CHECK(group_size >= 1 && group_size <= K, op, ": group_size must be between 1 and K: got group_size=",
                group_size, ", K=", K);
   w.blocks = blocks_too && packed.dim() == 4;
-  LOWBIT_CHECK(w.blocks || packed.dim() == 2, op, ": packed must have two dimensions", blocks_too ? " (or four: blocks)" : "",
-               ": got shape ", shape_of(packed));
+  LOWBIT_CHECK(w.blocks || packed.dim() == 2, op, ": packed must have two dimensions",
+               blocks_too ? " (or four: blocks)" : "", ": got shape ", shape_of(packed));
   LOWBIT_CHECK(packed.scalar_type() == ScalarType::Int, op, ": packed must be int32: got ",
                dtype_name(packed.scalar_type()));
   w.N = packed.size(0);
@@ -49,8 +49,8 @@ inline void check_codes(const char* op, const Tensor& packed, int64_t min_bits, 
     check_cpu(op, "packed", packed);
     LOWBIT_CHECK(packed.is_contiguous(), op, ": packed must be contiguous");
   } else {
-    LOWBIT_CHECK(packed.size(1) == words, op, ": packed must have ceil(K/32)*bits = ", words, " words per row for K=", K,
-                 ", bits=", bits, ": got ", packed.size(1));
+    LOWBIT_CHECK(packed.size(1) == words, op, ": packed must have ceil(K/32)*bits = ", words, " words per row for K=",
+                 K, ", bits=", bits, ": got ", packed.size(1));
     check_stored(op, "packed", packed, w.N, words);
   }
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
@@ -189,7 +189,8 @@ inline void check_ids(const char* op, const Tensor& ids) {
 constexpr int64_t kRowsAhead = 8;  // of a gather, are fetched
 
 inline void prefetch_bytes(const void* first, int64_t bytes) {
-  for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64) __builtin_prefetch(static_cast<const char*>(first) + i);
+  for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64)
+    __builtin_prefetch(static_cast<const char*>(first) + i);
 }
 
 // Asks for row n of w; a family that keeps more beside its codes has its own.

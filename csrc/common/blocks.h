@@ -1,10 +1,9 @@
 // Codes in blocks: the arrangement that the kernels read whose lanes are output rows (definition: lowbit/blocks.py).
 //
-// A block is 16 rows, a unit 32 columns of a block: `bits` vectors of 64 bytes, one word of 32 bits per row. Up to four
-// blocks are a panel, in which the same vector of each stands side by side. The bits of
-// a code are dealt to planes of 8, 4, 2 or 1 bits, low bits first; a plane of width w is w consecutive vectors, and bits
-// [8*j + w*f, +w) of a word of its vector i belong to column 4*q + j of the unit, with the quad q = i*8/w + f.
-// So after one shift the four bytes of a word are the codes of four neighbouring columns.
+// A block is 16 rows, a unit 32 columns of a block: `bits` vectors of 64 bytes, one word of 32 bits per row. Up to
+// four blocks are a panel, in which the same vector of each stands side by side. The bits of a code are dealt to planes
+// of 8, 4, 2 or 1 bits, low bits first; a plane of width w is w consecutive vectors, and bits [8*j + w*f, +w) of a word
+// of its vector i belong to column 4*q + j of the unit, with the quad q = i*8/w + f. So after one shift the four bytes of a word are the codes of four neighbouring columns.
 #pragma once
 #include "kernel.h"
 #include "simd.h"
@@ -38,8 +37,7 @@ inline Int shifted(Int v, int right) {
   return right >= 0 ? Int(Lanes(v) >> right) : Int(Lanes(v) << -right);
 }
 
-// The planes' bits of one field, moved to bit `to` of each 8- or 16-bit element, on top of `base` if it is
-// kBased.
+// The planes' bits of one field, moved to bit `to` of each 8- or 16-bit element, on top of `base` if kBased.
 //   from: bit of the element at which quad 0's field of a plane of width w would stand, less w * f
 template <int kBits, bool kBased>
 inline Int field(const uint8_t* unit, int64_t step, int part, int q, int from, int to, uint32_t ones, Int base) {
@@ -76,21 +74,26 @@ inline BlockPlace place_of_block(const Codes& w, int64_t n) {
 
 inline bool in_block(const Codes& w, int64_t n) { return w.blocks && n / kBlockRows < w.N / kBlockRows; }
 
+// A row's words of a unit, `step` bytes apart, to its codes: a byte each, four to a quad.
+inline void unit_quads(const void* words, int64_t step, int bits, uint32_t (&quads)[kQuads]) {
+  for (uint32_t& quad : quads) quad = 0;
+  for (int p = 0; p < 3 && plane_width(bits, p); ++p) {
+    const int width = plane_width(bits, p), low = plane_low(bits, p);
+    const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+    for (int i = 0; i < width; ++i) {
+      uint32_t word;
+      std::memcpy(&word, static_cast<const char*>(words) + (low + i) * step, 4);
+      for (int f = 0; f < 8 / width; ++f) quads[i * (8 / width) + f] |= (word >> (width * f) & mask) << low;
+    }
+  }
+}
+
 // The codes [k0, k1) of row n, in a block, as bytes; k0 is a multiple of 32. Whole units are written.
 inline void block_row_codes(const Codes& w, int64_t n, int64_t k0, int64_t k1, uint8_t* out) {
   const BlockPlace block = place_of_block(w, n);
   for (int64_t u = k0 / kUnitColumns; u * kUnitColumns < k1; ++u, out += kUnitColumns) {
-    const uint8_t* words = block.vector + u * w.bits * block.step + n % kBlockRows * 4;
-    uint32_t quads[kQuads] = {};
-    for (int p = 0; p < 3 && plane_width(w.bits, p); ++p) {
-      const int width = plane_width(w.bits, p), low = plane_low(w.bits, p);
-      const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
-      for (int i = 0; i < width; ++i) {
-        uint32_t word;
-        std::memcpy(&word, words + (low + i) * block.step, 4);
-        for (int f = 0; f < 8 / width; ++f) quads[i * (8 / width) + f] |= (word >> (width * f) & mask) << low;
-      }
-    }
+    uint32_t quads[kQuads];
+    unit_quads(block.vector + u * w.bits * block.step + n % kBlockRows * 4, block.step, w.bits, quads);
     std::memcpy(out, quads, sizeof quads);
   }
 }

@@ -10,17 +10,15 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "blocks.h"
 #include "checks.h"
 #include "empty.h"
 
 namespace lowbit {
 namespace {
 
-constexpr int64_t kRows = 16;  // of a block
-constexpr int64_t kPanel = 4;  // blocks
-constexpr int64_t kUnitCodes = 32, kUnitQuads = kUnitCodes / 4;
-constexpr int64_t kTaskUnits = 4096;       // units that a thread arranges at least
-constexpr int64_t kUnitsAtOnce = 16;       // of a row before the next row's: whole cache lines on both sides
+constexpr int64_t kTaskUnits = 4096;  // units that a thread arranges at least
+constexpr int64_t kUnitsAtOnce = 16;  // of a row before the next row's: whole cache lines on both sides
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr uint64_t kBytes = 0x01010101;  // one bit in each byte of a quad
 
@@ -43,50 +41,33 @@ struct Eight {
   }
 };
 
-// body(width, low) for each plane: a plane of `width` bits begins at bit `low` of a code and at vector `low` of a unit.
-template <int bits, class Body>
-inline void for_planes(Body body) {
-  int low = 0;
-  for (int width = 8; width > 0; width /= 2)
-    if (bits & width) {
-      body(width, low);
-      low += width;
-    }
-}
-
 // One unit of a row: its canonical words, and its words in a block, `step` apart. quads[q]: codes 4q .. 4q+3.
 template <int bits>
 void block_unit(const uint8_t* words, uint32_t* vectors, int64_t step) {
-  uint32_t quads[kUnitQuads];
-  for (int q = 0; q < kUnitQuads; q += 2) {
+  uint32_t quads[kQuads];
+  for (int q = 0; q < kQuads; q += 2) {
     uint64_t eight = 0;
     std::memcpy(&eight, words + q / 2 * bits, bits);
     eight = Eight<bits>::spread(eight);
     quads[q] = uint32_t(eight);
     quads[q + 1] = uint32_t(eight >> 32);
   }
-  for_planes<bits>([&](int width, int low) {
-    const int fields = 8 / width;
+  for (int p = 0; p < 3 && plane_width(bits, p); ++p) {
+    const int width = plane_width(bits, p), low = plane_low(bits, p), fields = 8 / width;
     const uint32_t mask = uint32_t(((1u << width) - 1) * kBytes);
     for (int i = 0; i < width; ++i) {
       uint32_t word = 0;
       for (int f = 0; f < fields; ++f) word |= (quads[i * fields + f] >> low & mask) << width * f;
       vectors[(low + i) * step] = word;
     }
-  });
+  }
 }
 
 template <int bits>
 void unblock_unit(uint8_t* words, const uint32_t* vectors, int64_t step) {
-  uint32_t quads[kUnitQuads] = {};
-  for_planes<bits>([&](int width, int low) {
-    const int fields = 8 / width;
-    const uint32_t mask = uint32_t(((1u << width) - 1) * kBytes);
-    for (int i = 0; i < width; ++i)
-      for (int f = 0; f < fields; ++f)
-        quads[i * fields + f] |= (vectors[(low + i) * step] >> width * f & mask) << low;
-  });
-  for (int q = 0; q < kUnitQuads; q += 2) {
+  uint32_t quads[kQuads];
+  unit_quads(vectors, step * 4, bits, quads);
+  for (int q = 0; q < kQuads; q += 2) {
     const uint64_t eight = Eight<bits>::gather(quads[q] | uint64_t(quads[q + 1]) << 32);
     std::memcpy(words + q / 2 * bits, &eight, bits);
   }
@@ -97,12 +78,12 @@ void unblock_unit(uint8_t* words, const uint32_t* vectors, int64_t step) {
 template <class Unit>
 inline void for_units(int64_t blocks, int64_t b0, int64_t b1, int64_t units, int64_t bits, Unit unit) {
   for (int64_t b = b0; b < b1; ++b) {
-    const int64_t panel = b / kPanel * kPanel, count = std::min(kPanel, blocks - panel);
+    const int64_t panel = b / kPanelBlocks * kPanelBlocks, count = min64(kPanelBlocks, blocks - panel);
     for (int64_t first = 0; first < units; first += kUnitsAtOnce)
-      for (int64_t r = 0; r < kRows; ++r)
+      for (int64_t r = 0; r < kBlockRows; ++r)
         for (int64_t u = first; u < std::min(first + kUnitsAtOnce, units); ++u)
-          unit(((b * kRows + r) * units + u) * bits, ((panel * units + u * count) * bits + b - panel) * kRows + r,
-               count * kRows);
+          unit(((b * kBlockRows + r) * units + u) * bits,
+               ((panel * units + u * count) * bits + b - panel) * kBlockRows + r, count * kBlockRows);
   }
 }
 
@@ -141,20 +122,21 @@ void ask_for_huge_pages(void* data, size_t bytes, bool filled) {
 
 // In place where `from` is `to`: the words of a panel fill the same memory in both orders.
 void arrange(const uint32_t* from, uint32_t* to, int64_t n, int64_t units, int64_t bits, Range range) {
-  const int64_t whole = n / kRows, panels = (whole + kPanel - 1) / kPanel, panel_words = kPanel * kRows * units * bits;
+  const int64_t whole = n / kBlockRows, panels = ceil_div(whole, kPanelBlocks);
+  const int64_t panel_words = kPanelBlocks * kBlockRows * units * bits;
   const size_t bytes = size_t(n * units * bits) * sizeof *to;
   if (from != to) ask_for_huge_pages(to, bytes, false);
-  const int64_t grain = std::max<int64_t>(1, kTaskUnits / std::max<int64_t>(1, kPanel * kRows * units));
+  const int64_t grain = std::max<int64_t>(1, kTaskUnits / std::max<int64_t>(1, kPanelBlocks * kBlockRows * units));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t p0, int64_t p1) {
-    if (from != to) return range(from, to, whole, units, p0 * kPanel, std::min(whole, p1 * kPanel));
+    if (from != to) return range(from, to, whole, units, p0 * kPanelBlocks, std::min(whole, p1 * kPanelBlocks));
     std::vector<uint32_t> copy(static_cast<size_t>(panel_words));
     for (int64_t p = p0; p < p1; ++p) {
-      const int64_t begin = p * panel_words, end = std::min(whole * kRows * units * bits, begin + panel_words);
+      const int64_t begin = p * panel_words, end = std::min(whole * kBlockRows * units * bits, begin + panel_words);
       std::copy(from + begin, from + end, copy.begin());
-      range(copy.data() - begin, to, whole, units, p * kPanel, std::min(whole, (p + 1) * kPanel));
+      range(copy.data() - begin, to, whole, units, p * kPanelBlocks, std::min(whole, (p + 1) * kPanelBlocks));
     }
   });
-  const int64_t done = whole * kRows * units * bits;
+  const int64_t done = whole * kBlockRows * units * bits;
   if (from != to) std::copy(from + done, from + n * units * bits, to + done);
   ask_for_huge_pages(to, bytes, true);
 }

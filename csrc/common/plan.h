@@ -3,8 +3,8 @@
 // Three kinds of activations:
 //   int8     as `Quantizer` gives them
 //   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 30 bits (fp32) or 22
-//            (16-bit floats) relative to its largest element, held as 4 or 3 digits to base 256, -128 .. 127. Each digit
-//            is a row of int8 activations: sums of products are exact, and cheaper than fp32 ones
+//            (16-bit floats) relative to its largest element, held as 4 or 3 digits to base 256, -128 .. 127. Each
+//            digit is a row of int8 activations: sums of products are exact, and cheaper than fp32 ones
 //   bf16     where there are bf16 dot products and x is bf16
 //   f32      floats elsewhere
 // Rows of x that pieces and bf16 products cannot hold (not finite, or very large or small) are `special`.
@@ -124,15 +124,6 @@ inline float sum_of(const float* x, int64_t n) {
   for (int width = 8; width; width /= 2)
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   return lanes[0];
-}
-
-inline uint32_t largest_bits(const float* x, int64_t n) {  // |x| compares as its bits do, and NaN > infinity > numbers
-  uint32_t largest = 0;
-  for (int64_t k = 0; k < n; ++k) {
-    const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest;
 }
 
 inline bool is_special(const float* x, int64_t n) {

@@ -194,8 +194,8 @@ inline void store_bytes(void* p, Int v) { store(static_cast<int32_t*>(p), v); }
 // as_float(v), as_int(v): the same bits
 // or_masked(a, b, mask) = a | (b & mask)
 // negated_fma(a, b, c) = c - a * b, rounded as fma() is
-// dot4<kNarrow>(acc, w, x): lane l gains sum_{j < 4} w[4*l + j] * x[4*l + j] of unsigned bytes w and signed bytes x >= -127
-//   (VNNI: >= -128), exactly; kNarrow: all w are below 128
+// dot4<kNarrow>(acc, w, x): lane l gains sum_{j < 4} w[4*l + j] * x[4*l + j] of unsigned bytes w and signed
+//   bytes x >= -127 (VNNI: >= -128), exactly; kNarrow: all w are below 128
 inline Float as_float(Int v) { return Float(v); }
 inline Int as_int(Float v) { return Int(v); }
 inline Int as_int(Int v) { return v; }

@@ -1,9 +1,9 @@
 // Register tiles whose lanes are output rows: a few rows of x times one or four blocks of 16 rows of w.
 //
 // A *step* multiplies 64 bytes per block (a word per row of w) by one word of 32 bits per row of x, broadcast:
-//   Int8Dot   four codes by four int8 activations          a quad of columns is one step
-//   Bf16Dot   two bf16 weights by two bf16 activations     two steps: columns (0, 2) and (1, 3) of the quad
-//   FloatDot  an fp32 weight by an fp32 activation         four steps
+//   Int8Dot     four codes by four int8 activations        a quad of columns is one step
+//   Bf16Dot     two bf16 weights by two bf16 activations   two steps: columns (0, 2) and (1, 3) of the quad
+//   FloatDot32  an fp32 weight by an fp32 activation       four steps
 // A *segment* is a run of steps with one scale per row of w. At its end a tile adds to fp32 sums
 //   acc[m, n] += (sum - zero[n] * x_sum[m]) * scale[n]
 // so y[m, n] is the same sequence of operations whatever the tile, M, or the split of N.
@@ -16,17 +16,13 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kStepBytes = kPanelBlocks * 64;  // of a panel
-#if defined(__AVX512F__)
-constexpr int kTileBlocks = 4;  // 6 x 4 accumulators, and what they need, fit 32 registers
-#else
-constexpr int kTileBlocks = 1;
-#endif
 constexpr int kTileRows = 6;
 #if defined(__AVX512F__)
-constexpr int kFewRows = 4;  // of x, which the tiles multiply straight from blocks, all of a panel at a time
-constexpr int kTallRows = 16;  // and a block at a time
+constexpr int kTileBlocks = 4;  // 6 x 4 accumulators, and what they need, fit 32 registers
+constexpr int kFewRows = 4;     // of x, which the tiles multiply straight from blocks, all of a panel at a time
+constexpr int kTallRows = 16;   // and a block at a time
 #else
-constexpr int kFewRows = 1, kTallRows = 1;
+constexpr int kTileBlocks = 1, kFewRows = 1, kTallRows = 1;
 #endif
 
 struct Segment {
@@ -59,7 +55,7 @@ struct Lanes {
 // What a tile knows of a run of segments.
 struct TileArguments {
   const int32_t* x;           // [steps, rows]
-  const float* x_sum;         // [segments, rows]; null: there are no zeros to subtract
+  const float* x_sum;         // [segments, rows]: sums of x; not where weights are code - zero
   const float* x_scale;       // [segments, rows / pieces]: of rows of x that are held as several; else null
   const Segment* segments;
   int64_t segment_count;
@@ -73,8 +69,8 @@ struct TileArguments {
   float unit, moved;          // weights are held as (code + moved) / unit
 };
 
-// Of each: `weights`, a part of a block's 64 bytes for step i of quad q, out of vectors `ld` bytes apart, and `from_codes`, the same out of a quad of
-// codes that has been unpacked. `zero` is that of the part's rows.
+// Of each: `weights`, a part of a block's 64 bytes for step i of quad q, out of vectors `ld` bytes apart, and
+// `from_codes`, the same out of a quad of codes that has been unpacked. `zero` is that of the part's rows.
 template <bool kNarrow>
 struct Int8Dot {
   using Sum = Int;
@@ -129,7 +125,8 @@ struct Bf16Dot {
   static Int from_codes(Int codes, int step, int bits, Float) {
     if (bits < 8) {
       const int to = 7 - bits;
-      return or_masked(exponent(bits), shifted(codes, 8 * step - to), splat(int32_t((0x7fu >> to << to) * 0x00010001u)));
+      const uint32_t mask = 0x7fu >> to << to;
+      return or_masked(exponent(bits), shifted(codes, 8 * step - to), splat(int32_t(mask * 0x00010001u)));
     }
     const Int signed_bytes = _mm512_xor_si512(codes, splat(int32_t(0x80808080u)));
     const Int top = splat(int32_t(0xff000000u));
@@ -227,8 +224,8 @@ void tile_blocks(const TileArguments& t) {
   }
 }
 
-// Whole units of a block, whose vectors are `step` bytes apart, into a block of a panel: [steps, kPanelBlocks, 64 bytes]; `zero` is that
-// of the block's rows.
+// Whole units of a block, whose vectors are `step` bytes apart, into a block of a panel: [steps, kPanelBlocks, 64
+// bytes]; `zero` is that of the block's rows.
 template <class Dot, int kBits>
 void expand_units(const uint8_t* unit, int64_t step, int64_t units, const Float* zero, uint8_t* panel) {
   for (; units > 0; --units, unit += step * kBits)
@@ -245,7 +242,8 @@ void expand_quads(const uint8_t* codes, int64_t quads, int bits, const Float* ze
   for (; quads > 0; --quads, codes += 64)
     LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
       LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
-        store_bytes(panel + part * kPartBytes, Dot::from_codes(load_bytes(codes + part * kPartBytes), i, bits, zero[part]));
+        store_bytes(panel + part * kPartBytes,
+                    Dot::from_codes(load_bytes(codes + part * kPartBytes), i, bits, zero[part]));
       panel += kStepBytes;
     }
 }
@@ -260,12 +258,16 @@ template <class Dot, int NB>
 RowTile panel_tile(int64_t rows, int pieces) {
 #if defined(__AVX512VNNI__)
   if (Dot::kSteps == 1 && pieces == 4)
-    return rows == 4 ? tile_panel<Dot, 4, NB, 4>
-         : rows == 8 ? tile_panel<Dot, 8, 1, 4> : rows == 12 ? tile_panel<Dot, 12, 1, 4> : tile_panel<Dot, 16, 1, 4>;
+    return rows == 4    ? tile_panel<Dot, 4, NB, 4>
+           : rows == 8  ? tile_panel<Dot, 8, 1, 4>
+           : rows == 12 ? tile_panel<Dot, 12, 1, 4>
+                        : tile_panel<Dot, 16, 1, 4>;
   if (Dot::kSteps == 1 && pieces == 3)
-    return rows == 3  ? tile_panel<Dot, 3, NB, 3>
-           : rows == 6 ? tile_panel<Dot, 6, NB, 3>
-           : rows == 9 ? tile_panel<Dot, 9, 1, 3> : rows == 12 ? tile_panel<Dot, 12, 1, 3> : tile_panel<Dot, 15, 1, 3>;
+    return rows == 3    ? tile_panel<Dot, 3, NB, 3>
+           : rows == 6  ? tile_panel<Dot, 6, NB, 3>
+           : rows == 9  ? tile_panel<Dot, 9, 1, 3>
+           : rows == 12 ? tile_panel<Dot, 12, 1, 3>
+                        : tile_panel<Dot, 15, 1, 3>;
 #endif
   (void)pieces;
   switch (rows) {
@@ -290,14 +292,16 @@ RowTile blocks_tile_of(int64_t rows, int pieces) {
   constexpr int NB = kPanelBlocks;
 #if defined(__AVX512VNNI__)
   if (Dot::kSteps == 1 && pieces == 4)
-    return rows == 4   ? tile_blocks<Dot, 4, NB, kBits, 4>
-           : rows == 8 ? tile_blocks<Dot, 8, 1, kBits, 4>
-           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4> : tile_blocks<Dot, 16, 1, kBits, 4>;
+    return rows == 4    ? tile_blocks<Dot, 4, NB, kBits, 4>
+           : rows == 8  ? tile_blocks<Dot, 8, 1, kBits, 4>
+           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4>
+                        : tile_blocks<Dot, 16, 1, kBits, 4>;
   if (Dot::kSteps == 1 && pieces == 3)
-    return rows == 3   ? tile_blocks<Dot, 3, NB, kBits, 3>
-           : rows == 6 ? tile_blocks<Dot, 6, 1, kBits, 3>
-           : rows == 9 ? tile_blocks<Dot, 9, 1, kBits, 3>
-           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3> : tile_blocks<Dot, 15, 1, kBits, 3>;
+    return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, 3>
+           : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, 3>
+           : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, 3>
+           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3>
+                        : tile_blocks<Dot, 15, 1, kBits, 3>;
 #endif
   (void)pieces;
   if (rows == 1) return tile_blocks<Dot, 1, NB, kBits, 1>;
