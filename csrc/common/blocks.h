@@ -3,7 +3,8 @@
 // A block is 16 rows, a unit 32 columns of a block: `bits` vectors of 64 bytes, one word of 32 bits per row. Up to
 // four blocks are a panel, in which the same vector of each stands side by side. The bits of a code are dealt to planes
 // of 8, 4, 2 or 1 bits, low bits first; a plane of width w is w consecutive vectors, and bits [8*j + w*f, +w) of a word
-// of its vector i belong to column 4*q + j of the unit, with the quad q = i*8/w + f. So after one shift the four bytes of a word are the codes of four neighbouring columns.
+// of its vector i belong to column 4*q + j of the unit, with the quad q = i*8/w + f. So after one shift the four bytes
+// of a word are the codes of four neighbouring columns.
 #pragma once
 #include "kernel.h"
 #include "simd.h"
@@ -37,29 +38,37 @@ inline Int shifted(Int v, int right) {
   return right >= 0 ? Int(Lanes(v) >> right) : Int(Lanes(v) << -right);
 }
 
-// The planes' bits of one field, moved to bit `to` of each 8- or 16-bit element, on top of `base` if kBased.
-//   from: bit of the element at which quad 0's field of a plane of width w would stand, less w * f
-template <int kBits, bool kBased>
-inline Int field(const uint8_t* unit, int64_t step, int part, int q, int from, int to, uint32_t ones, Int base) {
-  Int out = base;
-  LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
-    const int w = plane_width(kBits, p), low = plane_low(kBits, p);
-    if (w == 0) break;
-    const int f = q % (8 / w), i = low + q / (8 / w);
-    const Int v = load_bytes(unit + step * i + kPartBytes * part);
-    const uint32_t mask = ((1u << w) - 1) << (to + low);
-    const Int moved = shifted(v, from + w * f - to - low), masked = splat(int32_t(mask * ones));
-    out = p == 0 && !kBased ? bit_and(moved, masked) : or_masked(p == 0 ? base : out, moved, masked);
-  }
-  return out;
-}
-
 // Quad q of a part of a unit, whose vectors are `step` bytes apart: 32 bits per row, a byte per code.
 template <int kBits>
 inline Int quad(const uint8_t* unit, int64_t step, int part, int q) {
   if (kBits == 8) return load_bytes(unit + step * q + kPartBytes * part);
-  return field<kBits, false>(unit, step, part, q, 0, 0, 0x01010101u, zero_int());
+  Int out = zero_int();
+  LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
+    const int w = plane_width(kBits, p), low = plane_low(kBits, p);
+    if (w == 0) break;
+    const Int v = load_bytes(unit + step * (low + q / (8 / w)) + kPartBytes * part);
+    const Int moved = shifted(v, q % (8 / w) * w - low), mask = splat(int32_t((((1u << w) - 1) << low) * 0x01010101u));
+    out = p == 0 ? bit_and(moved, mask) : or_masked(out, moved, mask);
+  }
+  return out;
 }
+
+#if defined(__AVX512F__)
+// The same in bits kTo and up of each byte, whose other bits are anything.
+template <int kBits, int kTo>
+inline Int quad_at(const uint8_t* unit, int64_t step, int part, int q) {
+  Int out = zero_int();
+  LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
+    const int w = plane_width(kBits, p), low = plane_low(kBits, p);
+    if (w == 0) break;
+    const Int v = load_bytes(unit + step * (low + q / (8 / w)) + kPartBytes * part);
+    const Int moved = shifted(v, q % (8 / w) * w - low - kTo);
+    const Int below = splat(int32_t(((1u << (low + kTo)) - 1) * 0x01010101u));
+    out = p == 0 ? moved : select_bits(below, out, moved);
+  }
+  return out;
+}
+#endif
 
 // Where a block's first vector stands, and how far the next one is.
 struct BlockPlace {

@@ -192,7 +192,7 @@ inline Int load_bytes(const void* p) { return load(static_cast<const int32_t*>(p
 inline void store_bytes(void* p, Int v) { store(static_cast<int32_t*>(p), v); }
 
 // as_float(v), as_int(v): the same bits
-// or_masked(a, b, mask) = a | (b & mask)
+// or_masked(a, b, mask) = a | (b & mask); select_bits(mask, a, b) = (a & mask) | (b & ~mask)
 // negated_fma(a, b, c) = c - a * b, rounded as fma() is
 // dot4<kNarrow>(acc, w, x): lane l gains sum_{j < 4} w[4*l + j] * x[4*l + j] of unsigned bytes w and signed
 //   bytes x >= -127 (VNNI: >= -128), exactly; kNarrow: all w are below 128
@@ -206,6 +206,7 @@ inline Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
 inline Int subtract(Int a, Int b) { return _mm512_sub_epi32(a, b); }
 inline Int to_int(Float v) { return _mm512_cvttps_epi32(v); }
 inline Int or_masked(Int a, Int b, Int mask) { return _mm512_ternarylogic_epi32(b, a, mask, 0xec); }  // overwrites b
+inline Int select_bits(Int mask, Int a, Int b) { return _mm512_ternarylogic_epi32(b, a, mask, 0xd8); }
 #elif defined(__AVX2__)
 inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 inline Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }

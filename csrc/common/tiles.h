@@ -36,6 +36,13 @@ struct Lanes {
   DType dtype;
   int64_t step;  // elements from one group to the next
 
+  // Of `rows` rows: one panel's are no stream that the hardware would follow.
+  LOWBIT_INLINE void prefetch(int64_t group, int64_t row, int64_t rows) const {
+    const int64_t size = element_size(dtype);
+    const uint8_t* first = static_cast<const uint8_t*>(values) + (group * step + row) * size;
+    for (int64_t i = 0; i < rows * size; i += 64) __builtin_prefetch(first + i);
+  }
+
   Float operator()(int64_t group, int64_t row) const {
     const int64_t i = group * step + row;
     if (dtype == DType::f32) return load(static_cast<const float*>(values) + i);
@@ -61,7 +68,7 @@ struct TileArguments {
   int64_t segment_count;
   int64_t first_step;         // the step at which `weights` begins
   const uint8_t* weights;     // an expanded panel; or one in blocks
-  const uint8_t* ahead;       // of blocks only: what to fetch meanwhile, as many bytes as are read
+  const uint8_t* ahead;       // of blocks only: what to fetch meanwhile, as many bytes as are read; may be `weights`
   Lanes scale, zero;
   int64_t row;                // of the panel, at which the tile begins
   float* acc;                 // [rows / pieces, kPanelN], from that row on
@@ -108,35 +115,45 @@ struct FloatDot32 {
 };
 
 #if defined(__AVX512BF16__)
-// Below 8 bits the weights are 2^bits + code, which is its bits behind a fixed exponent; at 8 bits (code - 128) * 2^24.
+// Below 8 bits the weights are 2^bits + code, which is its bits behind a fixed exponent.
 struct Bf16Dot {
   using Sum = Float;
   static constexpr int kSteps = 2;
   static constexpr bool kCentred = false, kMoved = true;
-  static float moved(int bits) { return bits < 8 ? float(1 << bits) : -128.0f; }
-  static float unit(int bits) { return bits < 8 ? 1.0f : 0x1p-24f; }
+  static float moved(int bits) { return bits < 8 ? float(1 << bits) : 0.0f; }
+  static float unit(int) { return 1; }
   static Sum zero() { return splat(0.0f); }
   static Float lanes(Sum s) { return s; }
   static Sum add(Sum s, Int w, int32_t x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(splat(x)));
     return s;
   }
-  static Int exponent(int bits) { return splat(int32_t((uint32_t(127 + bits) << 7) * 0x00010001u)); }
   static Int from_codes(Int codes, int step, int bits, Float) {
-    if (bits < 8) {
-      const int to = 7 - bits;
-      const uint32_t mask = 0x7fu >> to << to;
-      return or_masked(exponent(bits), shifted(codes, 8 * step - to), splat(int32_t(mask * 0x00010001u)));
-    }
-    const Int signed_bytes = _mm512_xor_si512(codes, splat(int32_t(0x80808080u)));
-    const Int top = splat(int32_t(0xff000000u));
-    const auto value = [&](int byte) { return as_int(to_float(bit_and(shifted(signed_bytes, 8 * byte - 24), top))); };
-    return or_masked(shifted(value(step), 16), value(step + 2), splat(int32_t(0xffff0000u)));
+    return bits < 8 ? behind_exponent(shifted(codes, bits - 7), step, bits) : rounded(codes, step);
   }
   template <int kBits>
-  static Int weights(const uint8_t* unit, int64_t ld, int part, int q, int step, Float zero) {
-    return kBits < 8 ? field<kBits, true>(unit, ld, part, q, 8 * step, 7 - kBits, 0x00010001u, exponent(kBits))
-                     : from_codes(quad<kBits>(unit, ld, part, q), step, kBits, zero);
+  static Int weights(const uint8_t* unit, int64_t ld, int part, int q, int step, Float) {
+    return kBits < 8 ? behind_exponent(quad_at<kBits, (7 - kBits) & 7>(unit, ld, part, q), step, kBits)
+                     : rounded(quad<kBits>(unit, ld, part, q), step);
+  }
+
+ private:
+  // Of codes in bits 7 - bits and up of bytes
+  static Int behind_exponent(Int codes, int step, int bits) {
+    const uint32_t exponent = uint32_t(127 + bits) << 7, mantissa = 0x7fu >> (7 - bits) << (7 - bits);
+    return or_masked(splat(int32_t(exponent * 0x00010001u)), shifted(codes, 8 * step),
+                     splat(int32_t(mantissa * 0x00010001u)));
+  }
+
+  // By way of fp32, whose upper half says it all
+  static Int rounded(Int codes, int step) {
+    const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto value = [&](int byte) {  // of each lane
+      const Int from = _mm512_add_epi32(splat(int32_t(0x80808000u) + byte), multiply(bit_and(lane, splat(3)), splat(4)));
+      return as_int(to_float(Int(_mm512_shuffle_epi8(codes, from))));
+    };
+    const Int upper_halves = _mm512_add_epi32(splat(0x00210001), multiply(lane, splat(0x00020002)));
+    return _mm512_permutex2var_epi16(value(step), upper_halves, value(step + 2));
   }
 };
 #endif
@@ -217,10 +234,13 @@ void tile_blocks(const TileArguments& t) {
         }
       }
     }
-    if (t.exact)
+    if (t.exact) {
       end_exact_segment<Dot, MR, NB>(t, sum);
-    else
-      end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+      continue;
+    }
+    end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+    t.scale.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);  // of the next panel
+    t.zero.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);
   }
 }
 
