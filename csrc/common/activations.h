@@ -16,6 +16,13 @@ inline uint32_t largest_bits(const float* x, int64_t n) {
   return largest;
 }
 
+#if defined(__AVX512F__)
+inline void store_low(int8_t* to, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v)); }
+inline void store_low(int16_t* to, Int v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(v));
+}
+#endif
+
 struct Quantizer {
   float inverse;  // q = round(x * inverse) and x ~ q / inverse; NaN marks a row whose result is NaN
   bool zero;      // all codes are zero: x is (nearly) zero or not finite
@@ -37,8 +44,15 @@ struct Quantizer {
 
   template <class Element>
   void operator()(const float* x, int64_t n, Element* q) const {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const Float v = _mm512_min_ps(_mm512_mul_ps(load(x + i), splat(inverse)), splat(127.0f));
+      store_low(q + i, _mm512_cvtps_epi32(_mm512_max_ps(v, splat(-127.0f))));
+    }
+#endif
     const float round = 12582912;  // 1.5 * 2^23: adding it leaves an integer, rounded half to even
-    for (int64_t i = 0; i < n; ++i) {
+    for (; i < n; ++i) {
       float v = x[i] * inverse;
       v = v < 127 ? v : 127;
       v = v > -127 ? v : -127;

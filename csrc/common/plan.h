@@ -119,8 +119,10 @@ inline int32_t sum_of(const int8_t* q, int64_t n) {
 // In a fixed order, which vectors can keep.
 inline float sum_of(const float* x, int64_t n) {
   float lanes[16] = {};
-  for (int64_t i = 0; i < n; i += 16)
-    for (int64_t j = 0; j < 16; ++j) lanes[j] += i + j < n ? x[i + j] : 0.0f;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t j = 0; j < 16; ++j) lanes[j] += x[i + j];
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] += x[i + j];
   for (int width = 8; width; width /= 2)
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   return lanes[0];
@@ -166,12 +168,27 @@ inline float to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, 
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// Columns (0, 2) and (1, 3) of each quad, a word each; x holds what stood there as bf16. n is a multiple of 32.
+inline void bf16_words(const float* x, int64_t n, int32_t* words) {
+  const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Word 2*q + i: the upper halves of floats 4*q + i and 4*q + i + 2
+  const Int first = add(multiply(shifted(lane, 1), splat(8)), multiply(bit_and(lane, splat(1)), splat(2)));
+  const Int upper_halves = add(multiply(first, splat(0x00010001)), splat(0x00050001));
+  for (int64_t i = 0; i < n; i += 32)
+    store(words + i / 2, Int(_mm512_permutex2var_epi16(as_int(load(x + i)), upper_halves, as_int(load(x + i + 16)))));
+}
+#endif
+
 // Row m of x.
 template <class Linear>
 void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m) {
   const auto& w = a.weight;
   const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t), steps = p.row_steps();
-  if (p.in_place) {
+  const float* x = b.x;
+  if (p.in_place && p.padded == w.K && a.dtype == DType::f32) {
+    x = static_cast<const float*>(a.x) + m * w.K;
+  } else if (p.in_place) {
     to_float(a.x, a.dtype, m * w.K, w.K, b.x);
     std::memset(b.x + w.K, 0, size_t(p.padded - w.K) * sizeof(float));
   } else {
@@ -180,6 +197,13 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
       to_float(a.x, a.dtype, m * w.K + g * w.group_size, min64(w.group_size, w.K - g * w.group_size),
                b.x + g * p.stride);
   }
+  if (out.special) {
+    out.special[m] = is_special(x, p.padded);
+    if (out.special[m]) {
+      std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
+      x = b.x;
+    }
+  }
   // One row of x is held as it comes; more, word beside word.
   int32_t* tile = out.words + t * p.tile * p.pieces * steps;
   int32_t* words = rows == 1 ? tile : b.words;
@@ -187,16 +211,16 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
 
   switch (p.kind) {
     case Kind::f32:
-      std::memcpy(words, b.x, size_t(p.padded) * sizeof(float));
+      std::memcpy(words, x, size_t(p.padded) * sizeof(float));
       break;
     case Kind::int8: {
       int8_t* q = reinterpret_cast<int8_t*>(words);
-      const Quantizer quantize(b.x, p.padded, a.x_scale);
+      const Quantizer quantize(x, p.padded, a.x_scale);
       out.inverse[m] = quantize.inverse;
       if (quantize.zero)
         std::memset(q, 0, size_t(p.padded));
       else
-        quantize(b.x, p.padded, q);
+        quantize(x, p.padded, q);
       int32_t total = 0;
       for (int64_t s = 0; s < p.segments; ++s) {
         const int32_t sum = sum_of(q + p.begin(s), p.end(s) - p.begin(s));
@@ -208,31 +232,23 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
     }
     case Kind::pieces: {
 #if defined(__AVX512VNNI__)
-      out.special[m] = is_special(b.x, p.padded);
-      if (out.special[m]) std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
       float* scale = out.scale + t * p.tile * p.segments + i;
       for (int64_t s = 0; s < p.segments; ++s) {
         const int64_t begin = p.begin(s), n = p.end(s) - begin;
         int32_t* to = tile + i * p.pieces + begin / 4 * rows;
-        scale[s * (rows / p.pieces)] = p.pieces == 4 ? to_pieces<4>(b.x + begin, n, to, rows, sums + s * rows)
-                                                     : to_pieces<3>(b.x + begin, n, to, rows, sums + s * rows);
+        scale[s * (rows / p.pieces)] = p.pieces == 4 ? to_pieces<4>(x + begin, n, to, rows, sums + s * rows)
+                                                     : to_pieces<3>(x + begin, n, to, rows, sums + s * rows);
       }
       return;
 #endif
       break;
     }
-    case Kind::bf16: {
-      out.special[m] = is_special(b.x, p.padded);
-      for (int64_t k = 0; k < p.padded; k += 4) {  // what stood in x as bf16 loses nothing
-        uint32_t v[4];
-        for (int j = 0; j < 4; ++j) v[j] = out.special[m] ? 0 : bits_of(b.x[k + j]);
-        words[k / 2] = int32_t(v[0] >> 16 | (v[2] & 0xffff0000));
-        words[k / 2 + 1] = int32_t(v[1] >> 16 | (v[3] & 0xffff0000));
-      }
-      for (int64_t s = 0; s < p.segments; ++s)
-        sums[s * rows] = out.special[m] ? 0 : sum_of(b.x + p.begin(s), p.end(s) - p.begin(s));
+    case Kind::bf16:
+#if defined(__AVX512BF16__)
+      bf16_words(x, p.padded, words);
+      for (int64_t s = 0; s < p.segments; ++s) sums[s * rows] = sum_of(x + p.begin(s), p.end(s) - p.begin(s));
+#endif
       break;
-    }
   }
   if (words == tile) return;
   for (int64_t s = 0; s < steps; ++s) tile[s * rows + i] = words[s];

@@ -43,9 +43,10 @@ struct Lanes {
     for (int64_t i = 0; i < rows * size; i += 64) __builtin_prefetch(first + i);
   }
 
-  Float operator()(int64_t group, int64_t row) const {
+  template <bool kFloats = false>  // whether they are known to be fp32
+  LOWBIT_INLINE Float at(int64_t group, int64_t row) const {
     const int64_t i = group * step + row;
-    if (dtype == DType::f32) return load(static_cast<const float*>(values) + i);
+    if (kFloats || dtype == DType::f32) return load(static_cast<const float*>(values) + i);
 #if defined(__AVX512F__)
     const uint16_t* wide = static_cast<const uint16_t*>(values) + i;
     if (dtype == DType::f16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(wide)));
@@ -73,7 +74,7 @@ struct TileArguments {
   int64_t row;                // of the panel, at which the tile begins
   float* acc;                 // [rows / pieces, kPanelN], from that row on
   bool exact;                 // acc holds the bits of int32: add the sums as they are
-  float unit, moved;          // weights are held as (code + moved) / unit
+  float moved;                // weights are held as code + moved
 };
 
 // Of each: `weights`, a part of a block's 64 bytes for step i of quad q, out of vectors `ld` bytes apart, and
@@ -84,8 +85,7 @@ struct Int8Dot {
   static constexpr int kSteps = 1;
   static constexpr bool kCentred = false, kMoved = false;
   static float moved(int) { return 0; }
-  static float unit(int) { return 1; }
-  static Sum zero() { return zero_int(); }
+  static Sum start(float) { return zero_int(); }
   static Float lanes(Sum s) { return to_float(s); }
   static Sum add(Sum s, Int w, int32_t x) { return dot4<kNarrow>(s, w, splat(x)); }
   static Int from_codes(Int codes, int, int, Float) { return codes; }
@@ -100,8 +100,7 @@ struct FloatDot32 {
   static constexpr int kSteps = 4;
   static constexpr bool kCentred = true, kMoved = false;  // weights are code - zero
   static float moved(int) { return 0; }
-  static float unit(int) { return 1; }
-  static Sum zero() { return splat(0.0f); }
+  static Sum start(float sum) { return splat(sum); }
   static Float lanes(Sum s) { return s; }
   static Sum add(Sum s, Int w, int32_t x) { return fma(as_float(w), as_float(splat(x)), s); }
   static Int from_codes(Int codes, int step, int, Float zero) {
@@ -121,8 +120,7 @@ struct Bf16Dot {
   static constexpr int kSteps = 2;
   static constexpr bool kCentred = false, kMoved = true;
   static float moved(int bits) { return bits < 8 ? float(1 << bits) : 0.0f; }
-  static float unit(int) { return 1; }
-  static Sum zero() { return splat(0.0f); }
+  static Sum start(float sum) { return splat(sum); }
   static Float lanes(Sum s) { return s; }
   static Sum add(Sum s, Int w, int32_t x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(splat(x)));
@@ -149,34 +147,44 @@ struct Bf16Dot {
   static Int rounded(Int codes, int step) {
     const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto value = [&](int byte) {  // of each lane
-      const Int from = _mm512_add_epi32(splat(int32_t(0x80808000u) + byte), multiply(bit_and(lane, splat(3)), splat(4)));
+      const Int from = lowbit::add(splat(int32_t(0x80808000u) + byte), multiply(bit_and(lane, splat(3)), splat(4)));
       return as_int(to_float(Int(_mm512_shuffle_epi8(codes, from))));
     };
-    const Int upper_halves = _mm512_add_epi32(splat(0x00210001), multiply(lane, splat(0x00020002)));
+    const Int upper_halves = lowbit::add(splat(0x00210001), multiply(lane, splat(0x00020002)));
     return _mm512_permutex2var_epi16(value(step), upper_halves, value(step + 2));
   }
 };
 #endif
 
-// The end of a segment. kPieces rows of x are one row, whose digits to base 256 they hold, lowest first.
-template <class Dot, int MR, int NB, int kPieces>
+template <class Dot, int MR, int NV>
+LOWBIT_INLINE void start_segment(const TileArguments& t, int64_t s, typename Dot::Sum (&sum)[MR][NV]) {
+  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) {
+    const auto start = Dot::kMoved ? Dot::start(-t.moved * t.x_sum[s * MR + m]) : Dot::start(0);
+    LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = start;
+  }
+}
+
+// The end of a segment. kPieces rows of x are one row, whose digits to base 256 they hold, lowest first. kFloats:
+// scales and zeros are fp32.
+template <class Dot, int MR, int NB, int kPieces, bool kFloats>
 LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
   const int64_t group = t.segments[s].group;
+  const float *x_sum = t.x_sum + s * MR, *x_scale = t.x_scale + s * (MR / kPieces);
+  float* const acc = t.acc;
   LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
-    const Float scale = t.scale(group, t.row + v * kLanes);
-    const Float zero = Dot::kCentred ? splat(0.0f) : t.zero(group, t.row + v * kLanes);
+    const Float scale = t.scale.at<kFloats>(group, t.row + v * kLanes);
+    const Float zero = Dot::kCentred ? splat(0.0f) : t.zero.at<kFloats>(group, t.row + v * kLanes);
     LOWBIT_UNROLL for (int m = 0; m < MR / kPieces; ++m) {
-      float* acc = t.acc + m * kPanelN + v * kLanes;
       Float total = splat(0.0f);
       LOWBIT_UNROLL for (int p = kPieces - 1; p >= 0; --p) {
         const int row = m * kPieces + p;
         Float value = Dot::lanes(sum[row][v]);
-        if (Dot::kMoved) value = negated_fma(splat(t.moved), splat(t.x_sum[s * MR + row]), value * splat(t.unit));
-        if (!Dot::kCentred) value = negated_fma(zero, splat(t.x_sum[s * MR + row]), value);
+        if (!Dot::kCentred) value = negated_fma(zero, splat(x_sum[row]), value);
         total = p == kPieces - 1 ? value : fma(total, splat(256.0f), value);
       }
-      if (kPieces > 1) total = total * splat(t.x_scale[s * (MR / kPieces) + m]);
-      store(acc, fma(total, scale, load(acc)));
+      if (kPieces > 1) total = total * splat(x_scale[m]);
+      float* to = acc + m * kPanelN + v * kLanes;
+      store(to, fma(total, scale, load(to)));
     }
   }
 }
@@ -195,7 +203,7 @@ void tile_panel(const TileArguments& t) {
   constexpr int NV = NB * kParts;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     typename Dot::Sum sum[MR][NV];
-    LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::zero();
+    start_segment<Dot>(t, s, sum);
     const uint8_t* w = t.weights + (t.segments[s].begin - t.first_step) * kStepBytes;
     const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
     for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; x += MR, w += kStepBytes) {
@@ -207,7 +215,7 @@ void tile_panel(const TileArguments& t) {
     if (t.exact)
       end_exact_segment<Dot, MR, NB>(t, sum);
     else
-      end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+      end_segment<Dot, MR, NB, kPieces, true>(t, s, sum);
   }
 }
 
@@ -219,10 +227,10 @@ void tile_blocks(const TileArguments& t) {
   const uint8_t *w = t.weights, *ahead = t.ahead;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     typename Dot::Sum sum[MR][NV];
-    LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::zero();
+    start_segment<Dot>(t, s, sum);
     Float zero[NV];
     LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
-      zero[v] = Dot::kCentred ? t.zero(t.segments[s].group, t.row + v * kLanes) : splat(0.0f);
+      zero[v] = Dot::kCentred ? t.zero.at(t.segments[s].group, t.row + v * kLanes) : splat(0.0f);
     const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
     for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; w += kUnitBytes) {
       LOWBIT_UNROLL for (int v = 0; v < NB * kBits; ++v) __builtin_prefetch(ahead + 64 * v, 0, 2);
@@ -238,7 +246,7 @@ void tile_blocks(const TileArguments& t) {
       end_exact_segment<Dot, MR, NB>(t, sum);
       continue;
     }
-    end_segment<Dot, MR, NB, kPieces>(t, s, sum);
+    end_segment<Dot, MR, NB, kPieces, false>(t, s, sum);
     t.scale.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);  // of the next panel
     t.zero.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);
   }
