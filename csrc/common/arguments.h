@@ -186,7 +186,7 @@ inline void check_ids(const char* op, const Tensor& ids) {
                dtype_name(type));
 }
 
-constexpr int64_t kRowsAhead = 8;  // of a gather, are fetched
+constexpr int64_t kRowsAhead = 4;  // of a gather, are fetched
 
 inline void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64)

@@ -323,6 +323,7 @@ inline void to_float(const void* src, DType dtype, int64_t begin, int64_t n, flo
 #if defined(__F16C__)
       for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i))));
+      for (; i < n; ++i) dst[i] = _cvtsh_ss(s[i]);
 #endif
       for (; i < n; ++i) dst[i] = half_to_float(s[i]);
       break;
