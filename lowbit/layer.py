@@ -371,10 +371,10 @@ class LinearLayer(Layer):
         return layer.prepare()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.size(-1) != self.format.in_features:
-            shape = tuple(input.shape)
+        shape = input.shape
+        if not shape or shape[-1] != self.format.in_features:
             raise ValueError(
-                f"input must have in_features={self.format.in_features} as its last size: got shape {shape}"
+                f"input must have in_features={self.format.in_features} as its last size: got shape {tuple(shape)}"
             )
         return self.multiply(input)
 

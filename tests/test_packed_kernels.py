@@ -216,6 +216,18 @@ def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits,
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_many_rows_are_multiplied_in_several_passes(where, int8):
+    """More than the working memory that is kept has room for."""
+    if where.backend != "cpu":
+        pytest.skip("how the compiled kernels run")
+    weight = random_weight(PackedFormat(4, 20, 4096, 4096, "row", "int", "float32", outliers=9))
+    x = activations(1200, 4096, torch.float32)
+    y = weight.linear(x, int8=int8)
+    for row in (0, 1, 383, 384, 767, 768, 1151, 1152, 1199):
+        assert_bitwise_equal(weight.linear(x[row : row + 1], int8=int8), y[row : row + 1])
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_not_a_number_stays_in_its_row(where, int8):
     weight = random_weight(grouped(4, 9, 96, 32))
     x = activations(4, 96, torch.float32)

@@ -19,6 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTaskElements = 32768;   // rows are converted in tasks of about this many elements
 constexpr int64_t kTaskProducts = 131072;  // and multiplied in tasks of about this many products
+constexpr int64_t kPassRows = 384;         // of x at least per pass over the weights; a multiple of every tile
 constexpr int64_t kExpansion = 4;          // expanding a weight costs about as much as this many products
 
 inline int64_t grain(int64_t task, int64_t per_item) {
@@ -149,18 +150,25 @@ Tensor run_linear(const char* op, Linear<Weight>& a, Tensor x, const OptionalTen
   Tensor y = empty_cpu(shape, x.scalar_type());
   if (a.M == 0 || N == 0) return y;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  a.x = x.const_data_ptr();
-  a.y = y.mutable_data_ptr();
 
-  Scratch prepared(Slot::prepared, size_t(kernel.prepared_bytes(a)));
-  torch::stable::parallel_for(0, a.M, grain(kTaskElements, K), [&](int64_t m0, int64_t m1) {
-    kernel.prepare(a, prepared.data(), m0, m1);
-  });
-  const int64_t rows = kernel.row_tile, tiles = (N - 1) / rows + 1;
-  torch::stable::parallel_for(
-      0, tiles, grain(kTaskProducts, rows * K * (a.M + kExpansion)), [&](int64_t t0, int64_t t1) {
-        kernel.linear(a, prepared.data(), t0 * rows, std::min(t1 * rows, N));
-      });
+  // As many rows of x at a time as scratch memory is kept for: memory mapped anew costs more than it holds.
+  const int64_t M = a.M, size = element_size(a.dtype), bytes = kernel.prepared_bytes(a);
+  const int64_t fitting = int64_t(double(kScratchKept) / double(std::max<int64_t>(1, bytes)) * double(M));
+  const int64_t most = std::max<int64_t>(1, fitting / kPassRows) * kPassRows;
+  for (int64_t m = 0; m < M; m += most) {
+    a.M = std::min(most, M - m);
+    a.x = static_cast<const char*>(x.const_data_ptr()) + m * K * size;
+    a.y = static_cast<char*>(y.mutable_data_ptr()) + m * N * size;
+    Scratch prepared(Slot::prepared, size_t(kernel.prepared_bytes(a)));
+    torch::stable::parallel_for(0, a.M, grain(kTaskElements, K), [&](int64_t m0, int64_t m1) {
+      kernel.prepare(a, prepared.data(), m0, m1);
+    });
+    const int64_t rows = kernel.row_tile, tiles = (N - 1) / rows + 1;
+    torch::stable::parallel_for(
+        0, tiles, grain(kTaskProducts, rows * K * (a.M + kExpansion)), [&](int64_t t0, int64_t t1) {
+          kernel.linear(a, prepared.data(), t0 * rows, std::min(t1 * rows, N));
+        });
+  }
   return y;
 }
 

@@ -6,8 +6,6 @@
 namespace lowbit {
 namespace {
 
-constexpr size_t kKept = size_t(4) << 20;  // larger buffers live for one call only
-
 void* allocate(size_t bytes) {
   void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (!p) throw std::bad_alloc();
@@ -24,7 +22,7 @@ thread_local Kept kept[2];
 
 }  // namespace
 
-Scratch::Scratch(Slot slot, size_t bytes) : owned_(bytes > kKept) {
+Scratch::Scratch(Slot slot, size_t bytes) : owned_(bytes > kScratchKept) {
   if (bytes == 0) bytes = 64;
   if (owned_) {
     data_ = allocate(bytes);

@@ -8,6 +8,8 @@ namespace lowbit {
 // worker's (the caller's thread works too, and must not overwrite what it prepared).
 enum class Slot { prepared, worker };
 
+constexpr size_t kScratchKept = size_t(4) << 20;  // larger buffers live for one call only
+
 class Scratch {
  public:
   Scratch(Slot slot, size_t bytes);
