@@ -114,7 +114,7 @@ def test_codes_in_blocks(where, bits, dtype):
         formats_ = list(formats(bits, n, k, group_size))
         weight = random_weight(formats_[(bits + i + 2 * DTYPES.index(dtype)) % len(formats_)], i)
         words, dense = weight.packed, weight.dense()
-        bias, x = torch.randn(n), activations(19, k, dtype, seed=i)
+        bias, x = torch.randn(n), activations(131, k, dtype, seed=i)
         plain, int8 = weight.linear(x, bias), weight.linear(x, bias, int8=True)
         assert_linear_close(plain, x, dense, bias)
         weight.packed = blocks.block(words, bits)
@@ -122,7 +122,7 @@ def test_codes_in_blocks(where, bits, dtype):
             weight.scales = by_group(weight.scales)
             weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
         assert weight.packed.dim() == 4
-        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19):
+        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19, 31, 38, 128):
             assert_bitwise_equal(weight.linear(x[:m], bias), plain[:m])
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True), int8[:m])
         assert_bitwise_equal(weight.dequantize(), dense.float())

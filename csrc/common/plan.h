@@ -27,8 +27,8 @@ struct Plan {
   int pieces;        // rows in which a row of x is held
   int steps;         // of a quad of columns
   int64_t tile;      // rows of x in a tile
-  bool fused;        // few rows of x: the tiles unpack the blocks of a panel themselves
-  bool tall;         // one tile holds them all, and zeros, and takes a block at a time
+  bool fused;        // few rows of x: tiles unpack the blocks of a panel themselves
+  bool tall;         // in tall tiles, all of one height (zeros behind M), that take a block at a time
   int64_t stride;    // positions from one group to the next: a group begins with a quad
   int64_t padded;    // positions per row; zeros stand behind groups and behind K
   int64_t segment;   // positions per segment; the last of a group may be shorter
@@ -56,9 +56,10 @@ struct Plan {
     in_place = w.G == 1 || w.group_size % 4 == 0;
     whole_units = w.G == 1 || w.group_size % kUnitColumns == 0;
     const int64_t rows = a.M * pieces;
-    fused = w.blocks && whole_units && rows <= kTallRows;
+    fused = w.blocks && whole_units && rows <= (kind == Kind::f32 ? kTallRows : kMostTall);
     tall = fused && rows > max64(kFewRows, pieces);
-    tile = tall ? (pieces > 1 ? a.M : round_up(a.M, 4)) : max64(1, kTileRows / pieces);
+    const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallRows / pieces)), tall_rows = ceil_div(a.M, tall_tiles);
+    tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kTileRows / pieces);
     stride = w.G == 1 ? round_up(w.K, kUnitColumns) : round_up(w.group_size, 4);
     padded = in_place ? round_up(w.K, kUnitColumns) : round_up(w.G * stride, kUnitColumns);
     const int64_t longest = kind == Kind::int8 ? kIntSegment : 2 * kFloatSegment;
@@ -91,7 +92,7 @@ struct PreparedX {
   PreparedX(const void* prepared, const Linear& a, const Plan& p) {
     Arena arena(const_cast<void*>(prepared));
     const bool int8 = p.kind == Kind::int8;
-    const int64_t rows = p.tall ? p.tile : a.M;
+    const int64_t rows = p.tall ? round_up(a.M, p.tile) : a.M;
     words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
     sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.pieces * p.segments);
     scale = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);

@@ -20,9 +20,10 @@ constexpr int kTileRows = 6;
 #if defined(__AVX512F__)
 constexpr int kTileBlocks = 4;  // 6 x 4 accumulators, and what they need, fit 32 registers
 constexpr int kFewRows = 4;     // of x, which the tiles multiply straight from blocks, all of a panel at a time
-constexpr int kTallRows = 16;   // and a block at a time
+constexpr int kTallRows = 16;   // and a block at a time, of a tile
+constexpr int kMostTall = 128;  // rows of x: unpacking codes for each tile costs less than a panel does
 #else
-constexpr int kTileBlocks = 1, kFewRows = 1, kTallRows = 1;
+constexpr int kTileBlocks = 1, kFewRows = 1, kTallRows = 1, kMostTall = 1;
 #endif
 
 struct Segment {
@@ -252,14 +253,17 @@ void tile_blocks(const TileArguments& t) {
   }
 }
 
-// Whole units of a block, whose vectors are `step` bytes apart, into a block of a panel: [steps, kPanelBlocks, 64
-// bytes]; `zero` is that of the block's rows.
-template <class Dot, int kBits>
+// Whole units of NB blocks side by side, whose vectors are `step` bytes apart, into as many blocks of a panel: [steps,
+// kPanelBlocks, 64 bytes]; `zero` is that of the blocks' rows.
+template <class Dot, int kBits, int NB>
 void expand_units(const uint8_t* unit, int64_t step, int64_t units, const Float* zero, uint8_t* panel) {
   for (; units > 0; --units, unit += step * kBits)
     LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
-      LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
-        store_bytes(panel + part * kPartBytes, Dot::template weights<kBits>(unit, step, part, q, i, zero[part]));
+      LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
+        const int block = v / kParts * 64, part = v % kParts;
+        store_bytes(panel + block + part * kPartBytes,
+                    Dot::template weights<kBits>(unit + block, step, part, q, i, zero[v]));
+      }
       panel += kStepBytes;
     }
 }
@@ -361,16 +365,16 @@ RowTile blocks_tile(int bits, int64_t rows, int pieces) {
 
 using Expansion = void (*)(const uint8_t*, int64_t, int64_t, const Float*, uint8_t*);
 
-template <class Dot>
+template <class Dot, int NB>
 Expansion expansion(int bits) {
   switch (bits) {
-    case 2: return expand_units<Dot, 2>;
-    case 3: return expand_units<Dot, 3>;
-    case 4: return expand_units<Dot, 4>;
-    case 5: return expand_units<Dot, 5>;
-    case 6: return expand_units<Dot, 6>;
-    case 7: return expand_units<Dot, 7>;
-    default: return expand_units<Dot, 8>;
+    case 2: return expand_units<Dot, 2, NB>;
+    case 3: return expand_units<Dot, 3, NB>;
+    case 4: return expand_units<Dot, 4, NB>;
+    case 5: return expand_units<Dot, 5, NB>;
+    case 6: return expand_units<Dot, 6, NB>;
+    case 7: return expand_units<Dot, 7, NB>;
+    default: return expand_units<Dot, 8, NB>;
   }
 }
 
