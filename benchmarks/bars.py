@@ -39,8 +39,9 @@ class Rows:
         self.limits: dict[str, limits.Limits] = content.get("limits", {})
 
     def find(self, **facts: Any) -> list[Row]:
-        """Rows with these values; a tuple stands for any of its members, and ``isa`` for none unless it is given."""
-        facts = {"isa": None, **facts}
+        """Rows with these values; a tuple stands for any of its members, and ``isa`` and ``x_group`` for none unless
+        they are given."""
+        facts = {"isa": None, "x_group": None, **facts}
         return [row for row in self.rows if all(_is(row.get(name), wanted) for name, wanted in facts.items())]
 
     def conditions(self, **facts: Any) -> Iterator[dict[str, Any]]:
@@ -157,6 +158,14 @@ def many_rows_int8(rows: Rows) -> Iterator[Bar]:
             yield from at_most(f"{what}: error", 1e-2, [(row["error"], row["name"]) for row in ours])
 
 
+def activations_in_groups(rows: Rows) -> Iterator[Bar]:
+    """M from 64 on, a scale of x per group: what the finer scales are for."""
+    in_groups = packed(activations="int8", x_group=(64, 128))
+    for condition in rows.conditions(**in_groups, op="packed_linear", shape=LARGE, m=LARGE_M):
+        errors = [(row["error"], row["name"]) for row in rows.find(**in_groups, **condition)]
+        yield from at_most(f"packed, int8 in groups, {where(condition)}: error", 6e-3, errors)
+
+
 def many_rows_float(rows: Rows) -> Iterator[Bar]:
     """M from 64 on, float activations: the speed of oneDNN's prepacked product of the same dtype."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=LARGE_M)):
@@ -257,6 +266,6 @@ def avx2(rows: Rows) -> Iterator[Bar]:
 
 
 BARS: tuple[Callable[[Rows], Iterator[Bar]], ...] = (
-    bandwidth, best_peer, no_cliff, few_rows, many_rows_int8, many_rows_float, never_slower, calls, codebook, kron,
-    embedding, avx2,
+    bandwidth, best_peer, no_cliff, few_rows, many_rows_int8, activations_in_groups, many_rows_float, never_slower,
+    calls, codebook, kron, embedding, avx2,
 )  # fmt: skip

@@ -33,6 +33,11 @@ def int8_per_token(x: Tensor) -> Tensor:
     return codes.double() * (largest.double() / 127)
 
 
+def int8_per_group(x: Tensor, group: int) -> Tensor:
+    """The same for every ``group`` columns of a row, whose number they divide."""
+    return int8_per_token(x.unflatten(-1, (-1, group))).flatten(-2)
+
+
 @dataclass
 class Prepared:
     """One weight, ready to be multiplied.
@@ -60,7 +65,8 @@ class Candidate:
     """A name for tables and a way to prepare a weight, which skips the test where it cannot run.
 
     ``facts`` go into every row: ``who``, ``bits`` (of a code), ``group`` (128, "row", ...), ``activations`` (what is
-    multiplied: "fp32", "bf16", "int8") and, for one that is forced, ``isa``. ``needs`` names what preparing depends on
+    multiplied: "fp32", "bf16", "int8"), ``x_group`` where groups of x have a scale each and, for one that is forced,
+    ``isa``. ``needs`` names what preparing depends on
     besides the weight: "threads", "m".
     """
 

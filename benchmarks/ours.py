@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from candidates import BF16, DTYPE_NAMES, F32, Candidate, Prepared, affine, expand, int8_per_token, unchanged
+from candidates import (
+    BF16,
+    DTYPE_NAMES,
+    F32,
+    Candidate,
+    Prepared,
+    affine,
+    expand,
+    int8_per_group,
+    int8_per_token,
+    unchanged,
+)  # fmt: skip
 from torch import Tensor
 
 from lowbit.codebook.format import CodebookWeight
@@ -46,10 +57,11 @@ def layer_nbytes(layer: Layer) -> int:
 
 def from_layer(layer: LinearLayer, dense: Tensor, activations: str, **options: Any) -> Prepared:
     dtype = dtype_of(activations)
-    options = {"tolerance": frobenius_bound(dtype, dense.shape[1]), **options}
+    round_x = int8_per_token if activations == "int8" else unchanged
+    options = {"tolerance": frobenius_bound(dtype, dense.shape[1]), "round_x": round_x, **options}
     return Prepared(
         lambda: another(layer), lambda x, made: functools.partial(made, x), layer_nbytes(layer), dense,
-        x_dtype=dtype, round_x=int8_per_token if activations == "int8" else unchanged, **options,
+        x_dtype=dtype, **options,
     )  # fmt: skip
 
 
@@ -76,16 +88,23 @@ def group_name(group: Group) -> str:
     return "row" if group == "row" else f"g{group}"
 
 
-def packed(bits: int, group: Group, activations: str, isa: str | None = None) -> Candidate:
-    """Asymmetric, integer zeros; float16 scales per group, float32 ones per row."""
+def packed(
+    bits: int, group: Group, activations: str, isa: str | None = None, x_group: int | None = None
+) -> Candidate:
+    """Asymmetric, integer zeros; float16 scales per group, float32 ones per row. ``x_group``: of int8 activations."""
 
     def prepare(weight: Tensor) -> Prepared:
         form, dense = _packed(weight, bits, group)
-        layer = PackedLinear.from_weight(form, activations=_spec(activations), dtype=dtype_of(activations))
-        return from_layer(layer, dense, activations)
+        layer = PackedLinear.from_weight(
+            form, activations=_spec(activations), activation_group_size=x_group, dtype=dtype_of(activations)
+        )
+        options = {} if x_group is None else {"round_x": functools.partial(int8_per_group, group=x_group)}
+        return from_layer(layer, dense, activations, **options)
 
     name = f"lowbit {bits}-bit {group_name(group)} {activations}"
     facts = _facts("packed", bits, group, activations)
+    if x_group is not None:
+        name, facts = f"{name} g{x_group} activations", {**facts, "x_group": x_group}
     if isa is None:
         return Candidate(name, prepare, facts)
     return Candidate(f"{name} {isa}", prepare, {**facts, "isa": isa})

@@ -356,8 +356,8 @@ _counts.__name__ = "comma-separated list of positive numbers"  # what argparse c
 
 
 _PACKED_OPTIONS = (
-    "bits", "group_size", "granularity", "symmetric", "zeros", "quantizer", "gamma", "activations", "outliers",
-    "scale_dtype",
+    "bits", "group_size", "granularity", "symmetric", "zeros", "quantizer", "gamma", "activations",
+    "activation_group_size", "outliers", "scale_dtype",
 )  # fmt: skip
 _SPEC_HELP = (
     "instead of the options below, the spec as in Python: 'Codebook(bits=3, outliers=0.005)', "
@@ -386,6 +386,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--quantizer", choices=QUANTIZERS, help="(default: minmax)")
     convert.add_argument("--gamma", type=float, help="clipping factor of --quantizer mean")
     convert.add_argument("--activations", choices=ACTIVATIONS, help="(default: float)")
+    convert.add_argument("--activation-group-size", type=int, help="of --activations int8 (default: the whole token)")
     convert.add_argument("--outliers", type=float, help="fraction of weights kept sparse in float")
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)

@@ -403,7 +403,8 @@ def build_group(
         else:
             layer = cls.from_weight(
                 stored, target.bias(),
-                activations=spec.activations, x_scale=measured[target.name].x_scale, dtype=weight.dtype,
+                activations=spec.activations, activation_group_size=spec.activation_group_size,
+                x_scale=measured[target.name].x_scale, dtype=weight.dtype,
             )  # fmt: skip
         made.append((target, layer))
     weight_error = _relative_error(weight, made[0][1])

@@ -40,6 +40,7 @@ class Spec(ABC):
 
     family: ClassVar[str]
     activations: Activations
+    activation_group_size: int | None = None  # a field of the specs of families that have such kernels
 
     @abstractmethod
     def problem(self, n: int, k: int) -> str | None:
@@ -91,6 +92,7 @@ class Format(ABC):
     out_features: int
     in_features: int
     activations: Activations
+    activation_group_size: int | None = None  # a field of the formats of families that have such kernels
 
     @abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
@@ -99,6 +101,12 @@ class Format(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One short line for tables."""
+
+    def with_activation_groups(self, size: int) -> Format:
+        """The same form for int8 activations in groups of ``size`` columns; raises ``ValueError`` where it has none."""
+        raise ValueError(
+            f"activation_group_size is for the family packed: got activation_group_size={size}, family={self.family!r}"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -111,8 +119,12 @@ class Format(ABC):
         return 8 * self.nbytes / (self.out_features * self.in_features)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; :meth:`from_dict` is the inverse."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        """JSON-ready fields; :meth:`from_dict` is the inverse. Without what older versions do not know, where it is not
+        used: they read it then."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        if values.get("activation_group_size", 0) is None:
+            del values["activation_group_size"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
@@ -197,6 +209,29 @@ def check_coded_format(format: Any, min_bits: int) -> None:
         raise ValueError(f"outliers must be between 0 and N*K: got outliers={format.outliers}")
 
 
+def check_activation_groups(size: int | None, activations: Activations, group_size: int | None) -> None:
+    """Raise ``ValueError`` unless x can be quantized in groups of ``size`` columns (None: per token).
+
+    ``group_size`` is that of the weight, None for one scale per row or tensor.
+    """
+    if size is None:
+        return
+    if not is_integer(size) or size < 1 or size % 32:
+        raise ValueError(
+            f"activation_group_size must be a positive multiple of 32 or None: got activation_group_size={size!r}"
+        )
+    if activations != "int8":
+        raise ValueError(
+            "activation_group_size goes with activations='int8' and only with it: "
+            f"got activation_group_size={size}, activations={activations!r}"
+        )
+    if group_size is not None and group_size % size and size % group_size:
+        raise ValueError(
+            "activation_group_size must divide group_size or be a multiple of it: "
+            f"got activation_group_size={size}, group_size={group_size}"
+        )
+
+
 def check_outlier_fraction(outliers: float) -> None:
     if not isinstance(outliers, Real) or not 0.0 <= outliers <= 0.1:
         raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={outliers}")
@@ -225,4 +260,6 @@ def describe_extras(format: Any) -> str:
         text += f", {100 * format.outliers / (format.out_features * format.in_features):.2g} % outliers"
     if format.activations != "float":
         text += ", int8 activations" if format.activations == "int8" else ", static int8 activations"
+    if format.activation_group_size is not None:
+        text += f" per {format.activation_group_size}"
     return text

@@ -277,9 +277,10 @@ class Layer(nn.Module):
         name = prefix.removesuffix(".")
         problems = []
         mine, theirs = self.format.to_dict(), local_metadata.get("lowbit_format", {})
-        for field, value in theirs.items():
-            if value != mine.get(field):
-                problems.append(f"{name}: the state_dict was saved with {field}={value}: got {field}={mine.get(field)}")
+        for field in {**mine, **theirs} if theirs else ():
+            value, own = theirs.get(field), mine.get(field)
+            if value != own:
+                problems.append(f"{name}: the state_dict was saved with {field}={value}: got {field}={own}")
         for tensor_name, (shape, dtype) in self.format.tensors().items():
             tensor = state_dict.get(prefix + tensor_name)
             if tensor is not None:
@@ -345,7 +346,8 @@ class LinearLayer(Layer):
             raise ValueError(problem)
         return cls.from_weight(
             spec.quantize(weight, hessian=hessian), bias,
-            activations=spec.activations, x_scale=x_scale, dtype=weight.dtype,
+            activations=spec.activations, activation_group_size=spec.activation_group_size, x_scale=x_scale,
+            dtype=weight.dtype,
         )  # fmt: skip
 
     @classmethod
@@ -355,11 +357,15 @@ class LinearLayer(Layer):
         bias: Tensor | None = None,
         *,
         activations: Activations = "float",
+        activation_group_size: int | None = None,
         x_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Any:
         """A layer that holds ``weight`` as it is; nothing is rounded again."""
-        layer = cls(weight.format(activations), bias is not None, dtype, "meta")
+        format = weight.format(activations)
+        if activation_group_size is not None:
+            format = format.with_activation_groups(activation_group_size)
+        layer = cls(format, bias is not None, dtype, "meta")
         layer.store(weight.tensors())
         if activations == "int8_static":
             if x_scale is None:

@@ -154,14 +154,23 @@ def add_outlier_rows(dense: Tensor, rows: Tensor, outliers: Outliers) -> None:
         dense[i, columns[entry].to(torch.int64)] += values[entry].float()
 
 
-def quantize_activations(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, x_scale: Tensor | None, group_size: int = 0) -> tuple[Tensor, Tensor]:
     """float ``[M, K]`` to (q in -127..127 held as float32, float32 inverse scale ``[M, 1]``), ``x ~ q / inverse``.
+
+    With a ``group_size`` every group of that many columns (the last may be shorter) is a row of its own, dynamic:
+    inverse is ``[M, ceil(K / group_size)]``.
 
     ``q = clamp(round(x * inverse), -127, 127)``, halves to even. Dynamic (``x_scale`` None): per row
     ``inverse = 127 * (1 / max|x|)``, rounded as in the quantizer that BitNet models train with; a row with
     ``max|x| < 2**-100`` counts as zero. Static: ``inverse = 1 / x_scale``. A row that holds a NaN (dynamic: or an
     infinity) gets a NaN inverse, so that its output is NaN.
     """
+    if group_size:
+        m, k = x.shape
+        groups = -(-k // group_size)
+        padded = torch.nn.functional.pad(x, (0, groups * group_size - k))
+        q, inverse = quantize_activations(padded.reshape(m * groups, group_size), None)
+        return q.reshape(m, groups * group_size)[:, :k], inverse.reshape(m, groups)
     x = x.float()
     if x_scale is None:
         peak = x.abs().amax(-1, keepdim=True)
@@ -173,3 +182,8 @@ def quantize_activations(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Ten
         bad = zero = x.isnan().any(-1, keepdim=True)
     q = torch.where(bad | zero, 0.0, (x * inverse).round().clamp(-127, 127))
     return q, torch.where(bad, torch.nan, inverse)
+
+
+def dequantize_activations(q: Tensor, inverse: Tensor, group_size: int) -> Tensor:
+    """float32 ``[M, K]``: ``q / inverse`` of what :func:`quantize_activations` gave for groups."""
+    return q / inverse.repeat_interleave(group_size, 1)[:, : q.shape[1]]

@@ -140,12 +140,18 @@ class Weight:
     _dense: dict[bool, Tensor] = field(default_factory=dict)
 
     def linear(
-        self, x: Tensor, bias: Tensor | None = None, *, int8: bool = False, x_scale: Tensor | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        int8: bool = False,
+        x_scale: Tensor | None = None,
+        x_group: int = 0,
     ) -> Tensor:
         f = self.format
         return call(
             torch.ops.lowbit.packed_linear,
-            x, self.packed, self.scales, self.zeros, bias, *self.outliers, x_scale, f.bits, f.group_size, int8
+            x, self.packed, self.scales, self.zeros, bias, *self.outliers, x_scale, f.bits, f.group_size, int8, x_group
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

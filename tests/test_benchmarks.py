@@ -107,6 +107,14 @@ def test_a_forced_isa_is_held_against_its_own_bar_only():
     assert found["packed, int8: time against F.linear, every shape and M"].verdict == "met"
 
 
+def test_activations_in_groups_are_held_against_their_own_bar_only():
+    in_groups = row("lowbit 4-bit g128 int8 g128 activations", 9.0, m=256, x_group=128, error=0.0066)
+    found = judged(row(ms=0.5, m=256, error=0.009), in_groups)
+    bar = found.pop("packed, int8 in groups, 4096x4096, M=256, 1 thread: error")
+    assert (bar.got, bar.verdict) == (0.0066, "missed by 10 %")
+    assert all(bar.row == "lowbit 4-bit g128 int8" for bar in found.values()) and found
+
+
 def test_a_bit_width_that_costs_more_than_its_bytes_is_named():
     rows = [row(f"{b} bits", ms, bits=b) for b, ms in {2: 1.0, 3: 1.5, 4: 2.0, 5: 4.0, 8: 4.0}.items()]
     bar = judged(*rows)["packed, int8, 3, 5, 6, 7 bits, 4096x4096, M=1, 1 thread: time against the line between 2, 4 "

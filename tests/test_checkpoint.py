@@ -91,6 +91,7 @@ def test_reload_is_bit_equal(skeleton, tmp_path):
         lowbit.Packed(bits=2, symmetric=True),
         lowbit.Packed(bits=3, group_size=7),
         lowbit.Packed(bits=8, granularity="tensor", activations="int8"),
+        lowbit.Packed(bits=4, group_size=16, activations="int8", activation_group_size=32),
         lowbit.Packed(bits=5, group_size=48, zeros="float", scale_dtype=torch.bfloat16),
         lowbit.Packed(bits=7, group_size=1, scale_dtype=torch.float32, outliers=0.1),
     ],

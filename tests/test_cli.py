@@ -181,6 +181,8 @@ def test_convert_then_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path
     ("text", "spec"),
     [
         ("Packed(bits=3, group_size=32)", lowbit.Packed(bits=3, group_size=32)),
+        ("Packed(activations='int8', activation_group_size=128)",
+         lowbit.Packed(activations="int8", activation_group_size=128)),
         ("Codebook(table='nf4', group_size=64)", lowbit.Codebook(table="nf4", group_size=64)),
         ("Codebook(table=(-1, 0.0, 0.5, 2))", lowbit.Codebook(table=(-1.0, 0.0, 0.5, 2.0))),
         ("Codebook(bits=3, codebook_dtype='bfloat16')", lowbit.Codebook(bits=3, codebook_dtype=torch.bfloat16)),
@@ -246,6 +248,8 @@ def test_convert_refuses_bad_specs(
         (["--bits", "9"], "bits must be an integer between 2 and 8: got bits=9"),
         (["--quantizer", "gptq"], "--quantizer gptq needs --calibration-text FILE"),
         (["--activations", "int8_static"], "--activations int8_static needs --calibration-text FILE"),
+        (["--activations", "int8", "--activation-group-size", "48"], "activation_group_size must be a positive mult"),
+        (["--spec", "Codebook(activation_group_size=32)"], "unexpected keyword argument 'activation_group_size'"),
         (["--skip", "no.such.layer"], "no.such.layer"),
         (["--group-size", "4096"], "group_size"),
     ],
@@ -267,7 +271,8 @@ def test_convert_refuses_bad_options(
 @pytest.mark.parametrize(
     "spec",
     [
-        "Packed(bits=3, outliers=0.01)", "Packed(activations='int8_static', zeros='float')",
+        "Packed(bits=3, outliers=0.01)", "Packed(activations='int8', activation_group_size=128)",
+        "Packed(activations='int8_static', zeros='float')",
         "Codebook(bits=4, outliers=0.01)", "Codebook(table='nf4', group_size=64)",
         "Kronecker()", "Kronecker(rank=2, factors=Packed(bits=2))",
     ],

@@ -130,6 +130,24 @@ def test_codes_in_blocks(where, bits, dtype):
         assert_bitwise_equal(weight.embedding(ids), dense.float()[ids])
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_in_blocks_with_activations_in_groups(where, bits):
+    """Every number of rows of x that has a tile of its own: bit for bit what canonical words and more rows give."""
+    if where.backend != "cpu":
+        pytest.skip("blocks are what the compiled kernels read")
+    for i, (n, k, group_size, x_group) in enumerate(IN_GROUPS):
+        choices = list(formats(bits, n, k, group_size))
+        weight = random_weight(choices[(bits + i) % len(choices)], i)
+        bias, x = torch.randn(n), uneven(19, k, DTYPES[(bits + i) % 3], seed=i)
+        y = weight.linear(x, bias, int8=True, x_group=x_group)
+        weight.packed = blocks.block(weight.packed, bits)
+        if weight.format.granularity == "group":
+            weight.scales = by_group(weight.scales)
+            weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
+        for m in (*range(1, 20), 19):
+            assert_bitwise_equal(weight.linear(x[:m], bias, int8=True, x_group=x_group), y[:m])
+
+
 @pytest.mark.parametrize("zeros", ["none", "int", "float"])
 def test_int8_rows_of_small_magnitude(where, zeros):
     """Against float64 arithmetic on q = round(x * 127 / max|x|); below 2**-100 a row counts as zero."""
@@ -144,6 +162,96 @@ def test_int8_rows_of_small_magnitude(where, zeros):
     assert_bitwise_equal(y[3:], torch.zeros(2, 9))
     assert_linear_close(weight.linear(x, bias, int8=True)[:3], quantized, weight.dense(), bias)
     assert_bitwise_equal(weight.linear(x, bias, int8=True)[3:], bias.expand(2, -1))
+
+
+# (N, K, group_size or None, x_group): groups of x as fine as those of w, finer, coarser; cut by a segment, and longer
+# than one; whole panels, blocks behind them, rows behind those; a last group that is shorter, or alone
+IN_GROUPS = (
+    (64, 96, None, 32), (13, 172, 32, 32), (83, 172, None, 64), (66, 260, 64, 32), (148, 300, 32, 128),
+    (80, 500, 7, 224), (17, 130, 20, 160), (33, 200, 8, 96), (64, 2400, 2304, 768), (5, 5000, None, 3072),
+    (70, 4500, 128, 4096), (9, 33, 33, 32), (16, 100, 50, 1600), (1, 31, None, 64),
+)  # fmt: skip
+
+
+def as_quantized(x: torch.Tensor, x_group: int) -> torch.Tensor:
+    """What x stands for, in float64: of each group ``q / inverse``, ``q = round(x * inverse)``, ``inverse = 127 / max``
+    with the two float32 roundings of ``(1 / max) * 127``."""
+    parts = []
+    for part in x.float().split(x_group, 1):
+        inverse = part.abs().amax(1, keepdim=True).reciprocal() * 127
+        parts.append((part * inverse).round().double() / inverse.double())
+    return torch.cat(parts, 1)
+
+
+def uneven(m: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Activations whose magnitude changes every 32 columns: a scale of another group is far off."""
+    steps = torch.randint(-4, 5, (-(-k // 32),), generator=torch.Generator().manual_seed(seed))
+    return (activations(m, k, torch.float32, seed) * torch.exp2(steps.float()).repeat_interleave(32)[:k]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_linear_int8_in_groups(where, bits, dtype):
+    turn = bits + 2 * DTYPES.index(dtype)
+    for i, (n, k, group_size, x_group) in share(where, IN_GROUPS, turn % 7, 7):
+        choices = list(formats(bits, n, k, group_size))
+        weight = random_weight(choices[(turn + i) % len(choices)], i)
+        m, bias = ROWS[(turn + i) % len(ROWS)], None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        x = uneven(m, k, dtype, seed=i)
+        y = weight.linear(x, bias, int8=True, x_group=x_group)
+        assert y.dtype == dtype and y.shape == (m, n)
+        # [x as quantized | x as it is] @ [codes part | outliers].T
+        codes_part = weight.dense(outliers=False)
+        both = torch.cat([as_quantized(x, x_group), x.double()], 1)
+        assert_linear_close(y, both, torch.cat([codes_part, weight.dense() - codes_part], 1), bias)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_arithmetic_in_groups_is_exact(where, bits):
+    for i, (n, k, group_size, x_group) in share(where, IN_GROUPS, bits % 7, 7):
+        choices = list(formats(bits, n, k, group_size))
+        weight = random_weight(choices[(bits + i) % len(choices)], i, power_of_two=True)
+        x = torch.randint(-15, 16, (5, k), generator=torch.Generator().manual_seed(i)).float()
+        x[:, ::x_group] = 127.0  # every group: a power of two as its scale
+        x *= torch.exp2(torch.arange(-(-k // x_group)) % 3 - 1.0).repeat_interleave(x_group)[:k]
+        exact = (x.double() @ weight.dense().t()).float()
+        assert_bitwise_equal(weight.linear(x, int8=True, x_group=x_group), exact)
+
+
+@pytest.mark.parametrize("zeros", ["none", "int", "float"])
+def test_int8_groups_of_any_magnitude(where, zeros):
+    """Groups far apart in size, and close to the ends of float32; below 2**-100 a group counts as zero."""
+    weight = random_weight(grouped(4, 9, 172, 32, zeros=zeros))
+    x = activations(4, 172, torch.float32)
+    x *= torch.tensor([1.0, 1e-5, 1e-25, 5e35])[:, None]
+    x[0] *= torch.tensor([1.0, 1e-3, 1e10, 1.0, 1e-10, 1e5]).repeat_interleave(32)[:172]
+    x[1, 32:64], x[2, 160:] = 1e-32, 0.0
+    stands_for = as_quantized(x, 32)
+    stands_for[1, 32:64], stands_for[2, 160:] = 0.0, 0.0
+    assert_linear_close(weight.linear(x, int8=True, x_group=32), stands_for, weight.dense())
+    assert_bitwise_equal(weight.linear(torch.zeros(2, 172), int8=True, x_group=64), torch.zeros(2, 9))
+
+
+def test_one_group_of_activations_is_a_row(where):
+    weight, x = random_weight(grouped(5, 70, 172, 32, outliers=9)), activations(7, 172, torch.float32)
+    for x_group in (192, 1024):
+        assert_bitwise_equal(weight.linear(x, int8=True, x_group=x_group), weight.linear(x, int8=True))
+
+
+BAD_GROUPS = (
+    (dict(x_group=48), "x_group must be 0 .* multiple of 32: got x_group=48"),
+    (dict(x_group=-32), "x_group must be 0 .* multiple of 32: got x_group=-32"),
+    (dict(x_group=64), "must divide group_size or be a multiple of it: got x_group=64, group_size=48"),
+    (dict(x_group=96, int8=False), "int8 activations quantized when called: got x_group=96 with int8=False"),
+    (dict(x_group=96, x_scale=torch.ones(1)), "int8 activations quantized when called: got x_group=96 with x_scale"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_GROUPS, ids=[message[-20:] for _, message in BAD_GROUPS])
+def test_bad_groups_of_activations_are_refused(where, arguments, message):
+    weight = random_weight(grouped(4, 8, 480, 48))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        weight.linear(torch.randn(2, 480), **{"int8": True, **arguments})
 
 
 def test_activation_quantization_rounds_half_to_even_and_saturates():
@@ -195,47 +303,57 @@ def test_identity_activations_give_the_dequantized_weight(where, bits, dtype):
         assert_bitwise_equal(weight.linear(eye).t().contiguous(), weight.dequantize(dtype))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+MODES = ("float", "int8", "int8 in groups")
+
+
+def mode_of(mode: str, group_size: int | None) -> dict[str, int]:
+    """How ``Weight.linear`` takes its activations."""
+    size = group_size or 32
+    x_group = size if size % 32 == 0 else 32 * size
+    return {"float": {}, "int8": {"int8": True}, "int8 in groups": {"int8": True, "x_group": x_group}}[mode]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits, int8):
+def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits, mode):
     if where.backend != "cpu":
         pytest.skip("promised for the compiled kernels: the reference is torch's matmul, and a GPU has its own test")
-    for n, k, group_size in [(37, 172, 32), (130, 256, None), (64, 320, 64), (19, 100, 7)]:
+    for n, k, group_size in [(37, 172, 32), (130, 256, None), (64, 320, 64), (19, 300, 7)]:
         for i, format in enumerate(formats(bits, n, k, group_size)):
             weight = random_weight(format, i)
             for m in (2, 5, 16, 33, 70):
                 x = activations(m, k, DTYPES[i % 3], seed=m)
                 torch.set_num_threads(1)
-                y = weight.linear(x, int8=int8)
-                assert_bitwise_equal(weight.linear(x, int8=int8), y)
+                y = weight.linear(x, **mode_of(mode, group_size))
+                assert_bitwise_equal(weight.linear(x, **mode_of(mode, group_size)), y)
                 for row in range(0, m, 7):
-                    assert_bitwise_equal(weight.linear(x[row : row + 1], int8=int8), y[row : row + 1])
+                    assert_bitwise_equal(weight.linear(x[row : row + 1], **mode_of(mode, group_size)), y[row : row + 1])
                 torch.set_num_threads(3)
-                assert_bitwise_equal(weight.linear(x, int8=int8), y)
+                assert_bitwise_equal(weight.linear(x, **mode_of(mode, group_size)), y)
                 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_many_rows_are_multiplied_in_several_passes(where, int8):
+@pytest.mark.parametrize("mode", MODES)
+def test_many_rows_are_multiplied_in_several_passes(where, mode):
     """More than the working memory that is kept has room for."""
     if where.backend != "cpu":
         pytest.skip("how the compiled kernels run")
     weight = random_weight(PackedFormat(4, 20, 4096, 4096, "row", "int", "float32", outliers=9))
     x = activations(1200, 4096, torch.float32)
-    y = weight.linear(x, int8=int8)
+    y = weight.linear(x, **mode_of(mode, None))
     for row in (0, 1, 383, 384, 767, 768, 1151, 1152, 1199):
-        assert_bitwise_equal(weight.linear(x[row : row + 1], int8=int8), y[row : row + 1])
+        assert_bitwise_equal(weight.linear(x[row : row + 1], **mode_of(mode, None)), y[row : row + 1])
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_not_a_number_stays_in_its_row(where, int8):
+@pytest.mark.parametrize("mode", MODES)
+def test_not_a_number_stays_in_its_row(where, mode):
     weight = random_weight(grouped(4, 9, 96, 32))
     x = activations(4, 96, torch.float32)
-    clean = weight.linear(x, int8=int8)
+    clean = weight.linear(x, **mode_of(mode, 32))
     for bad in (float("nan"), float("inf"), float("-inf")):
         spoiled = x.clone()
         spoiled[2, 50] = bad
-        y = weight.linear(spoiled, int8=int8)
+        y = weight.linear(spoiled, **mode_of(mode, 32))
         assert not bool(torch.isfinite(y[2]).any())
         kept = torch.tensor([0, 1, 3])
         assert bool(torch.isfinite(y[kept]).all())

@@ -60,6 +60,10 @@ def test_opcheck(where, format, int8):
         # finite differences of a rounded input say nothing: gradients are checked against formulas below
     )
     torch.library.opcheck(
+        torch.ops.lowbit.packed_linear.default,
+        (x, w.packed, w.scales, w.zeros, bias, *w.outliers, None, f.bits, f.group_size, True, 32),
+    )
+    torch.library.opcheck(
         torch.ops.lowbit.packed_dequantize.default,
         (w.packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size, f.in_features, torch.float16),
     )
@@ -137,10 +141,10 @@ def test_gradients_of_scales_zeros_and_outliers(where, format):
         assert float((grad - want).norm() / want.norm()) < 1e-5, name
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_the_straight_through_gradient_of_int8_activations(where, int8):
+@pytest.mark.parametrize("mode", [{}, {"int8": True}, {"int8": True, "x_group": 32}], ids=["float", "int8", "groups"])
+def test_the_straight_through_gradient_of_int8_activations(where, mode):
     w, x = random_weight(FORMATS[1]), activations(3, 70, torch.float32).requires_grad_()
-    w.linear(x, int8=int8).sum().backward()
+    w.linear(x, **mode).sum().backward()
     exact = w.dense().sum(0).expand(3, -1)
     assert float((x.grad.double() - exact).norm() / exact.norm()) < 1e-6
 
@@ -222,12 +226,12 @@ def test_layers_are_called_by_keyword_like_those_they_replace(where, format):
     assert_bitwise_equal(embed(input=ids), embed(ids))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("mode", [{}, {"int8": True}, {"int8": True, "x_group": 32}], ids=["float", "int8", "groups"])
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
-def test_autocast_changes_nothing(where, format, int8):
+def test_autocast_changes_nothing(where, format, mode):
     def run():
         x = activations(3, 70, torch.float32).requires_grad_()
-        y = random_weight(format).linear(x, torch.ones(10), int8=int8)
+        y = random_weight(format).linear(x, torch.ones(10), **mode)
         y.backward(activations(3, 10, torch.float32, seed=2))
         return y.detach(), x.grad
 
@@ -249,7 +253,7 @@ def test_the_default_dtype_changes_nothing(where, format, dtype):
         weight.linear(given, bias).sum().backward()
         return (
             weight.linear(x, bias), weight.linear(x, bias, int8=True), weight.linear(x, int8=True, x_scale=x_scale),
-            weight.dequantize(), weight.embedding(ids), given.grad,
+            weight.linear(x, int8=True, x_group=32), weight.dequantize(), weight.embedding(ids), given.grad,
         )  # fmt: skip
 
     expected, default = run(), torch.get_default_dtype()

@@ -4,6 +4,7 @@ version, ``model/`` as ``lowbit.save`` wrote it and ``expected.safetensors``, th
 A new format version adds a folder (``python tests/test_saved_formats.py`` writes it) and never changes an old one.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ class Families11(nn.Module):
         return self.head(x)
 
 
+class Groups12(nn.Module):
+    """What version 1.2 added: activations in groups, beside a layer that knows nothing of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 80), nn.Linear(80, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.grouped, self.rows, self.plain = nn.Linear(80, 72), nn.Linear(72, 40, bias=False), nn.Linear(40, 80)
+
+    def forward(self, ids):
+        x = self.rows(torch.tanh(self.grouped(self.embed(ids))))
+        return self.head(self.plain(torch.tanh(x)))
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -76,7 +91,13 @@ FAMILIES11 = {
     "small": Kronecker(shape=(4, 4), factors=Packed(bits=4, group_size=2, zeros="float")),
     "table": Kronecker(compression=4),
 }
-VERSIONS = {"1.0": (Packed10, PACKED10), "1.1": (Families11, FAMILIES11)}
+GROUPS12 = {
+    "embed": Packed(bits=8, activations="int8", activation_group_size=32),
+    "grouped": Packed(bits=4, group_size=16, activations="int8", activation_group_size=32),
+    "rows": Packed(bits=3, symmetric=True, activations="int8", activation_group_size=64, outliers=0.02),
+    "plain": Packed(bits=5, activations="int8"),
+}
+VERSIONS = {"1.0": (Packed10, PACKED10), "1.1": (Families11, FAMILIES11), "1.2": (Groups12, GROUPS12)}
 
 
 def model_of(folder: Path) -> nn.Module:
@@ -119,6 +140,14 @@ def test_saving_again_changes_no_tensor(folder, tmp_path):
     before, after = (load_file(f / "model.safetensors") for f in (folder / "model", tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_version_12_added_is_only_in_files_that_use_it():
+    """A reader of version 1.1 takes the others, and names the field of these."""
+    description = json.loads((FIXTURES / "format-1.2" / "model" / "lowbit.json").read_text())
+    fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
+    with_groups = {name for name, format in fields.items() if "activation_group_size" in format}
+    assert with_groups == {"grouped", "rows", "head"}
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def test_sharded(loader, tmp_path):
         lowbit.Packed(bits=3, group_size=20, outliers=0.02),
         lowbit.Packed(bits=2, symmetric=True),
         lowbit.Packed(bits=8, granularity="tensor", activations="int8"),
+        lowbit.Packed(bits=4, activations="int8", activation_group_size=32),
         lowbit.Packed(bits=5, group_size=64, zeros="float", scale_dtype=torch.bfloat16),
     ],
     ids=lambda spec: spec.describe(),

@@ -36,7 +36,8 @@ struct Linear {
   const void* bias;  // [N] or null
   DType bias_dtype;
   bool int8;             // int8 activations
-  const float* x_scale;  // static activation scale; null: one per row of x
+  const float* x_scale;  // static activation scale; null: one per row of x, or
+  int64_t x_group;       // > 0: one per row and this many columns
   void* y;               // [M, N]
 };
 

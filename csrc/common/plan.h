@@ -1,7 +1,7 @@
 // How x is held for the tiles of tiles.h, and how K is cut into segments.
 //
 // Three kinds of activations:
-//   int8     as `Quantizer` gives them
+//   int8     as `Quantizer` gives them, a row at a time or a group of its columns
 //   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 30 bits (fp32) or 22
 //            (16-bit floats) relative to its largest element, held as 4 or 3 digits to base 256, -128 .. 127. Each
 //            digit is a row of int8 activations: sums of products are exact, and cheaper than fp32 ones
@@ -29,15 +29,16 @@ struct Plan {
   int64_t tile;      // rows of x in a tile
   bool fused;        // few rows of x: tiles unpack the blocks of a panel themselves
   bool tall;         // in tall tiles, all of one height (zeros behind M), that take a block at a time
-  int64_t stride;    // positions from one group to the next: a group begins with a quad
-  int64_t padded;    // positions per row; zeros stand behind groups and behind K
-  int64_t segment;   // positions per segment; the last of a group may be shorter
-  int64_t per_group;  // segments
+  int64_t stride;    // positions from one run to the next: a run begins with a quad
+  int64_t padded;    // positions per row; zeros stand behind runs and behind K
+  int64_t segment;   // positions per segment; the last of a run may be shorter
+  int64_t per_run, per_group, per_x_group;  // segments
   int64_t segments;  // per row
   int64_t chunk;     // segments for which a panel is expanded at a time
   bool in_place;     // positions are columns
   bool whole_units;  // and segments begin and end with units
   bool exact;        // int8 activations and one group with an integer zero: one sum in int32 over all of K
+  bool scaled;       // each segment of a row of x has a scale: pieces, and int8 activations in groups
 
   template <class Linear>
   Plan(const Linear& a, bool integer_zeros) {
@@ -52,24 +53,31 @@ struct Plan {
     if (a.int8) kind = Kind::int8;
     pieces = kind != Kind::pieces ? 1 : a.dtype == DType::f32 ? 4 : 3;
     steps = kind == Kind::f32 ? FloatDot32::kSteps : kind == Kind::bf16 ? 2 : 1;
-    exact = kind == Kind::int8 && w.G == 1 && integer_zeros && w.K <= kExactK;
-    in_place = w.G == 1 || w.group_size % 4 == 0;
-    whole_units = w.G == 1 || w.group_size % kUnitColumns == 0;
+    // A run of columns has one group of w and one of x. One of their sizes divides the other, where there are groups.
+    const bool x_groups = kind == Kind::int8 && a.x_group > 0 && a.x_group < w.K;
+    const int64_t group = w.G == 1 ? w.K : w.group_size, x_group = x_groups ? a.x_group : w.K;
+    const int64_t run = min64(group, x_group), runs = ceil_div(w.K, run);
+    exact = kind == Kind::int8 && w.G == 1 && !x_groups && integer_zeros && w.K <= kExactK;
+    scaled = kind == Kind::pieces || x_groups;
+    in_place = runs == 1 || run % 4 == 0;
+    whole_units = runs == 1 || run % kUnitColumns == 0;
     const int64_t rows = a.M * pieces;
     fused = w.blocks && whole_units && rows <= (kind == Kind::f32 ? kTallRows : kMostTall);
     tall = fused && rows > max64(kFewRows, pieces);
     const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallRows / pieces)), tall_rows = ceil_div(a.M, tall_tiles);
     tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kTileRows / pieces);
-    stride = w.G == 1 ? round_up(w.K, kUnitColumns) : round_up(w.group_size, 4);
-    padded = in_place ? round_up(w.K, kUnitColumns) : round_up(w.G * stride, kUnitColumns);
+    stride = runs == 1 ? round_up(w.K, kUnitColumns) : round_up(run, 4);
+    padded = in_place ? round_up(w.K, kUnitColumns) : round_up(runs * stride, kUnitColumns);
     const int64_t longest = kind == Kind::int8 ? kIntSegment : 2 * kFloatSegment;
     segment = stride <= longest ? stride : kind == Kind::int8 ? kIntSegment : kFloatSegment;
-    per_group = ceil_div(stride, segment);
-    segments = (w.G - 1) * per_group + ceil_div(w.K - (w.G - 1) * w.group_size, segment);
+    per_run = ceil_div(stride, segment);
+    per_group = per_run * ceil_div(group, run);
+    per_x_group = per_run * ceil_div(x_group, run);
+    segments = (runs - 1) * per_run + ceil_div(w.K - (runs - 1) * run, segment);
     chunk = max64(1, kIntSegment / steps / segment);
   }
 
-  int64_t begin(int64_t s) const { return s / per_group * stride + s % per_group * segment; }
+  int64_t begin(int64_t s) const { return s / per_run * stride + s % per_run * segment; }
   int64_t end(int64_t s) const { return s + 1 == segments ? padded : begin(s + 1); }
   int64_t group(int64_t s) const { return s / per_group; }
   int64_t row_steps() const { return padded / 4 * steps; }
@@ -81,9 +89,9 @@ struct Plan {
 struct PreparedX {
   int32_t* words;     // tile after tile, each [steps, rows]
   float* sums;        // of segments; tile after tile, each [segments, rows]
-  float* scale;       // pieces only; tile after tile, each [segments, rows / pieces]
+  float* scale;       // where they have one; tile after tile, each [segments, rows / pieces]
   int32_t* total;     // exact only: [M], the sum of a row
-  float* inverse;     // int8 only: [M]
+  float* inverse;     // int8 with a scale per row only: [M]
   uint8_t* special;   // pieces and bf16 only, else null: [M]
   float* columns;     // outliers only: x itself, [K, M]
   int64_t bytes;
@@ -91,13 +99,12 @@ struct PreparedX {
   template <class Linear>
   PreparedX(const void* prepared, const Linear& a, const Plan& p) {
     Arena arena(const_cast<void*>(prepared));
-    const bool int8 = p.kind == Kind::int8;
     const int64_t rows = p.tall ? round_up(a.M, p.tile) : a.M;
     words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
     sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.pieces * p.segments);
-    scale = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);
+    scale = arena.take<float>(p.scaled ? rows * p.segments : 0);
     total = arena.take<int32_t>(p.exact ? a.M : 0);
-    inverse = arena.take<float>(int8 ? a.M : 0);
+    inverse = arena.take<float>(p.kind == Kind::int8 && !p.scaled ? a.M : 0);
     special = p.kind == Kind::pieces || p.kind == Kind::bf16 ? arena.take<uint8_t>(a.M) : nullptr;
     columns = arena.take<float>(a.weight.outliers ? a.M * a.weight.K : 0);
     bytes = arena.used();
@@ -181,6 +188,23 @@ inline void bf16_words(const float* x, int64_t n, int32_t* words) {
 }
 #endif
 
+// A row of x, each group of its columns with a scale of its own.
+inline void quantize_groups(const Plan& p, const float* x, int8_t* q, int64_t rows, float* sums, float* scale) {
+  for (int64_t s = 0, next; s < p.segments; s = next) {
+    next = min64(p.segments, s + p.per_x_group);
+    const int64_t first = p.begin(s), n = p.end(next - 1) - first;
+    const Quantizer quantize(x + first, n, nullptr);
+    if (quantize.zero)
+      std::memset(q + first, 0, size_t(n));
+    else
+      quantize(x + first, n, q + first);
+    for (int64_t i = s; i < next; ++i) {
+      sums[i * rows] = float(sum_of(q + p.begin(i), p.end(i) - p.begin(i)));
+      scale[i * rows] = 1 / quantize.inverse;
+    }
+  }
+}
+
 // Row m of x.
 template <class Linear>
 void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m) {
@@ -216,6 +240,10 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
       break;
     case Kind::int8: {
       int8_t* q = reinterpret_cast<int8_t*>(words);
+      if (p.scaled) {
+        quantize_groups(p, x, q, rows, sums, out.scale + t * p.tile * p.segments + i);
+        break;
+      }
       const Quantizer quantize(x, p.padded, a.x_scale);
       out.inverse[m] = quantize.inverse;
       if (quantize.zero)

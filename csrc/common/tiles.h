@@ -5,7 +5,7 @@
 //   Bf16Dot     two bf16 weights by two bf16 activations   two steps: columns (0, 2) and (1, 3) of the quad
 //   FloatDot32  an fp32 weight by an fp32 activation       four steps
 // A *segment* is a run of steps with one scale per row of w. At its end a tile adds to fp32 sums
-//   acc[m, n] += (sum - zero[n] * x_sum[m]) * scale[n]
+//   acc[m, n] += (sum - zero[n] * x_sum[m]) * scale[n] (* x_scale[m])
 // so y[m, n] is the same sequence of operations whatever the tile, M, or the split of N.
 //
 // The weights come from a panel that was expanded before, or (few rows of x) straight from blocks: the same words.
@@ -65,7 +65,7 @@ struct Lanes {
 struct TileArguments {
   const int32_t* x;           // [steps, rows]
   const float* x_sum;         // [segments, rows]: sums of x; not where weights are code - zero
-  const float* x_scale;       // [segments, rows / pieces]: of rows of x that are held as several; else null
+  const float* x_scale;       // [segments, rows / pieces]: of rows held as several or quantized in groups
   const Segment* segments;
   int64_t segment_count;
   int64_t first_step;         // the step at which `weights` begins
@@ -80,11 +80,12 @@ struct TileArguments {
 
 // Of each: `weights`, a part of a block's 64 bytes for step i of quad q, out of vectors `ld` bytes apart, and
 // `from_codes`, the same out of a quad of codes that has been unpacked. `zero` is that of the part's rows.
-template <bool kNarrow>
+// kInGroups: groups of a row of x have a scale each.
+template <bool kNarrow, bool kInGroups = false>
 struct Int8Dot {
   using Sum = Int;
   static constexpr int kSteps = 1;
-  static constexpr bool kCentred = false, kMoved = false;
+  static constexpr bool kCentred = false, kMoved = false, kScaled = kInGroups;
   static float moved(int) { return 0; }
   static Sum start(float) { return zero_int(); }
   static Float lanes(Sum s) { return to_float(s); }
@@ -99,7 +100,7 @@ struct Int8Dot {
 struct FloatDot32 {
   using Sum = Float;
   static constexpr int kSteps = 4;
-  static constexpr bool kCentred = true, kMoved = false;  // weights are code - zero
+  static constexpr bool kCentred = true, kMoved = false, kScaled = false;  // weights are code - zero
   static float moved(int) { return 0; }
   static Sum start(float sum) { return splat(sum); }
   static Float lanes(Sum s) { return s; }
@@ -119,7 +120,7 @@ struct FloatDot32 {
 struct Bf16Dot {
   using Sum = Float;
   static constexpr int kSteps = 2;
-  static constexpr bool kCentred = false, kMoved = true;
+  static constexpr bool kCentred = false, kMoved = true, kScaled = false;
   static float moved(int bits) { return bits < 8 ? float(1 << bits) : 0.0f; }
   static Sum start(float sum) { return splat(sum); }
   static Float lanes(Sum s) { return s; }
@@ -185,7 +186,10 @@ LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename
       }
       if (kPieces > 1) total = total * splat(x_scale[m]);
       float* to = acc + m * kPanelN + v * kLanes;
-      store(to, fma(total, scale, load(to)));
+      if (Dot::kScaled)  // `scale` first: where x is large, total * x_scale may overflow though y does not
+        store(to, fma(total * scale, splat(x_scale[m]), load(to)));
+      else
+        store(to, fma(total, scale, load(to)));
     }
   }
 }
@@ -289,17 +293,19 @@ using RowTile = void (*)(const TileArguments&);
 template <class Dot, int NB>
 RowTile panel_tile(int64_t rows, int pieces) {
 #if defined(__AVX512VNNI__)
-  if (Dot::kSteps == 1 && pieces == 4)
-    return rows == 4    ? tile_panel<Dot, 4, NB, 4>
-           : rows == 8  ? tile_panel<Dot, 8, 1, 4>
-           : rows == 12 ? tile_panel<Dot, 12, 1, 4>
-                        : tile_panel<Dot, 16, 1, 4>;
-  if (Dot::kSteps == 1 && pieces == 3)
-    return rows == 3    ? tile_panel<Dot, 3, NB, 3>
-           : rows == 6  ? tile_panel<Dot, 6, NB, 3>
-           : rows == 9  ? tile_panel<Dot, 9, 1, 3>
-           : rows == 12 ? tile_panel<Dot, 12, 1, 3>
-                        : tile_panel<Dot, 15, 1, 3>;
+  if constexpr (Dot::kSteps == 1 && !Dot::kScaled) {
+    if (pieces == 4)
+      return rows == 4    ? tile_panel<Dot, 4, NB, 4>
+             : rows == 8  ? tile_panel<Dot, 8, 1, 4>
+             : rows == 12 ? tile_panel<Dot, 12, 1, 4>
+                          : tile_panel<Dot, 16, 1, 4>;
+    if (pieces == 3)
+      return rows == 3    ? tile_panel<Dot, 3, NB, 3>
+             : rows == 6  ? tile_panel<Dot, 6, NB, 3>
+             : rows == 9  ? tile_panel<Dot, 9, 1, 3>
+             : rows == 12 ? tile_panel<Dot, 12, 1, 3>
+                          : tile_panel<Dot, 15, 1, 3>;
+  }
 #endif
   (void)pieces;
   switch (rows) {
@@ -323,17 +329,19 @@ template <class Dot, int kBits>
 RowTile blocks_tile_of(int64_t rows, int pieces) {
   constexpr int NB = kPanelBlocks;
 #if defined(__AVX512VNNI__)
-  if (Dot::kSteps == 1 && pieces == 4)
-    return rows == 4    ? tile_blocks<Dot, 4, NB, kBits, 4>
-           : rows == 8  ? tile_blocks<Dot, 8, 1, kBits, 4>
-           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4>
-                        : tile_blocks<Dot, 16, 1, kBits, 4>;
-  if (Dot::kSteps == 1 && pieces == 3)
-    return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, 3>
-           : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, 3>
-           : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, 3>
-           : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3>
-                        : tile_blocks<Dot, 15, 1, kBits, 3>;
+  if constexpr (Dot::kSteps == 1 && !Dot::kScaled) {
+    if (pieces == 4)
+      return rows == 4    ? tile_blocks<Dot, 4, NB, kBits, 4>
+             : rows == 8  ? tile_blocks<Dot, 8, 1, kBits, 4>
+             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4>
+                          : tile_blocks<Dot, 16, 1, kBits, 4>;
+    if (pieces == 3)
+      return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, 3>
+             : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, 3>
+             : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, 3>
+             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3>
+                          : tile_blocks<Dot, 15, 1, kBits, 3>;
+  }
 #endif
   (void)pieces;
   if (rows == 1) return tile_blocks<Dot, 1, NB, kBits, 1>;

@@ -52,16 +52,30 @@ Weight check_weight(const char* op, const Tensor& packed, const Tensor& scales, 
   return w;
 }
 
+// Codes that are unpacked together, 32 columns of them, belong to one group of x.
+void check_x_group(const char* op, int64_t x_group, bool int8, bool x_scale, const Weight& w) {
+  if (x_group == 0) return;
+  LOWBIT_CHECK(x_group > 0 && x_group % 32 == 0, op, ": x_group must be 0 (one scale per row of x) or a ",
+               "positive multiple of 32: got x_group=", x_group);
+  LOWBIT_CHECK(int8 && !x_scale, op, ": x_group is for int8 activations quantized when called: got x_group=", x_group,
+               int8 ? " with x_scale" : " with int8=False");
+  LOWBIT_CHECK(w.G == 1 || w.group_size % x_group == 0 || x_group % w.group_size == 0, op,
+               ": x_group must divide group_size or be a multiple of it: got x_group=", x_group,
+               ", group_size=", w.group_size);
+}
+
 }  // namespace
 
 Tensor linear_cpu(Tensor x, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor bias,
                   OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
-                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8) {
+                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, int64_t x_group) {
   const char* op = "packed_linear";
   const int64_t K = check_activations(op, x);
   Linear a{};
   a.weight =
       check_weight(op, packed, scales, zeros, outlier_values, outlier_columns, outlier_rows, bits, group_size, K);
+  check_x_group(op, x_group, int8, x_scale.has_value(), a.weight);
+  a.x_group = x_group;
   return run_linear(op, a, x, bias, int8, x_scale, cpu_kernel(current_isa()));
 }
 

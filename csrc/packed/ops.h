@@ -15,7 +15,7 @@ using OptionalTensor = std::optional<Tensor>;
 // y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
 Tensor linear_cpu(Tensor x, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor bias,
                   OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
-                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8);
+                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, int64_t x_group);
 
 // w, [N, K] of `dtype`
 Tensor dequantize_cpu(Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor outlier_values,

@@ -1,7 +1,7 @@
 """The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
 of a transformers ``config.json``.
 
-    {"format_version": "1.1", "lowbit": "0.1.0",
+    {"format_version": "1.2", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
      "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
 
@@ -24,7 +24,7 @@ from lowbit import sources
 from lowbit.convert import share_storage, swap
 from lowbit.layer import Layer, build, layers, storage_of
 
-FORMAT_VERSION = "1.1"  # 1.0 knew the family packed only
+FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
 
 

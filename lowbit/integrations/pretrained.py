@@ -393,6 +393,7 @@ def _with_tied_partners(model: Any, described: Metadata) -> Metadata:
         module = model.get_submodule(partner)
         config = {key: configs[known[0]][key] for key in ("family", "dtype")}
         config["format"] = {**configs[known[0]]["format"], "activations": "float"}
+        config["format"].pop("activation_group_size", None)
         if isinstance(module, nn.Embedding):
             config.update(kind="embedding", bias=False, padding_idx=module.padding_idx)
             config["output_scale"] = float(getattr(module, "embed_scale", 1.0))

@@ -27,6 +27,7 @@ from lowbit.family import (
     TensorSpec,
     Weight,
     as_integer,
+    check_activation_groups,
     check_coded_format,
     check_float_dtype,
     check_group_size,
@@ -65,6 +66,8 @@ class Packed(Spec):
         gamma: the factor of ``quantizer="mean"``.
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one
             calibrated scale per layer.
+        activation_group_size: of ``activations="int8"``: input features of a token that share one scale, a multiple
+            of 32; where the weight has groups, one of the two sizes divides the other. None: the whole token.
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix.
         scale_dtype: of the stored scales; default float16 per group, float32 per row or tensor.
 
@@ -83,9 +86,10 @@ class Packed(Spec):
     activations: Activations = "float"
     outliers: float = 0.0
     scale_dtype: torch.dtype | None = None
+    activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size"):
+        for name in ("bits", "group_size", "activation_group_size"):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
         if not is_integer(self.bits) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 2 and 8: got bits={self.bits!r}")
@@ -104,6 +108,7 @@ class Packed(Spec):
             )
         if self.group_size is not None:
             check_size("group_size", self.group_size)
+        check_activation_groups(self.activation_group_size, self.activations, self.group_size)
         if self.quantizer == "mean" and not self.symmetric:
             raise ValueError("quantizer='mean' clips symmetrically: it requires symmetric=True")
         if self.symmetric and self.zeros == "float":
@@ -142,6 +147,7 @@ class Packed(Spec):
             scale_dtype=dtype_name(self.resolve_scale_dtype()),
             outliers=round(self.outliers * n * k),
             activations=self.activations if kind == "linear" else "float",
+            activation_group_size=self.activation_group_size if kind == "linear" else None,
         )
 
     def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> PackedWeight:
@@ -186,9 +192,12 @@ class PackedFormat(Format):
     outliers: int = 0
     outlier_dtype: str = "float16"
     activations: Activations = "float"
+    activation_group_size: int | None = None
 
     def __post_init__(self) -> None:
         check_coded_format(self, min_bits=2)
+        in_groups = self.group_size if self.granularity == "group" else None
+        check_activation_groups(self.activation_group_size, self.activations, in_groups)
         choice("zeros", self.zeros, ("none", "int", "float"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
         if self.granularity != "group" and self.group_size != self.in_features:
@@ -196,6 +205,9 @@ class PackedFormat(Format):
                 f"group_size must equal K with granularity={self.granularity!r}: "
                 f"got group_size={self.group_size}, K={self.in_features}"
             )
+
+    def with_activation_groups(self, size: int) -> PackedFormat:
+        return replace(self, activation_group_size=size)
 
     @property
     def groups(self) -> int:

@@ -48,7 +48,7 @@ from lowbit.gpu.rows import (
     views,
 )  # fmt: skip
 from lowbit.packed.op import check_linear, check_weight
-from lowbit.reference import check_ids
+from lowbit.reference import check_ids, dequantize_activations, quantize_activations
 
 _NONE = (None, None, None)
 
@@ -390,11 +390,14 @@ def linear(
     bits: int,
     group_size: int,
     int8: bool,
+    x_group: int = 0,
 ) -> Tensor:
     """``lowbit::packed_linear`` on a GPU."""
-    check_linear(x, packed, scales, zeros, bits, group_size)
+    check_linear(x, packed, scales, zeros, x_scale, bits, group_size, int8, x_group)
     n, k = packed.shape[0], x.shape[-1]
     outliers = (outlier_values, outlier_columns, outlier_rows)
+    if 0 < x_group < k:  # else one group is the row
+        return _linear_in_groups(x, packed, scales, zeros, bias, outliers, bits, group_size, x_group)
     scales, zeros = _row_after_row(scales), _row_after_row(zeros)
     _check(x.device, packed, scales, zeros, outliers, bias)
     check_bias(bias, n)
@@ -416,6 +419,28 @@ def linear(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     run(plan_linear(target, config, flat, tiles, scales, zeros, bias, outliers, x_scale, bits, group_size, int8, y))
     return y.view(*x.shape[:-1], n)
+
+
+def _linear_in_groups(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bits: int,
+    group_size: int,
+    x_group: int,
+) -> Tensor:
+    """:func:`linear` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x
+    as it is, beside weights whose scales are 0."""
+    flat = x.reshape(-1, x.shape[-1])
+    rounded = dequantize_activations(*quantize_activations(flat, None, x_group), x_group).view(x.shape)
+    y = linear(rounded, packed, scales, zeros, bias, *_NONE, None, bits, group_size, False)
+    if outliers[0] is not None:
+        nothing = torch.zeros_like(scales)
+        y = y + linear(x.float(), packed, nothing, zeros, None, *outliers, None, bits, group_size, False)
+    return y.to(x.dtype)
 
 
 def dequantize(

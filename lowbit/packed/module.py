@@ -74,7 +74,7 @@ class PackedLinear(PackedLayer, LinearLayer):
         return run(
             _LINEAR, input, t["packed"], t["scales"], t["zeros"], t["bias"],
             t["outlier_values"], t["outlier_columns"], t["outlier_rows"], t["x_scale"],
-            format.bits, format.group_size, format.activations != "float",
+            format.bits, format.group_size, format.activations != "float", format.activation_group_size or 0,
         )  # fmt: skip
 
 

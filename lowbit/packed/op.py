@@ -1,7 +1,10 @@
 """The ops of family ``packed``: schemas, reference implementations, fakes and gradients.
 
 ``packed_linear`` equals ``F.linear(x, packed_dequantize(...), bias)``; ``packed_embedding`` equals
-``F.embedding(ids, packed_dequantize(...))``. The tensors are those of :class:`lowbit.packed.format.PackedFormat`.
+``F.embedding(ids, packed_dequantize(...))``. With ``int8`` x is quantized first
+(:func:`lowbit.reference.quantize_activations`): statically where ``x_scale`` is given, else with a scale per row, or
+per row and ``x_group`` columns where that is not 0. The tensors are those of
+:class:`lowbit.packed.format.PackedFormat`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ _OUTLIERS = "Tensor? outlier_values, Tensor? outlier_columns, Tensor? outlier_ro
 library = torch.library.Library("lowbit", "DEF")
 library.define(
     "packed_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, "
-    f"{_OUTLIERS}, Tensor? x_scale, int bits, int group_size, bool int8) -> Tensor"
+    f"{_OUTLIERS}, Tensor? x_scale, int bits, int group_size, bool int8, int x_group=0) -> Tensor"
 )
 library.define(
     f"packed_dequantize(Tensor packed, Tensor scales, Tensor? zeros, {_OUTLIERS}, "
@@ -70,11 +73,36 @@ def check_weight(
 
 
 def check_linear(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    x_scale: Tensor | None,
+    bits: int,
+    group_size: int,
+    int8: bool,
+    x_group: int,
 ) -> None:
     """:func:`check_weight` and the activations."""
     check_activations(x)
-    check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
+    k = x.shape[-1]
+    check_weight(packed, scales, zeros, bits, group_size, k)
+    if x_group == 0:
+        return
+    torch._check(
+        x_group > 0 and x_group % 32 == 0,
+        lambda: f"x_group must be 0 (one scale per row of x) or a positive multiple of 32: got x_group={x_group}",
+    )
+    torch._check(
+        int8 and x_scale is None,
+        lambda: "x_group is for int8 activations quantized when called: "
+        f"got x_group={x_group} with {'x_scale' if int8 else 'int8=False'}",
+    )
+    torch._check(
+        group_size >= k or group_size % x_group == 0 or x_group % group_size == 0,
+        lambda: "x_group must divide group_size or be a multiple of it: "
+        f"got x_group={x_group}, group_size={group_size}",
+    )
 
 
 def dequantize_rows(
@@ -131,19 +159,20 @@ def _reference_linear(
     bits: int,
     group_size: int,
     int8: bool,
+    x_group: int = 0,
 ) -> Tensor:
-    check_activations(x)
+    check_linear(x, packed, scales, zeros, x_scale, bits, group_size, int8, x_group)
     n, k = packed.shape[0], x.shape[-1]
-    check_weight(packed, scales, zeros, bits, group_size, k)
+    x_group = x_group if x_group < k else 0
     rows_x = x.reshape(-1, k).float().contiguous()
     y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
     outliers = (outlier_values, outlier_columns, outlier_rows)
-    quantized = quantize_activations(rows_x, x_scale) if int8 else None
+    quantized = quantize_activations(rows_x, x_scale, x_group) if int8 else None
     for rows in row_blocks(n, k):
         with without_autocast(x.device):
             if quantized is not None:
                 block = _int8_block(
-                    *quantized, packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows), bits, group_size
+                    *quantized, packed[rows], _rows_of(scales, rows), _rows_of(zeros, rows), bits, group_size, x_group
                 )
                 add_outlier_products(block, rows_x, outliers_of(outliers, rows))
             else:
@@ -163,17 +192,21 @@ def _int8_block(
     zeros: Tensor | None,
     bits: int,
     group_size: int,
+    x_group: int,
 ) -> Tensor:
-    """Integer dot products per group (exact in float64), then ``(sum_g scale_g * dot_g) / inverse`` in float32."""
+    """Integer dot products (exact in float64) of each run of columns that share a scale of the weight and one of x,
+    then ``sum_runs dot * scale / inverse`` in float32; where x has one scale, it divides the sum."""
     q, k = q.double(), q.shape[-1]
     codes = codes_of(packed, bits, k).double()
     y = torch.zeros(q.shape[0], packed.shape[0], dtype=torch.float32, device=q.device)
-    for g, start in enumerate(range(0, k, group_size)):
-        group = slice(start, min(start + group_size, k))
+    size = min(group_size, x_group or k)
+    for start in range(0, k, size):
+        run, g = slice(start, min(start + size, k)), start // group_size
         zero: Tensor | float = float(1 << (bits - 1)) if zeros is None else zeros[:, g].double()
-        dot = q[:, group] @ codes[:, group].t() - q[:, group].sum(-1, keepdim=True) * zero
-        y += dot.float() * scales[:, g].float()
-    return y / inverse
+        dot = q[:, run] @ codes[:, run].t() - q[:, run].sum(-1, keepdim=True) * zero
+        part = dot.float() * scales[:, g].float()
+        y += part / inverse[:, start // x_group, None] if x_group else part
+    return y if x_group else y / inverse
 
 
 def _reference_dequantize(
@@ -230,11 +263,21 @@ for _function in ("linear", "dequantize", "embedding"):
 
 @torch.library.register_fake("lowbit::packed_linear", lib=library)
 def _fake_linear(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *rest: Any
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    outlier_values: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_rows: Tensor | None,
+    x_scale: Tensor | None,
+    bits: int,
+    group_size: int,
+    int8: bool,
+    x_group: int = 0,
 ) -> Tensor:
-    *_, bits, group_size, _int8 = rest
-    check_activations(x)
-    check_weight(packed, scales, zeros, bits, group_size, x.shape[-1])
+    check_linear(x, packed, scales, zeros, x_scale, bits, group_size, int8, x_group)
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
@@ -261,7 +304,7 @@ def _fake_embedding(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scales, zeros, _bias, values, columns, rows, _x_scale, bits, group_size, _int8 = inputs
+    x, packed, scales, zeros, _bias, values, columns, rows, _x_scale, bits, group_size, _int8, _x_group = inputs
     trains_weight = any(ctx.needs_input_grad[i] for i in (2, 3, 5))
     ctx.save_for_backward(x if trains_weight else None, packed, scales, zeros, values, columns, rows)
     ctx.bits, ctx.group_size, ctx.shape = bits, group_size, x.shape
@@ -277,7 +320,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     bits, group_size, k = ctx.bits, ctx.group_size, ctx.shape[-1]
     n = packed.shape[0]
     dy = grad.reshape(-1, n)
-    grads: list[Tensor | None] = [None] * 12
+    grads: list[Tensor | None] = [None] * 13
     if ctx.needs_input_grad[0]:
         dx = torch.zeros(dy.shape[0], k, dtype=torch.float32, device=dy.device)
         for block in row_blocks(n, k) if rows is None else [slice(0, n)]:
