@@ -64,11 +64,12 @@ struct CpuKernel {
 };
 
 extern const CpuKernel kernel_scalar, kernel_avx2, kernel_avx512, kernel_avx512vnni, kernel_avx512bf16;
+extern const CpuKernel kernel_all_bf16;  // on avx512bf16: multiplies bfloat16, and rounds to it between the products
 
-inline const CpuKernel& cpu_kernel(Isa isa) {
+inline const CpuKernel& cpu_kernel(Isa isa, bool all_bf16 = false) {  // x and both factors are
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::avx512bf16: return kernel_avx512bf16;
+    case Isa::avx512bf16: return all_bf16 ? kernel_all_bf16 : kernel_avx512bf16;
     case Isa::avx512vnni: return kernel_avx512vnni;
     case Isa::avx512: return kernel_avx512;
     case Isa::avx2: return kernel_avx2;

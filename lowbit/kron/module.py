@@ -65,10 +65,10 @@ class KroneckerLinear(KroneckerLayer, LinearLayer):
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums and what lies
     between the two products are float32. Where input and factors are bfloat16, on a CPU with AVX-512 BF16, what lies
-    between them is rounded to bfloat16 if the larger factor comes second (and numbers below 2**-126 count as zero).
-    Parameters (all frozen but the bias): ``a`` ``[R, N1, K1]`` and ``b``
-    ``[R, N2, K2]`` in float, or packed as in :class:`PackedLinear` with ``a_scales``, ``a_zeros``, ``b_scales``,
-    ``b_zeros``; optional ``input_permutation`` ``[K]`` and ``output_permutation`` ``[N]`` (int32):
+    between them is rounded to bfloat16, as with two matmuls (and numbers below 2**-126 count as zero).
+    Parameters (all frozen but the bias): ``a`` ``[R, N1, K1]`` and ``b`` ``[R, N2, K2]`` in float, or packed as in
+    :class:`PackedLinear` with ``a_scales``, ``a_zeros``, ``b_scales``, ``b_zeros``; optional ``input_permutation``
+    ``[K]`` and ``output_permutation`` ``[N]`` (int32):
     ``W[n, k] = (sum_r A_r ⊗ B_r)[output_permutation[n], input_permutation[k]]``.
     """
 

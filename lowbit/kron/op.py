@@ -15,7 +15,8 @@ Arguments:
         that shape, uint8 or of the scales' dtype: ``value = (code - zero) * scale``, in float32.
     input_permutation, output_permutation: int32 ``[k1 * k2]`` and ``[n1 * n2]``, each number once; None: the identity.
 
-Sums and what is between the two products are float32; the result is rounded once, to the dtype of x.
+Sums and what is between the two products are float32; the result is rounded once, to the dtype of x. Where x and the
+factors are bfloat16, the CPU kernels for AVX-512 BF16 round what is between the products to bfloat16 as well.
 """
 
 from __future__ import annotations
