@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("block(Tensor packed, int bits) -> Tensor");
   m.def("block_(Tensor(a!) packed, int bits) -> ()");
   m.def("unblock(Tensor blocks, int bits) -> Tensor");
+  m.def("huge_pages(Tensor packed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
@@ -55,4 +56,5 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
   m.impl("block", TORCH_BOX(&lowbit::block_cpu));
   m.impl("block_", TORCH_BOX(&lowbit::block_in_place_cpu));
   m.impl("unblock", TORCH_BOX(&lowbit::unblock_cpu));
+  m.impl("huge_pages", TORCH_BOX(&lowbit::huge_pages_cpu));
 }

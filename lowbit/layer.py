@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
-from lowbit.layouts import BLOCKS, CANONICAL, Layout, by_group, change, layout_of, read_on
+from lowbit.layouts import BLOCKS, CANONICAL, Layout, ask_for_huge_pages, by_group, change, layout_of, read_on
 from lowbit.reference import csr_row_indices
 
 
@@ -187,6 +187,10 @@ class Layer(nn.Module):
         and may be rearranged where it is.
         """
         self._arrange(self.layouts(self.device), owned)
+        for name in self.code_tensors:
+            parameter = self._parameters[name]
+            if parameter is not None:
+                ask_for_huge_pages(parameter.data)
         return self
 
     def _arrange(self, layouts: tuple[Layout, ...], owned: bool = False) -> None:

@@ -83,6 +83,15 @@ def change(packed: Tensor, to: Layout, bits: int, in_features: int, owned: bool 
     return to.from_canonical(now.to_canonical(packed, bits, in_features), bits, in_features)
 
 
+def ask_for_huge_pages(packed: Tensor) -> None:
+    """Fewer, larger pages under canonical words that the compiled CPU kernels read; making blocks asks for them itself.
+
+    Advice to the operating system about memory that stays where it is.
+    """
+    if layout_of(packed) is CANONICAL and blocks.used_on(packed.device) and packed.is_contiguous():
+        torch.ops.lowbit_native.huge_pages(packed)
+
+
 def read_on(device: torch.device, on_cpu: tuple[Layout, ...]) -> tuple[Layout, ...]:
     """The layouts to hold codes in on ``device``, the best one first.
 

@@ -15,8 +15,11 @@ from numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bou
 
 from lowbit import dispatch
 from lowbit.bitpack import pack, words_per_row
+from lowbit.codebook.format import CodebookFormat
+from lowbit.codebook.module import CodebookLinear
 from lowbit.gpu import tuning
 from lowbit.gpu.launch import target_of
+from lowbit.layouts import ask_for_huge_pages
 from lowbit.reference import quantize_activations
 
 WHERE = everywhere()
@@ -213,7 +216,8 @@ def test_wide_rows_and_many(where, bits, arithmetic):
     for i, (group_size, tables, scales, outliers) in enumerate(
         [(64, "tensor", "float", 0), (32, "row", "nested", 0), (128, "group", "none", 0), (4200, "row", "float", 0),
          (96, "tensor", "float", 0), (64, "group", "float", 500), (16, "row", "float", 0), (32, "tensor", "float", 500),
-         (4200, "tensor", "none", 500)]
+         (4200, "tensor", "none", 500), (128, "tensor", "float", 0), (384, "row", "nested", 0),
+         (192, "tensor", "float", 0)]
     ):  # fmt: skip
         kind = Kind(bits, 39, 4200, group_size, tables, scales, DTYPES[i % 3], DTYPES[-i % 3], outliers)
         weight = random_weight(kind)
@@ -303,6 +307,22 @@ def test_entries_of_any_magnitude_come_back(where, bits):
     patterns[patterns.isnan()] = float("-inf")
     weight.codebook.copy_(patterns)
     assert_bitwise_equal(weight.dequantize().view(torch.int32), weight.dense().float().view(torch.int32))
+
+
+def test_huge_pages_are_asked_for_under_canonical_codes(monkeypatch):
+    """Advice: the codes stay where and what they are, whatever the system makes of it."""
+    if dispatch.active_backend("cpu") != "cpu":
+        pytest.skip("only the compiled kernels ask")
+    packed = torch.randint(-(2**31), 2**31, (2048, 1024), dtype=torch.int32)  # several pages of 2 MiB
+    place, copy = packed.data_ptr(), packed.clone()
+    ask_for_huge_pages(packed)
+    assert packed.data_ptr() == place
+    assert_bitwise_equal(packed, copy)
+    asked = []
+    monkeypatch.setattr("lowbit.layer.ask_for_huge_pages", lambda codes: asked.append(codes.data_ptr()))
+    layer = CodebookLinear(CodebookFormat(4, 64, 64, 64, "row", "float16", "none"), device="cpu")
+    layer.prepare()
+    assert asked == [layer.packed.data_ptr()]
 
 
 def test_more_threads_than_rows(where):

@@ -164,6 +164,15 @@ int64_t units_of_words(const char* op, const Tensor& packed, int64_t bits) {
 
 }  // namespace
 
+void huge_pages_cpu(Tensor packed) {
+  check_cpu("huge_pages", "packed", packed);
+  LOWBIT_CHECK(packed.is_contiguous(), "huge_pages: packed must be contiguous");
+  void* data = const_cast<void*>(packed.const_data_ptr());
+  const size_t bytes = size_t(packed.numel()) * size_t(packed.element_size());
+  ask_for_huge_pages(data, bytes, false);
+  ask_for_huge_pages(data, bytes, true);
+}
+
 Tensor block_cpu(Tensor packed, int64_t bits) {
   const int64_t n = packed.dim() ? packed.size(0) : 0, units = units_of_words("block", packed, bits);
   Tensor out = empty_cpu({n, units, bits, 1}, ScalarType::Int);

@@ -1,4 +1,5 @@
-// The ops of namespace `lowbit_native` that change canonical words to blocks and back: lowbit/blocks.py.
+// The ops of namespace `lowbit_native` about the memory of packed codes: to blocks and back (lowbit/blocks.py), and
+// its pages.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,5 +13,8 @@ void block_in_place_cpu(torch::stable::Tensor packed, int64_t bits);
 
 // The inverse of block_cpu
 torch::stable::Tensor unblock_cpu(torch::stable::Tensor blocks, int64_t bits);
+
+// Asks for huge pages under a tensor's memory, which stays where it is
+void huge_pages_cpu(torch::stable::Tensor packed);
 
 }  // namespace lowbit
