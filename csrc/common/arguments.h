@@ -19,7 +19,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTaskElements = 32768;   // rows are converted in tasks of about this many elements
 constexpr int64_t kTaskProducts = 131072;  // and multiplied in tasks of about this many products
-constexpr int64_t kPassRows = 384;         // of x at least per pass over the weights; a multiple of every tile
 constexpr int64_t kExpansion = 4;          // expanding a weight costs about as much as this many products
 
 inline int64_t grain(int64_t task, int64_t per_item) {

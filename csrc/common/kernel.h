@@ -55,6 +55,7 @@ struct CpuKernel {
   int64_t row_tile;  // output rows taken at a time: N is split at multiples of it
 };
 
+constexpr int64_t kPassRows = 384;  // of x, in one pass over the weights; a multiple of every tile
 constexpr int64_t kRowTile = 4;  // of the kernels whose lanes run along K
 
 }  // namespace lowbit

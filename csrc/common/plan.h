@@ -18,7 +18,6 @@ namespace {
 enum class Kind { int8, pieces, bf16, f32 };
 
 constexpr int64_t kExactK = 65536;     // K * 127 * 255 < 2^31
-constexpr int64_t kPassM = 384;        // rows of x per pass over the weights; a multiple of every tile
 constexpr int64_t kFloatSegment = 256;  // columns that share the exponent of their pieces
 constexpr int64_t kIntSegment = 2048;
 
