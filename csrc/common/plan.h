@@ -2,9 +2,9 @@
 //
 // Three kinds of activations:
 //   int8     as `Quantizer` gives them, a row at a time or a group of its columns
-//   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 30 bits (fp32) or 22
-//            (16-bit floats) relative to its largest element, held as 4 or 3 digits to base 256, -128 .. 127. Each
-//            digit is a row of int8 activations: sums of products are exact, and cheaper than fp32 ones
+//   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 24 bits, the largest
+//            of which is above 2^22, held as three digits to base 256, -128 .. 127. Each digit is a row of int8
+//            activations: sums of products are exact, and cheaper than fp32 ones
 //   bf16     where there are bf16 dot products and x is bf16
 //   f32      floats elsewhere
 // Rows of x that pieces and bf16 products cannot hold (not finite, or very large or small) are `special`.
@@ -50,7 +50,7 @@ struct Plan {
     if (a.dtype == DType::bf16) kind = Kind::bf16;
 #endif
     if (a.int8) kind = Kind::int8;
-    pieces = kind != Kind::pieces ? 1 : a.dtype == DType::f32 ? 4 : 3;
+    pieces = kind == Kind::pieces ? kPieces : 1;
     steps = kind == Kind::f32 ? FloatDot32::kSteps : kind == Kind::bf16 ? 2 : 1;
     // A run of columns has one group of w and one of x. One of their sizes divides the other, where there are groups.
     const bool x_groups = kind == Kind::int8 && a.x_group > 0 && a.x_group < w.K;
@@ -143,10 +143,10 @@ inline bool is_special(const float* x, int64_t n) {
 #if defined(__AVX512VNNI__)
 // Digits of x[0:n], n a multiple of 4, lowest first: those of four neighbours are a word, words[i / 4 * rows + digit].
 // sums[digit] becomes the sum of a digit; returns what an integer is worth.
-template <int kPieces>
 inline float to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, float* sums) {
   const uint32_t largest = largest_bits(x, n);
-  const int exponent = int(max64(int64_t(largest >> 23) - 127, -80)), low = exponent - (8 * kPieces - 3);
+  // Of numbers up to 127 * (1 + 256 + 65536), 0x7f7f7f, the digits fit.
+  const int exponent = int(max64(int64_t((largest + 0x010101) >> 23) - 127, -80)), low = exponent - 22;
   const Float factor = splat(float_of(uint32_t(127 - low) << 23));
   const Int by_quad = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const Int ones = splat(0x01010101);
@@ -154,13 +154,13 @@ inline float to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, 
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 some = __mmask16((1u << min64(n - i, 16)) - 1);
     Int v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), factor));
-    __m128i digit[4] = {};
+    __m128i digit[kPieces];
     LOWBIT_UNROLL for (int p = 0; p < kPieces; ++p) {
       digit[p] = _mm512_cvtepi32_epi8(v);
       v = _mm512_srai_epi32(_mm512_add_epi32(v, splat(128)), 8);
     }
     const Int all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(digit[1], digit[0])),
-                                       _mm256_set_m128i(digit[3], digit[2]), 1);
+                                       _mm256_castsi128_si256(digit[2]), 1);
     const Int quads = _mm512_permutexvar_epi32(by_quad, all);  // [quad, digit]
     total = dot4<true>(total, ones, quads);
     int32_t out[16];
@@ -264,8 +264,7 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
       for (int64_t s = 0; s < p.segments; ++s) {
         const int64_t begin = p.begin(s), n = p.end(s) - begin;
         int32_t* to = tile + i * p.pieces + begin / 4 * rows;
-        scale[s * (rows / p.pieces)] = p.pieces == 4 ? to_pieces<4>(x + begin, n, to, rows, sums + s * rows)
-                                                     : to_pieces<3>(x + begin, n, to, rows, sums + s * rows);
+        scale[s * (rows / p.pieces)] = to_pieces(x + begin, n, to, rows, sums + s * rows);
       }
       return;
 #endif

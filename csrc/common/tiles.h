@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kStepBytes = kPanelBlocks * 64;  // of a panel
 constexpr int kTileRows = 6;
+constexpr int kPieces = 3;  // int8 rows as which a row of floats is held, where it is
 #if defined(__AVX512F__)
 constexpr int kTileBlocks = 4;  // 6 x 4 accumulators, and what they need, fit 32 registers
 constexpr int kFewRows = 4;     // of x, which the tiles multiply straight from blocks, all of a panel at a time
@@ -166,25 +167,25 @@ LOWBIT_INLINE void start_segment(const TileArguments& t, int64_t s, typename Dot
   }
 }
 
-// The end of a segment. kPieces rows of x are one row, whose digits to base 256 they hold, lowest first. kFloats:
+// The end of a segment. P rows of x are one row, whose digits to base 256 they hold, lowest first. kFloats:
 // scales and zeros are fp32.
-template <class Dot, int MR, int NB, int kPieces, bool kFloats>
+template <class Dot, int MR, int NB, int P, bool kFloats>
 LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
   const int64_t group = t.segments[s].group;
-  const float *x_sum = t.x_sum + s * MR, *x_scale = t.x_scale + s * (MR / kPieces);
+  const float *x_sum = t.x_sum + s * MR, *x_scale = t.x_scale + s * (MR / P);
   float* const acc = t.acc;
   LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
     const Float scale = t.scale.at<kFloats>(group, t.row + v * kLanes);
     const Float zero = Dot::kCentred ? splat(0.0f) : t.zero.at<kFloats>(group, t.row + v * kLanes);
-    LOWBIT_UNROLL for (int m = 0; m < MR / kPieces; ++m) {
+    LOWBIT_UNROLL for (int m = 0; m < MR / P; ++m) {
       Float total = splat(0.0f);
-      LOWBIT_UNROLL for (int p = kPieces - 1; p >= 0; --p) {
-        const int row = m * kPieces + p;
+      LOWBIT_UNROLL for (int p = P - 1; p >= 0; --p) {
+        const int row = m * P + p;
         Float value = Dot::lanes(sum[row][v]);
         if (!Dot::kCentred) value = negated_fma(zero, splat(x_sum[row]), value);
-        total = p == kPieces - 1 ? value : fma(total, splat(256.0f), value);
+        total = p == P - 1 ? value : fma(total, splat(256.0f), value);
       }
-      if (kPieces > 1) total = total * splat(x_scale[m]);
+      if (P > 1) total = total * splat(x_scale[m]);
       float* to = acc + m * kPanelN + v * kLanes;
       if (Dot::kScaled)  // `scale` first: where x is large, total * x_scale may overflow though y does not
         store(to, fma(total * scale, splat(x_scale[m]), load(to)));
@@ -203,7 +204,7 @@ LOWBIT_INLINE void end_exact_segment(const TileArguments& t, const typename Dot:
 }
 
 // Out of a panel: [steps, kPanelBlocks, 64 bytes].
-template <class Dot, int MR, int NB, int kPieces>
+template <class Dot, int MR, int NB, int P>
 void tile_panel(const TileArguments& t) {
   constexpr int NV = NB * kParts;
   for (int64_t s = 0; s < t.segment_count; ++s) {
@@ -220,12 +221,12 @@ void tile_panel(const TileArguments& t) {
     if (t.exact)
       end_exact_segment<Dot, MR, NB>(t, sum);
     else
-      end_segment<Dot, MR, NB, kPieces, true>(t, s, sum);
+      end_segment<Dot, MR, NB, P, true>(t, s, sum);
   }
 }
 
 // Straight from NB blocks of a panel in blocks; segments are whole units.
-template <class Dot, int MR, int NB, int kBits, int kPieces>
+template <class Dot, int MR, int NB, int kBits, int P>
 void tile_blocks(const TileArguments& t) {
   constexpr int NV = NB * kParts;
   constexpr int64_t kUnitBytes = kPanelBlocks * 64 * kBits;
@@ -251,7 +252,7 @@ void tile_blocks(const TileArguments& t) {
       end_exact_segment<Dot, MR, NB>(t, sum);
       continue;
     }
-    end_segment<Dot, MR, NB, kPieces, false>(t, s, sum);
+    end_segment<Dot, MR, NB, P, false>(t, s, sum);
     t.scale.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);  // of the next panel
     t.zero.prefetch(t.segments[s].group, t.row + kPanelN, NB * kBlockRows);
   }
@@ -294,17 +295,12 @@ template <class Dot, int NB>
 RowTile panel_tile(int64_t rows, int pieces) {
 #if defined(__AVX512VNNI__)
   if constexpr (Dot::kSteps == 1 && !Dot::kScaled) {
-    if (pieces == 4)
-      return rows == 4    ? tile_panel<Dot, 4, NB, 4>
-             : rows == 8  ? tile_panel<Dot, 8, 1, 4>
-             : rows == 12 ? tile_panel<Dot, 12, 1, 4>
-                          : tile_panel<Dot, 16, 1, 4>;
-    if (pieces == 3)
-      return rows == 3    ? tile_panel<Dot, 3, NB, 3>
-             : rows == 6  ? tile_panel<Dot, 6, NB, 3>
-             : rows == 9  ? tile_panel<Dot, 9, 1, 3>
-             : rows == 12 ? tile_panel<Dot, 12, 1, 3>
-                          : tile_panel<Dot, 15, 1, 3>;
+    if (pieces == kPieces)
+      return rows == 3    ? tile_panel<Dot, 3, NB, kPieces>
+             : rows == 6  ? tile_panel<Dot, 6, NB, kPieces>
+             : rows == 9  ? tile_panel<Dot, 9, 1, kPieces>
+             : rows == 12 ? tile_panel<Dot, 12, 1, kPieces>
+                          : tile_panel<Dot, 15, 1, kPieces>;
   }
 #endif
   (void)pieces;
@@ -330,17 +326,12 @@ RowTile blocks_tile_of(int64_t rows, int pieces) {
   constexpr int NB = kPanelBlocks;
 #if defined(__AVX512VNNI__)
   if constexpr (Dot::kSteps == 1 && !Dot::kScaled) {
-    if (pieces == 4)
-      return rows == 4    ? tile_blocks<Dot, 4, NB, kBits, 4>
-             : rows == 8  ? tile_blocks<Dot, 8, 1, kBits, 4>
-             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 4>
-                          : tile_blocks<Dot, 16, 1, kBits, 4>;
-    if (pieces == 3)
-      return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, 3>
-             : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, 3>
-             : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, 3>
-             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, 3>
-                          : tile_blocks<Dot, 15, 1, kBits, 3>;
+    if (pieces == kPieces)
+      return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, kPieces>
+             : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, kPieces>
+             : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, kPieces>
+             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, kPieces>
+                          : tile_blocks<Dot, 15, 1, kBits, kPieces>;
   }
 #endif
   (void)pieces;
