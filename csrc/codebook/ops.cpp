@@ -5,6 +5,18 @@
 
 namespace lowbit {
 namespace codebook {
+// Found by the type of its argument, so not in the unnamed namespace.
+inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t n) {
+  lowbit::prefetch_row(static_cast<const Codes&>(w), n);
+  const auto row = [&](const void* values, DType dtype, int64_t count) __attribute__((always_inline)) {
+    const int64_t bytes = count * element_size(dtype);
+    prefetch_bytes(static_cast<const char*>(values) + n * bytes, bytes);
+  };
+  if (w.scales) row(w.scales, w.scales_dtype, w.G);
+  if (w.tables != Weight::Tables::tensor)
+    row(w.codebook, w.codebook_dtype, (w.tables == Weight::Tables::row ? 1 : w.G) << w.bits);
+}
+
 namespace {
 
 const void* check_nested(const char* op, const char* name, const Tensor& t, int64_t count) {

@@ -195,13 +195,16 @@ inline void check_ids(const char* op, const Tensor& ids) {
 
 constexpr int64_t kRowsAhead = 4;  // of a gather, are fetched
 
-inline void prefetch_bytes(const void* first, int64_t bytes) {
+// Always inlined: GCC takes functions that only prefetch for ones without effect, and leaves out their calls.
+inline __attribute__((always_inline)) void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64)
     __builtin_prefetch(static_cast<const char*>(first) + i);
 }
 
 // Asks for row n of w; a family that keeps more beside its codes has its own.
-inline void prefetch_row(const Codes& w, int64_t n) { prefetch_bytes(w.packed + n * w.row_bytes, w.row_bytes); }
+inline __attribute__((always_inline)) void prefetch_row(const Codes& w, int64_t n) {
+  prefetch_bytes(w.packed + n * w.row_bytes, w.row_bytes);
+}
 
 // w[ids], [..., K] of `dtype`
 template <class Weight>

@@ -349,6 +349,23 @@ inline void to_floats(const void* src, DType dtype, int64_t begin, int64_t step,
   for (int64_t i = 0; i < n; ++i) to_float(src, dtype, begin + i * step, 1, dst + i);
 }
 
+#if defined(__AVX512F__)
+// Lane i = float(src[begin + i * step]), i < n <= 16
+inline Float some_floats(const void* src, DType dtype, int64_t begin, int64_t step, int64_t n) {
+  if (step != 1 || dtype == DType::bf16) {
+    float values[kLanes] = {};
+    to_floats(src, dtype, begin, step, n, values);
+    return load(values);
+  }
+  const __mmask16 some = __mmask16((1u << n) - 1);
+  if (dtype == DType::f32) return _mm512_maskz_loadu_ps(some, static_cast<const float*>(src) + begin);
+  if (dtype == DType::f16)
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(src) + begin));
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(src) + begin)));
+}
+#endif
+
 // dst[begin + i] = round(src[i]), i < n
 inline void from_float(const float* src, DType dtype, int64_t begin, int64_t n, void* dst) {
   int64_t i = 0;

@@ -19,7 +19,7 @@ inline void unpack8(const uint8_t* src, int bits, uint8_t* out) {
 }
 
 // unpack() asks for the bytes `ahead` of those it reads. A prefetch never faults, so they need not exist.
-inline void prefetch(const uint8_t* src, int64_t ahead) {
+LOWBIT_INLINE void prefetch(const uint8_t* src, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(src) + uintptr_t(ahead)));
 }
 

@@ -6,10 +6,10 @@
 namespace lowbit {
 namespace packed {
 // Found by the type of its argument, so not in the unnamed namespace.
-inline void prefetch_row(const Weight& w, int64_t n) {
+inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t n) {
   lowbit::prefetch_row(static_cast<const Codes&>(w), n);
   if (w.per_tensor) return;
-  const auto row = [&](const void* values, DType dtype, int64_t stride) {
+  const auto row = [&](const void* values, DType dtype, int64_t stride) __attribute__((always_inline)) {
     const int64_t size = element_size(dtype);
     prefetch_bytes(static_cast<const char*>(values) + n * stride * size, stride * size);
   };
