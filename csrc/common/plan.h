@@ -110,12 +110,47 @@ struct PreparedX {
   }
 };
 
-// A row of x on its way into tiles.
+// Rows of x on their way into tiles.
 struct RowBuffers {
+  static constexpr int64_t kRows = 4;
   float* x;        // [padded]
-  int32_t* words;  // [steps]
-  RowBuffers(Arena& a, const Plan& p) : x(a.take<float>(p.padded)), words(a.take<int32_t>(p.row_steps())) {}
+  int32_t* words;  // [kRows, steps]
+  RowBuffers(Arena& a, const Plan& p) : x(a.take<float>(p.padded)), words(a.take<int32_t>(kRows * p.row_steps())) {}
 };
+
+// to[s * ld + i] = words[i * steps + s] for 4, 2 or 1 rows; returns how many. steps is a multiple of 4.
+inline int64_t interleave(const int32_t* words, int64_t steps, int64_t rows, int32_t* to, int64_t ld) {
+#if defined(__SSE2__)
+  const auto row = [&](int64_t i, int64_t s) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + i * steps + s));
+  };
+  for (int64_t s = 0; rows >= 4 && s < steps; s += 4) {
+    const __m128i a = row(0, s), b = row(1, s), c = row(2, s), d = row(3, s);
+    const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+    const __m128i ab_high = _mm_unpackhi_epi32(a, b), cd_high = _mm_unpackhi_epi32(c, d);
+    __m128i* out[4];
+    for (int64_t i = 0; i < 4; ++i) out[i] = reinterpret_cast<__m128i*>(to + (s + i) * ld);
+    _mm_storeu_si128(out[0], _mm_unpacklo_epi64(ab, cd));
+    _mm_storeu_si128(out[1], _mm_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128(out[2], _mm_unpacklo_epi64(ab_high, cd_high));
+    _mm_storeu_si128(out[3], _mm_unpackhi_epi64(ab_high, cd_high));
+  }
+  if (rows >= 4) return 4;
+  for (int64_t s = 0; rows >= 2 && s < steps; s += 4) {
+    const __m128d low = _mm_castsi128_pd(_mm_unpacklo_epi32(row(0, s), row(1, s)));
+    const __m128d high = _mm_castsi128_pd(_mm_unpackhi_epi32(row(0, s), row(1, s)));
+    const auto out = [&](int64_t i) { return reinterpret_cast<double*>(to + (s + i) * ld); };
+    _mm_storel_pd(out(0), low);
+    _mm_storeh_pd(out(1), low);
+    _mm_storel_pd(out(2), high);
+    _mm_storeh_pd(out(3), high);
+  }
+  if (rows >= 2) return 2;
+#endif
+  (void)rows;
+  for (int64_t s = 0; s < steps; ++s) to[s * ld] = words[s];
+  return 1;
+}
 
 inline int32_t sum_of(const int8_t* q, int64_t n) {
   int32_t total = 0;
@@ -123,16 +158,15 @@ inline int32_t sum_of(const int8_t* q, int64_t n) {
   return total;
 }
 
-// In a fixed order, which vectors can keep.
+// Always in one order.
 inline float sum_of(const float* x, int64_t n) {
-  float lanes[16] = {};
+  Float lanes = splat(0.0f);
+  float total = 0;
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t j = 0; j < 16; ++j) lanes[j] += x[i + j];
-  for (int64_t j = 0; i + j < n; ++j) lanes[j] += x[i + j];
-  for (int width = 8; width; width /= 2)
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  return lanes[0];
+  for (; i + kLanes <= n; i += kLanes) lanes = lanes + load(x + i);
+  sum_add(lanes, &total);
+  for (; i < n; ++i) total += x[i];
+  return total;
 }
 
 inline bool is_special(const float* x, int64_t n) {
@@ -204,11 +238,12 @@ inline void quantize_groups(const Plan& p, const float* x, int8_t* q, int64_t ro
   }
 }
 
-// Row m of x.
+// Row m of x; its words, but pieces, are left in `words`.
 template <class Linear>
-void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m) {
+void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m,
+                 int32_t* words) {
   const auto& w = a.weight;
-  const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t), steps = p.row_steps();
+  const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t);
   const float* x = b.x;
   if (p.in_place && p.padded == w.K && a.dtype == DType::f32) {
     x = static_cast<const float*>(a.x) + m * w.K;
@@ -228,9 +263,6 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
       x = b.x;
     }
   }
-  // One row of x is held as it comes; more, word beside word.
-  int32_t* tile = out.words + t * p.tile * p.pieces * steps;
-  int32_t* words = rows == 1 ? tile : b.words;
   float* sums = out.sums + t * p.tile * p.pieces * p.segments + i * p.pieces;
 
   switch (p.kind) {
@@ -263,10 +295,9 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
       float* scale = out.scale + t * p.tile * p.segments + i;
       for (int64_t s = 0; s < p.segments; ++s) {
         const int64_t begin = p.begin(s), n = p.end(s) - begin;
-        int32_t* to = tile + i * p.pieces + begin / 4 * rows;
+        int32_t* to = out.words + t * p.tile * p.pieces * p.row_steps() + i * p.pieces + begin / 4 * rows;
         scale[s * (rows / p.pieces)] = to_pieces(x + begin, n, to, rows, sums + s * rows);
       }
-      return;
 #endif
       break;
     }
@@ -277,8 +308,18 @@ void prepare_row(const Linear& a, const Plan& p, const PreparedX& out, const Row
 #endif
       break;
   }
-  if (words == tile) return;
-  for (int64_t s = 0; s < steps; ++s) tile[s * rows + i] = words[s];
+}
+
+// Rows [m, m + rows) of x, of one tile.
+template <class Linear>
+void prepare_rows(const Linear& a, const Plan& p, const PreparedX& out, const RowBuffers& b, int64_t m, int64_t rows) {
+  const int64_t t = m / p.tile, i = m % p.tile, ld = p.rows(a.M, t), steps = p.row_steps();
+  int32_t* tile = out.words + t * p.tile * p.pieces * steps;
+  // One row of x is held as it comes; more, word beside word.
+  int32_t* words = ld == 1 ? tile : b.words;
+  for (int64_t j = 0; j < rows; ++j) prepare_row(a, p, out, b, m + j, words + j * steps);
+  if (words == tile || p.kind == Kind::pieces) return;
+  for (int64_t j = 0; j < rows;) j += interleave(words + j * steps, steps, rows - j, tile + i + j, ld);
 }
 
 template <class Linear>
@@ -289,7 +330,10 @@ void prepare_x(const Linear& a, const Plan& p, void* prepared, int64_t m_begin, 
   Scratch scratch(Slot::worker, size_t(count.used()));
   Arena arena(scratch.data());
   const RowBuffers buffers(arena, p);
-  for (int64_t m = m_begin; m < m_end; ++m) prepare_row(a, p, out, buffers, m);
+  for (int64_t m = m_begin, rows; m < m_end; m += rows) {
+    rows = min64(min64(RowBuffers::kRows, m_end - m), p.tile - m % p.tile);
+    prepare_rows(a, p, out, buffers, m, rows);
+  }
   if (a.weight.outliers) transpose_activations(a, m_begin, m_end, out.columns);
 }
 

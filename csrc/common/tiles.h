@@ -86,6 +86,7 @@ template <bool kNarrow, bool kInGroups = false>
 struct Int8Dot {
   using Sum = Int;
   static constexpr int kSteps = 1;
+  static constexpr bool kCodes = true;  // weights are codes, four to a word
   static constexpr bool kCentred = false, kMoved = false, kScaled = kInGroups;
   static float moved(int) { return 0; }
   static Sum start(float) { return zero_int(); }
@@ -101,6 +102,7 @@ struct Int8Dot {
 struct FloatDot32 {
   using Sum = Float;
   static constexpr int kSteps = 4;
+  static constexpr bool kCodes = false;
   static constexpr bool kCentred = true, kMoved = false, kScaled = false;  // weights are code - zero
   static float moved(int) { return 0; }
   static Sum start(float sum) { return splat(sum); }
@@ -121,6 +123,7 @@ struct FloatDot32 {
 struct Bf16Dot {
   using Sum = Float;
   static constexpr int kSteps = 2;
+  static constexpr bool kCodes = false;
   static constexpr bool kCentred = false, kMoved = true, kScaled = false;
   static float moved(int bits) { return bits < 8 ? float(1 << bits) : 0.0f; }
   static Sum start(float sum) { return splat(sum); }
