@@ -122,7 +122,7 @@ def test_codes_in_blocks(where, bits, dtype):
             weight.scales = by_group(weight.scales)
             weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
         assert weight.packed.dim() == 4
-        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19, 31, 38, 128):
+        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19, 31, 38, 128, 131):
             assert_bitwise_equal(weight.linear(x[:m], bias), plain[:m])
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True), int8[:m])
         assert_bitwise_equal(weight.dequantize(), dense.float())
@@ -138,13 +138,13 @@ def test_codes_in_blocks_with_activations_in_groups(where, bits):
     for i, (n, k, group_size, x_group) in enumerate(IN_GROUPS):
         choices = list(formats(bits, n, k, group_size))
         weight = random_weight(choices[(bits + i) % len(choices)], i)
-        bias, x = torch.randn(n), uneven(19, k, DTYPES[(bits + i) % 3], seed=i)
+        bias, x = torch.randn(n), uneven(131, k, DTYPES[(bits + i) % 3], seed=i)
         y = weight.linear(x, bias, int8=True, x_group=x_group)
         weight.packed = blocks.block(weight.packed, bits)
         if weight.format.granularity == "group":
             weight.scales = by_group(weight.scales)
             weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
-        for m in (*range(1, 20), 19):
+        for m in (*range(1, 20), 131):
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True, x_group=x_group), y[:m])
 
 

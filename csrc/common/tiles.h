@@ -119,7 +119,7 @@ struct FloatDot32 {
 };
 
 #if defined(__AVX512BF16__)
-// Below 8 bits the weights are 2^bits + code, which is its bits behind a fixed exponent.
+// Below 8 bits the weights are 2^bits + code, which is its bits behind a fixed exponent; at 8 bits they are the codes.
 struct Bf16Dot {
   using Sum = Float;
   static constexpr int kSteps = 2;
