@@ -137,13 +137,12 @@ inline int64_t interleave(const int32_t* words, int64_t steps, int64_t rows, int
   }
   if (rows >= 4) return 4;
   for (int64_t s = 0; rows >= 2 && s < steps; s += 4) {
-    const __m128d low = _mm_castsi128_pd(_mm_unpacklo_epi32(row(0, s), row(1, s)));
-    const __m128d high = _mm_castsi128_pd(_mm_unpackhi_epi32(row(0, s), row(1, s)));
-    const auto out = [&](int64_t i) { return reinterpret_cast<double*>(to + (s + i) * ld); };
-    _mm_storel_pd(out(0), low);
-    _mm_storeh_pd(out(1), low);
-    _mm_storel_pd(out(2), high);
-    _mm_storeh_pd(out(3), high);
+    const __m128i low = _mm_unpacklo_epi32(row(0, s), row(1, s)), high = _mm_unpackhi_epi32(row(0, s), row(1, s));
+    const auto out = [&](int64_t i) { return reinterpret_cast<__m128i*>(to + (s + i) * ld); };
+    _mm_storel_epi64(out(0), low);
+    _mm_storel_epi64(out(1), _mm_unpackhi_epi64(low, low));
+    _mm_storel_epi64(out(2), high);
+    _mm_storel_epi64(out(3), _mm_unpackhi_epi64(high, high));
   }
   if (rows >= 2) return 2;
 #endif
