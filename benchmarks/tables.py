@@ -3,8 +3,9 @@
     python -m benchmarks.tables RESULTS.json [MORE.json ...] [--document FILE]
 
 Each stands between two marker comments, ``<!-- cpu NAME: begin ... -->`` and ``<!-- cpu NAME: end -->``, and is made
-again as a whole: nothing there is written by hand. Names without markers in the document are left out. Of the same
-measurement in several files the last counts; machine and limits are the last file's.
+again as a whole: nothing there is written by hand. Names without markers in the document are left out. Of several
+files that measured under the same conditions (operation, shape, M, threads) the last counts, with all of its rows;
+machine and limits are the last file's.
 """
 
 from __future__ import annotations
@@ -202,9 +203,14 @@ MARKED = re.compile(r"(<!-- cpu (\w+): begin[^>]*-->).*?(<!-- cpu \2: end -->)",
 
 
 def merged(contents: Sequence[Content]) -> Content:
-    """Of the same measurement the last; ratios and shares stay those of its own run."""
-    rows = {(row["name"], *results.condition(row)): row for content in contents for row in content["rows"]}
-    return {**contents[-1], "rows": list(rows.values())}
+    """Of the same conditions the last run's rows: what is compared was measured side by side."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for content in contents:
+        run: dict[tuple[Any, ...], list[Row]] = {}
+        for row in content["rows"]:
+            run.setdefault(results.condition(row), []).append(row)
+        found |= run
+    return {**contents[-1], "rows": [row for key in sorted(found) for row in found[key]]}
 
 
 def rewrite(document: str, content: Content) -> str:

@@ -144,6 +144,14 @@ def test_marked_sections_are_made_again_and_nothing_else():
     assert "packed" not in list(tables.missing(text)) and "kron" in list(tables.missing(text))
 
 
+def test_of_the_same_conditions_the_last_run_counts():
+    """With all of its rows: what is compared was measured side by side."""
+    first = {"date": "1", "rows": [row(ms=1.0), row("other", 2.0), row(m=4, ms=3.0)]}
+    last = {"date": "2", "rows": [row(ms=5.0)]}
+    merged = tables.merged([first, last])
+    assert merged["date"] == "2" and [r["ms"] for r in merged["rows"]] == [5.0, 3.0]
+
+
 def test_every_section_has_its_place_in_the_document():
     assert list(tables.missing(tables.DOCUMENT.read_text())) == []
 
