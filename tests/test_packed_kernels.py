@@ -21,7 +21,7 @@ from cases import (
     running,
     share,
 )  # fmt: skip
-from numerics import assert_bitwise_equal, assert_linear_close
+from numerics import HELD, assert_bitwise_equal, assert_linear_close
 
 from lowbit import blocks, dispatch, native
 from lowbit.bitpack import pack
@@ -423,6 +423,20 @@ def test_large_magnitudes_and_subnormals_round_like_torch(where):
         narrow = x.to(dtype)
         finite = torch.isfinite(narrow).all(1)
         assert_bitwise_equal(weight.linear(narrow[finite])[:, 0], narrow[finite][:, 0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_small_elements_beside_a_large_one_meet_sparse_weights(where, bits):
+    """What is documented of float32 x: relative to the largest of its segment where there is VNNI, else of each."""
+    weight = random_weight(row_format(bits, 70, 300), bits)
+    sparse = torch.rand(70, 300) < 0.9
+    sparse[:, 7] = True
+    weight.codes[sparse] = 1 << (bits - 1)  # 0
+    weight.packed.copy_(pack(weight.codes, bits))
+    x = activations(45, 300, torch.float32, seed=bits)
+    x[:, 7] = 1000 * (1 + torch.rand(45))
+    vnni = where.isa in ("avx512vnni", "avx512bf16")
+    assert_linear_close(weight.linear(x), x, weight.dense(), held=HELD if vnni else 0.0)
 
 
 def test_more_threads_than_rows(where):
