@@ -7,6 +7,7 @@
 #include "codebook/ops.h"
 #include "codebook/quantize_ops.h"
 #include "common/blocks_ops.h"
+#include "common/invariance.h"
 #include "common/isa.h"
 #include "kron/ops.h"
 #include "packed/ops.h"
@@ -17,6 +18,8 @@ std::string isas() { return lowbit::runnable_isas(); }
 std::string compiled_isas() { return lowbit::compiled_isas(); }
 std::string isa() { return lowbit::isa_name(lowbit::current_isa()); }
 void set_isa(std::string name) { lowbit::set_isa(name); }
+bool batch_invariant() { return lowbit::batch_invariant; }
+void set_batch_invariant(bool on) { lowbit::batch_invariant = on; }
 
 }  // namespace
 
@@ -37,6 +40,8 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("compiled_isas() -> str");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
+  m.def("batch_invariant() -> bool");
+  m.def("set_batch_invariant(bool on) -> ()");
   m.def("kmeans_optimal(Tensor x, Tensor? weights, int clusters, int choices=67108864) -> Tensor");
   m.def("block(Tensor packed, int bits) -> Tensor");
   m.def("block_(Tensor(a!) packed, int bits) -> ()");
@@ -49,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
   m.impl("compiled_isas", TORCH_BOX(&compiled_isas));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("batch_invariant", TORCH_BOX(&batch_invariant));
+  m.impl("set_batch_invariant", TORCH_BOX(&set_batch_invariant));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {

@@ -14,10 +14,10 @@ from lowbit.codebook.read import codebook_of
 from lowbit.convert import convert, dequantize
 from lowbit.dispatch import backends, use_backend
 from lowbit.gpu.models import tune, warmup
-from lowbit.gpu.tuning import batch_invariant
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
+from lowbit.invariance import batch_invariant
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight

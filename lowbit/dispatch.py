@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lowbit import native
+from lowbit import invariance, native
 
 BACKENDS = ("cpu", "triton", "reference")
 _NAMESPACE = "lowbit"
@@ -130,9 +130,11 @@ def _announce_fallback(reason: str) -> None:
 
 
 def initialize() -> None:
-    """Load the compiled kernels and apply ``LOWBIT_BACKEND``; called once by ``import lowbit``. Never raises."""
+    """Load the compiled kernels and apply the environment; called once by ``import lowbit``. Never raises."""
     global _unavailable
     _unavailable = native.load()
+    if _unavailable is None:
+        invariance.initialize()
     requested = os.environ.get("LOWBIT_BACKEND", "auto") or "auto"
     _force(requested)
 

@@ -31,6 +31,7 @@ from cases import activations, everywhere, running
 from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor
 
+import lowbit
 from lowbit.family import dtype_name
 from lowbit.gpu import tuning
 from lowbit.gpu.launch import TARGETS, Target, collecting, target_of
@@ -398,7 +399,7 @@ def check_rows_alone(family: str, bits: int, kind: torch.dtype, scales: str, *, 
     k = 8 * 256 + 44
     weight = FAMILIES[family].weights[scales](bits, 23, k, kind, bits)
     x = activations(67, k, torch.float16 if is_int8(kind) else kind)
-    with running(WHERE[0]), tuning.batch_invariant(invariant):
+    with running(WHERE[0]), lowbit.batch_invariant(invariant):
         y = weight.linear(x, int8=is_int8(kind))
         assert_bitwise_equal(weight.linear(x[66:], int8=is_int8(kind)), y[66:])
 
@@ -444,7 +445,7 @@ def test_a_row_alone_is_the_row_of_a_batch(family: str, bits: int, kind: torch.d
 def test_a_row_alone_is_the_row_of_a_batch_of_kron() -> None:
     weight = kron_cases.random_weight((1, 2, 1, 70, 1500), *[kron_cases.Kind(torch.float16)] * 2)
     x = activations(40, weight.k, torch.float16)
-    with running(WHERE[0]), tuning.batch_invariant():
+    with running(WHERE[0]), lowbit.batch_invariant():
         y = weight.linear(x)
         for row in range(3):
             assert_bitwise_equal(weight.linear(x[row : row + 1]), y[row : row + 1])

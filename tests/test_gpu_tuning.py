@@ -158,11 +158,27 @@ def test_one_configuration_for_every_batch():
         configs = {ask(m=m) for m in (1, 2, 16, 17, 64, 500, 5000, 100_000)}
         assert len(configs) == 1 and MEASURED not in configs and not configs.pop().dense
     assert ask() == MEASURED
+
+
+@pytest.mark.parametrize(("value", "gpu", "cpu"), [("1", True, True), ("0", False, False), ("", False, True)])
+def test_the_environment_says_whether_a_batch_may_matter(value, gpu, cpu):
+    program = """
+import lowbit, torch
+from lowbit import invariance, native
+native_value = torch.ops.lowbit_native.batch_invariant
+cpu = native_value() if native.load() is None else None
+print(invariance.on_gpu(), cpu)
+with lowbit.batch_invariant(False):
+    assert not invariance.on_gpu() and (cpu is None or not native_value())
+with lowbit.batch_invariant():
+    assert invariance.on_gpu() and (cpu is None or native_value())
+assert cpu is None or native_value() == cpu
+"""
     result = subprocess.run(
-        [sys.executable, "-c", "from lowbit.gpu import tuning; print(tuning._batch_invariant)"],
-        env={**os.environ, "LOWBIT_BATCH_INVARIANT": "1"}, capture_output=True, text=True, check=True,
+        [sys.executable, "-c", program], env={**os.environ, "LOWBIT_BATCH_INVARIANT": value}, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
-    assert result.stdout.strip() == "True"
+    assert result.stdout.split() in ([str(gpu), str(cpu)], [str(gpu), "None"])
 
 
 @needs_interpreter

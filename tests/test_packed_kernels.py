@@ -23,6 +23,7 @@ from cases import (
 )  # fmt: skip
 from numerics import HELD, assert_bitwise_equal, assert_linear_close
 
+import lowbit
 from lowbit import blocks, dispatch, native
 from lowbit.bitpack import pack
 from lowbit.layouts import by_group, words_per_row
@@ -331,6 +332,26 @@ def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits,
                 torch.set_num_threads(3)
                 assert_bitwise_equal(weight.linear(x, **mode_of(mode, group_size)), y)
                 torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_rows_where_the_batch_may_matter(where, bits):
+    """bfloat16 rows are then multiplied as float32 ones are: up to 4 bits one, at 8 bits up to three."""
+    if where.backend != "cpu":
+        pytest.skip("how the compiled kernels run")
+    few = {2: 1, 3: 1, 4: 1, 8: 3}.get(bits, 0) if where.isa == "avx512bf16" else 0
+    for i, format in enumerate(formats(bits, 70, 644, 64)):
+        weight = random_weight(format, i)
+        for m in (1, 2, 3, 4, 16):
+            x = (activations(m, 644, torch.float32, seed=m) * 10 ** torch.arange(644).sin()).bfloat16()
+            bias = -weight.linear(x[:1].float())[0]  # what is left of the first row is what the roundings differ by
+            y, as_float32 = weight.linear(x, bias), weight.linear(x.float(), bias)
+            with lowbit.batch_invariant(False):
+                faster = weight.linear(x, bias)
+                assert_bitwise_equal(weight.linear(x.float(), bias), as_float32)
+            assert_bitwise_equal(faster, as_float32.to(torch.bfloat16) if m <= few else y)
+            assert_bitwise_equal(weight.linear(x, bias), y)
+            assert where.isa != "avx512bf16" or not torch.equal(y, as_float32.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "empty.h"
+#include "invariance.h"
 #include "kernel.h"
 #include "scratch.h"
 
@@ -129,6 +130,7 @@ Tensor run_linear(const char* op, Linear<Weight>& a, Tensor x, const OptionalTen
     a.bias = bias->const_data_ptr();
   }
   a.int8 = int8;
+  a.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
   LOWBIT_CHECK(int8 || !x_scale, op, ": x_scale is for int8 activations: got x_scale with int8=False");
   if (x_scale) {
     check_stored(op, "x_scale", *x_scale, 1);

@@ -38,11 +38,13 @@ struct Linear {
   bool int8;             // int8 activations
   const float* x_scale;  // static activation scale; null: one per row of x, or
   int64_t x_group;       // > 0: one per row and this many columns
+  bool batch_invariant;  // y[m, :] may not depend on M
   void* y;               // [M, N]
 };
 
 // One family on one instruction set.
-// y[m,n] is the same to the last bit whatever M, whatever the row's place in the batch, whatever the split of N.
+// y[m,n] is the same to the last bit whatever the row's place in the batch, whatever the split of N and, where the call
+// is batch_invariant, whatever M.
 template <class Weight>
 struct CpuKernel {
   int64_t (*prepared_bytes)(const Linear<Weight>&);

@@ -1,6 +1,6 @@
 // How x is held for the tiles of tiles.h, and how K is cut into segments.
 //
-// Three kinds of activations:
+// Kinds of activations:
 //   int8     as `Quantizer` gives them, a row at a time or a group of its columns
 //   pieces   floats, where int8 dot products are fast (VNNI): each segment of a row as integers of 24 bits, the largest
 //            of which is above 2^22, held as three digits to base 256, -128 .. 127. Each digit is a row of int8
@@ -47,7 +47,8 @@ struct Plan {
     kind = Kind::pieces;
 #endif
 #if defined(__AVX512BF16__)
-    if (a.dtype == DType::bf16) kind = Kind::bf16;
+    const int64_t few = w.bits == 8 ? 3 : w.bits <= 4 ? 1 : 0;  // rows of x, which take less time in pieces
+    if (a.dtype == DType::bf16 && (a.batch_invariant || a.M > few)) kind = Kind::bf16;
 #endif
     if (a.int8) kind = Kind::int8;
     pieces = kind == Kind::pieces ? kPieces : 1;

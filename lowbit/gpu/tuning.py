@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lowbit import invariance
 from lowbit.family import dtype_name
 from lowbit.gpu.launch import Target
 from lowbit.gpu.layout import tiles_per_row
@@ -64,7 +65,6 @@ class Question:
 
 _forced: Config | None = None
 _asked: list[Question] | None = None
-_batch_invariant = os.environ.get("LOWBIT_BATCH_INVARIANT", "0") not in ("", "0")
 
 
 def choose(target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: int, k: int) -> Config:
@@ -77,12 +77,12 @@ def choose(target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: in
         _asked.append(Question(target, kernel, x, bits, m, n, k))
     if _forced is not None:
         return _forced
-    return _choose(Question(target, kernel, x, bits, rows_to_plan_for(m), n, k), _batch_invariant)
+    return _choose(Question(target, kernel, x, bits, rows_to_plan_for(m), n, k), invariance.on_gpu())
 
 
 def rows_to_plan_for(m: int) -> int:
     """The number of rows that a plan goes by: m, or where results must not depend on the batch, always the same."""
-    return _INVARIANT_M if _batch_invariant else m
+    return _INVARIANT_M if invariance.on_gpu() else m
 
 
 @lru_cache(maxsize=1 << 14)
@@ -155,21 +155,6 @@ def asking() -> Iterator[list[Question]]:
         yield _asked
     finally:
         _asked = before
-
-
-@contextmanager
-def batch_invariant(on: bool = True) -> Iterator[None]:
-    """On a GPU, make every result independent of the batch it sits in, bit for bit (process-wide, within the block).
-
-    One configuration then serves every M, which costs speed at small and at large M. ``LOWBIT_BATCH_INVARIANT=1``
-    does the same for a whole process. On a CPU it always holds.
-    """
-    global _batch_invariant
-    before, _batch_invariant = _batch_invariant, on
-    try:
-        yield
-    finally:
-        _batch_invariant = before
 
 
 # ------------------------------------------------------------------------------------------ the user's measured rows
