@@ -39,9 +39,9 @@ class Rows:
         self.limits: dict[str, limits.Limits] = content.get("limits", {})
 
     def find(self, **facts: Any) -> list[Row]:
-        """Rows with these values; a tuple stands for any of its members, and ``isa`` and ``x_group`` for none unless
-        they are given."""
-        facts = {"isa": None, "x_group": None, **facts}
+        """Rows with these values; a tuple stands for any of its members, and what is not the default (``isa``,
+        ``x_group``, ``batch_invariant``) for none unless it is given."""
+        facts = {"isa": None, "x_group": None, "batch_invariant": None, **facts}
         return [row for row in self.rows if all(_is(row.get(name), wanted) for name, wanted in facts.items())]
 
     def conditions(self, **facts: Any) -> Iterator[dict[str, Any]]:

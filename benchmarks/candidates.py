@@ -7,14 +7,14 @@ Ours are in ``ours.py``, others in ``peers_*.py``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit import native
+from lowbit import batch_invariant, native
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "fp32", BF16: "bf16"}
@@ -65,8 +65,8 @@ class Candidate:
     """A name for tables and a way to prepare a weight, which skips the test where it cannot run.
 
     ``facts`` go into every row: ``who``, ``bits`` (of a code), ``group`` (128, "row", ...), ``activations`` (what is
-    multiplied: "fp32", "bf16", "int8"), ``x_group`` where groups of x have a scale each and, for one that is forced,
-    ``isa``. ``needs`` names what preparing depends on
+    multiplied: "fp32", "bf16", "int8"), ``x_group`` where groups of x have a scale each and, where they are forced,
+    ``isa`` and ``batch_invariant``. ``needs`` names what preparing depends on
     besides the weight: "threads", "m".
     """
 
@@ -78,10 +78,15 @@ class Candidate:
     def __str__(self) -> str:
         return self.name
 
-    def isa(self) -> contextlib.AbstractContextManager[None]:
-        """Forces the ISA in ``facts``, if any."""
-        isa = self.facts.get("isa")
-        return contextlib.nullcontext() if isa is None else native.use_isa(isa)
+    @contextlib.contextmanager
+    def forced(self) -> Iterator[None]:
+        """Within the block, what its facts force holds."""
+        with contextlib.ExitStack() as stack:
+            if "isa" in self.facts:
+                stack.enter_context(native.use_isa(self.facts["isa"]))
+            if "batch_invariant" in self.facts:
+                stack.enter_context(batch_invariant(self.facts["batch_invariant"]))
+            yield
 
 
 def nbytes(tensors: tuple[Tensor, ...]) -> int:

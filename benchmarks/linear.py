@@ -58,7 +58,7 @@ def check_and_measure(
     one, weights = prepared(candidate, shape, **{name: conditions[name] for name in candidate.needs})
     n, k = shape
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(one.x_dtype)
-    with candidate.isa():
+    with candidate.forced():
         calls = [one.bind(x, weight) for weight in weights]
         y = calls[0]()
         check(candidate, one, x, y)

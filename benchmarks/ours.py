@@ -110,6 +110,12 @@ def packed(
     return Candidate(f"{name} {isa}", prepare, {**facts, "isa": isa})
 
 
+def packed_in_any_batch(bits: int, group: Group) -> Candidate:
+    """bf16 activations, few rows of which may be rounded otherwise than in a larger batch."""
+    one = packed(bits, group, "bf16")
+    return Candidate(f"{one.name} batch_invariant(False)", one.prepare, {**one.facts, "batch_invariant": False})
+
+
 def every_packed(bits: Iterable[int], groups: Iterable[Group], activations: Iterable[str]) -> list[Candidate]:
     groups, activations = list(groups), list(activations)
     return [packed(b, group, kind) for b in bits for group in groups for kind in activations]
