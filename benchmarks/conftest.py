@@ -1,7 +1,8 @@
 """Options, the `measure` fixture, and the table and file of results.
 
-`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON (see results.py). A
-candidate is checked against its float64 reference first, and is never timed when it is wrong.
+`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON (see results.py), and
+`--repeat N` measures everything N times. A candidate is checked against its float64 reference first, and is never timed
+when it is wrong.
 
 With one thread the clock is the process's CPU time, which other work on the machine hardly disturbs; with
 more it is wall time, and `waited` says which part of it other work took. Figures are medians, of the rounds that
@@ -58,7 +59,7 @@ class Session:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **machine.describe(),
             "limits": {"unavailable": self.no_limits} if self.no_limits else found,
-            "rows": results.with_shares(results.with_ratios(self.rows), self.limits()),
+            "rows": results.with_shares(results.with_ratios(results.medians(self.rows)), self.limits()),
         }
 
 
@@ -71,6 +72,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--all-shapes", action="store_true", help="the shapes of larger models too")
     group.addoption("--full", action="store_true", help="every M, bit-width, group size and kind of activations")
     group.addoption("--seconds", type=float, default=0.2, help="time for one measurement (default: 0.2)")
+    group.addoption("--repeat", type=int, default=1, help="times to measure everything, for medians (default: 1)")
     group.addoption("--results", metavar="FILE", help="write the results as JSON")
 
 
@@ -89,7 +91,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The slowest to prepare varies slowest; `threads` and `m` share one prepared weight."""
+    """What is repeated is repeated minutes later, when the machine may be busier or less so. Then the slowest to
+    prepare varies slowest; `threads` and `m` share one prepared weight."""
     module, option = metafunc.module, metafunc.config.option
 
     def values(name: str, every: bool) -> list[Any]:
@@ -101,6 +104,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "threads": thread_counts(metafunc.config),
         "m": values("MS", option.full),
     }
+    if option.repeat > 1:
+        metafunc.fixturenames.append("repeat")
+        metafunc.parametrize("repeat", range(option.repeat))
     for name in parameters:
         if name in metafunc.fixturenames:
             metafunc.parametrize(

@@ -31,6 +31,14 @@ def undisturbed_median(times: list[float], waited: list[float]) -> float:
     return statistics.median(quiet if len(quiet) >= 3 else times)
 
 
+def medians(rows: Iterable[Row]) -> list[Row]:
+    """Of what was measured several times, the row with the median time (the lower one of an even number)."""
+    repeats: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        repeats.setdefault((condition(row), row["name"]), []).append(row)
+    return [sorted(same, key=lambda row: row["ms"])[(len(same) - 1) // 2] for same in repeats.values()]
+
+
 def condition(row: Row) -> tuple[Any, ...]:
     """Rows with the same are compared with each other."""
     return row["op"], row["shape"], row["m"], row["threads"]

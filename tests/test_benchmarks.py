@@ -75,6 +75,13 @@ def test_disturbed_rounds_do_not_count_where_there_are_enough_others():
     assert results.undisturbed_median([1.0, 9.0, 3.0], [0.0, 8.0, 2.0]) == 3.0
 
 
+def test_of_repeated_measurements_the_median_counts():
+    repeats = [row(ms=ms) for ms in (3.0, 1.0, 2.0)] + [row(ms=ms, m=16) for ms in (9.0, 8.0)] + [row("other", 5.0)]
+    assert [(r["name"], r["m"], r["ms"]) for r in results.medians(repeats)] == [
+        ("lowbit 4-bit g128 int8", 1, 2.0), ("lowbit 4-bit g128 int8", 16, 8.0), ("other", 1, 5.0),
+    ]  # fmt: skip
+
+
 def test_results_files_round_trip(tmp_path):
     content = {"date": "2026-01-01", "limits": {"1": LIMITS}, "rows": [row(), row(m=16)]}
     results.write(tmp_path / "r.json", content)
@@ -113,6 +120,12 @@ def test_activations_in_groups_are_held_against_their_own_bar_only():
     bar = found.pop("packed, int8 in groups, 4096x4096, M=256, 1 thread: error")
     assert (bar.got, bar.verdict) == (0.0066, "missed by 10 %")
     assert all(bar.row == "lowbit 4-bit g128 int8" for bar in found.values()) and found
+
+
+def test_what_is_not_batch_invariant_is_held_against_no_bar():
+    bf16 = {"activations": "bf16", "bandwidth_share": 0.7}
+    found = judged(row("a", 2.0, **bf16), row("b", 1.0, batch_invariant=False, **{**bf16, "bandwidth_share": 0.1}))
+    assert {bar.row for bar in found.values()} == {"a"}
 
 
 def test_a_bit_width_that_costs_more_than_its_bytes_is_named():
