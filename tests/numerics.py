@@ -56,8 +56,9 @@ def assert_linear_close(
             f"error {error.flatten()[at]:.3e} > bound {bound.flatten()[at]:.3e} (K={k}, {y.dtype})"
         )
     norm = float(exact.norm())
-    # not where everything cancels, or the largest elements of x may meet no weight
-    if norm > 0 and not held and float(magnitude.norm()) < 16 * math.sqrt(k) * norm:
+    # not where much cancels (a rounding of what cancels then exceeds the bound), or the largest elements of x may meet
+    # no weight
+    if norm > 0 and not held and float(magnitude.norm()) < 4 * math.sqrt(k) * norm:
         relative = float(error.norm()) / norm
         assert relative <= frobenius_bound(y.dtype, k), (relative, frobenius_bound(y.dtype, k), k, y.dtype)
 

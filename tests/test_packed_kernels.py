@@ -76,7 +76,7 @@ def test_linear(where, bits, dtype):
         n, k = weight.format.out_features, weight.format.in_features
         dense, m = weight.dense(), ROWS[i % len(ROWS)]
         x = activations(m, k, dtype, seed=i)
-        bias = None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        bias = None if i % 3 == 0 else activations(1, n, DTYPES[i % 3], seed=n)[0]
         y = weight.linear(x, bias)
         assert y.dtype == dtype and y.shape == (m, n)
         assert_linear_close(y, x, dense, bias)
@@ -91,7 +91,7 @@ def test_linear_int8(where, bits, dtype, static):
         m = ROWS[i % len(ROWS)]
         x = activations(m, k, dtype, seed=i)
         x_scale = torch.tensor([0.011]) if static else None
-        bias = None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        bias = None if i % 3 == 0 else activations(1, n, DTYPES[i % 3], seed=n)[0]
         y = weight.linear(x, bias, int8=True, x_scale=x_scale)
         assert y.dtype == dtype and y.shape == (m, n)
         q, inverse = quantize_activations(x, x_scale)
@@ -197,7 +197,7 @@ def test_linear_int8_in_groups(where, bits, dtype):
     for i, (n, k, group_size, x_group) in share(where, IN_GROUPS, turn % 7, 7):
         choices = list(formats(bits, n, k, group_size))
         weight = random_weight(choices[(turn + i) % len(choices)], i)
-        m, bias = ROWS[(turn + i) % len(ROWS)], None if i % 3 == 0 else torch.randn(n).to(DTYPES[i % 3])
+        m, bias = ROWS[(turn + i) % len(ROWS)], None if i % 3 == 0 else activations(1, n, DTYPES[i % 3], seed=n)[0]
         x = uneven(m, k, dtype, seed=i)
         y = weight.linear(x, bias, int8=True, x_group=x_group)
         assert y.dtype == dtype and y.shape == (m, n)
