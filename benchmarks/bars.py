@@ -26,9 +26,13 @@ class Bar:
     at_most: bool = False
 
     @property
+    def missed(self) -> float:
+        """By how much, relative to what is wanted; at most 0 where the bar is met."""
+        return self.got / self.wanted - 1 if self.at_most else 1 - self.got / self.wanted
+
+    @property
     def verdict(self) -> str:
-        missed = self.got / self.wanted - 1 if self.at_most else 1 - self.got / self.wanted
-        return "met" if missed <= 0 else f"missed by {max(1, round(100 * missed))} %"
+        return "met" if self.missed <= 0 else f"missed by {max(1, round(100 * self.missed))} %"
 
 
 class Rows:
@@ -60,8 +64,14 @@ def _is(value: Any, wanted: Any) -> bool:
 
 def judged(content: dict[str, Any]) -> list[Bar]:
     """Every bar that something was measured for."""
+    return [bar for found in by_kind(content).values() for bar in found]
+
+
+def by_kind(content: dict[str, Any]) -> dict[str, list[Bar]]:
+    """What a kind of bars asks, the first line of its function's docstring -> those that something was measured for."""
     rows = Rows(content)
-    return [bar for part in BARS for bar in part(rows)]
+    found = {(part.__doc__ or "").splitlines()[0].rstrip("."): list(part(rows)) for part in BARS}
+    return {what: bars for what, bars in found.items() if bars}
 
 
 def at_least(what: str, wanted: float, values: Iterable[tuple[float, str]]) -> Iterator[Bar]:
@@ -86,7 +96,7 @@ def packed(**facts: Any) -> dict[str, Any]:
 
 
 def bandwidth(rows: Rows) -> Iterator[Bar]:
-    """M = 1: how much of the streaming bandwidth the weights come with."""
+    """M = 1: packed, share of the streaming bandwidth."""
     wanted = {("int8", True): {1: 0.9, 2: 0.75}, ("int8", False): {1: 0.75, 2: 0.75}}
     for kind in FLOATS:
         wanted |= {(kind, True): {1: 0.85, 2: 0.85}, (kind, False): {1: 0.6, 2: 0.6}}
@@ -100,7 +110,7 @@ def bandwidth(rows: Rows) -> Iterator[Bar]:
 
 
 def best_peer(rows: Rows) -> Iterator[Bar]:
-    """M = 1: against the fastest of the others with the same bits."""
+    """M = 1: packed, int8, time against the fastest peer of the same bits."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=1)):
         for bits, bar in ((2, 0.75), (4, 0.75), (8, 0.9)):
             others = [row for row in rows.find(**condition, bits=bits) if row["who"] != "lowbit"]
@@ -112,7 +122,7 @@ def best_peer(rows: Rows) -> Iterator[Bar]:
 
 
 def no_cliff(rows: Rows) -> Iterator[Bar]:
-    """M = 1: 3, 5, 6 and 7 bits take what their bytes say, between 2, 4 and 8 bits."""
+    """M = 1: packed, time at 3, 5, 6 and 7 bits against the line between 2, 4 and 8 bits."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=1)):
         for kind in ("int8", *FLOATS):
             at = {row["bits"]: row for row in rows.find(**packed(**condition, activations=kind, group=128))}
@@ -127,7 +137,7 @@ def no_cliff(rows: Rows) -> Iterator[Bar]:
 
 
 def few_rows(rows: Rows) -> Iterator[Bar]:
-    """M = 4 and 16: every bit-width against the fastest of the others that multiply in int8, whatever their bits."""
+    """M = 4 and 16: packed, int8, time at every bit-width against the fastest int8 peer, whatever its bits."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=(4, 16))):
         others = [row for row in rows.find(**condition, activations="int8") if row["who"] != "lowbit"]
         if others:
@@ -138,7 +148,7 @@ def few_rows(rows: Rows) -> Iterator[Bar]:
 
 
 def many_rows_int8(rows: Rows) -> Iterator[Bar]:
-    """M from 64 on: the share of the int8 peak, the time and the error against others."""
+    """M from 64 on: packed, int8, share of the int8 peak, time and error against peers."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=LARGE_M)):
         for group, bar in (("row", 0.8), (128, 0.7)):
             ours = rows.find(**packed(**condition, activations="int8", group=group))
@@ -159,7 +169,7 @@ def many_rows_int8(rows: Rows) -> Iterator[Bar]:
 
 
 def activations_in_groups(rows: Rows) -> Iterator[Bar]:
-    """M from 64 on, a scale of x per group: what the finer scales are for."""
+    """M from 64 on: packed, int8 activations in groups, error."""
     in_groups = packed(activations="int8", x_group=(64, 128))
     for condition in rows.conditions(**in_groups, op="packed_linear", shape=LARGE, m=LARGE_M):
         errors = [(row["error"], row["name"]) for row in rows.find(**in_groups, **condition)]
@@ -167,7 +177,7 @@ def activations_in_groups(rows: Rows) -> Iterator[Bar]:
 
 
 def many_rows_float(rows: Rows) -> Iterator[Bar]:
-    """M from 64 on, float activations: the speed of oneDNN's prepacked product of the same dtype."""
+    """M from 64 on: packed, fp32 and bf16, speed against oneDNN's prepacked product of the same dtype."""
     for condition in rows.conditions(**packed(op="packed_linear", shape=LARGE, m=LARGE_M)):
         for kind in FLOATS:
             peer = rows.fastest(**condition, prepacked=True, activations=kind)
@@ -178,7 +188,7 @@ def many_rows_float(rows: Rows) -> Iterator[Bar]:
 
 
 def never_slower(rows: Rows) -> Iterator[Bar]:
-    """Any shape, M and bits: against ``F.linear`` of x's dtype."""
+    """Every family, shape, M and bits: time against `F.linear` of the dtype of x."""
     for family in ("packed", "codebook", "kron"):
         for kind in ("int8", *FLOATS):
             found = []
@@ -191,7 +201,7 @@ def never_slower(rows: Rows) -> Iterator[Bar]:
 
 
 def calls(rows: Rows) -> Iterator[Bar]:
-    """The call of a small layer."""
+    """M = 1: time of the call of a small layer."""
     for condition in rows.conditions(who="lowbit", op="module_call"):
         if condition["threads"] != 1:
             continue
@@ -207,7 +217,7 @@ def calls(rows: Rows) -> Iterator[Bar]:
 
 
 def codebook(rows: Rows) -> Iterator[Bar]:
-    """Against packed layers of the same bits, groups and activations; at M = 256, the share of the peak."""
+    """Codebook: time against packed of the same bits, groups and activations; at M = 256 share of the peak."""
     ours = {"who": "lowbit", "family": "codebook", "op": "codebook_linear"}
     for condition in rows.conditions(**ours, shape=LARGE, m=(1, 16)):
         for kind in ("int8", *FLOATS):
@@ -233,7 +243,7 @@ def _but_op(condition: dict[str, Any]) -> dict[str, Any]:
 
 
 def kron(rows: Rows) -> Iterator[Bar]:
-    """M from 16 on: the speed-up over the dense layer, of what the saved operations promise."""
+    """Kronecker, M from 16 on: speed-up over `F.linear`, of what the saved operations promise."""
     ours = {"who": "lowbit", "family": "kron"}
     for condition in rows.conditions(**ours):
         for kind in FLOATS:
@@ -246,7 +256,7 @@ def kron(rows: Rows) -> Iterator[Bar]:
 
 
 def embedding(rows: Rows) -> Iterator[Bar]:
-    """4096 rows at 4 bits."""
+    """Gather of 4096 embedding rows at 4 bits: time against fp32 `F.embedding`."""
     for condition in rows.conditions(who="lowbit", op="packed_embedding"):
         dense = rows.fastest(**condition, name="torch fp32")
         if dense:
@@ -256,7 +266,7 @@ def embedding(rows: Rows) -> Iterator[Bar]:
 
 
 def avx2(rows: Rows) -> Iterator[Bar]:
-    """M = 1, forced: against fp32 ``F.linear`` with all the machine has."""
+    """M = 1: packed, AVX2 forced, time against fp32 `F.linear` with all that the machine has."""
     for condition in rows.conditions(**packed(op="packed_linear", m=1, isa="avx2")):
         dense = rows.fastest(**condition, name="torch fp32")
         if dense:

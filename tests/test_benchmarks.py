@@ -152,7 +152,7 @@ def test_marked_sections_are_made_again_and_nothing_else():
     assert "| lowbit 4-bit g128 int8 | 0.5 (4×) |" in found and "old" not in found
     assert tables.NOTHING in found.split("after")[1]
     assert tables.rewrite(found, content) == found
-    with pytest.raises(ValueError, match="one of machine, bars, .* got 'nonsense'"):
+    with pytest.raises(ValueError, match="one of headlines, misses, machine, bars, .* got 'nonsense'"):
         tables.rewrite("<!-- cpu nonsense: begin --><!-- cpu nonsense: end -->", content)
     assert "packed" not in list(tables.missing(text)) and "kron" in list(tables.missing(text))
 
@@ -165,8 +165,36 @@ def test_of_the_same_conditions_the_last_run_counts():
     assert merged["date"] == "2" and [r["ms"] for r in merged["rows"]] == [5.0, 3.0]
 
 
-def test_every_section_has_its_place_in_the_document():
-    assert list(tables.missing(tables.DOCUMENT.read_text())) == []
+def test_every_section_has_its_place_in_the_documents():
+    assert list(tables.missing(tables.DOCUMENT.read_text(), tables.SHORT)) == []
+    pages = sorted(tables.PAGES.glob("zen*.md"))
+    assert pages and all(list(tables.missing(page.read_text(), tables.FULL)) == [] for page in pages)
+    assert list(tables.missing(tables.new_page("new"), tables.FULL)) == [] and set(tables.TITLES) == set(tables.FULL)
+
+
+def test_the_documents_show_the_results_that_are_stored():
+    folder = tables.ROOT / "benchmarks" / "results"
+    content = tables.merged([results.read(folder / f"{name}.json") for name in ("zen4-shapes", "zen4")])
+    for file in (tables.DOCUMENT, tables.PAGES / "zen4.md"):
+        assert tables.rewrite(file.read_text(), content) == file.read_text()
+
+
+def test_headlines_stand_beside_what_they_are_compared_with():
+    ours = [row(ms=ms, m=m) for m, ms in ((1, 0.5), (16, 2.0), (256, 20.0))]
+    dense = [row("torch fp32", ms, m=m, who="torch", family="dense") for m, ms in ((1, 5.0), (16, 4.0), (256, 10.0))]
+    (line,) = tables.headlines({"rows": ours + dense}).splitlines()[2:]
+    assert line == (
+        "| 4-bit layer, int8 x | 4-bit g128 int8 | 0.5, 2, 20 ms | torch fp32 | 5, 4, 10 ms | 10, 2, 0.5 |"
+    )
+    assert tables.headlines({"rows": ours}) == ""  # nothing to compare it with
+
+
+def test_of_every_kind_of_bars_the_one_missed_by_most_is_named():
+    calls = [row(f"{name} fp32", ms, op="module_call", shape="8x8", who=who, activations="fp32", family="packed")
+             for name, ms, who in (("nn.Linear", 1.0, "torch"), ("ours", 2.6, "lowbit"))]  # fmt: skip
+    said = tables.misses({"rows": calls})
+    assert said.startswith("0 of 1 are met.")
+    assert "| 0 of 1 | call of an 8x8 layer, fp32: time against nn.Linear fp32 (ours fp32) | ≤ 1.3 | 2.6 |" in said
 
 
 def point(varied, value, ms, nbytes=1000, **sizes):

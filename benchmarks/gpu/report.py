@@ -1,4 +1,4 @@
-"""Part ``report``: the GPU section of ``docs/performance.md``, made from every ``gpu-*.json`` among the results.
+"""Part ``report``: the GPU section of ``docs/results/gpu.md``, made from every ``gpu-*.json`` among the results.
 
 It stands between two marker comments and is made again as a whole, so nothing in it is ever written by hand.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from .bars import counts
 from .parts import RESULTS, ROOT, Context, Section, slug
 
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = ROOT / "docs" / "results" / "gpu.md"
 BEGIN, END = "<!-- gpu: begin (made by `python -m benchmarks.gpu --part report`) -->", "<!-- gpu: end -->"
 NOTHING = "No GPU results yet: `make gpu-check` on a machine with a GPU measures them."
 
