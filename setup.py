@@ -3,10 +3,13 @@
 Environment:
     LOWBIT_NO_NATIVE=1                    install pure Python, whatever is available
     LOWBIT_SANITIZE=address,undefined     build an instrumented library (see tests/sanitize.py)
-    CXX, CXXFLAGS, LDFLAGS                as usual
+    MAX_JOBS                              how many compilers run at a time (default: one per core)
+    CXX, CXXFLAGS, LDFLAGS                as usual; NVCC and NVCCFLAGS for csrc/cuda
+
+This file writes build/native/build.ninja, and ninja builds what has changed. The objects stay in that folder.
 
 The library uses torch's stable ABI and no Python API: one build serves Python >= 3.10 and torch >= 2.10.
-Without torch or a compiler the package is installed as pure Python, and says so.
+Without torch, a compiler or ninja the package is installed as pure Python, and says so.
 """
 
 from __future__ import annotations
@@ -17,13 +20,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Object -> its source and the flags of its instruction set (one source may be compiled more than once).
+# Instruction set -> the file that a family's kernel is compiled from, and its flags.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 _ISAS = {"scalar": ("cpu_scalar.cpp", [])}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -33,23 +35,50 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512vnni": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi"]),
         "avx512bf16": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]),
     }
+# Object -> its source and the flags of its instruction set (one source may be compiled more than once). The slowest
+# come first: ninja starts them in this order, so none is left over for the end.
 OBJECTS: dict[str, tuple[str, list[str]]] = {
+    f"{family}_{isa}": (f"csrc/{family}/{file}", flags)
+    for family in ("packed", "codebook", "kron")
+    for isa, (file, flags) in reversed(_ISAS.items())
+}
+OBJECTS |= {f"{family}_ops": (f"csrc/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
+OBJECTS |= {
     "library": ("csrc/library.cpp", []),
+    "blocks_ops": ("csrc/common/blocks_ops.cpp", []),
+    "codebook_quantize_ops": ("csrc/codebook/quantize_ops.cpp", []),
+    "codebook_kmeans": ("csrc/codebook/kmeans.cpp", []),
     "isa": ("csrc/common/isa.cpp", []),
     "scratch": ("csrc/common/scratch.cpp", []),
-    "blocks_ops": ("csrc/common/blocks_ops.cpp", []),
-    "codebook_kmeans": ("csrc/codebook/kmeans.cpp", []),
-    "codebook_quantize_ops": ("csrc/codebook/quantize_ops.cpp", []),
 }
-for _family in ("packed", "codebook", "kron"):
-    OBJECTS[f"{_family}_ops"] = (f"csrc/{_family}/ops.cpp", [])
-    OBJECTS |= {f"{_family}_{isa}": (f"csrc/{_family}/{file}", flags) for isa, (file, flags) in _ISAS.items()}
 
 # -ffp-contract=off: a product and a sum round as written, the same in every object file.
 # -Wno-(maybe-)uninitialized: GCC 12 warns about undefined operands in its own AVX-512 intrinsics (bug 105593).
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
+CUDA_LIBRARY = "liblowbit_cuda.so"
+
+# -MD, not -MMD: another version of torch or of the compiler rebuilds too.
+RULES = """\
+builddir = {folder}
+rule compile
+  command = {cxx} {flags} $isa -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule link
+  command = {cxx} -shared $in {link} -o $out
+  description = link $out
+rule cuda
+  command = {nvcc} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $out
+rule cuda_link
+  command = {nvcc} -shared $in -o $out
+  description = link $out
+"""
 
 
 def compiler() -> list[str]:
@@ -60,6 +89,15 @@ def compiler() -> list[str]:
     return []
 
 
+def ninja() -> str | None:
+    """The path of ninja: that of the Python package, else one on PATH."""
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(ninja.BIN_DIR, "ninja"))
+
+
 def why_not() -> str | None:
     """Why the native library cannot be built here, or None."""
     if os.environ.get("LOWBIT_NO_NATIVE", "0") not in ("", "0"):
@@ -68,6 +106,8 @@ def why_not() -> str | None:
         return "the native library is not built on Windows yet"
     if not compiler():
         return "no C++ compiler found (tried CXX, c++, g++, clang++)"
+    if not ninja():
+        return "no ninja found (pip install ninja)"
     try:
         import torch
     except ImportError:
@@ -76,42 +116,105 @@ def why_not() -> str | None:
     return None if version >= (2, 10) else f"torch >= 2.10 is needed to build: found {torch.__version__}"
 
 
+def environment_flags(name: str) -> list[str]:
+    return shlex.split(os.environ.get(name, ""))
+
+
+def path_text(path: object) -> str:
+    """A path as ninja's own syntax spells it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def edge(output: Path, rule: str, *inputs: object, **variables: str) -> str:
+    lines = [f"build {path_text(output)}: {rule} {' '.join(map(path_text, inputs))}"]
+    return "\n".join([*lines, *(f"  {name} = {value}" for name, value in variables.items()), ""])
+
+
+def cuda_edges(folder: Path, nvcc: str | None) -> list[str]:
+    """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu, where there are such files and nvcc.
+
+    The library has C entry points and knows no torch, so that one build serves every torch.
+    """
+    sources = sorted(Path("csrc/cuda").rglob("*.cu"))
+    if sources and not nvcc:
+        print("lowbit: building without CUDA kernels (no nvcc found)", file=sys.stderr)
+    if not sources or not nvcc:
+        return []
+    objects = [folder / "cuda" / source.relative_to("csrc/cuda").with_suffix(".o") for source in sources]
+    edges = [edge(target, "cuda", source) for target, source in zip(objects, sources, strict=True)]
+    return [*edges, edge(folder / CUDA_LIBRARY, "cuda_link", *objects)]
+
+
+def write_ninja(folder: Path, library: str) -> list[str]:
+    """Writes ``folder``/build.ninja; returns the libraries that it makes in ``folder``: ``library`` and CUDA's.
+
+    Every flag is part of a command, so that ninja rebuilds when one changes.
+    """
+    import torch
+
+    sanitize = os.environ.get("LOWBIT_SANITIZE", "")
+    mode, link = ["-O3", "-g0"], []
+    if sanitize:
+        link = [f"-fsanitize={sanitize}"]
+        mode = ["-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
+    root = Path(torch.__file__).parent
+    includes = ["-isystem", str(root / "include"), "-isystem", str(root / "include/torch/csrc/api/include")]
+    link += [f"-L{root / 'lib'}", *environment_flags("LDFLAGS"), "-ltorch_cpu", "-ltorch"]
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    nvcc_command = [nvcc or "nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    shell = {
+        "cxx": compiler(),
+        "flags": [*FLAGS, *mode, *DEFINES, *includes, *environment_flags("CXXFLAGS")],
+        "link": link,
+        "nvcc": [*nvcc_command, *environment_flags("NVCCFLAGS")],
+    }
+    commands = {name: shlex.join(words).replace("$", "$$") for name, words in shell.items()}
+    objects = [folder / f"{name}.o" for name in OBJECTS]
+    edges = [
+        edge(target, "compile", source, isa=" ".join(flags))
+        for target, (source, flags) in zip(objects, OBJECTS.values(), strict=True)
+    ]
+    cuda = cuda_edges(folder, nvcc)
+    edges += [edge(folder / library, "link", *objects), *cuda]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(RULES.format(folder=path_text(folder), **commands) + "\n".join(edges))
+    return [library, *([CUDA_LIBRARY] if cuda else [])]
+
+
 class Build(build_ext):
-    """Compiles every object with its own flags, several at a time, and links them."""
+    """Has ninja compile and link, and puts what it made where setuptools wants it."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.native_temp: Path | None = None
+        self.made: list[str] = []
+
+    def finalize_options(self) -> None:
+        # An editable build's own folder of temporary files is removed after it: objects stay where --build-temp says.
+        self.native_temp = Path(self.build_temp or "build/native")
+        super().finalize_options()
 
     def build_extension(self, ext: Extension) -> None:
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        sanitize = os.environ.get("LOWBIT_SANITIZE", "")
-        mode = ["-O3", "-g0"]
-        link: list[str] = []
-        if sanitize:
-            link = [f"-fsanitize={sanitize}"]
-            mode = ["-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
-        user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(name: str) -> str:
-            source, isa = OBJECTS[name]
-            target = str(folder / f"{name}.o")
-            flags = [*FLAGS, *mode, *isa, *DEFINES, *includes, *user]
-            subprocess.run([*compiler(), *flags, "-c", source, "-o", target], check=True)
-            return target
-
-        jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-        # The slowest files first, so that none is left over for the end.
-        names = sorted(OBJECTS, key=lambda name: "ops" not in name and "avx512" not in name)
-        with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(compile_one, names))
         output = Path(self.get_ext_fullpath(ext.name))
+        self.made = write_ninja(self.native_temp, output.name)
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+        if subprocess.run([ninja(), "-f", self.native_temp / "build.ninja", f"-j{jobs}"]).returncode:
+            raise SystemExit("lowbit: the native library does not build: see above")
         output.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{path}" for path in library_paths()]
-        user = shlex.split(os.environ.get("LDFLAGS", ""))
-        command = [*compiler(), "-shared", *objects, *link, *libraries, *user, "-ltorch_cpu", "-ltorch"]
-        subprocess.run([*command, "-o", str(output)], check=True)
-        # CUDA kernels will be a second, torch-free library built here: nvcc, csrc/*/*.cu -> liblowbit_cuda.so
+        for library in self.made:
+            replace(self.native_temp / library, output.with_name(library))
+
+    def copy_extensions_to_source(self) -> None:
+        for library in self.made:
+            replace(Path(self.build_lib, "lowbit", library), Path("lowbit", library))
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copies; whoever has the old ``target`` loaded keeps it."""
+    temporary = target.with_name(f".{target.name}.new")
+    shutil.copyfile(source, temporary)
+    shutil.copymode(source, temporary)
+    temporary.replace(target)
 
 
 reason = why_not()
