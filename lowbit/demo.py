@@ -101,7 +101,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 
 def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
-    """``exp`` of the mean negative log-likelihood of ``ids [1, length]``, in pieces of ``context`` tokens."""
+    """``exp`` of the mean negative log-likelihood of ``ids [1, length]``, ``context`` tokens at a time."""
     total, count = 0.0, 0
     for piece in ids.split(context, dim=1):
         if piece.shape[1] < 2:
@@ -113,7 +113,7 @@ def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
 
 
 def best_rate(run: Callable[[], Any], count: int, repeats: int) -> float:
-    """``count`` per second of the fastest of ``repeats`` runs: the machine may be busy otherwise."""
+    """``count`` per second in the fastest of ``repeats`` runs: other work may slow the machine down."""
     run()
     fastest = float("inf")
     for _ in range(repeats):
@@ -169,7 +169,7 @@ class CausalLM:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         pairs = sentence_pairs()
-        # one text per batch: no padding, which a causal model would have to be told about
+        # one text per batch, so that nothing is padded
         text = " ".join(f"{pair.first} {pair.second}" for pair in pairs)
         self.context = min(512, int(getattr(model.config, "max_position_embeddings", 512)))
         self.ids = tokenizer(" ".join(sample_text()), return_tensors="pt").input_ids
@@ -197,7 +197,7 @@ class CausalLM:
 
 
 def default_model() -> str:
-    """The folder of the model that the demonstration uses unless told otherwise."""
+    """The folder of the model that the demonstration uses by default."""
     found = find_spec(MODEL_PACKAGE)
     if found is None or found.origin is None:
         raise FileNotFoundError(
@@ -226,7 +226,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def with_int8_activations(model: nn.Module) -> nn.Module | None:
-    """A copy whose linears quantize their input per token, on the same weights; ``None`` where none of them can."""
+    """A copy with the same weights whose linears quantize their input per token; ``None`` where none of them can."""
     model = copy.deepcopy(model)
     linears = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
     able = [layer for layer in linears if "int8" in layer.format.supported_activations]
@@ -236,7 +236,7 @@ def with_int8_activations(model: nn.Module) -> nn.Module | None:
 
 
 def recipes(bits: Sequence[int], group_size: int, quantizer: str) -> dict[str, Spec]:
-    """The rows of the table: uniform weights at the widths asked for, codebooks and Kronecker factors."""
+    """The rows of the table: packed weights of the given bits, codebooks and Kronecker factors."""
     rows: dict[str, Spec] = {
         f"{b}-bit": lowbit.Packed(bits=b, group_size=group_size, zeros="float", quantizer=quantizer)  # type: ignore[arg-type]
         for b in bits
@@ -261,7 +261,7 @@ def cpu_model() -> str:
 
 
 def machine_line() -> str:
-    """Processor, threads, versions and the kernels in use: what the figures below it depend on."""
+    """What the figures depend on: processor, threads, versions and the kernels in use."""
     active = next(backend for backend in lowbit.backends() if backend.available)
     isa = f" ({active.details['isa']})" if "isa" in active.details else ""
     return (
@@ -331,7 +331,7 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = _parser().parse_args(arguments)
-    logging.disable(logging.WARNING)  # other packages' remarks would cut the table into pieces
+    logging.disable(logging.WARNING)  # other packages' messages would cut the table into pieces
     try:
         bit_widths = [int(bits) for bits in options.bits.split(",")]
         if options.threads:

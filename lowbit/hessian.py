@@ -1,6 +1,4 @@
-"""What a layer's Hessian H = X.T @ X says about its weights: the importance of every input, and rounding with error
-feedback. Shared by the quantizers.
-"""
+"""What quantizers do with a Hessian H = X.T @ X: the importance of every input, and rounding with error feedback."""
 
 from __future__ import annotations
 
@@ -11,10 +9,10 @@ from torch import Tensor
 
 __all__ = ["check_hessian", "damped", "error_feedback", "round_with_feedback"]
 
-# Hessian damping, in units of its mean diagonal; the next is tried when the factorization fails.
+# Added to the diagonal, in units of its mean; the next one is tried when the factorization fails.
 DAMPING = (0.01, 0.1, 1.0)
-# Columns between two matrix products of the error feedback.
-_BLOCK = 64
+# Columns taken together: one matrix product feeds back the errors of all columns before them.
+_COLUMNS = 64
 
 
 def check_hessian(hessian: Tensor | None, k: int) -> None:
@@ -28,8 +26,10 @@ def check_hessian(hessian: Tensor | None, k: int) -> None:
 
 
 def damped(importance: Tensor) -> Tensor | None:
-    """Non-negative importances over their mean, plus a little, so that what calibration never saw still counts;
-    ``None`` where all are 0."""
+    """``importance / mean + damping``: inputs that calibration never saw still count.
+
+    ``None`` where all are 0.
+    """
     mean = importance.double().mean()
     return (importance.double() / mean + DAMPING[0]).float() if mean > 0 else None
 
@@ -74,8 +74,8 @@ def round_with_feedback(
     residual = torch.zeros_like(w)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     columns = order.tolist()
-    for start in range(0, len(w), _BLOCK):
-        end = min(start + _BLOCK, len(w))
+    for start in range(0, len(w), _COLUMNS):
+        end = min(start + _COLUMNS, len(w))
         target = w[start:end] + feedback[:start, start:end].t() @ residual[:start]
         for j in range(start, end):
             code, value = nearest(columns[j], target[j - start])

@@ -1,7 +1,7 @@
-"""The sparse part of a weight: which elements are kept aside, and their CSR form. Shared by the quantizers.
+"""The sparse part of a weight: which elements are outliers, and their CSR form.
 
-Both functions read the weight through ``chunks``, a callable that yields (a float32 ``[rows, K]`` part, its rows) anew
-at every call, so that their temporaries stay small.
+The functions read the weight through a callable that yields (a float32 ``[rows, K]`` part, its rows), from the
+beginning at every call. So their temporaries stay small.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def float_chunks(weight: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:
 
 
 def float16_holds(values: Tensor) -> bool:
-    """Whether float16 holds the values with full precision (they may be rounded to it: Inf and 0 are out)."""
+    """Whether all values are positive normal numbers of float16: rounding to it then keeps its full precision."""
     limits = torch.finfo(torch.float16)
     return bool(((values >= limits.tiny) & (values <= limits.max)).all())
 
 
 def choose_outliers(chunks: Chunks, n: int, k: int, count: int) -> Tensor | None:
-    """bool ``[N, K]``: exactly the ``count`` elements of largest magnitude (of equal ones the first)."""
+    """bool ``[N, K]``: exactly the ``count`` elements of largest magnitude; among equal ones the first. 0: ``None``."""
     if count == 0:
         return None
     # Radix select: for non-negative floats the order of the bits is the order of the values.
@@ -73,7 +73,7 @@ def _select(
 
 
 def sparse_rest(rest: Chunks, mask: Tensor | None) -> CSR:
-    """CSR of S = ``rest`` (the weight minus its dense part) where ``mask`` is set; float16 where it fits."""
+    """CSR of S = ``rest``, the weight minus its dense part, where ``mask`` is set; values float16 where these fit."""
     if mask is None:
         return None, None, None
     n, k = mask.shape

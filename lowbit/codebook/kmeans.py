@@ -1,7 +1,7 @@
 """One-dimensional (weighted) k-means for many small tables at once: k-means++ and Lloyd, or the exact optimum.
 
-Values are sorted once per table. A cluster is then a run of neighbours, and with prefix sums of h, h*x and h*x**2 its
-mean and its squared error follow from its two ends: a Lloyd round costs one search per cluster boundary, whatever the
+Values are sorted once per table. A cluster is then a range of neighbours. Its mean and its squared error follow from
+its two ends, by prefix sums of h, h*x and h*x**2. So a Lloyd round costs one search per cluster boundary, for any
 number of values.
 """
 
@@ -25,14 +25,16 @@ def kmeans(
 ) -> Tensor:
     """Centroids ``[R, clusters]``, float32 and ascending, of each row of ``values`` ``[R, n]``.
 
-    k-means++ (every next centroid is drawn from the values with probability proportional to h times the squared
-    distance to the nearest one so far; Arthur & Vassilvitskii, SODA 2007), then ``iterations`` Lloyd rounds. A cluster
-    that loses all its values keeps its centroid, so that no round increases the error. A row's random numbers follow
-    from the seed and the row's number, so its result does not depend on the other rows. A row of at most
+    First k-means++ (Arthur & Vassilvitskii, SODA 2007): each next centroid is drawn from the values, with probability
+    proportional to h times the squared distance to the nearest centroid so far. Then ``iterations`` Lloyd rounds. A
+    cluster that loses all its values keeps its centroid, so that no round increases the error. A row's random numbers
+    follow from the seed and the row's number, so its result does not depend on the other rows. A row of at most
     ``clusters`` distinct values gets these, the largest one repeated.
 
-    values: float32; ``inf`` marks an element that does not exist. weights: h > 0, float32 [R, n], or None = all 1.
-    first_row: the number of the first row.
+    Args:
+        values: float32; ``inf`` marks an element that does not exist.
+        weights: h > 0, float32 ``[R, n]``; ``None``: all 1.
+        first_row: the number of the first row.
     """
     points = _Points.of(values, weights)
     start, step = torch.rand(2, clusters, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -45,11 +47,11 @@ def kmeans(
 
 @torch.no_grad()
 def optimal(values: Tensor, weights: Tensor | None, clusters: int) -> Tensor:
-    """The centroids of least squared error; arguments and result as of :func:`kmeans`.
+    """The centroids of least squared error; arguments and result are those of :func:`kmeans`.
 
-    Dynamic programming over the sorted values, F_j(i) = min_l F_{j-1}(l) + error(l, i): the best l never falls as i
-    grows, which makes a layer O(n log n) (Grønlund et al., arXiv 1701.07204). Compiled; in numpy without the
-    native library.
+    Dynamic programming over the sorted values, F_j(i) = min_l F_{j-1}(l) + error(l, i). The best l never falls as i
+    grows, so each F_j costs O(n log n) (Grønlund et al., arXiv 1701.07204). It runs in the compiled library, or in
+    numpy where there is none.
     """
     if values.device.type == "cpu" and native.load() is None:
         x, h = _sorted(values, weights)
@@ -127,7 +129,7 @@ class _Points:
         return torch.where(mass > 0, mean, otherwise)
 
     def plus_plus(self, uniform: Tensor) -> Tensor:
-        """The k-means++ start [R, L], ascending, from as many numbers in [0, 1)."""
+        """The centroids [R, L], ascending, with which k-means++ starts; ``uniform`` [R, L] are numbers in [0, 1)."""
         drawn = torch.searchsorted(self.mass, uniform[:, :1] * self.mass[:, -1:], right=True) - 1
         centroids = self.x.gather(1, drawn.clamp_(max=self.x.shape[1] - 1))
         edges = self.edges(centroids)
@@ -161,7 +163,7 @@ class _Points:
         return low
 
     def insert(self, new: Tensor, centroids: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """(centroids, edges) with one more centroid [R, 1]: only the edge that it falls on gives way to two."""
+        """(centroids, edges) with one more centroid [R, 1]: two edges replace the one between its neighbours."""
         rank = torch.searchsorted(centroids, new)
         centroids = torch.cat([centroids, new], 1).sort(1).values
         around = torch.nn.functional.pad(centroids, (1, 0), value=-torch.inf)
@@ -184,7 +186,7 @@ class _Points:
             exact.scatter_reduce_(1, rank, x.masked_fill(~torch.isfinite(x), -torch.inf), "amax")
             centroids = centroids.clone()
             centroids[few] = exact.cummax(1).values
-        # Only a row without any value has none to start from.
+        # Only a row without any value has centroids that are not finite.
         return centroids.masked_fill(~torch.isfinite(centroids), 0)
 
 

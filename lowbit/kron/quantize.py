@@ -4,10 +4,10 @@ Rearranged to
 
     M[n1*K1 + k1, n2*K2 + k2] = W[n1*N2 + n2, k1*K2 + k2],
 
-a Kronecker product is a matrix of rank 1, and a sum of R of them one of rank R. So the nearest sum in the Frobenius
-norm is the truncated singular value decomposition of M, and its squared error the sum of the squared singular values
-left out. They come from M.T @ M in float64, where m, the shorter side of M, is the square root of N*K at most: that
-loses what is below 1e-8 of the largest one, which a float32 weight does not hold either.
+a Kronecker product is a matrix of rank 1, and a sum of R of them has rank R. So the nearest sum in the Frobenius norm
+is the truncated singular value decomposition of M. Its squared error is the sum of the squared singular values that are
+left out. The decomposition comes from M.T @ M in float64. The shorter side m of M is at most the square root of N*K.
+Singular values below 1e-8 of the largest one are lost, but a float32 weight does not hold them either.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def nearest_kronecker(
 ) -> tuple[Tensor, Tensor]:
     """The factors A ``[R, N1, K1]`` and B ``[R, N2, K2]`` of least ‖W - sum_r A_r ⊗ B_r‖ (Frobenius).
 
-    The terms are orthogonal and in order of falling norm; the two factors of a term have equal norm, and the element
-    of largest magnitude of the smaller factor (B, where they are of one size) is positive. Both are float32, or
-    float64 for a float64 weight.
+    The terms are orthogonal, in order of falling norm. The two factors of a term have equal norm. The element of
+    largest magnitude of the smaller factor (of B, where both have one size) is positive. Both are float32, or float64
+    for a float64 weight.
 
     Args:
         weight: ``[N, K]``, any float dtype and strides.
@@ -105,10 +105,9 @@ def shape_problem(n: int, k: int, shape_a: tuple[int, int], rank: int) -> str | 
 def factor_shapes(n: int, k: int, spec: Kronecker) -> list[tuple[int, int]]:
     """The shapes ``(N1, K1)`` of A to choose from for a weight ``[n, k]``, the smallest A first.
 
-    They are those whose R*(N1*K1 + N2*K2) parameters come nearest, as a ratio, to n*k / compression: all that are
-    equally near. There are none when the nearest is off by more than a factor of 1.25; one that is no smaller than
-    the weight, or whose factors allow fewer than R terms, does not count. ``spec.shape``, where given, is the only
-    one.
+    They are all shapes whose R*(N1*K1 + N2*K2) parameters come nearest, as a ratio, to n*k / compression. A shape does
+    not count when its factors are not smaller than the weight, or allow fewer than R terms. There are none when the
+    nearest is off by more than a factor of 1.25. ``spec.shape``, where given, is the only one.
     """
     if spec.shape is not None:
         return [] if shape_problem(n, k, spec.shape, spec.rank) else [spec.shape]
@@ -130,7 +129,7 @@ def factor_shapes(n: int, k: int, spec: Kronecker) -> list[tuple[int, int]]:
 def predicted_format(weight: Tensor, spec: Kronecker, kind: str) -> KroneckerFormat:
     """The format that :func:`decompose` gives ``weight``, unless packed scales turn out not to fit their dtype.
 
-    On meta, where no shape can be told to be the best, it is that of the first of :func:`factor_shapes`.
+    On meta no shape can be found to be the best: it is then that of the first of :func:`factor_shapes`.
     """
     if kind == "embedding":
         spec = spec.for_embedding()
@@ -148,8 +147,8 @@ def predicted_format(weight: Tensor, spec: Kronecker, kind: str) -> KroneckerFor
 def decompose(weight: Tensor, spec: Kronecker) -> KroneckerWeight:
     """The nearest sum of Kronecker products to ``weight`` (``[N, K]``, any float dtype), stored as ``spec`` says.
 
-    Of the shapes that :func:`factor_shapes` gives, the one of least error. The smaller factor is rounded, or
-    quantized, first; the larger one is the least squares fit to it as stored, and so makes up for what it can.
+    It takes the shape of least error among :func:`factor_shapes`. The smaller factor is rounded, or quantized, first.
+    The larger one is then the least squares fit to it as stored, which makes up for a part of its error.
 
     Raises:
         ValueError: the weight is not a finite, non-empty ``[N, K]`` float tensor; the spec does not fit it.
