@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import Codebook, Packed
-from lowbit.family import Spec
+from lowbit.core.family import Spec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import shared_data

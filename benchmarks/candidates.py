@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import batch_invariant, native
+from lowbit import batch_invariant
+from lowbit.backends.cpu import native
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPE_NAMES = {F32: "fp32", BF16: "bf16"}

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowbit
 from lowbit import Kronecker, Packed
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 SETTINGS: dict[str, Kronecker | None] = {
     "float32": None,

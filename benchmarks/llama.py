@@ -9,7 +9,7 @@ from memory import SHAPE
 from torch import nn
 
 import lowbit
-from lowbit.layer import Layer, layers
+from lowbit.nn.layer import Layer, layers
 
 LAYERS = 22
 GROUP = 128

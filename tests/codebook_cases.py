@@ -10,7 +10,7 @@ from cases import DTYPES, call
 from cases import SHAPES as PACKED_SHAPES
 from torch import Tensor
 
-from lowbit.bitpack import pack
+from lowbit.core.bitpack import pack
 
 BITS = tuple(range(1, 9))
 SHAPES = (*PACKED_SHAPES, (40, 104, 7))  # and one whose nested scales take three blocks of 256

@@ -11,8 +11,9 @@ from cases import DTYPES, call
 from numerics import assert_linear_close
 from torch import Tensor
 
-from lowbit import dispatch, native
-from lowbit.bitpack import pack
+from lowbit.backends import registry
+from lowbit.backends.cpu import native
+from lowbit.core.bitpack import pack
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Weight:
         All in bfloat16, the instruction set ``avx512bf16`` may round what lies between the products to it.
         """
         dtypes = {x.dtype, self.arguments["a"].dtype, self.arguments["b"].dtype}
-        rounds = dtypes == {torch.bfloat16} and dispatch.active_backend() == "cpu" and native.isa() == "avx512bf16"
+        rounds = dtypes == {torch.bfloat16} and registry.active_backend() == "cpu" and native.isa() == "avx512bf16"
         assert_linear_close(
             y, torch.cat([x] * self.rank, -1), torch.cat(self.terms(), 1), bias, intermediate=2.0**-9 * rounds
         )

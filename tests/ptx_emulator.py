@@ -1,9 +1,10 @@
 """Executes compiled PTX on the CPU: what a GPU would run, checked without one.
 
-:func:`execute` runs one kernel of a PTX text, :func:`run_launch` a compiled :class:`lowbit.gpu.launch.Launch`. Every
-thread of a batch of blocks is a lane of numpy arrays: one register is one array, and an instruction is executed for
-all lanes that stand at it. Known is what Triton emits for sm_80 and sm_90 matrix products; anything else is a
-:class:`Fault` that names it. An error of the program is a Fault too, where the hardware would only give wrong numbers:
+:func:`execute` runs one kernel of a PTX text, :func:`run_launch` a compiled
+:class:`~lowbit.backends.triton.launch.Launch`. Every thread of a batch of blocks is a lane of numpy arrays: one
+register is one array, and an instruction is executed for all lanes that stand at it. Known is what Triton emits for
+sm_80 and sm_90 matrix products; anything else is a :class:`Fault` that names it. An error of the program is a Fault
+too, where the hardware would only give wrong numbers:
 
 - an access out of bounds or misaligned; shared memory read before it is written; a register that is not written yet,
   or was computed from one in this thread, as an address, a condition, a stored value or an operand of a matrix product;

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.bitpack import pack, unpack, words_per_row
+from lowbit.core.bitpack import pack, unpack, words_per_row
 
 # The first bits+1 words of a row of 33 codes, code j = (5 j + 3) mod 2**bits; the words after them are 0.
 GOLDEN = {
@@ -66,7 +66,7 @@ def test_padding_codes_are_zero():
 
 
 def test_large_input_is_packed_in_blocks_of_rows(monkeypatch):
-    import lowbit.bitpack as bitpack
+    import lowbit.core.bitpack as bitpack
 
     codes = torch.randint(0, 8, (10, 50), dtype=torch.uint8)
     whole = pack(codes, 3)

@@ -19,16 +19,17 @@ from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
-from lowbit import blocks, dispatch
-from lowbit.bitpack import pack
-from lowbit.gpu import layout as tiles
-from lowbit.layer import layers
-from lowbit.layouts import BLOCKS, CANONICAL, TILES, change
+from lowbit.backends import reference, registry
+from lowbit.backends.cpu import blocks
+from lowbit.backends.layouts import BLOCKS, CANONICAL, TILES, change
+from lowbit.backends.triton import tiles
+from lowbit.core.bitpack import pack
+from lowbit.nn.layer import layers
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
 
 BITS = range(1, 9)
-COMPILED = dispatch.why_unavailable("cpu") is None
+COMPILED = registry.why_unavailable("cpu") is None
 needs_compiled = pytest.mark.skipif(not COMPILED, reason="no compiled kernels")
 
 
@@ -64,7 +65,7 @@ def by_definition(codes: torch.Tensor, bits: int) -> list[int]:
 def test_every_bit_is_where_the_definition_says(bits, backend):
     for n, k in ((16, 32), (37, 77), (15, 40), (48, 1), (130, 70), (64, 33)):
         codes = random_codes(n, k, bits)
-        with dispatch.use_backend(backend):
+        with registry.use_backend(backend):
             found = blocks.block(pack(codes, bits), bits)
         assert found.dtype == torch.int32 and found.shape == (n, -(-k // 32), bits, 1) and found.is_contiguous()
         assert [word & 0xFFFFFFFF for word in found.flatten().tolist()] == by_definition(codes, bits)
@@ -77,7 +78,7 @@ def test_there_and_back(bits, n, k, seed):
     words = pack(codes, bits)
     results = []
     for backend in ("reference", *(["cpu"] if COMPILED else [])):
-        with dispatch.use_backend(backend):
+        with registry.use_backend(backend):
             results.append(blocks.block(words, bits))
             assert_bitwise_equal(blocks.unblock(results[-1], bits), words)
     assert_bitwise_equal(results[0], results[-1])
@@ -106,7 +107,7 @@ def test_slices_of_whole_panels_are_blocks(bits):
 def test_large_weights_on_any_number_of_threads(bits):
     """More than the torch form arranges at a time, more than one task, odd sizes; inputs that are not contiguous."""
     words = torch.randint(-(2**31), 2**31, (2063, 67 * bits), dtype=torch.int32)
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         found = blocks.block(words, bits)
         assert_bitwise_equal(blocks.unblock(found, bits), words)
     if COMPILED:
@@ -232,8 +233,8 @@ def test_the_input_gradient_cuts_blocks_whole(outliers, monkeypatch):
     w = random_weight(replace(FORMATS[0], out_features=75, outliers=outliers))
     x = activations(5, 70, torch.float32).requires_grad_()
     dy = activations(5, 75, torch.float32, seed=2)
-    monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * 70)
-    with dispatch.use_backend("reference"):
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * 70)
+    with registry.use_backend("reference"):
         for packed in (w.packed, blocks.block(w.packed, 4)):
             y = torch.ops.lowbit.packed_linear(x, packed, w.scales, w.zeros, None, *w.outliers, None, 4, 16, False)
             (dx,) = torch.autograd.grad(y, x, dy)
@@ -245,7 +246,7 @@ def test_blocks_of_a_wrong_shape_are_refused():
     w = random_weight(FORMATS[1])
     packed = blocks.block(w.packed, 3)
     rest = (w.scales, w.zeros, None, None, None, 3, 70, 70, torch.float32)
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         for bad in (packed[:, :1], packed.view(37, 3, 1, 3), packed.expand(-1, -1, -1, 2)):
             with pytest.raises(RuntimeError, match=r"packed in blocks must be \[N, 3, 3, 1\] for K=70, bits=3"):
                 torch.ops.lowbit.packed_dequantize(bad, *rest)
@@ -259,7 +260,7 @@ def kernels(monkeypatch):
     """Compiled kernels of packed linears that read blocks, and a switch to those that do not."""
     switch = {"read_blocks": True}
     monkeypatch.setattr(blocks, "used_on", lambda device: switch["read_blocks"] and device.type == "cpu")
-    with nullcontext() if COMPILED else dispatch.use_backend("reference"):
+    with nullcontext() if COMPILED else registry.use_backend("reference"):
         yield switch
 
 
@@ -300,7 +301,7 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
     check(m, before, 2)
     parameters = {id(p) for p in m.parameters()}
     ids = torch.arange(40)
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         y = m(ids)
 
     kernels["read_blocks"] = True
@@ -308,7 +309,7 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
         move()
         check(m, before)
     assert {id(p) for p in m.parameters()} == parameters, "parameters stay the same objects"
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         assert_bitwise_equal(m(ids), y)
     lowbit.report(m)
 
@@ -379,7 +380,7 @@ def test_only_packed_linears_of_16_rows_hold_blocks(kernels):
 def test_where_blocks_are_used():
     """Where the compiled kernels run, and nowhere else."""
     cpu, weight = torch.device("cpu"), lowbit.Packed(bits=4).quantize(torch.randn(20, 40))
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         assert not blocks.used_on(cpu)
         assert PackedLinear.from_weight(weight).packed.dim() == 2
     assert blocks.used_on(cpu) is COMPILED
@@ -423,12 +424,12 @@ def test_a_state_dict_of_another_shape_is_refused(kernels):
         layer.validate()
 
 
-@pytest.mark.skipif(not dispatch.interpreting(), reason="Triton's interpreter is not on")
+@pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
 def test_triton_takes_blocks(kernels):
     layer = PackedLinear.from_float(torch.randn(20, 300), lowbit.Packed(bits=5, group_size=64))
     assert layer.packed.dim() == 4
     x = torch.randn(3, 300, dtype=torch.float16)
-    with dispatch.use_backend("triton"):
+    with registry.use_backend("triton"):
         y = layer(x)
         layer._arrange((CANONICAL,))
         assert_bitwise_equal(layer(x), y)
@@ -436,7 +437,7 @@ def test_triton_takes_blocks(kernels):
 
 PREPARE = """
 import torch, lowbit
-from lowbit import blocks
+from lowbit.backends.cpu import blocks
 from lowbit.packed.format import PackedFormat
 
 def peak():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit import calibrate
-from lowbit.calibrate import (
+from lowbit.model import calibrate
+from lowbit.model.calibrate import (
     calibrate_sequential,
     collect_hessians,
     collect_input_maxima,

@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
-from lowbit import dispatch
-from lowbit.layer import layer_class
+from lowbit.backends import registry
+from lowbit.nn.layer import layer_class
 
 SPECS = [lowbit.Packed(bits=4, group_size=16), lowbit.Codebook(bits=4), lowbit.Kronecker()]
 family = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.family)
@@ -45,7 +45,7 @@ def python_files(call) -> set[str]:
 @family
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_no_python_between_the_module_and_the_kernel(spec, mode):
-    if dispatch.active_backend("cpu") != "cpu":
+    if registry.active_backend("cpu") != "cpu":
         pytest.skip("no compiled kernels")
     layer, rows, x, ids = linear(spec), embedding(spec), torch.randn(2, 48), torch.tensor([1, 2])
     with mode():
@@ -154,6 +154,6 @@ def test_a_torch_without_the_names_that_are_not_public_makes_the_plain_call(monk
     x = torch.randn(3, 64)
     with torch.no_grad():
         expected = layer(x)
-        monkeypatch.setattr("lowbit.layer._CAN_SKIP", False)
-        monkeypatch.setattr("lowbit.layer._any_requires_grad", None)
+        monkeypatch.setattr("lowbit.nn.layer._CAN_SKIP", False)
+        monkeypatch.setattr("lowbit.nn.layer._any_requires_grad", None)
         assert torch.equal(layer(x), expected)

@@ -15,7 +15,7 @@ from lowbit.checkpoint import folder as folders
 from lowbit.checkpoint import metadata
 from lowbit.checkpoint.reader import DTYPES, Checkpoint
 from lowbit.checkpoint.stream import empty_parameters
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 
 class Net(nn.Module):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit import cli, demo
+from lowbit import demo
+from lowbit.cli import command as cli
 
 
 @pytest.fixture(scope="module")

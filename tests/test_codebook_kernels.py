@@ -13,14 +13,14 @@ from cases import DTYPES, ROWS, Where, activations, everywhere, running, share
 from codebook_cases import BITS, SHAPES, Kind, Weight, kinds, random_bias, random_weight
 from numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bound
 
-from lowbit import dispatch
-from lowbit.bitpack import pack, words_per_row
+from lowbit.backends import registry
+from lowbit.backends.layouts import ask_for_huge_pages
+from lowbit.backends.reference import quantize_activations
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.launch import target_of
 from lowbit.codebook.format import CodebookFormat
 from lowbit.codebook.module import CodebookLinear
-from lowbit.gpu import tuning
-from lowbit.gpu.launch import target_of
-from lowbit.layouts import ask_for_huge_pages
-from lowbit.reference import quantize_activations
+from lowbit.core.bitpack import pack, words_per_row
 
 WHERE = everywhere()
 
@@ -311,7 +311,7 @@ def test_entries_of_any_magnitude_come_back(where, bits):
 
 def test_huge_pages_are_asked_for_under_canonical_codes(monkeypatch):
     """Advice: the codes stay where and what they are, whatever the system makes of it."""
-    if dispatch.active_backend("cpu") != "cpu":
+    if registry.active_backend("cpu") != "cpu":
         pytest.skip("only the compiled kernels ask")
     packed = torch.randint(-(2**31), 2**31, (2048, 1024), dtype=torch.int32)  # several pages of 2 MiB
     place, copy = packed.data_ptr(), packed.clone()
@@ -319,7 +319,7 @@ def test_huge_pages_are_asked_for_under_canonical_codes(monkeypatch):
     assert packed.data_ptr() == place
     assert_bitwise_equal(packed, copy)
     asked = []
-    monkeypatch.setattr("lowbit.layer.ask_for_huge_pages", lambda codes: asked.append(codes.data_ptr()))
+    monkeypatch.setattr("lowbit.nn.layer.ask_for_huge_pages", lambda codes: asked.append(codes.data_ptr()))
     layer = CodebookLinear(CodebookFormat(4, 64, 64, 64, "row", "float16", "none"), device="cpu")
     layer.prepare()
     assert asked == [layer.packed.data_ptr()]
@@ -336,7 +336,7 @@ def test_more_threads_than_rows(where):
 
 def test_more_than_two_to_the_31_weights():
     """Offsets beyond 32 bits: the rows at the far end of a 0.27 GB tensor."""
-    if dispatch.why_unavailable("cpu") is not None:
+    if registry.why_unavailable("cpu") is not None:
         pytest.skip("no compiled kernels")
     n, k, bits = 33_000, 65_536, 1
     assert n * k > 1 << 31

@@ -9,10 +9,11 @@ from codebook_cases import Kind, Weight, random_weight
 from numerics import assert_bitwise_equal
 from torch import nn
 
-from lowbit.bitpack import pack
+from lowbit.backends import reference
+from lowbit.backends.reference import row_blocks
 from lowbit.codebook.format import CodebookWeight
 from lowbit.codebook.module import CodebookLinear
-from lowbit.reference import row_blocks
+from lowbit.core.bitpack import pack
 
 KINDS = [
     Kind(4, 10, 70, 16, "tensor", "float", scale_dtype=torch.float16),
@@ -113,7 +114,7 @@ def test_a_large_weight_is_worked_on_in_blocks(where, kind, monkeypatch):
     x = activations(5, kind.k, torch.float32).requires_grad_()
     dy = activations(5, kind.n, torch.float32, seed=2)
     y, rows = w.linear(x), w.dequantize()
-    monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * kind.k)
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * kind.k)
     assert len(list(row_blocks(kind.n, kind.k))) == 3
     assert_bitwise_equal(w.dequantize(), rows)
     assert close(w.linear(x), y, 1e-6)

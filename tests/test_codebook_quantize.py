@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lowbit.codebook.quantize as module
-from lowbit import native
+from lowbit.backends.cpu import native
 from lowbit.codebook.format import FP4, NF4, Codebook, CodebookWeight
 from lowbit.codebook.kmeans import _Points, boundaries, kmeans, optimal
 from lowbit.codebook.quantize import quantize

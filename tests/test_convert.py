@@ -12,7 +12,7 @@ from torch import nn
 
 import lowbit
 from lowbit import Packed, PackedEmbedding, PackedLinear
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 
 class Block(nn.Module):

@@ -15,8 +15,8 @@ from numerics import assert_bitwise_equal, frobenius_bound
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.family import Spec
-from lowbit.layer import Layer, LinearLayer, build, layer_class, layer_classes, layers
+from lowbit.core.family import Spec
+from lowbit.nn.layer import Layer, LinearLayer, build, layer_class, layer_classes, layers
 
 Codebook, Kronecker, Packed = lowbit.Codebook, lowbit.Kronecker, lowbit.Packed
 

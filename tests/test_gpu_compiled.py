@@ -26,7 +26,7 @@ from gpu.predict import launches_of, predict, work
 from gpu.resources import Line, cuda_blocks, loads, loops, machine_code, main_loop
 
 import lowbit
-from lowbit.gpu.launch import TARGETS, Launch
+from lowbit.backends.triton.launch import TARGETS, Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,7 +178,7 @@ def compile_these() -> dict[str, Any]:
     wide = product(n=1 << 16)
     code = machine_code(offline.compile_launch(wide, target), target)
     found["prediction"] = predict(offline.compile_launch(wide, target), wide, target, code, blocks=4)
-    family = ModuleType("lowbit.planted.kernel_triton")
+    family = ModuleType("lowbit.planted.triton")
     family.shipped = lambda target: [("a", [sound, replace(sound, grid=(1,))]), ("b", [sound, LAUNCHES["narrow"]])]
     sys.modules[family.__name__], offline.FAMILIES = family, ("planted",)
     found["names"] = [configuration.name for _, configuration in offline.configurations([target])]

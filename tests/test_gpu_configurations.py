@@ -1,9 +1,9 @@
 """Every configuration that ships, run, and compared with float64 arithmetic on the exactly dequantized weight.
 
-Families of packed codes: each row of ``lowbit/gpu/tuned.json``. A case forces one, its blocks and its split of K, on a
-weight of several tiles of K and several blocks of N, and of M where that is cheap, none of them filled. In Triton's
-interpreter the rows of an H200 run at every number of bits and with every kind of activations; what other targets cut
-in another way runs at one number of bits. On a GPU, its own rows run.
+Families of packed codes: each row of ``lowbit/backends/triton/tuned.json``. A case forces one, its blocks and its split
+of K, on a weight of several tiles of K and several blocks of N, and of M where that is cheap, none of them filled. In
+Triton's interpreter the rows of an H200 run at every number of bits and with every kind of activations; what other
+targets cut in another way runs at one number of bits. On a GPU, its own rows run.
 
 Family ``kron`` has no table: what its planner does for one row of x and for many, each way through its kernels.
 """
@@ -32,12 +32,12 @@ from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor
 
 import lowbit
-from lowbit.family import dtype_name
-from lowbit.gpu import tuning
-from lowbit.gpu.launch import TARGETS, Target, collecting, target_of
-from lowbit.gpu.layout import tile
+from lowbit.backends.reference import quantize_activations
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.launch import TARGETS, Target, collecting, target_of
+from lowbit.backends.triton.tiles import tile
+from lowbit.core.family import dtype_name
 from lowbit.packed.format import PackedFormat
-from lowbit.reference import quantize_activations
 
 WHERE = [where for where in everywhere() if where.backend == "triton"]
 K = 2 * 256 + 44  # two tiles and a part of a third; four groups of 128 and a part of a fifth
@@ -138,7 +138,7 @@ def families() -> list[str]:
 
 
 def has_kernels(family: str) -> bool:
-    return importlib.util.find_spec(f"lowbit.{family}.kernel_triton") is not None
+    return importlib.util.find_spec(f"lowbit.{family}.triton") is not None
 
 
 # --------------------------------------------------------------------------------------------------------- the cases
@@ -343,7 +343,7 @@ class KronPlan(Case):
     @contextmanager
     def planning(self) -> Iterator[None]:
         """Plans are for the case's target, which, where there are many rows, seems to have one processor."""
-        planner = importlib.import_module("lowbit.kron.kernel_triton")
+        planner = importlib.import_module("lowbit.kron.triton")
         before = planner.target_of
         on_gpu = WHERE[0].device == "cuda"
         target = target_of(torch.device("cuda")) if on_gpu else replace(TARGETS[self.target], inline_ptx=False)
@@ -464,8 +464,8 @@ class Mistake:
     spoils: Callable[[Any], bool]
 
 
-PACKED, CODEBOOK, KRON = (f"lowbit.{family}.kernel_triton" for family in ("packed", "codebook", "kron"))
-BLOCKS, ROWS = "lowbit.gpu.blocks", "lowbit.gpu.rows"
+PACKED, CODEBOOK, KRON = (f"lowbit.{family}.triton" for family in ("packed", "codebook", "kron"))
+BLOCKS, ROWS = "lowbit.backends.triton.codes", "lowbit.backends.triton.activations"
 
 
 def of(family: str, condition: Callable[[Any], bool] = lambda case: True) -> Callable[[Any], bool]:
@@ -545,7 +545,7 @@ MISTAKES = {
 
 def plant(mistake: Mistake, family: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Put a changed copy of a module, and a copy of the kernels that import it, where the family's ops find them."""
-    for name in dict.fromkeys((mistake.module, f"lowbit.{family}.kernel_triton")):
+    for name in dict.fromkeys((mistake.module, f"lowbit.{family}.triton")):
         spec = importlib.util.find_spec(name)
         assert spec is not None and spec.origin is not None
         text, copy = Path(spec.origin).read_text(), folder / f"{name}.py"

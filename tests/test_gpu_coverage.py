@@ -17,7 +17,7 @@ from gpu import coverage, offline
 from gpu.coverage import Line
 from test_gpu_compiled import python
 
-from lowbit.gpu.launch import TARGETS
+from lowbit.backends.triton.launch import TARGETS
 
 LINE = Line("packed", 4, "float16")
 

@@ -16,13 +16,14 @@ from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
-from lowbit import blocks, dispatch
-from lowbit.bitpack import pack, unpack
-from lowbit.gpu import layout
-from lowbit.layer import layers
-from lowbit.layouts import TILES
+from lowbit.backends import registry
+from lowbit.backends.cpu import blocks
+from lowbit.backends.layouts import TILES
+from lowbit.backends.triton import tiles as layout
+from lowbit.core.bitpack import pack, unpack
+from lowbit.nn.layer import layers
 
-needs_interpreter = pytest.mark.skipif(not dispatch.interpreting(), reason="Triton's interpreter is not on")
+needs_interpreter = pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +69,7 @@ def test_the_reference_reads_tiles(monkeypatch):
     layer = lowbit.PackedLinear.from_float(torch.randn(12, 300), lowbit.Packed(bits=3, group_size=20, outliers=0.01))
     layer.scales.requires_grad_()
     x = torch.randn(5, 300, requires_grad=True)
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         y = layer(x)
         grads = torch.autograd.grad(y.sum(), [x, layer.scales])
         layer._arrange((TILES,))
@@ -158,7 +159,7 @@ def test_what_is_made_on_a_gpu_is_prepared_there(on_gpu, tmp_path):
     m = lowbit.convert(model(), SPECS[0])
     lowbit.save(m, tmp_path)
     on_gpu["on"] = True
-    with dispatch.use_backend("reference"):  # the CPU's kernels do not read tiles
+    with registry.use_backend("reference"):  # the CPU's kernels do not read tiles
         for made in (lowbit.convert(model(), SPECS[0]), lowbit.load(tmp_path, model())):
             assert all(layer.packed.dim() == 3 for layer in layers(made).values())
             assert made[0].packed is made[3].packed
@@ -208,7 +209,7 @@ def test_kernels_take_tiles_and_canonical_words(on_gpu):
 def test_tiles_of_a_wrong_shape_are_refused():
     layer = lowbit.PackedLinear.from_float(torch.randn(8, 300), lowbit.Packed(bits=4))
     tiles = layout.tile(layer.packed.data, 4, 300)
-    with dispatch.use_backend("reference"), pytest.raises(RuntimeError, match=r"packed in tiles must be \[N, 2, 32\]"):
+    with registry.use_backend("reference"), pytest.raises(RuntimeError, match=r"packed in tiles must be \[N, 2, 32\]"):
         torch.ops.lowbit.packed_dequantize(
             tiles[:, :1].contiguous(), layer.scales, layer.zeros, None, None, None, 4, 300, 300, torch.float32
         )

@@ -28,10 +28,10 @@ from ptx_emulator import Compiled, Statistics, run_launch
 from torch import Tensor
 
 import lowbit
-from lowbit.gpu import launch, tuning
-from lowbit.gpu.launch import TARGETS, Launch
+from lowbit.backends.reference import quantize_activations
+from lowbit.backends.triton import launch, tuning
+from lowbit.backends.triton.launch import TARGETS, Launch
 from lowbit.packed.format import PackedFormat
-from lowbit.reference import quantize_activations
 
 pytest.importorskip("triton")
 
@@ -68,7 +68,7 @@ class Case:
     def __init__(self, target: str, name: str) -> None:
         family, _, label = name.partition(" ")
         with ExitStack() as stack:
-            module = __import__(f"lowbit.{family}.kernel_triton", fromlist=["linear"])
+            module = __import__(f"lowbit.{family}.triton", fromlist=["linear"])
             stack.enter_context(patch.object(module, "target_of", lambda device: TARGETS[target]))
             self.launches = stack.enter_context(launch.collecting())
             stack.enter_context(tuning.asking())

@@ -16,14 +16,14 @@ from cases import Where, running
 from numerics import assert_bitwise_equal
 
 import lowbit
-from lowbit import dispatch
-from lowbit.gpu import launch, tuning
-from lowbit.gpu.launch import TARGETS
-from lowbit.gpu.models import _sizes, candidates
+from lowbit.backends import registry
+from lowbit.backends.triton import launch, tuning
+from lowbit.backends.triton.launch import TARGETS
+from lowbit.model.warmup import _sizes, candidates
 
 H200 = TARGETS["sm_90"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
-needs_interpreter = pytest.mark.skipif(not dispatch.interpreting(), reason="Triton's interpreter is not on")
+needs_interpreter = pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,8 @@ def test_one_configuration_for_every_batch():
 def test_the_environment_says_whether_a_batch_may_matter(value, gpu, cpu):
     program = """
 import lowbit, torch
-from lowbit import invariance, native
+from lowbit.backends import invariance
+from lowbit.backends.cpu import native
 native_value = torch.ops.lowbit_native.batch_invariant
 cpu = native_value() if native.load() is None else None
 print(invariance.on_gpu(), cpu)
@@ -230,7 +231,7 @@ def test_warmup_covers_every_size(name, monkeypatch):
     layer, max_m = LAYERS[name](), 600
     warmed = set()
     monkeypatch.setattr(launch.Launch, "__call__", lambda self: warmed.add(self.signature))
-    with dispatch.use_backend("triton"), torch.no_grad():
+    with registry.use_backend("triton"), torch.no_grad():
         lowbit.warmup(layer, max_m)
         assert warmed
         for m in range(1, max_m + 1):
@@ -246,18 +247,18 @@ def test_warmup_covers_every_size(name, monkeypatch):
 SIGNATURES = """
 import torch
 from gpu.offline import compile_launch, compiling_for
-from lowbit.gpu import tuning
-from lowbit.gpu.launch import TARGETS
-from lowbit.packed import kernel_triton
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.launch import TARGETS
+from lowbit.packed import triton as kernels
 target = TARGETS["sm_90"]
-signatures, kernel = set(), kernel_triton.packed_linear_kernel
+signatures, kernel = set(), kernels.packed_linear_kernel
 for m in (1, 2, 16, 17, 48):
     for k in (512, 520):
         x, y = (torch.empty(m, s, dtype=torch.float16) for s in (k, 64))
         tiles, scales = torch.zeros(64, -(-k // 256), 32, dtype=torch.int32), torch.ones(64, 1, dtype=torch.float16)
         config = tuning.Config(64, 16, 4, 2, 1)
         none = (None, None, None)
-        plan = kernel_triton.plan_linear(
+        plan = kernels.plan_linear(
             target, config, x, tiles, scales, None, None, none, None, 4, k, False, y
         )
         for launch in plan:
@@ -284,8 +285,8 @@ def test_a_signature_is_what_triton_compiles_by():
 
 def test_the_backends_are_listed_with_reasons():
     rows = {status.name: status for status in lowbit.backends()}
-    assert tuple(rows) == dispatch.BACKENDS
-    assert rows["triton"].available == (dispatch.why_unavailable("triton") is None)
+    assert tuple(rows) == registry.BACKENDS
+    assert rows["triton"].available == (registry.why_unavailable("triton") is None)
     assert rows["triton"].available or rows["triton"].reason
 
 
@@ -318,24 +319,24 @@ except RuntimeError as error:
 def test_a_gpu_that_another_backend_was_forced_for(monkeypatch):
     """On a GPU tensor: the reference runs where it was asked for, and the CPU's kernels are refused."""
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(dispatch, "_why_no_triton", lambda: None)
-    monkeypatch.setattr(dispatch, "_why_not_device", lambda device: None)
-    assert dispatch._why_not_on_gpu(device) is None
+    monkeypatch.setattr(registry, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(registry, "_why_not_device", lambda device: None)
+    assert registry._why_not_on_gpu(device) is None
     for name in ("cpu", "reference"):
-        monkeypatch.setattr(dispatch, "_forced", name)
-        assert dispatch._why_not_on_gpu(device) == f"the backend {name!r} was asked for"
-    monkeypatch.setattr(dispatch, "_forced", "auto")
-    monkeypatch.setattr(dispatch, "_why_no_triton", lambda: "triton cannot be imported: gone")
-    assert dispatch._why_not_on_gpu(device) == "triton cannot be imported: gone"
+        monkeypatch.setattr(registry, "_forced", name)
+        assert registry._why_not_on_gpu(device) == f"the backend {name!r} was asked for"
+    monkeypatch.setattr(registry, "_forced", "auto")
+    monkeypatch.setattr(registry, "_why_no_triton", lambda: "triton cannot be imported: gone")
+    assert registry._why_not_on_gpu(device) == "triton cannot be imported: gone"
 
 
 @needs_interpreter
 def test_forcing_triton_leaves_no_way_around(monkeypatch):
     x = torch.randn(3, 64)
     layer = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed())
-    with dispatch.use_backend("triton"):
-        assert dispatch.active_backend("cpu") == "triton"
+    with registry.use_backend("triton"):
+        assert registry.active_backend("cpu") == "triton"
         assert lowbit.report(layer).rows[0].backend == "triton"
-        monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+        monkeypatch.setattr(registry, "interpreting", lambda: False)
         with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=triton cannot run: "):
             layer(x)

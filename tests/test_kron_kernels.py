@@ -11,7 +11,8 @@ from cases import BITS, DTYPES, ROWS, Where, activations, everywhere, running, s
 from kron_cases import DENSE, SHAPES, Kind, Weight, packed_kinds, random_weight
 from numerics import assert_bitwise_equal, assert_linear_close
 
-from lowbit import dispatch, native
+from lowbit.backends import registry
+from lowbit.backends.cpu import native
 
 WHERE = everywhere()
 
@@ -47,7 +48,7 @@ def packed_weights(bits: int) -> list[Weight]:
 
 def test_the_compiled_kernels_are_what_is_tested():
     """On a machine with a compiler this suite must not silently shrink to the reference."""
-    reason = dispatch.why_unavailable("cpu")
+    reason = registry.why_unavailable("cpu")
     if reason is not None:
         pytest.skip(f"no compiled kernels: {reason}")
     assert native.isas()[-1] == "scalar"
@@ -289,7 +290,7 @@ def test_more_threads_than_rows(where):
 
 def test_more_than_two_to_the_31_weights():
     """Offsets beyond 32 bits in the weight, which is never formed."""
-    if dispatch.why_unavailable("cpu") is not None:
+    if registry.why_unavailable("cpu") is not None:
         pytest.skip("no compiled kernels")
     weight = random_weight((1, 300, 250, 160, 250))
     assert weight.n * weight.k > 1 << 31

@@ -6,7 +6,7 @@ from cases import DTYPES, activations, everywhere, running
 from kron_cases import Kind, Weight, random_weight
 from numerics import assert_bitwise_equal
 
-from lowbit import dispatch
+from lowbit.backends import registry
 
 # rank, n1, k1, n2, k2: either product first, either factor the inner one
 WEIGHTS = {
@@ -212,21 +212,21 @@ def test_the_default_dtype_changes_nothing(where, weight, dtype):
         assert_bitwise_equal(tensor, want)
 
 
-@pytest.mark.skipif(dispatch.why_unavailable("cpu") is not None, reason="no compiled kernels")
+@pytest.mark.skipif(registry.why_unavailable("cpu") is not None, reason="no compiled kernels")
 @pytest.mark.parametrize("op", ["kron_linear", "kron_dequantize", "kron_embedding"])
 def test_a_named_backend_is_what_runs(op, monkeypatch):
     weight, called = WEIGHTS["dense"], []
-    original = dispatch._references[op]
-    monkeypatch.setitem(dispatch._references, op, lambda *a: called.append(1) or original(*a))
+    original = registry._references[op]
+    monkeypatch.setitem(registry._references, op, lambda *a: called.append(1) or original(*a))
     call = {
         "kron_linear": lambda: weight.linear(activations(2, weight.k, torch.float32)),
         "kron_dequantize": weight.dequantize,
         "kron_embedding": lambda: weight.embedding(torch.tensor([1])),
     }[op]
-    with dispatch.use_backend("reference"):
+    with registry.use_backend("reference"):
         call()
         assert called == [1]
     call()
-    with dispatch.use_backend("cpu"):
+    with registry.use_backend("cpu"):
         call()
     assert called == [1]

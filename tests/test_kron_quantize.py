@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lowbit.kron.quantize as module
-from lowbit.family import Spec
+from lowbit.core.family import Spec
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.kron.quantize import decompose, factor_shapes, nearest_kronecker, predicted_format
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight

@@ -9,7 +9,7 @@ from shared_data import folder, script
 
 import lowbit
 from lowbit import Codebook, Packed
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import lowbit
-from lowbit import dispatch, native
+from lowbit.backends import registry
+from lowbit.backends.cpu import native
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_library = pytest.mark.skipif(dispatch.why_unavailable("cpu") is not None, reason="no compiled kernels")
+needs_library = pytest.mark.skipif(registry.why_unavailable("cpu") is not None, reason="no compiled kernels")
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not run from a source checkout")
 
 
@@ -52,7 +53,7 @@ print(lowbit.__file__, lowbit.dispatch.active_backend(), tuple(model(torch.randn
 @needs_source
 @pytest.mark.parametrize("native_build", [True, False], ids=["compiled", "pure Python"])
 def test_the_wheel_works(tmp_path, native_build):
-    if native_build and dispatch.why_unavailable("cpu"):
+    if native_build and registry.why_unavailable("cpu"):
         pytest.skip("no compiler here")
     if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("wheel") is None:
         pytest.skip("setuptools and wheel are needed to build")

@@ -24,11 +24,12 @@ from cases import (
 from numerics import HELD, assert_bitwise_equal, assert_linear_close
 
 import lowbit
-from lowbit import blocks, dispatch, native
-from lowbit.bitpack import pack
-from lowbit.layouts import by_group, words_per_row
+from lowbit.backends import registry
+from lowbit.backends.cpu import blocks, native
+from lowbit.backends.layouts import by_group, words_per_row
+from lowbit.backends.reference import quantize_activations
+from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
-from lowbit.reference import quantize_activations
 
 WHERE = everywhere()
 
@@ -54,7 +55,7 @@ def all_weights(bits: int) -> list[Weight]:
 
 def test_the_compiled_kernels_are_what_is_tested():
     """On a machine with a compiler this suite must not silently shrink to the reference."""
-    reason = dispatch.why_unavailable("cpu")
+    reason = registry.why_unavailable("cpu")
     if reason is not None:
         pytest.skip(f"no compiled kernels: {reason}")
     assert native.isas()[-1] == "scalar"
@@ -471,7 +472,7 @@ def test_more_threads_than_rows(where):
 
 def test_more_than_two_to_the_31_weights():
     """Offsets beyond 32 bits: the rows at the far end of a 0.5 GB tensor."""
-    if dispatch.why_unavailable("cpu") is not None:
+    if registry.why_unavailable("cpu") is not None:
         pytest.skip("no compiled kernels")
     n, k, bits = 33_000, 65_536, 2
     assert n * k > 1 << 31

@@ -11,10 +11,11 @@ from cases import DTYPES, activations, everywhere, random_weight, running
 from numerics import assert_bitwise_equal
 from torch import nn
 
-from lowbit import dispatch, native
+from lowbit.backends import reference, registry
+from lowbit.backends.cpu import native
+from lowbit.backends.reference import row_blocks
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
-from lowbit.reference import row_blocks
 
 FORMATS = [
     PackedFormat(4, 10, 70, 16, "group", "int", "float16", outliers=9),
@@ -91,7 +92,7 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
 def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
     layer = layer_of(replace(format, out_features=137))
-    monkeypatch.setattr("lowbit.reference.WEIGHTS_AT_ONCE", 3 * format.in_features)
+    monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * format.in_features)
     assert len(list(row_blocks(137, format.in_features))) == 3
     x = activations(5, format.in_features, torch.float32).requires_grad_()
     dy = activations(5, 137, torch.float32, seed=2)
@@ -127,7 +128,7 @@ def test_gradients_of_scales_zeros_and_outliers(where, format):
     )  # fmt: skip
     grads = torch.autograd.grad(y, list(trainable.values()), dy)
 
-    from lowbit.bitpack import unpack
+    from lowbit.core.bitpack import unpack
 
     group = torch.arange(format.in_features) // format.group_size
     zeros = float(1 << (format.bits - 1)) if format.zeros == "none" else t["zeros"].float()[:, group]
@@ -281,25 +282,25 @@ layer = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed(bits=4)
 """
 
 
-@pytest.mark.skipif(dispatch.why_unavailable("cpu") is not None, reason="no compiled kernels")
+@pytest.mark.skipif(registry.why_unavailable("cpu") is not None, reason="no compiled kernels")
 class TestForcing:
     def test_a_named_backend_is_what_runs(self):
         w = random_weight(FORMATS[1])
         called = []
-        original = dispatch._references["packed_linear"]
-        dispatch._references["packed_linear"] = lambda *a: called.append(1) or original(*a)
+        original = registry._references["packed_linear"]
+        registry._references["packed_linear"] = lambda *a: called.append(1) or original(*a)
         try:
             x = activations(2, 70, torch.float32)
-            with dispatch.use_backend("reference"):
-                assert dispatch.active_backend() == "reference"
+            with registry.use_backend("reference"):
+                assert registry.active_backend() == "reference"
                 w.linear(x)
                 assert called == [1]
             w.linear(x)
-            with dispatch.use_backend("cpu"):
+            with registry.use_backend("cpu"):
                 w.linear(x)
             assert called == [1]
         finally:
-            dispatch._references["packed_linear"] = original
+            registry._references["packed_linear"] = original
 
     def test_environment_forces_the_reference(self):
         done = run_python(LINEAR + "print(lowbit.dispatch.active_backend())", LOWBIT_BACKEND="reference")
@@ -339,6 +340,6 @@ def test_import_prints_nothing():
 
 
 def test_backends_lists_every_backend():
-    rows = {row.name: row for row in dispatch.backends()}
+    rows = {row.name: row for row in registry.backends()}
     assert rows["reference"].available
     assert rows["cpu"].available or rows["cpu"].reason

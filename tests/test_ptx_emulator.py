@@ -26,10 +26,10 @@ from numerics import assert_bitwise_equal, assert_linear_close
 from ptx_emulator import Compiled, Fault, Statistics, execute, run_launch
 
 import lowbit
-from lowbit.gpu.launch import TARGETS, Launch, Target
-from lowbit.gpu.layout import tile
-from lowbit.gpu.tuning import Config
-from lowbit.reference import quantize_activations
+from lowbit.backends.reference import quantize_activations
+from lowbit.backends.triton.launch import TARGETS, Launch, Target
+from lowbit.backends.triton.tiles import tile
+from lowbit.backends.triton.tuning import Config
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -620,7 +620,7 @@ class Packed:
     """A packed linear layer; bits decide on N, K, groups, zeros, rows, dtype, outliers, configuration and int8."""
 
     def __init__(self, target: Target, bits: int, zeros: str = "") -> None:
-        from lowbit.packed.kernel_triton import plan_linear
+        from lowbit.packed.triton import plan_linear
 
         n, k, group_size = ((96, 512, None), (66, 320, 64), (70, 512, 128), (40, 172, 7))[bits % 4]
         zeros = zeros or ("none", "int", "float")[bits % 3]

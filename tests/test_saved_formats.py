@@ -15,7 +15,7 @@ from torch import nn
 import lowbit
 from lowbit import Codebook, Kronecker, Packed
 from lowbit.checkpoint.metadata import FORMAT_VERSION
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 IDS = torch.arange(12).view(3, 4)

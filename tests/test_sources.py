@@ -29,7 +29,7 @@ from numerics import HELD, assert_bitwise_equal, assert_linear_close
 from torch import Tensor, nn
 
 import lowbit
-from lowbit import reference
+from lowbit.backends import reference
 from lowbit.packed.module import PackedLinear
 from lowbit.packed.op import quantize_activations
 

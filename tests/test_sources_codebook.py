@@ -21,8 +21,8 @@ from numerics import assert_bitwise_equal, assert_linear_close, frobenius_bound
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.bitpack import unpack
 from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
+from lowbit.core.bitpack import unpack
 
 N, K = 24, 256
 

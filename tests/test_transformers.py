@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lowbit import dispatch
+from lowbit.backends import registry
 
 from . import bars
 from .contenders import Contender, Prepared, all_formats, fallback
@@ -201,7 +201,7 @@ def run(context: Context) -> Section:
     todo = [case for case in wanted if case.key not in rows]
     limits = context.machine.get("limits") or measured(CudaTimer())[0]
     head = {
-        **stamp(), "sources": sources(), "backend": dispatch.active_backend("cuda"), "limits": limits,
+        **stamp(), "sources": sources(), "backend": registry.active_backend("cuda"), "limits": limits,
         "absent": missing,
     }  # fmt: skip
     recorder = Recorder(rows, lambda section: context.results.write("bench", head | section))

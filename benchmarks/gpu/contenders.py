@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit import dispatch
+from lowbit.backends import registry
 
 from .parts import ROOT
 
@@ -99,9 +99,9 @@ class Contender:
 
 def fallback() -> list[str]:
     """The problem, if there is one, that this package's ops do not run its kernels on the GPU."""
-    if dispatch.active_backend("cuda") != "reference":
+    if registry.active_backend("cuda") != "reference":
         return []
-    return [f"the torch reference ran, not the kernels: {dispatch.why_unavailable('triton')}"]
+    return [f"the torch reference ran, not the kernels: {registry.why_unavailable('triton')}"]
 
 
 def random_codes(bits: int, n: int, k: int, device: str) -> Tensor:
@@ -110,7 +110,7 @@ def random_codes(bits: int, n: int, k: int, device: str) -> Tensor:
 
 def int8_per_token(x: Tensor) -> Tensor:
     """``x`` as a layer with dynamic int8 activations sees it, in float64."""
-    from lowbit.reference import quantize_activations
+    from lowbit.backends.reference import quantize_activations
 
     codes, inverse = quantize_activations(x, None)
     return codes.double() / inverse.double()

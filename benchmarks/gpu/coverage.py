@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lowbit.family import dtype_name
-from lowbit.gpu.launch import TARGETS, Launch, Target
+from lowbit.backends.triton.launch import TARGETS, Launch, Target
+from lowbit.core.family import dtype_name
 
 from .offline import FAMILIES, RECORD, RECORDED, Entries, complaints, fingerprint, read_record
 from .parts import RESULTS, ROOT
@@ -117,7 +117,7 @@ def compiled(target: Target, entries: Entries, mark: Callable[[Launch, Target], 
     sound = {entry["fingerprint"] for entry in entries.get(target.name, {}).values() if not complaints(entry)}
     planned, missing = [], set()
     for family in FAMILIES:
-        for label, launches in importlib.import_module(f"lowbit.{family}.kernel_triton").shipped(target):
+        for label, launches in importlib.import_module(f"lowbit.{family}.triton").shipped(target):
             product = parse(family, label)
             if product is not None:
                 planned.append(product)
@@ -209,9 +209,9 @@ def cell(found: set[Regime]) -> str:
 TEXT = """# What GPU kernels were checked by
 
 Made by `python -m benchmarks.gpu.coverage --write`; a test keeps it up to date. A cell names the regimes of M, the rows
-of the activations, that a check covers: rows of `lowbit/gpu/tuned.json`, up to that M; `more`: without a limit;
-`dense`: a dense weight and the library's matrix product. Kronecker products have no table: one row, or more. 0 bits:
-dense factors.
+of the activations, that a check covers: rows of `lowbit/backends/triton/tuned.json`, up to that M; `more`: without a
+limit; `dense`: a dense weight and the library's matrix product. Kronecker products have no table: one row, or more. 0
+bits: dense factors.
 
 - **interpreted**: run in Triton's interpreter with the configurations of an H200 (sm_90) and compared with float64
   arithmetic: `tests/test_gpu_configurations.py`. What other targets cut in another way runs at one number of bits for

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITCallable
 
-from lowbit.gpu.launch import TARGETS, Launch, Target
+from lowbit.backends.triton.launch import TARGETS, Launch, Target
 
 from .predict import predict
 from .resources import machine_code, resources
@@ -117,18 +117,19 @@ class Configuration:
     launch: Launch
 
 
-def kernel_sources(kernel: Any) -> dict[str, str]:
-    """Everything outside Triton that decides what a kernel means: sources of functions and values of globals, by name.
+def kernel_sources(kernel: Any) -> list[tuple[str, str]]:
+    """What decides what a kernel means, outside Triton: (name, source) of functions, (name, value) of globals.
 
-    Triton's own ``cache_key`` also holds line numbers, so that a comment above a kernel would change it.
+    Triton's own ``cache_key`` also holds line numbers, so that a comment above a kernel would change it. Modules do not
+    count: a function that moves is the same function.
     """
-    found: dict[str, str] = {}
+    found: set[tuple[str, str]] = set()
 
     def visit(function: Any) -> None:
         module, code = function.fn.__module__, function.fn.__code__
-        if module.startswith("triton.") or f"{module}.{code.co_name}" in found:
+        if module.startswith("triton.") or (code.co_name, function.src) in found:
             return
-        found[f"{module}.{code.co_name}"] = function.src
+        found.add((code.co_name, function.src))
         scope = dict(function.fn.__globals__)
         for value in [scope[name] for name in code.co_names if isinstance(scope.get(name), ModuleType)]:
             if not value.__name__.startswith("triton"):
@@ -138,10 +139,10 @@ def kernel_sources(kernel: Any) -> dict[str, str]:
             if isinstance(value, JITCallable):
                 visit(value)
             elif isinstance(value, (int, float, str, tuple, list, dict, triton.language.constexpr)):
-                found[f"{module}.{name}"] = repr(value)
+                found.add((name, repr(value)))
 
     visit(kernel)
-    return found
+    return sorted(found)
 
 
 def fingerprint(launch: Launch, target: Target) -> str:
@@ -159,7 +160,7 @@ def configurations(targets: Iterable[Target] = RECORDED.values()) -> Iterator[tu
     for target in targets:
         names: dict[str, str] = {}  # by fingerprint
         for family in FAMILIES:
-            module = importlib.import_module(f"lowbit.{family}.kernel_triton")
+            module = importlib.import_module(f"lowbit.{family}.triton")
             for label, launches in module.shipped(target):
                 for number, launch in enumerate(launches, 1):
                     mark = fingerprint(launch, target)

@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
-from lowbit.gpu.launch import TARGETS, Launch, Target
+from lowbit.backends.triton.launch import TARGETS, Launch, Target
 
 from .resources import Line, by_unit, loads, machine_code, main_loop, parse_llvm, resources, unit
 
@@ -322,7 +322,7 @@ class _Planning(TorchDispatchMode):
         if func.namespace != "lowbit":
             return func(*args, **(kwargs or {}))
         family, function = func._schema.name.removeprefix("lowbit::").split("_", 1)
-        module = importlib.import_module(f"lowbit.{family}.kernel_triton")
+        module = importlib.import_module(f"lowbit.{family}.triton")
         with (
             patch.object(module, "target_of", lambda device: self.target),
             patch.object(module, "run", self.launches.extend),

@@ -16,7 +16,7 @@ from typing import Any
 
 from triton import knobs
 
-from lowbit.gpu.launch import Target
+from lowbit.backends.triton.launch import Target
 
 WEIGHTS = "tiles"  # how the names of the arguments begin that hold packed weights in a GPU's own layout
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowbit import convert as converting
 from lowbit.checkpoint import stream
 from lowbit.checkpoint.folder import save
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
-from lowbit.layer import layers
+from lowbit.model import convert as converting
+from lowbit.nn.layer import layers
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 

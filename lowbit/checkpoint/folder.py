@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.checkpoint import metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
 from lowbit.integrations.transformers import is_pretrained
-from lowbit.layer import layers
+from lowbit.nn.layer import layers
 
 DESCRIPTION_FILE = "lowbit.json"
 

@@ -5,7 +5,7 @@ of a transformers ``config.json``.
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
      "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
 
-Layers with the same :meth:`~lowbit.layer.Layer.config` share one entry. ``tied`` lists layers that use one
+Layers with the same :meth:`~lowbit.nn.layer.Layer.config` share one entry. ``tied`` lists layers that use one
 storage.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit import sources
-from lowbit.convert import share_storage, swap
-from lowbit.layer import Layer, build, layers, storage_of
+from lowbit.model import sources
+from lowbit.model.convert import share_storage, swap
+from lowbit.nn.layer import Layer, build, layers, storage_of
 
 FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowbit.checkpoint.reader import Checkpoint
-from lowbit.layer import Layer, layers
+from lowbit.nn.layer import Layer, layers
 
 _PROGRESS_FROM = 1 << 28  # bytes; less is read in about a second
 

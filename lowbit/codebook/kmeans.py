@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit import native
+from lowbit.backends.cpu import native
 
 __all__ = ["boundaries", "kmeans", "optimal"]
 

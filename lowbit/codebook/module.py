@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.codebook.format import CodebookFormat
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
+from lowbit.nn.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
 
 _LINEAR, _EMBEDDING = torch.ops.lowbit.codebook_linear.default, torch.ops.lowbit.codebook_embedding.default
 

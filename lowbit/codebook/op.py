@@ -5,7 +5,7 @@
 ``codebook_linear`` equals ``F.linear(x, codebook_dequantize(...), bias)``; ``codebook_embedding`` equals
 ``F.embedding(ids, codebook_dequantize(...))``. Tensors, with G = ceil(K / group_size):
 
-* ``packed`` int32 ``[N, ceil(K/32)*bits]``: the codes, 1 to 8 bits (:mod:`lowbit.bitpack`).
+* ``packed`` int32 ``[N, ceil(K/32)*bits]``: the codes, 1 to 8 bits (:mod:`lowbit.core.bitpack`).
 * ``codebook`` float: one table per tensor ``[1, 1, 2**bits]``, row ``[N, 1, 2**bits]`` or group ``[N, G, 2**bits]``.
 * ``scales`` float ``[N, G]``, optional. Or nested, as in bitsandbytes' double quantization: ``scales`` is uint8 and,
   with ``scale_codebook`` ``[256]``, ``scale_absmax`` ``[ceil(N*G/256)]`` and ``scale_offset`` ``[1]``, all float32,
@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import dispatch
-from lowbit.family import FLOAT_DTYPES
-from lowbit.reference import (
+from lowbit.backends import registry
+from lowbit.backends.reference import (
     add_outlier_products,
     add_outlier_rows,
     add_outliers,
@@ -41,6 +40,7 @@ from lowbit.reference import (
     unique_ids,
     without_autocast,
 )
+from lowbit.core.family import FLOAT_DTYPES
 
 _WEIGHT = (
     "Tensor packed, Tensor codebook, Tensor? scales, Tensor? scale_codebook, Tensor? scale_absmax, "
@@ -285,11 +285,11 @@ def _reference_embedding(
     return dense.to(dtype)[position].view(*ids.shape, embedding_dim)
 
 
-dispatch.register_reference(library, "codebook_linear", _reference_linear)
-dispatch.register_reference(library, "codebook_dequantize", _reference_dequantize)
-dispatch.register_reference(library, "codebook_embedding", _reference_embedding)
+registry.register_reference(library, "codebook_linear", _reference_linear)
+registry.register_reference(library, "codebook_dequantize", _reference_dequantize)
+registry.register_reference(library, "codebook_embedding", _reference_embedding)
 for _function in ("linear", "dequantize", "embedding"):
-    dispatch.register_triton(library, f"codebook_{_function}", "lowbit.codebook.kernel_triton", _function)
+    registry.register_triton(library, f"codebook_{_function}", "lowbit.codebook.triton", _function)
 
 
 @torch.library.register_fake("lowbit::codebook_linear", lib=library)

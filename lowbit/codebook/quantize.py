@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lowbit.codebook.format import Codebook, CodebookWeight
 from lowbit.codebook.kmeans import boundaries, kmeans, optimal
-from lowbit.hessian import check_hessian, damped, error_feedback, round_with_feedback
-from lowbit.outliers import choose_outliers, float16_holds, float_chunks, sparse_rest
+from lowbit.core.hessian import check_hessian, damped, error_feedback, round_with_feedback
+from lowbit.core.outliers import choose_outliers, float16_holds, float_chunks, sparse_rest
 
 __all__ = ["quantize"]
 
@@ -42,7 +42,7 @@ def quantize(
     Lloyd rounds (Zhao et al., arXiv 2010.07109), ``optimal`` exactly. h is 1, or with ``sensitivity``
 
     - ``importance`` [N, K], one per weight, such as the Fisher information of
-      :func:`lowbit.calibrate.collect_sensitivities` (SqueezeLLM, Kim et al., arXiv 2306.07629);
+      :func:`lowbit.model.calibrate.collect_sensitivities` (SqueezeLLM, Kim et al., arXiv 2306.07629);
     - else diag(``hessian``) [K], ``hessian`` [K, K] being proportional to X.T @ X of the layer's inputs.
 
     With a Hessian codes are then rounded column after column so that tr((W - Q) H (W - Q).T) falls (GPTQ's error

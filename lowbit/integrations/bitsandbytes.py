@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.codebook.format import NESTED_BLOCK, CodebookWeight
-from lowbit.family import dtype_name
-from lowbit.sources import Source, register_source_by_name
+from lowbit.core.family import dtype_name
+from lowbit.model.sources import Source, register_source_by_name
 
 _MODULES = "bitsandbytes.nn.modules"
 _SMALLEST_GROUP = 16  # below that float32 scales take more than two bits per weight

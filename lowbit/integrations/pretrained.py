@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.checkpoint import stream
 from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, place_of, shared_tensors
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.layer import Layer, layers
+from lowbit.nn.layer import Layer, layers
 
 METHOD = "lowbit"
 
@@ -109,7 +109,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
-            from lowbit.convert import convert
+            from lowbit.model.convert import convert
 
             config = self.quantization_config
             return convert(model, config.spec, skip=config.skip, calibration=config.calibration)  # type: ignore[no-any-return]
@@ -127,7 +127,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, {"lowbit_format_version": description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from lowbit.convert import dequantize
+        from lowbit.model.convert import dequantize
 
         return dequantize(model)
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.model.sources import Recogniser, Source, register_source_by_name, type_name
 from lowbit.packed.format import PackedWeight
-from lowbit.sources import Recogniser, Source, register_source_by_name, type_name
 
 _QAT = "torch.ao.nn.qat"
 _INTRINSIC = "torch.ao.nn.intrinsic.qat.modules"

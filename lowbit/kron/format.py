@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.family import (
+from lowbit.core.family import (
     FLOAT_DTYPES,
     Activations,
     Format,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.kron.format import KroneckerFormat
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, run
+from lowbit.nn.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, run
 from lowbit.packed.module import require_zeros
 
 _LINEAR, _EMBEDDING = torch.ops.lowbit.kron_linear.default, torch.ops.lowbit.kron_embedding.default

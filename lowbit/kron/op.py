@@ -27,10 +27,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit import dispatch
-from lowbit.bitpack import words_per_row
-from lowbit.family import FLOAT_DTYPES
-from lowbit.reference import check_activations, check_ids, row_blocks, sum_per_scale, unique_ids, without_autocast
+from lowbit.backends import registry
+from lowbit.backends.reference import (
+    check_activations,
+    check_ids,
+    row_blocks,
+    sum_per_scale,
+    unique_ids,
+    without_autocast,
+)
+from lowbit.core.bitpack import words_per_row
+from lowbit.core.family import FLOAT_DTYPES
 
 _FACTORS = "Tensor a, Tensor? a_scales, Tensor? a_zeros, Tensor b, Tensor? b_scales, Tensor? b_zeros"
 _PERMUTATIONS = "Tensor? input_permutation, Tensor? output_permutation"
@@ -296,8 +303,8 @@ _REFERENCES: dict[str, Callable[..., Tensor]] = {
     "kron_embedding": _reference_embedding,
 }
 for _name, _reference in _REFERENCES.items():
-    dispatch.register_reference(library, _name, _reference)
-    dispatch.register_triton(library, _name, "lowbit.kron.kernel_triton", _name.removeprefix("kron_"))
+    registry.register_reference(library, _name, _reference)
+    registry.register_triton(library, _name, "lowbit.kron.triton", _name.removeprefix("kron_"))
 
 
 @torch.library.register_fake("lowbit::kron_linear", lib=library)

@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.family import FLOAT_DTYPES, as_integer, check_size, choice, dtype_name
+from lowbit.core.family import FLOAT_DTYPES, as_integer, check_size, choice, dtype_name
 from lowbit.kron.format import SVDS, Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.op import dequantize_rows

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.bitpack import pack, words_per_row
-from lowbit.family import (
+from lowbit.core.bitpack import pack, words_per_row
+from lowbit.core.family import (
     ACTIVATIONS,
     FLOAT_DTYPES,
     GRANULARITIES,

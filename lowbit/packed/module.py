@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit import blocks
-from lowbit.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
-from lowbit.layouts import BLOCKS, CANONICAL, Layout
+from lowbit.backends.cpu import blocks
+from lowbit.backends.layouts import BLOCKS, CANONICAL, Layout
+from lowbit.nn.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
 from lowbit.packed.format import PackedFormat
 
 _LINEAR, _EMBEDDING = torch.ops.lowbit.packed_linear.default, torch.ops.lowbit.packed_embedding.default
@@ -62,8 +62,8 @@ class PackedLinear(PackedLayer, LinearLayer):
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
     Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
-    :mod:`lowbit.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same shape,
-    optional CSR outliers, optional ``x_scale``.
+    :mod:`lowbit.backends.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same
+    shape, optional CSR outliers, optional ``x_scale``.
     """
 
     def cpu_layouts(self) -> tuple[Layout, ...]:

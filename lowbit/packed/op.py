@@ -2,8 +2,8 @@
 
 ``packed_linear`` equals ``F.linear(x, packed_dequantize(...), bias)``; ``packed_embedding`` equals
 ``F.embedding(ids, packed_dequantize(...))``. With ``int8`` x is quantized first
-(:func:`lowbit.reference.quantize_activations`): statically where ``x_scale`` is given, else with a scale per row, or
-per row and ``x_group`` columns where that is not 0. The tensors are those of
+(:func:`lowbit.backends.reference.quantize_activations`): statically where ``x_scale`` is given, else with a scale per
+row, or per row and ``x_group`` columns where that is not 0. The tensors are those of
 :class:`lowbit.packed.format.PackedFormat`.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lowbit import dispatch
-from lowbit.reference import (
+from lowbit.backends import registry
+from lowbit.backends.reference import (
     add_outlier_products,
     add_outlier_rows,
     add_outliers,
@@ -254,11 +254,11 @@ def _reference_embedding(
     return dense.to(dtype)[position].view(*ids.shape, embedding_dim)
 
 
-dispatch.register_reference(library, "packed_linear", _reference_linear)
-dispatch.register_reference(library, "packed_dequantize", _reference_dequantize)
-dispatch.register_reference(library, "packed_embedding", _reference_embedding)
+registry.register_reference(library, "packed_linear", _reference_linear)
+registry.register_reference(library, "packed_dequantize", _reference_dequantize)
+registry.register_reference(library, "packed_embedding", _reference_embedding)
 for _function in ("linear", "dequantize", "embedding"):
-    dispatch.register_triton(library, f"packed_{_function}", "lowbit.packed.kernel_triton", _function)
+    registry.register_triton(library, f"packed_{_function}", "lowbit.packed.triton", _function)
 
 
 @torch.library.register_fake("lowbit::packed_linear", lib=library)

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.hessian import check_hessian, damped, error_feedback, round_with_feedback
-from lowbit.outliers import choose_outliers, float16_holds, float_chunks, sparse_rest
+from lowbit.core.hessian import check_hessian, damped, error_feedback, round_with_feedback
+from lowbit.core.outliers import choose_outliers, float16_holds, float_chunks, sparse_rest
 from lowbit.packed.format import Packed, PackedWeight
 
 __all__ = ["quantize"]
@@ -50,7 +50,7 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
       Columns go in order of decreasing diag(H); grids are fitted before, so the stored order is unchanged.
 
     ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K], see
-    :func:`lowbit.calibrate.collect_hessians`: gptq requires it, mse takes it, the others ignore it.
+    :func:`lowbit.model.calibrate.collect_hessians`: gptq requires it, mse takes it, the others ignore it.
     ``spec.outliers`` = f keeps the round(f*N*K) weights of largest magnitude in the sparse part; grids are
     fitted without them. float16 scales become float32 in a layer where one would be subnormal or overflow.
 

@@ -7,13 +7,13 @@ C = min(4, N // 16 - 4P) blocks, and each unit u, in the order of memory::
 
     word ((4*P*U + u*C)*bits + v*C + b)*16 + r   holds codes of row 16B + r;   v = 0 .. bits-1: a *vector* of 16 words
 
-So a panel is one stream, unit after unit, vector after vector, a cache line for each of its blocks.
-The bits of a code are dealt to planes of 8, 4, 2 or 1 bits (:data:`lowbit.bitpack.PLANES`), low bits first. A plane of
-width w is w consecutive vectors. In the word of its vector i, the bits ``[8*j + w*f, +w)``, for byte j = 0..3 and field
-f = 0 .. 8/w - 1, hold the plane's bits of the code at column ``32u + 4*(i*8/w + f) + j``. So a vector, after one shift
-by w*f and a mask, has the codes of columns 4q .. 4q+3, q = i*8/w + f, of each row in its four bytes: what one step of
-an int8 dot product takes. Codes behind column K are zero. Rows behind the last whole block keep their canonical words
-in their canonical place.
+So a panel is one stream, unit after unit, vector after vector, a cache line for each of its blocks. The bits of a code
+are dealt to planes of 8, 4, 2 or 1 bits (:data:`~lowbit.core.bitpack.PLANES`), low bits first. A plane of width w is w
+consecutive vectors. In the word of its vector i, the bits ``[8*j + w*f, +w)``, for byte j = 0..3 and field f = 0 .. 8/w
+- 1, hold the plane's bits of the code at column ``32u + 4*(i*8/w + f) + j``. So a vector, after one shift by w*f and a
+mask, has the codes of columns 4q .. 4q+3, q = i*8/w + f, of each row in its four bytes: what one step of an int8 dot
+product takes. Codes behind column K are zero. Rows behind the last whole block keep their canonical words in their
+canonical place.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit import dispatch
-from lowbit.bitpack import CODES_PER_BLOCK as UNIT
-from lowbit.bitpack import PLANES, pack, unpack
+from lowbit.backends import registry
+from lowbit.core.bitpack import CODES_PER_BLOCK as UNIT
+from lowbit.core.bitpack import PLANES, pack, unpack
 
 ROWS = 16  # of a block
 PANEL = 4 * ROWS  # rows
@@ -33,7 +33,7 @@ _CODES_AT_ONCE = 1 << 22
 
 def used_on(device: torch.device) -> bool:
     """Whether the compiled kernels run on ``device``: those of packed linears read blocks, others make them."""
-    return device.type == "cpu" and dispatch.active_backend("cpu") == "cpu"
+    return device.type == "cpu" and registry.active_backend("cpu") == "cpu"
 
 
 def is_blocked(packed: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.codebook.format import CodebookWeight
-from lowbit.family import FLOAT_DTYPES, GRANULARITIES, Granularity, check_group_size, choice
+from lowbit.core.family import FLOAT_DTYPES, GRANULARITIES, Granularity, check_group_size, choice
 
 _MOST_VALUES = 256
 

@@ -1,5 +1,6 @@
 """Device functions that the Triton kernels of families with packed codes share: reading tiles
-(:mod:`lowbit.gpu.layout`), their codes as exact numbers of a matrix product, sparse outliers, and a float32 in pieces.
+(:mod:`lowbit.backends.triton.tiles`), their codes as exact numbers of a matrix product, sparse outliers, and a float32
+in pieces.
 
 A block of weights is ``[BLOCK_N rows, 32 lanes]``, one chunk of a tile. ``PTX`` says that the target understands
 inline PTX; without it the same values come from plain Triton (AMD, the interpreter).
@@ -10,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit.bitpack import PLANES
-from lowbit.gpu.layout import CHUNKS, LANES
+from lowbit.backends.triton.tiles import CHUNKS, LANES
+from lowbit.core.bitpack import PLANES
 
 
 @triton.constexpr_function

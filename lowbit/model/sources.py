@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lowbit.family import Activations, Weight
+from lowbit.core.family import Activations, Weight
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Codes are looked up and the entries meet x on tensor cores, with float32 sums. T
 * int8 activations: 16-bit integers T with one step per row (``_fixed_point`` in :mod:`lowbit.codebook.op`), as two
   bytes and two int8 products with int32 sums, put together exactly. Where a row has one scale or none, T is a table.
 
-As in :mod:`lowbit.packed.kernel_triton`, weights are the left operand, and K is split where few rows leave processors
+As in :mod:`lowbit.packed.triton`, weights are the left operand, and K is split where few rows leave processors
 idle. No product and sum is fused into one operation: weights, scales and T are those of the definition to the bit.
 """
 
@@ -22,23 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.codebook.op import check_weight
-from lowbit.family import dtype_name
-from lowbit.gpu import tuning
-from lowbit.gpu.blocks import (
-    chunk_codes,
-    dot_float32,
-    element_code,
-    fields,
-    load_plane,
-    load_upper_planes,
-    outlier_products,
-    plane_width,
-)  # fmt: skip
-from lowbit.gpu.checks import check_bias, check_outliers, check_tensors, check_x_scale
-from lowbit.gpu.launch import Launch, Target, run, target_of
-from lowbit.gpu.layout import tiles_of, tiles_per_row
-from lowbit.gpu.rows import (
+from lowbit.backends.reference import Outliers, check_activations, check_ids
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.activations import (
     INT8_COLUMNS,
     aligned_rows,
     library_product,
@@ -48,7 +34,21 @@ from lowbit.gpu.rows import (
     scale_period,
     views,
 )  # fmt: skip
-from lowbit.reference import Outliers, check_activations, check_ids
+from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
+from lowbit.backends.triton.codes import (
+    chunk_codes,
+    dot_float32,
+    element_code,
+    fields,
+    load_plane,
+    load_upper_planes,
+    outlier_products,
+    plane_width,
+)  # fmt: skip
+from lowbit.backends.triton.launch import Launch, Target, run, target_of
+from lowbit.backends.triton.tiles import tiles_of, tiles_per_row
+from lowbit.codebook.op import check_weight
+from lowbit.core.family import dtype_name
 
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scales, scale_codebook, _absmax, _offset
 

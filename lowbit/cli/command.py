@@ -32,10 +32,10 @@ import lowbit
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
-from lowbit.layer import Layer, build, layer_class
+from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
+from lowbit.model.report import Report, Row
+from lowbit.nn.layer import Layer, build, layer_class
 from lowbit.packed.format import QUANTIZERS
-from lowbit.report import Report, Row
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
 BENCH_SECONDS = 0.2
@@ -429,7 +429,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2 if isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError)) else 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from lowbit import invariance, native
+from lowbit.backends import invariance
+from lowbit.backends.cpu import native
 
 BACKENDS = ("cpu", "triton", "reference")
 _NAMESPACE = "lowbit"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import dispatch
-from lowbit.family import dtype_name
-from lowbit.gpu import launch, tuning
-from lowbit.gpu.tuning import Config, Question
-from lowbit.layer import EmbeddingLayer, Layer, layers
+from lowbit.backends import registry
+from lowbit.backends.triton import launch, tuning
+from lowbit.backends.triton.tuning import Config, Question
+from lowbit.core.family import dtype_name
+from lowbit.nn.layer import EmbeddingLayer, Layer, layers
 
 # Beyond this, a plan depends on M only through multiples of this.
 _ROWS = 16
@@ -29,8 +29,9 @@ def warmup(model: nn.Module, max_m: int) -> int:
         max_m: the largest number of rows (tokens of a batch) that a layer will be given.
 
     Returns:
-        How many kernels were compiled, or loaded from Triton's cache on disk. ``lowbit.gpu.launch.compilations()``
-        counts them, and does not rise any more for inputs of up to ``max_m`` rows in the layers' dtype.
+        How many kernels were compiled, or loaded from Triton's cache on disk.
+        ``lowbit.backends.triton.launch.compilations()`` counts them, and does not rise any more for inputs of up to
+        ``max_m`` rows in the layers' dtype.
 
     Raises:
         ValueError: ``max_m`` is below 1.
@@ -55,7 +56,7 @@ def warmup(model: nn.Module, max_m: int) -> int:
 
 def _on_gpu(model: nn.Module) -> Iterator[Layer]:
     for layer in layers(model).values():
-        if dispatch.active_backend(layer.device.type) == "triton":
+        if registry.active_backend(layer.device.type) == "triton":
             yield layer
 
 
@@ -73,22 +74,22 @@ def _input(layer: Layer, m: int) -> Tensor:
 def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]]:
     """Measure the configurations of the matrix products of a model's layers on this GPU, and keep the fastest.
 
-    It takes minutes. The rows go to the user's file (:func:`lowbit.gpu.tuning.cache_file`), where every later process
-    finds them; nothing else ever measures.
+    It takes minutes. The rows go to the user's file (:func:`lowbit.backends.triton.tuning.cache_file`), where every
+    later process finds them; nothing else ever measures.
 
     Args:
         model: a converted model on a GPU.
         max_m: the largest number of rows of input to measure for.
 
     Returns:
-        The new rows, as in ``lowbit/gpu/tuned.json``.
+        The new rows, as in ``lowbit/backends/triton/tuned.json``.
 
     Raises:
         RuntimeError: no layer of the model runs Triton kernels on a GPU.
     """
     measurable = [layer for layer in _on_gpu(model) if layer.device.type == "cuda"]
     if not measurable:
-        reason = dispatch.why_unavailable("triton") or "no packed layer of the model is on a GPU"
+        reason = registry.why_unavailable("triton") or "no packed layer of the model is on a GPU"
         raise RuntimeError(f"tune measures layers on a GPU: {reason}")
     rows: dict[Any, dict[str, Any]] = {}
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """A kernel launch as a value: planned for a target, then run, compiled without a GPU, or only looked at.
 
-A family's ``kernel_triton.py`` plans: from the tensors of a call and a :class:`Target` it makes a list of
+A family's ``triton.py`` plans: from the tensors of a call and a :class:`Target` it makes a list of
 :class:`Launch`. :func:`run` launches them in order on the current stream. Whatever decides what is compiled is in
 the launch, so the same plan can be compiled for any GPU on a machine that has none.
 """

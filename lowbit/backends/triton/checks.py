@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.family import FLOAT_DTYPES
+from lowbit.core.family import FLOAT_DTYPES
 
 _FLOATS = tuple(FLOAT_DTYPES.values())
 

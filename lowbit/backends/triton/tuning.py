@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from lowbit import invariance
-from lowbit.family import dtype_name
-from lowbit.gpu.launch import Target
-from lowbit.gpu.layout import tiles_per_row
+from lowbit.backends import invariance
+from lowbit.backends.triton.launch import Target
+from lowbit.backends.triton.tiles import tiles_per_row
+from lowbit.core.family import dtype_name
 
 Row = dict[str, Any]
 FORMAT = 1

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lowbit import native
+from lowbit.backends.cpu import native
 
 # None: as each backend does by itself.
 _asked: bool | None = {"": None, "0": False}.get(os.environ.get("LOWBIT_BATCH_INVARIANT", ""), True)

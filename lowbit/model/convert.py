@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowbit import calibrate, sources
-from lowbit.family import FLOAT_DTYPES, Spec
-from lowbit.layer import Layer, layer_class, layers, storage_of
-from lowbit.report import Row, planned_report
+from lowbit.core.family import FLOAT_DTYPES, Spec
+from lowbit.model import calibrate, sources
+from lowbit.model.report import Row, planned_report
+from lowbit.nn.layer import Layer, layer_class, layers, storage_of
 
 Specs = Spec | Mapping[str, Spec | None]
 
@@ -545,7 +545,7 @@ class Statistics:
 
 
 def _build_calibrated(model: nn.Module, plan: Plan, batches: list[Any]) -> dict[str, nn.Module]:
-    """Quantize in execution order (see :func:`lowbit.calibrate.calibrate_sequential`).
+    """Quantize in execution order (see :func:`lowbit.model.calibrate.calibrate_sequential`).
 
     Finished layers stand in the model while later ones are calibrated; the originals are put back at the end.
     """

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.gpu.launch import Launch
-from lowbit.gpu.layout import CHUNKS, LANES, TILE, tiles_per_row
+from lowbit.backends.triton.launch import Launch
+from lowbit.backends.triton.tiles import CHUNKS, LANES, TILE, tiles_per_row
 
 # An int32 holds the sum of this many products of two int8, and as many of an int8 with a zero point.
 INT8_COLUMNS = 1 << 16

@@ -3,7 +3,7 @@
 A tile holds 256 consecutive codes of a row in ``8 * bits`` words, the canonical words of those codes rearranged:
 ``int32 [N, ceil(K/256), 8*bits]``, zero codes filling up the last one. Code ``k`` of a tile sits in *chunk* ``k // 32``
 and *lane* ``k % 32``. The bits of a code are dealt to planes of 8, 4, 2 or 1 bits
-(:data:`lowbit.bitpack.PLANES`), low bits first:
+(:data:`lowbit.core.bitpack.PLANES`), low bits first:
 
 * a plane of w = 8, 4 or 2 bits is ``w/2`` times 32 lanes of 16 bits; lane l of part p holds the chunks
   ``p * 16/w + f`` for f = 0 .. 16/w - 1, at bit ``f * w``;
@@ -20,9 +20,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from lowbit import dispatch
-from lowbit.bitpack import PLANES, pack, unpack
-from lowbit.blocks import is_blocked, unblock
+from lowbit.backends import registry
+from lowbit.backends.cpu.blocks import is_blocked, unblock
+from lowbit.core.bitpack import PLANES, pack, unpack
 
 TILE = 256  # codes of one tile
 LANES = 32
@@ -39,7 +39,7 @@ def tiles_per_row(k: int) -> int:
 
 def used_on(device: torch.device) -> bool:
     """Whether the kernels that run on ``device`` read tiles."""
-    return device.type == "cuda" and dispatch.active_backend("cuda") == "triton"
+    return device.type == "cuda" and registry.active_backend("cuda") == "triton"
 
 
 def is_tiled(packed: Tensor) -> bool:

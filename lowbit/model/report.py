@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit import dispatch
-from lowbit.calibrate import call
-from lowbit.family import Format
-from lowbit.layer import Layer, layers, storage_of
+from lowbit.backends import registry
+from lowbit.core.family import Format
+from lowbit.model.calibrate import call
+from lowbit.nn.layer import Layer, layers, storage_of
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Row:
     @classmethod
     def of_layer(cls, name: str, layer: Layer) -> Row:
         row = cls.planned(name, layer.kind, layer.format, layer.dtype)
-        row.backend = dispatch.active_backend(layer.device.type)
+        row.backend = registry.active_backend(layer.device.type)
         row.weight_error = layer.weight_error
         row.note = layer.note
         return row

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.family import FLOAT_DTYPES
-from lowbit.layouts import CANONICAL, ROWS_TOGETHER, layout_of
+from lowbit.backends.layouts import CANONICAL, ROWS_TOGETHER, layout_of
+from lowbit.core.family import FLOAT_DTYPES
 
 Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-_FILE = Path(__file__).with_name("_C.abi3.so")
+_FILE = Path(__file__).parents[2] / "_C.abi3.so"
 _lock = threading.Lock()
 _tried = False
 _reason: str | None = None

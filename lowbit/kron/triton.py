@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.gpu import tuning
-from lowbit.gpu.checks import check_tensors
-from lowbit.gpu.launch import Launch, Target, run, target_of
-from lowbit.gpu.rows import aligned_rows
-from lowbit.gpu.splits import PIECES, dot_pieces
+from lowbit.backends.reference import check_ids
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.activations import aligned_rows
+from lowbit.backends.triton.checks import check_tensors
+from lowbit.backends.triton.float32_dot import PIECES, dot_pieces
+from lowbit.backends.triton.launch import Launch, Target, run, target_of
 from lowbit.kron.op import _Factor, _linear_arguments, _Weight, _weight
-from lowbit.reference import check_ids
 
 # ---------------------------------------------------------------------------------------------------- on the device
 

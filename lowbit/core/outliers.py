@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lowbit.family import MAX_INT16_COLUMNS
+from lowbit.core.family import MAX_INT16_COLUMNS
 
 __all__ = ["CSR", "Chunks", "choose_outliers", "float16_holds", "float_chunks", "sparse_rest"]
 

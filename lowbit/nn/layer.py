@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
-from lowbit.layouts import BLOCKS, CANONICAL, Layout, ask_for_huge_pages, by_group, change, layout_of, read_on
-from lowbit.reference import csr_row_indices
+from lowbit.backends.layouts import BLOCKS, CANONICAL, Layout, ask_for_huge_pages, by_group, change, layout_of, read_on
+from lowbit.backends.reference import csr_row_indices
+from lowbit.core.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
 
 
 def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
@@ -180,7 +180,7 @@ class Layer(nn.Module):
         return (CANONICAL,)
 
     def prepare(self, *, owned: bool = False) -> Layer:
-        """Bring the codes into the layout that the kernels on this device read (:mod:`lowbit.layouts`).
+        """Bring the codes into the layout that the kernels on this device read (:mod:`lowbit.backends.layouts`).
 
         Moving, converting and loading do it by themselves. The Parameters stay the same, and it is bit for bit both
         ways; ``state_dict()`` always gives the canonical order. ``owned``: the memory of the tensors is nobody else's,

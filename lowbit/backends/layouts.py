@@ -2,9 +2,9 @@
 
 | layout | shape, int32 | read by |
 |---|---|---|
-| canonical words (:mod:`lowbit.bitpack`) | ``[N, ceil(K/32)*bits]`` | every backend; what is saved and moved |
-| tiles (:mod:`lowbit.gpu.layout`) | ``[N, ceil(K/256), 8*bits]`` | the Triton kernels of every family |
-| blocks (:mod:`lowbit.blocks`) | ``[N, ceil(K/32), bits, 1]`` | the CPU kernels of family ``packed`` |
+| canonical words (:mod:`lowbit.core.bitpack`) | ``[N, ceil(K/32)*bits]`` | every backend; what is saved and moved |
+| tiles (:mod:`lowbit.backends.triton.tiles`) | ``[N, ceil(K/256), 8*bits]`` | the Triton kernels of every family |
+| blocks (:mod:`lowbit.backends.cpu.blocks`) | ``[N, ceil(K/32), bits, 1]`` | the CPU kernels of family ``packed`` |
 
 The number of dimensions tells which one a tensor is in. Each holds the same codes bit for bit.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit import blocks
-from lowbit.bitpack import CODES_PER_BLOCK, unpack, words_per_row
-from lowbit.gpu import layout as tiles
+from lowbit.backends.cpu import blocks
+from lowbit.backends.triton import tiles
+from lowbit.core.bitpack import CODES_PER_BLOCK, unpack, words_per_row
 
 
 @dataclass(frozen=True)

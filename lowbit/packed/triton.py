@@ -19,9 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.family import dtype_name
-from lowbit.gpu import tuning
-from lowbit.gpu.blocks import (
+from lowbit.backends.reference import check_ids, dequantize_activations, quantize_activations
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.activations import (
+    INT8_COLUMNS,
+    aligned_rows,
+    library_product,
+    plan_quantize,
+    plan_row_sums,
+    plan_sum,
+    row_stride,
+    scale_period,
+    views,
+)  # fmt: skip
+from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
+from lowbit.backends.triton.codes import (
     centered,
     chunk_codes,
     dot,
@@ -33,22 +45,10 @@ from lowbit.gpu.blocks import (
     outlier_products,
     plane_width,
 )  # fmt: skip
-from lowbit.gpu.checks import check_bias, check_outliers, check_tensors, check_x_scale
-from lowbit.gpu.launch import Launch, Target, run, target_of
-from lowbit.gpu.layout import tiles_of, tiles_per_row
-from lowbit.gpu.rows import (
-    INT8_COLUMNS,
-    aligned_rows,
-    library_product,
-    plan_quantize,
-    plan_row_sums,
-    plan_sum,
-    row_stride,
-    scale_period,
-    views,
-)  # fmt: skip
+from lowbit.backends.triton.launch import Launch, Target, run, target_of
+from lowbit.backends.triton.tiles import tiles_of, tiles_per_row
+from lowbit.core.family import dtype_name
 from lowbit.packed.op import check_linear, check_weight
-from lowbit.reference import check_ids, dequantize_activations, quantize_activations
 
 _NONE = (None, None, None)
 

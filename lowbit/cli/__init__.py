@@ -1,0 +1,3 @@
+"""The command `lowbit`."""
+
+from lowbit.cli.command import main as main

@@ -1,0 +1,40 @@
+"""The paths that modules had before version 0.2: imports and pickles that name them keep working."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+_MOVED = {
+    "bitpack": "core.bitpack",
+    "blocks": "backends.cpu.blocks",
+    "calibrate": "model.calibrate",
+    "codebook.read": "codebook.lossless",
+    "convert": "model.convert",
+    "dispatch": "backends.registry",
+    "family": "core.family",
+    "gpu": "backends.triton",
+    "gpu.launch": "backends.triton.launch",
+    "gpu.layout": "backends.triton.tiles",
+    "gpu.models": "model.warmup",
+    "gpu.tuning": "backends.triton.tuning",
+    "hessian": "core.hessian",
+    "invariance": "backends.invariance",
+    "layer": "nn.layer",
+    "layouts": "backends.layouts",
+    "native": "backends.cpu.native",
+    "outliers": "core.outliers",
+    "reference": "backends.reference",
+    "report": "model.report",
+    "sources": "model.sources",
+}
+
+
+def install() -> None:
+    """Let the old paths name the modules that there are now; called once, at the end of ``import lowbit``."""
+    for old, new in _MOVED.items():
+        module = importlib.import_module(f"lowbit.{new}")
+        sys.modules[f"lowbit.{old}"] = module
+        parent, _, name = f"lowbit.{old}".rpartition(".")
+        if not hasattr(sys.modules[parent], name):  # functions of these names come first: lowbit.convert, lowbit.report
+            setattr(sys.modules[parent], name, module)
