@@ -1,4 +1,4 @@
-"""What is done once for a model before it serves: compiling its kernels, and measuring their configurations."""
+"""What is done once for a model on a GPU: compiling its kernels, and measuring their configurations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowbit.backends.triton.tuning import Config, Question
 from lowbit.core.family import dtype_name
 from lowbit.nn.layer import EmbeddingLayer, Layer, layers
 
-# Beyond this, a plan depends on M only through multiples of this.
+# Beyond _EVERY_M_UP_TO rows, launches depend on M only through multiples of this.
 _ROWS = 16
 _EVERY_M_UP_TO = 256
 
@@ -75,7 +75,7 @@ def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]
     """Measure the configurations of the matrix products of a model's layers on this GPU, and keep the fastest.
 
     It takes minutes. The rows go to the user's file (:func:`lowbit.backends.triton.tuning.cache_file`), where every
-    later process finds them; nothing else ever measures.
+    later process finds them. Nothing else measures.
 
     Args:
         model: a converted model on a GPU.

@@ -1,4 +1,4 @@
-"""Kernels on rows of activations that the families share, and what their planners need to know of operands."""
+"""What the Triton kernels of all families do with x and with parts of y, and what their launches need to know of x."""
 
 from __future__ import annotations
 
@@ -123,8 +123,11 @@ def plan_sum(parts: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
 def library_product(
     x: Tensor, weight_rows: Callable[[Tensor | None], Tensor], n: int, bias: Tensor | None
 ) -> Tensor:
-    """``F.linear(x, W, bias)``, W ``[n, K]`` in the dtype of x from ``weight_rows``, given ids of rows or None for all.
-    No more of W exists at a time than DENSE_BYTES. A bias of another dtype is rounded to that of x."""
+    """``F.linear(x, W, bias)`` by the library's matrix product.
+
+    ``weight_rows`` gives rows of W ``[n, K]`` in the dtype of x: those of the ids it is given, or all for ``None``. No
+    more than DENSE_BYTES of W exist at a time. A bias of another dtype is rounded to that of x.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     step = max(1, DENSE_BYTES // (x.shape[-1] * x.element_size()))
     if step >= n:
@@ -145,13 +148,13 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 
 def row_stride(x: Tensor) -> tuple[int, int]:
-    """(a, s) with ``a * s`` elements from row to row; ``a`` is 16 where that divides it, so that kernels know."""
+    """(a, s) with ``a * s`` elements from row to row. ``a`` is 16 where that divides it, so that kernels know it."""
     stride = x.stride(0) if x.shape[0] > 1 else 0
     return (16, stride // 16) if stride % 16 == 0 else (1, stride)
 
 
 def scale_period(group_size: int, k: int) -> int:
-    """After how many chunks of 32 codes a kernel's sums meet a scale: 0: at the end of a row; -1: groups cut chunks."""
+    """After how many chunks a kernel multiplies its sums by a scale. 0: at the end of a row; -1: groups cut chunks."""
     if group_size >= k:
         return 0
     return gcd(group_size // LANES, CHUNKS) if group_size % LANES == 0 else -1

@@ -1,6 +1,6 @@
 """What the kernels of families with packed codes need of their operands beside the shapes that an op's fake checks.
 
-Values are not looked at: that would wait for the GPU. A layer checks them when it is made or loaded.
+Values are not checked here: that would wait for the GPU. A layer checks them when it is made or loaded.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 (:mod:`lowbit.backends.triton.tiles`), their codes as exact numbers of a matrix product, sparse outliers, and a float32
 in pieces.
 
-A block of weights is ``[BLOCK_N rows, 32 lanes]``, one chunk of a tile. ``PTX`` says that the target understands
+A kernel takes weights as ``[BLOCK_N rows, 32 lanes]``, one chunk of a tile. ``PTX`` says that the target understands
 inline PTX; without it the same values come from plain Triton (AMD, the interpreter).
 """
 

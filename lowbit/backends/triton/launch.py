@@ -1,4 +1,4 @@
-"""A kernel launch as a value: planned for a target, then run, compiled without a GPU, or only looked at.
+"""A kernel launch as a value: made for a target, then run, compiled without a GPU, or only looked at.
 
 A family's ``triton.py`` plans: from the tensors of a call and a :class:`Target` it makes a list of
 :class:`Launch`. :func:`run` launches them in order on the current stream. Whatever decides what is compiled is in
@@ -18,13 +18,13 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """The GPU that launches are planned for.
+    """The GPU that launches are made for.
 
     Args:
         backend: ``"cuda"`` or ``"hip"``.
         arch: compute capability times ten (``80``, ``90``) or AMD's name (``"gfx942"``).
         processors: streaming multiprocessors (compute units).
-        shared_memory: bytes that one block may use.
+        shared_memory: bytes that one program may use.
         inline_ptx: whether kernels may use it; not under Triton's interpreter.
     """
 
@@ -44,8 +44,8 @@ class Target:
         return 64 if self.name.startswith("gfx9") else 32
 
 
-# What each architecture is planned for where no device of it is at hand. Processors and shared memory per block: CUDA
-# C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 and RDNA3 ISA documents.
+# What launches are made for where no device of an architecture is at hand. Processors and shared memory per program:
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 and RDNA3 ISA documents.
 TARGETS = {
     target.name: target
     for target in (
@@ -90,8 +90,8 @@ class Launch:
     def signature(self) -> tuple[Any, ...]:
         """What is compiled for it: launches of equal signature run the same code.
 
-        Triton compiles anew for another type of an argument, and, unless the kernel forbids it, for an integer that is
-        1 or divisible by 16 and for an address that is.
+        Triton compiles a kernel again for another type of an argument. Unless the kernel forbids it, it does so too for
+        an integer that is 1 or divisible by 16, and for an address that is divisible by 16.
         """
         exempt = {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
         arguments = tuple((name, _specialization(value, name in exempt)) for name, value in self.arguments.items())
@@ -127,7 +127,7 @@ def run(launches: Iterable[Launch]) -> None:
 
 @contextmanager
 def collecting() -> Iterator[list[Launch]]:
-    """Within it nothing is launched: what would be is in the list. Results of ops are not written."""
+    """Within it nothing is launched: the list has what would be. Results of ops are not written."""
     global _collected
     before, _collected = _collected, []
     try:

@@ -1,8 +1,8 @@
 """Which configuration a kernel runs with: a table, not code.
 
-``tuned.json`` ships rows per architecture, each with how it was obtained; ``lowbit.tune`` adds rows for the GPU and the
-layers at hand to a file of the user's, ``$LOWBIT_CACHE/tuned.json`` (default ``~/.cache/lowbit``). Nothing is tuned
-while a model runs. A file that cannot be read or written is warned of, once, and gone without.
+``tuned.json`` ships rows per architecture; each says how it was obtained. ``lowbit.tune`` measures rows for the GPU and
+the layers at hand, and adds them to the user's file, ``$LOWBIT_CACHE/tuned.json`` (default ``~/.cache/lowbit``).
+Nothing is tuned while a model runs. Where that file cannot be read or written, lowbit warns once and ignores the file.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def choose(target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: in
 
 
 def rows_to_plan_for(m: int) -> int:
-    """The number of rows that a plan goes by: m, or where results must not depend on the batch, always the same."""
+    """The number of rows that launches are made for: m; always the same where results must not depend on the batch."""
     return _INVARIANT_M if invariance.on_gpu() else m
 
 
@@ -120,7 +120,7 @@ def _config(row: Row, q: Question) -> Config:
 
 
 def regimes(target: Target, kernel: str, x: torch.dtype, bits: int) -> list[int]:
-    """The largest M of each shipped row that a call may use; LARGEST_M for one without a limit."""
+    """The largest M of each shipped row that a call may use; LARGEST_M for a row without a limit."""
     found: list[int] = []
     for row in _shipped():
         most = row.get("max_m", LARGEST_M)
@@ -137,7 +137,7 @@ def _shipped() -> list[Row]:
 
 @contextmanager
 def using(config: Config) -> Iterator[None]:
-    """Every product takes this configuration."""
+    """Within it every product takes this configuration."""
     global _forced
     before, _forced = _forced, config
     try:
@@ -148,7 +148,7 @@ def using(config: Config) -> Iterator[None]:
 
 @contextmanager
 def asking() -> Iterator[list[Question]]:
-    """The questions that :func:`choose` answers meanwhile."""
+    """The questions that :func:`choose` answers within it."""
     global _asked
     before, _asked = _asked, []
     try:
@@ -212,7 +212,8 @@ def _check_row(row: Row) -> None:
 def remember(rows: list[Row]) -> None:
     """Use measured rows from now on, and add them to the user's file, replacing rows for the same layers.
 
-    The file is replaced at once or not at all; where it cannot be, the rows serve this process only, with a warning.
+    The file is replaced as a whole or not at all. Where it cannot be replaced, the rows serve this process only, with a
+    warning.
     """
     file = cache_file()
     merged = {_key(row): row for row in [*_read(file), *_measured(), *rows]}
