@@ -287,6 +287,23 @@ def test_fingerprint_follows_what_is_compiled_and_nothing_else() -> None:
     assert any(name == "scaled" and "x * 0.5" in text for name, text in compiled()["sources"])
 
 
+def test_comments_and_docstrings_are_not_what_is_compiled() -> None:
+    source = """def kernel(x_ptr, y_ptr):
+    \"\"\"Twice x.
+
+    As text: "# no comment".
+    \"\"\"
+    # a comment
+
+    text = "# no comment"  # a comment
+    tl.store(y_ptr, 2 * tl.load(x_ptr))
+"""
+    kept = 'def kernel(x_ptr, y_ptr):\n    text = "# no comment"\n    tl.store(y_ptr, 2 * tl.load(x_ptr))'
+    assert offline.without_comments(source) == kept
+    assert offline.without_comments(source.replace("2 *", "3 *")) != kept
+    assert offline.without_comments("def one():\n    return 1\n") == "def one():\n    return 1"
+
+
 def test_interpreted_kernel_is_refused() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET must be unset"):
         offline.compile_launch(Launch(object(), (1,), {}, {}), TARGETS["sm_90"])

@@ -13,12 +13,15 @@ own assembler and disassembler for NVIDIA and LLVM for AMD.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -118,7 +121,7 @@ class Configuration:
 
 
 def kernel_sources(kernel: Any) -> list[tuple[str, str]]:
-    """What decides what a kernel means, outside Triton: (name, source) of functions, (name, value) of globals.
+    """What decides what a kernel means, outside Triton: (name, code) of functions, (name, value) of globals.
 
     Triton's own ``cache_key`` also holds line numbers, so that a comment above a kernel would change it. Modules do not
     count: a function that moves is the same function.
@@ -127,9 +130,10 @@ def kernel_sources(kernel: Any) -> list[tuple[str, str]]:
 
     def visit(function: Any) -> None:
         module, code = function.fn.__module__, function.fn.__code__
-        if module.startswith("triton.") or (code.co_name, function.src) in found:
+        source = without_comments(function.src)
+        if module.startswith("triton.") or (code.co_name, source) in found:
             return
-        found.add((code.co_name, function.src))
+        found.add((code.co_name, source))
         scope = dict(function.fn.__globals__)
         for value in [scope[name] for name in code.co_names if isinstance(scope.get(name), ModuleType)]:
             if not value.__name__.startswith("triton"):
@@ -143,6 +147,21 @@ def kernel_sources(kernel: Any) -> list[tuple[str, str]]:
 
     visit(kernel)
     return sorted(found)
+
+
+@cache
+def without_comments(source: str) -> str:
+    """The source of a function without what changes nothing: comments, its docstring, blank lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    (function,) = ast.parse(source).body
+    if isinstance(function, ast.FunctionDef) and ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        lines[docstring.lineno - 1 : docstring.end_lineno] = []
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def fingerprint(launch: Launch, target: Target) -> str:
