@@ -25,36 +25,37 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Instruction set -> the file that a family's kernel is compiled from, and its flags.
+# Instruction set -> its flags. Each family's kernel is compiled once for each.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-_ISAS = {"scalar": ("cpu_scalar.cpp", [])}
+_VNNI = [*_AVX512, "-mavx512vnni", "-mavx512vbmi"]
+ISAS: dict[str, list[str]] = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    _ISAS |= {
-        "avx2": ("cpu_avx2.cpp", ["-mavx2", "-mfma", "-mf16c"]),
-        "avx512": ("cpu_avx512.cpp", _AVX512),
-        "avx512vnni": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi"]),
-        "avx512bf16": ("cpu_avx512.cpp", [*_AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]),
+    ISAS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": _AVX512,
+        "avx512vnni": _VNNI,
+        "avx512bf16": [*_VNNI, "-mavx512bf16"],
     }
-# Object -> its source and the flags of its instruction set (one source may be compiled more than once). The slowest
-# come first: ninja starts them in this order, so none is left over for the end.
+# Object -> its source and flags. The slowest come first: ninja starts them in this order, so none is left over for the
+# end.
 OBJECTS: dict[str, tuple[str, list[str]]] = {
-    f"{family}_{isa}": (f"csrc/{family}/{file}", flags)
+    f"{family}_{isa}": (f"csrc/cpu/{family}/kernel.cpp", [f"-DLOWBIT_ISA={isa}", *flags])
     for family in ("packed", "codebook", "kron")
-    for isa, (file, flags) in reversed(_ISAS.items())
+    for isa, flags in reversed(ISAS.items())
 }
-OBJECTS |= {f"{family}_ops": (f"csrc/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
+OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
 OBJECTS |= {
     "library": ("csrc/library.cpp", []),
-    "blocks_ops": ("csrc/common/blocks_ops.cpp", []),
-    "codebook_quantize_ops": ("csrc/codebook/quantize_ops.cpp", []),
-    "codebook_kmeans": ("csrc/codebook/kmeans.cpp", []),
-    "isa": ("csrc/common/isa.cpp", []),
-    "scratch": ("csrc/common/scratch.cpp", []),
+    "blocks_layout_ops": ("csrc/cpu/blocks_layout_ops.cpp", []),
+    "codebook_quantize_ops": ("csrc/cpu/codebook/quantize_ops.cpp", []),
+    "codebook_kmeans": ("csrc/cpu/codebook/kmeans.cpp", []),
+    "isa": ("csrc/cpu/isa.cpp", []),
+    "scratch": ("csrc/cpu/scratch.cpp", []),
 }
 
 # -ffp-contract=off: a product and a sum round as written, the same in every object file.
 # -Wno-(maybe-)uninitialized: GCC 12 warns about undefined operands in its own AVX-512 intrinsics (bug 105593).
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-Icsrc", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
 CUDA_LIBRARY = "liblowbit_cuda.so"
@@ -63,7 +64,7 @@ CUDA_LIBRARY = "liblowbit_cuda.so"
 RULES = """\
 builddir = {folder}
 rule compile
-  command = {cxx} {flags} $isa -MD -MF $out.d -c $in -o $out
+  command = {cxx} {flags} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -171,7 +172,7 @@ def write_ninja(folder: Path, library: str) -> list[str]:
     commands = {name: shlex.join(words).replace("$", "$$") for name, words in shell.items()}
     objects = [folder / f"{name}.o" for name in OBJECTS]
     edges = [
-        edge(target, "compile", source, isa=" ".join(flags))
+        edge(target, "compile", source, flags=" ".join(flags))
         for target, (source, flags) in zip(objects, OBJECTS.values(), strict=True)
     ]
     cuda = cuda_edges(folder, nvcc)

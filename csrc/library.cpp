@@ -4,18 +4,17 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "codebook/ops.h"
-#include "codebook/quantize_ops.h"
-#include "common/blocks_ops.h"
-#include "common/invariance.h"
-#include "common/isa.h"
-#include "kron/ops.h"
-#include "packed/ops.h"
+#include "cpu/blocks_layout_ops.h"
+#include "cpu/codebook/ops.h"
+#include "cpu/codebook/quantize_ops.h"
+#include "cpu/invariance.h"
+#include "cpu/isa.h"
+#include "cpu/kron/ops.h"
+#include "cpu/packed/ops.h"
 
 namespace {
 
 std::string isas() { return lowbit::runnable_isas(); }
-std::string compiled_isas() { return lowbit::compiled_isas(); }
 std::string isa() { return lowbit::isa_name(lowbit::current_isa()); }
 void set_isa(std::string name) { lowbit::set_isa(name); }
 bool batch_invariant() { return lowbit::batch_invariant; }
@@ -24,20 +23,13 @@ void set_batch_invariant(bool on) { lowbit::batch_invariant = on; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
-  m.impl("packed_linear", TORCH_BOX(&lowbit::packed::linear_cpu));
-  m.impl("packed_dequantize", TORCH_BOX(&lowbit::packed::dequantize_cpu));
-  m.impl("packed_embedding", TORCH_BOX(&lowbit::packed::embedding_cpu));
-  m.impl("codebook_linear", TORCH_BOX(&lowbit::codebook::linear_cpu));
-  m.impl("codebook_dequantize", TORCH_BOX(&lowbit::codebook::dequantize_cpu));
-  m.impl("codebook_embedding", TORCH_BOX(&lowbit::codebook::embedding_cpu));
-  m.impl("kron_linear", TORCH_BOX(&lowbit::kron::linear_cpu));
-  m.impl("kron_dequantize", TORCH_BOX(&lowbit::kron::dequantize_cpu));
-  m.impl("kron_embedding", TORCH_BOX(&lowbit::kron::embedding_cpu));
+  lowbit::packed::register_ops(m);
+  lowbit::codebook::register_ops(m);
+  lowbit::kron::register_ops(m);
 }
 
 STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("isas() -> str");
-  m.def("compiled_isas() -> str");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("batch_invariant() -> bool");
@@ -51,7 +43,6 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
   m.impl("isas", TORCH_BOX(&isas));
-  m.impl("compiled_isas", TORCH_BOX(&compiled_isas));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("batch_invariant", TORCH_BOX(&batch_invariant));

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 // LOWBIT_CHECK(condition, parts of the message...): requirement first, then the value that broke it.
 #define LOWBIT_CHECK(condition, ...)                                              \

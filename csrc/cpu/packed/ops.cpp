@@ -1,0 +1,69 @@
+#include "cpu/packed/ops.h"
+
+#include "common/packed_arguments.h"
+#include "cpu/packed/kernel.h"
+#include "cpu/run.h"
+
+namespace lowbit {
+namespace packed {
+
+// Found by the type of its argument, so not in the unnamed namespace.
+inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t n) {
+  lowbit::prefetch_row(static_cast<const Codes&>(w), n);
+  if (w.per_tensor) return;
+  const auto row = [&](const void* values, DType dtype, int64_t stride) __attribute__((always_inline)) {
+    const int64_t size = element_size(dtype);
+    prefetch_bytes(static_cast<const char*>(values) + n * stride * size, stride * size);
+  };
+  row(w.scales, w.scales_dtype, w.scales_row);
+  if (w.zeros) row(w.zeros, w.zeros_dtype, w.zeros_row);
+}
+
+namespace {
+
+// y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
+Tensor linear_cpu(Tensor x, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor bias,
+                  OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
+                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, int64_t x_group) {
+  const char* op = "packed_linear";
+  const int64_t K = check_activations(op, x);
+  const ActivationArguments activations{int8, x_scale, x_group};
+  Linear a{};
+  a.weight = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                               group_size, K});
+  check_x_group(op, activations, a.weight);
+  check_call(op, bias, activations, a);
+  return run_linear(a, x, cpu_kernel(current_isa()));
+}
+
+// w, [N, K] of `dtype`
+Tensor dequantize_cpu(Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor outlier_values,
+                      OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
+                      int64_t in_features, ScalarType dtype) {
+  const char* op = "packed_dequantize";
+  const Weight w = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                                     group_size, in_features});
+  return run_dequantize(op, w, dtype, cpu_kernel(current_isa()));
+}
+
+// w[ids], [..., K] of `dtype`
+Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor outlier_values,
+                     OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
+                     int64_t embedding_dim, ScalarType dtype) {
+  const char* op = "packed_embedding";
+  check_ids(op, ids);
+  const Weight w = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                                     group_size, embedding_dim});
+  return run_embedding(op, w, ids, dtype, cpu_kernel(current_isa()));
+}
+
+}  // namespace
+
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("packed_linear", TORCH_BOX(&linear_cpu));
+  m.impl("packed_dequantize", TORCH_BOX(&dequantize_cpu));
+  m.impl("packed_embedding", TORCH_BOX(&embedding_cpu));
+}
+
+}  // namespace packed
+}  // namespace lowbit

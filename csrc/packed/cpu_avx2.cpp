@@ -1,2 +1,0 @@
-#define LOWBIT_KERNEL kernel_avx2
-#include "cpu_kernel.inc"

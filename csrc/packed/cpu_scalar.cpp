@@ -1,2 +1,0 @@
-#define LOWBIT_KERNEL kernel_scalar
-#include "cpu_kernel.inc"
