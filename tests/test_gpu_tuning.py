@@ -258,7 +258,7 @@ for m in (1, 2, 16, 17, 48):
         tiles, scales = torch.zeros(64, -(-k // 256), 32, dtype=torch.int32), torch.ones(64, 1, dtype=torch.float16)
         config = tuning.Config(64, 16, 4, 2, 1)
         none = (None, None, None)
-        plan = kernels.plan_linear(
+        plan = kernels.linear_launches(
             target, config, x, tiles, scales, None, None, none, None, 4, k, False, y
         )
         for launch in plan:

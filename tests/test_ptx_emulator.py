@@ -620,7 +620,7 @@ class Packed:
     """A packed linear layer; bits decide on N, K, groups, zeros, rows, dtype, outliers, configuration and int8."""
 
     def __init__(self, target: Target, bits: int, zeros: str = "") -> None:
-        from lowbit.packed.triton import plan_linear
+        from lowbit.packed.triton import linear_launches
 
         n, k, group_size = ((96, 512, None), (66, 320, 64), (70, 512, 128), (40, 172, 7))[bits % 4]
         zeros = zeros or ("none", "int", "float")[bits % 3]
@@ -631,7 +631,7 @@ class Packed:
         self.x = activations(rows, k, DTYPES[bits % 3])
         self.y = torch.full((rows, n), math.nan, dtype=self.x.dtype)
         packed, scales, zero_points = tile(self.weight.packed, bits, k), self.weight.scales, self.weight.zeros
-        self.launches = plan_linear(
+        self.launches = linear_launches(
             target, config, self.x, packed, scales, zero_points, None, self.weight.outliers, None, bits,
             self.weight.format.group_size, self.int8, self.y,
         )  # fmt: skip

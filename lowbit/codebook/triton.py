@@ -1,16 +1,17 @@
 """Triton kernels of family ``codebook``; what they compute is in :mod:`lowbit.codebook.op`.
 
-Codes are looked up and the entries meet x on tensor cores, with float32 sums. Three kinds of weights:
+A kernel looks codes up and multiplies the entries with x on tensor cores, with float32 sums. What it multiplies depends
+on x:
 
-* x float16 or bfloat16: the entries, rounded to x's dtype as a dense layer's weights are (exact where the table has
-  that dtype); scales, one per row or per group, multiply the sums. Where groups cut chunks of 32 columns, ``entry *
-  scale`` in float32 instead, which enters the product as an exact sum of bfloat16.
-* x float32: likewise, of entries as they are.
-* int8 activations: 16-bit integers T with one step per row (``_fixed_point`` in :mod:`lowbit.codebook.op`), as two
-  bytes and two int8 products with int32 sums, put together exactly. Where a row has one scale or none, T is a table.
+* float16 or bfloat16: the entries, rounded to the dtype of x as a dense layer's weights are (exact where the table has
+  that dtype). Scales, one per row or per group, multiply the sums. Where groups cut chunks, it multiplies ``entry *
+  scale`` in float32 instead, split into bfloat16 pieces, exactly.
+* float32: likewise, with the entries as they are.
+* int8 activations: 16-bit integers T with one step per row (``_fixed_point`` in :mod:`lowbit.codebook.op`). Each is two
+  bytes, in two int8 products with int32 sums, which are added exactly. Where a row has one scale or none, T is a table.
 
-As in :mod:`lowbit.packed.triton`, weights are the left operand, and K is split where few rows leave processors
-idle. No product and sum is fused into one operation: weights, scales and T are those of the definition to the bit.
+As in :mod:`lowbit.packed.triton`, weights are the left operand, and K is split where few rows would leave processors
+idle. No product is fused with a sum: weights, scales and T are those of the definition, to the bit.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from lowbit.backends.triton.activations import (
     INT8_COLUMNS,
     aligned_rows,
     library_product,
-    plan_quantize,
-    plan_sum,
+    quantize_launch,
     row_stride,
     scale_period,
+    sum_launch,
     views,
 )  # fmt: skip
 from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
@@ -244,7 +245,7 @@ def codebook_steps_kernel(
     if scales_ptr is not None:
         peaks = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, groups, BLOCK):
-            # past the last group the same scale again, which changes no maximum
+            # past the last group its scale is repeated, which changes no maximum
             at = n * groups + tl.minimum(start + offset, groups - 1)
             scale = _scale(scales_ptr, scale_codebook_ptr, scale_absmax_ptr, scale_offset_ptr, at)
             peaks = tl.maximum(peaks, tl.abs(scale))
@@ -272,18 +273,18 @@ def codebook_linear_kernel(
     PER_ELEMENT: tl.constexpr, SHARED_STEP: tl.constexpr, EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr,
     SPLIT: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of one block, or one part of K of it where SPLIT > 1 (y is then float32 ``[SPLIT, M, N]``).
+    """y[m, n] for BLOCK_N rows of W and BLOCK_M of x; one split of K where SPLIT > 1 (y: float32 ``[SPLIT, M, N]``).
 
-    PERIOD: chunks after which table or scale change; 0: never; -1: groups cut chunks. PER_ELEMENT: weights are
-    multiplied out one by one; else those of int8 activations are entries of a table of T, without scales. Sums of int8
-    activations stay integers without ``inverse_ptr``.
+    PERIOD: after how many chunks the table or the scale changes; 0: never; -1: groups cut chunks. PER_ELEMENT: each
+    weight is multiplied by its scale; otherwise int8 activations are multiplied with entries of a table of T, which has
+    no scales. Sums of int8 activations stay integers where there is no ``inverse_ptr``.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
     n_valid = n < n_size
     m_valid = m < m_size
-    # Rows past the end are computed like the last one and not stored: no load in the loop needs a mask for them.
+    # Rows past the end repeat the last one and are not stored, so that no load in the loop needs a mask for them.
     n_row = tl.minimum(n, n_size - 1).to(tl.int64)
     m_row = tl.minimum(m, m_size - 1).to(tl.int64)
     lane = tl.arange(0, 32)
@@ -451,7 +452,7 @@ def codebook_outlier_rows_kernel(
     n_size, k_size, tiles, groups,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, TABLES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The elements of y (as of codebook_rows_kernel) that have an outlier: y[i, column] = W[n, column] + value."""
+    """The elements of y of codebook_rows_kernel that have an outlier: y[i, column] = W[n, column] + value."""
     i = tl.program_id(0).to(tl.int64)
     n = i
     if ids_ptr is not None:
@@ -481,7 +482,7 @@ def _tables(codebook: Tensor) -> str:
 
 
 def _groups(codebook: Tensor, scales: Scales) -> int:
-    """Groups of a row that may differ in their table or scale."""
+    """How many groups of a row may differ in their table or scale."""
     return codebook.shape[1] if scales[0] is None else scales[0].shape[1]
 
 
@@ -490,12 +491,12 @@ def _period(codebook: Tensor, scales: Scales, group_size: int, k: int) -> int:
 
 
 def _tabled(scales: Scales, period: int) -> bool:
-    """Whether the weights that int8 activations meet are entries of a table."""
+    """Whether int8 activations are multiplied with entries of a table."""
     return period >= 0 and (scales[0] is None or scales[0].shape[1] == 1)
 
 
 def _kernel_name(codebook: Tensor, scales: Scales, group_size: int, k: int, int8: bool) -> str:
-    """The name in tuned.json; int8 activations that meet scales per group count as odd groups do: as slow."""
+    """The name in tuned.json. int8 activations with scales per group are as slow as groups that cut chunks."""
     period = _period(codebook, scales, group_size, k)
     fast = _tabled(scales, period) if int8 else period >= 0
     return "codebook_linear" if fast else "codebook_linear_odd_groups"
@@ -506,8 +507,8 @@ def _scale_pointers(scales: Scales) -> dict[str, Tensor | None]:
     return dict(zip(names, scales, strict=True))
 
 
-def plan_steps(codebook: Tensor, scales: Scales, n: int, tabled: bool) -> tuple[Launch, Tensor, Tensor | None]:
-    """(launch, steps float32 ``[N]`` or, for all rows, ``[1]``, T) of weights ``[n, K]`` that meet int8 activations.
+def steps_launch(codebook: Tensor, scales: Scales, n: int, tabled: bool) -> tuple[Launch, Tensor, Tensor | None]:
+    """(launch, steps, T) of weights ``[n, K]`` for int8 activations; steps float32 ``[N]``, or ``[1]`` for all rows.
 
     ``tabled``, for no more than one scale per row: T is an int16 codebook; else None.
     """
@@ -522,7 +523,7 @@ def plan_steps(codebook: Tensor, scales: Scales, n: int, tabled: bool) -> tuple[
     return Launch(codebook_steps_kernel, (rows,), arguments, constants, fuse=False), steps, fixed
 
 
-def plan_linear(
+def linear_launches(
     target: Target,
     config: tuning.Config,
     x: Tensor,
@@ -545,8 +546,8 @@ def plan_linear(
     period = _period(codebook, scales, group_size, k)
     per_element = period < 0 or (x.dtype == torch.float32 and not int8)
     if int8:
-        quantize, operand, inverse, x_sums = plan_quantize(x, x_scale)
-        steps_of_rows, steps, fixed = plan_steps(codebook, scales, n, _tabled(scales, period))
+        quantize, operand, inverse, x_sums = quantize_launch(x, x_scale)
+        steps_of_rows, steps, fixed = steps_launch(codebook, scales, n, _tabled(scales, period))
         launches += [quantize, steps_of_rows]
         per_element = fixed is None
         if fixed is not None:
@@ -589,11 +590,11 @@ def plan_linear(
         constants = dict(PARTS=split, SHARED_STEP=steps is not None and steps.shape[0] == 1, BLOCK=64)
         launches.append(Launch(codebook_sum_kernel, (-(-n // 64), m), arguments, constants, fuse=False))
     elif split > 1:
-        launches.append(plan_sum(out, bias, y))
+        launches.append(sum_launch(out, bias, y))
     return launches
 
 
-def plan_rows(
+def rows_launches(
     target: Target,
     ids: Tensor | None,
     tiles: Tensor,
@@ -685,13 +686,13 @@ def linear(
 
         def weight_rows(ids: Tensor | None) -> Tensor:
             rows = torch.empty(n if ids is None else len(ids), k, dtype=x.dtype, device=x.device)
-            run(plan_rows(target, ids, tiles, codebook, all_scales, outliers, bits, group_size, rows))
+            run(rows_launches(target, ids, tiles, codebook, all_scales, outliers, bits, group_size, rows))
             return rows
 
         return library_product(x, weight_rows, n, bias)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     run(
-        plan_linear(
+        linear_launches(
             target, config, flat, tiles, codebook, all_scales, bias, outliers, x_scale, bits, group_size, int8, y
         )
     )
@@ -720,7 +721,7 @@ def dequantize(
     _check(packed.device, packed, codebook, all_scales, outliers)
     y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     tiles = tiles_of(packed, bits, in_features, quiet=True)
-    run(plan_rows(target_of(y.device), None, tiles, codebook, all_scales, outliers, bits, group_size, y))
+    run(rows_launches(target_of(y.device), None, tiles, codebook, all_scales, outliers, bits, group_size, y))
     return y
 
 
@@ -749,12 +750,12 @@ def embedding(
     _check(ids.device, packed, codebook, all_scales, outliers)
     y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
     tiles, flat = tiles_of(packed, bits, embedding_dim), ids.reshape(-1).contiguous()
-    run(plan_rows(target_of(y.device), flat, tiles, codebook, all_scales, outliers, bits, group_size, y))
+    run(rows_launches(target_of(y.device), flat, tiles, codebook, all_scales, outliers, bits, group_size, y))
     return y.view(*ids.shape, embedding_dim)
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
-    """Every configuration that the package ships for ``target``, planned on meta tensors of 4096 x 4096 weights."""
+    """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights."""
     n = 4096
     none = (None, None, None)
 
@@ -771,7 +772,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             "nested": (empty((n, groups), torch.uint8), *nested, empty((1,), torch.float32)),
         }
         tiles = empty((n, tiles_per_row(k), 8 * bits), torch.int32)
-        # a table per tensor is float32 unless asked otherwise
+        # a table per tensor is float32 by default
         table_dtype = torch.float32 if tables == "tensor" else torch.float16
         return tiles, empty((*shape, 1 << bits), table_dtype), of_weights[scales]
 
@@ -788,7 +789,8 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             if not config.dense:
                 x = empty((m, k), torch.float16 if int8 else dtype)
                 y = empty((m, n), x.dtype)
-                launches = plan_linear(target, config, x, *of_weights, None, sparse, None, bits, group_size, int8, y)
+                operands = (*of_weights, None, sparse, None, bits, group_size, int8)
+                launches = linear_launches(target, config, x, *operands, y)
                 yield f"codebook_linear {bits}-bit {name} {dtype_name(dtype)} M={m}", launches
 
     for bits in range(1, 9):
@@ -799,7 +801,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                 yield from linears("tensor, group 64", bits, dtype, "tensor", "float", 64)
         ids, y = empty((64,), torch.int64), empty((64, n))
         of_weights = weight(bits, "row", "none", n, n)
-        yield f"codebook_embedding {bits}-bit", plan_rows(target, ids, *of_weights, none, bits, n, y)
+        yield f"codebook_embedding {bits}-bit", rows_launches(target, ids, *of_weights, none, bits, n, y)
     for dtype in (torch.float16, torch.int8):
         yield from linears("group", 4, dtype, "group", "none", 64)
         yield from linears("nested", 4, dtype, "tensor", "nested", 64)

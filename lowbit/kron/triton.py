@@ -1,22 +1,22 @@
 """Triton kernels of family ``kron``; what they compute is in :mod:`lowbit.kron.op`.
 
-One of the two factors is applied first: Q ``[rank, NQ, KQ]``; the other second: P ``[rank, NP, KP]``. In their terms,
-whichever of them A is, and with every row m of x read as ``X[kp, kq]``,
+One of the two factors is multiplied first, Q ``[rank, NQ, KQ]``, the other second, P ``[rank, NP, KP]``. Either may be
+A. With every row m of x read as ``X[kp, kq]``,
 
     T[m, nq, kp] = sum_kq Q[nq, kq] X[m, kp, kq]        y[m, np, nq] = sum_r sum_kp P[np, kp] T[m, nq, kp]
 
-A program makes a tile ``[nq, (m, kp)]`` of T. It stays on chip in float32, and four kernels differ in what follows:
+A program makes a register tile ``[nq, (m, kp)]`` of T, in float32. Four kernels differ in what follows:
 
-- ``kron_resident_kernel``: the columns of a tile are the KP of one row m, and the second product is a matrix product
-  of it with P. Both factors stay on chip, while the program walks over the rows of x. For one term.
-- ``kron_fused_kernel``: the same, with the factors read tile by tile, for any number of terms.
-- ``kron_summed_kernel``: KP is too small for a matrix product. A tile has the columns of several rows, and the second
-  product is a sum of KP products. For one term.
-- ``kron_product_kernel``: there is no second product. Otherwise one launch writes T to memory and another reads it.
+- ``kron_resident_kernel``: the columns of the register tile are the KP of one row m, and the second product is a matrix
+  product of it with P. Both factors stay on chip, while the program goes over the rows of x. For one term.
+- ``kron_fused_kernel``: the same, but the factors are read part by part. For any number of terms.
+- ``kron_summed_kernel``: KP is too small for a matrix product. The register tile has the columns of several rows, and
+  the second product is a sum of KP products. For one term.
+- ``kron_product_kernel``: one product only. One launch writes T to memory, and another one multiplies it with P.
 
-Products of two 16-bit floats are exact in float32. So if both factors are such, T goes through matrix units in pieces
-of bfloat16; if not, its products with P round once each, in float32 units: either way one-hot activations give the
-dequantized weight, bit for bit.
+Products of two 16-bit floats are exact in float32. If both factors have 16 bits, T goes through matrix units in
+bfloat16 pieces. If not, each of its products with P is rounded once, in float32 units. Either way one-hot activations
+give the dequantized weight, bit for bit.
 """
 
 from __future__ import annotations
@@ -342,12 +342,12 @@ WORKSPACE = 1 << 24  # elements of T that go through memory at a time
 
 
 def _block(size: int, least: int, most: int) -> int:
-    """The power of two in [least, most] that holds ``size``, or else ``most``."""
+    """The smallest power of two in [least, most] that is at least ``size``; ``most`` where there is none."""
     return min(max(least, 1 << (size - 1).bit_length()), most)
 
 
 def _dtype(factor: _Factor) -> torch.dtype:
-    """What the kernels' arithmetic takes the factor's values for."""
+    """The dtype that the kernels' arithmetic takes the factor's values for."""
     return torch.float32 if factor.bits else factor.values.dtype
 
 
@@ -357,7 +357,7 @@ def _pieces(left: torch.dtype, right: torch.dtype) -> tuple[int, int]:
 
 
 def _arguments(name: str, factor: _Factor) -> dict[str, Any]:
-    """The kernels' arguments of a factor, those that begin with ``name``."""
+    """The kernels' arguments of a factor: those that begin with ``name``."""
     words = groups = 0
     if factor.scales is not None:
         words = factor.values.shape[1]
@@ -396,14 +396,14 @@ class _Order(NamedTuple):
 
 
 def _order(w: _Weight) -> _Order:
-    """The cheaper of the two."""
+    """The cheaper of the two orders."""
     a, b = w.a, w.b
     b_first = _Order(b, a, dict(x_p=b.k, x_q=1, y_p=b.n, y_q=1))
     a_first = _Order(a, b, dict(x_p=1, x_q=b.k, y_p=1, y_q=b.n))
     return min(b_first, a_first, key=lambda order: order.cost)
 
 
-def _plan_inverse(permutation: Tensor | None, launches: list[Launch]) -> Tensor | None:
+def _inverse(permutation: Tensor | None, launches: list[Launch]) -> Tensor | None:
     """The inverse of a permutation; adds the launch that makes it."""
     if permutation is None:
         return None
@@ -413,7 +413,7 @@ def _plan_inverse(permutation: Tensor | None, launches: list[Launch]) -> Tensor 
     return inverse
 
 
-def plan_linear(
+def linear_launches(
     target: Target,
     x: Tensor,
     a: Tensor,
@@ -443,8 +443,8 @@ def plan_linear(
     launches: list[Launch] = []
     if m == 0:
         return launches
-    source = _plan_inverse(input_permutation, launches)
-    destination = _plan_inverse(output_permutation, launches)
+    source = _inverse(input_permutation, launches)
+    destination = _inverse(output_permutation, launches)
     order = _order(w)
     q, p = order.q, order.p
     first = _pieces(_dtype(q), x.dtype)
@@ -455,15 +455,15 @@ def plan_linear(
     )  # fmt: skip
     constants = dict(Q_BITS=q.bits, Q_PIECES=first[0], X_PIECES=first[1])
     if not order.fused:
-        return [*launches, *_plan_two_launches(target, order, arguments, constants, second)]
+        return [*launches, *_two_launches(target, order, arguments, constants, second)]
     arguments |= _arguments("p", p)
     if p.k <= MOST_SUMMED:
-        return [*launches, _plan_summed(target, order, arguments, constants)]
-    return [*launches, _plan_fused(target, order, arguments, constants, second)]
+        return [*launches, _summed_launch(target, order, arguments, constants)]
+    return [*launches, _fused_launch(target, order, arguments, constants, second)]
 
 
 class _Tile(NamedTuple):
-    """How the first product is cut: rows of Q by columns ``(m, kp)``, ``depth`` of KQ at a time."""
+    """The register tile of the first product: rows of Q by columns ``(m, kp)``, ``depth`` of KQ at a time."""
 
     rows: int
     columns: int
@@ -473,14 +473,14 @@ class _Tile(NamedTuple):
 
 
 def _pieces_rows(target: Target) -> int:
-    """Rows of a tile whose pieces fit the registers: more where matrix units take an operand from shared memory."""
+    """How many rows of a register tile in pieces fit: more where matrix units read an operand from shared memory."""
     return 64 if target.backend == "hip" or target.arch in (90, 100) else 32
 
 
 def _tile(target: Target, q: _Factor, x: torch.dtype, m: int, width: int) -> _Tile:
     """Sizes that were found, by compiling, to need no more registers and shared memory than there are; for m rows of
     x with ``width`` columns each."""
-    columns = tuning.rows_to_plan_for(m) * width
+    columns = tuning.rows_for_launches(m) * width
     q_pieces, x_pieces = _pieces(_dtype(q), x)
     dots = q_pieces * x_pieces  # 0: one product of a common dtype
     cuda = target.backend == "cuda"
@@ -500,7 +500,7 @@ def _tile(target: Target, q: _Factor, x: torch.dtype, m: int, width: int) -> _Ti
     )
 
 
-def _plan_summed(target: Target, order: _Order, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
+def _summed_launch(target: Target, order: _Order, arguments: dict[str, Any], constants: dict[str, Any]) -> Launch:
     """Both products in one launch, the second by sums of KP products."""
     q, m = order.q, arguments["m_size"]
     parts = _block(order.p.k, 1, MOST_SUMMED)
@@ -513,7 +513,7 @@ def _plan_summed(target: Target, order: _Order, arguments: dict[str, Any], const
     return Launch(kron_summed_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
-def _plan_fused(
+def _fused_launch(
     target: Target, order: _Order, arguments: dict[str, Any], constants: dict[str, Any], second: tuple[int, int]
 ) -> Launch:
     """Both products in one launch, the second a matrix product of each row's T."""
@@ -535,10 +535,10 @@ def _plan_fused(
     return Launch(kron_fused_kernel, (tiles * m,), arguments, constants, 4, 2)
 
 
-def _plan_two_launches(
+def _two_launches(
     target: Target, order: _Order, arguments: dict[str, Any], constants: dict[str, Any], second: tuple[int, int]
 ) -> Iterator[Launch]:
-    """The first product into a workspace T ``[M, rank, NQ, KP]``, then the second, so many rows of x at a time."""
+    """The first product into a workspace T ``[M, rank, NQ, KP]``, then the second; some rows of x at a time."""
     q, p, x, y = order.q, order.p, arguments["x_ptr"], arguments["y_ptr"]
     term, row = q.n * p.k, q.rank * q.n * p.k
     step = max(1, WORKSPACE // row)
@@ -550,22 +550,22 @@ def _plan_two_launches(
             **arguments, "x_ptr": x[rows], "y_ptr": t, "bias_ptr": None, "target_ptr": None, "m_size": m,
             "n_size": row, "y_row": row, "y_p": 1, "y_q": p.k, "p_columns": p.k, "x_term": 0, "y_term": term,
         }  # fmt: skip
-        yield _plan_product(target, q, p.k, (q.rank, 1), into, constants)
+        yield _product_launch(target, q, p.k, (q.rank, 1), into, constants)
         # T is the x of the second product: [nq, kp] is its [kp, kq]
         out = {
             **arguments, **_arguments("q", p), "x_ptr": t, "y_ptr": y[rows], "source_ptr": None, "m_size": m,
             "k_size": row, "x_row": row, "x_p": p.k, "x_q": 1, "y_p": arguments["y_q"], "y_q": arguments["y_p"],
             "p_columns": q.n, "x_term": term, "y_term": 0,
         }  # fmt: skip
-        yield _plan_product(
+        yield _product_launch(
             target, p, q.n, (1, q.rank), out, dict(Q_BITS=p.bits, Q_PIECES=second[1], X_PIECES=second[0])
         )
 
 
-def _plan_product(
+def _product_launch(
     target: Target, q: _Factor, width: int, sums: tuple[int, int], arguments: dict[str, Any], constants: dict[str, Any]
 ) -> Launch:
-    """One product, with ``width`` columns for each row of x; ``sums``: how many, and of how many terms each."""
+    """One product, with ``width`` columns for each row of x; ``sums``: how many sums, and of how many terms each."""
     columns = arguments["m_size"] * width
     exact = constants["Q_PIECES"] > 0 or arguments["x_ptr"].dtype == _dtype(q)
     tile = _tile(target, q if exact else q._replace(bits=8), arguments["x_ptr"].dtype, arguments["m_size"], width)
@@ -574,7 +574,7 @@ def _plan_product(
     return Launch(kron_product_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
-def _plan_rows(ids: Tensor | None, w: _Weight, y: Tensor) -> list[Launch]:
+def _rows_launches(ids: Tensor | None, w: _Weight, y: Tensor) -> list[Launch]:
     """``y [rows, K] = W[ids]``, or all of W where ids is None."""
     arguments = dict(
         ids_ptr=ids, input_permutation_ptr=w.input_permutation, output_permutation_ptr=w.output_permutation, y_ptr=y,
@@ -587,16 +587,16 @@ def _plan_rows(ids: Tensor | None, w: _Weight, y: Tensor) -> list[Launch]:
     return [Launch(kron_rows_kernel, grid, arguments, constants, fuse=False)]
 
 
-def plan_embedding(target: Target, ids: Tensor, *args: Any) -> list[Launch]:
+def embedding_launches(target: Target, ids: Tensor, *args: Any) -> list[Launch]:
     """The launches of ``y [rows, K] = W[ids]`` for ids ``[rows]``; ``args``: those of the weight, then y."""
     *arguments, y = args
-    return _plan_rows(ids, _weight(*arguments), y)
+    return _rows_launches(ids, _weight(*arguments), y)
 
 
-def plan_dequantize(target: Target, *args: Any) -> list[Launch]:
+def dequantize_launches(target: Target, *args: Any) -> list[Launch]:
     """The launches of ``y [N, K] = W``; ``args``: those of the weight, then y."""
     *arguments, y = args
-    return _plan_rows(None, _weight(*arguments), y)
+    return _rows_launches(None, _weight(*arguments), y)
 
 
 def _check(device: torch.device, weight: _Weight, bias: Tensor | None = None) -> None:
@@ -614,7 +614,7 @@ def linear(x: Tensor, *args: Any) -> Tensor:
     rows = x.reshape(-1, weight.k)
     y = torch.empty(rows.shape[0], weight.n, dtype=x.dtype, device=x.device)
     if len(rows):
-        run(plan_linear(target_of(x.device), aligned_rows(rows), *args, y))  # type: ignore[call-arg]
+        run(linear_launches(target_of(x.device), aligned_rows(rows), *args, y))  # type: ignore[call-arg]
     return y.view(*x.shape[:-1], weight.n)
 
 
@@ -627,7 +627,7 @@ def embedding(ids: Tensor, *args: Any) -> Tensor:
     _check(ids.device, weight)
     y = torch.empty(ids.numel(), weight.k, dtype=dtype, device=ids.device)
     if len(y):
-        run(plan_embedding(target_of(ids.device), ids.reshape(-1).contiguous(), *arguments, y))
+        run(embedding_launches(target_of(ids.device), ids.reshape(-1).contiguous(), *arguments, y))
     return y.view(*ids.shape, weight.k)
 
 
@@ -638,14 +638,14 @@ def dequantize(*args: Any) -> Tensor:
     weight.check()
     _check(weight.a.values.device, weight)
     y = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.a.values.device)
-    run(plan_dequantize(target_of(y.device), *arguments, y))
+    run(dequantize_launches(target_of(y.device), *arguments, y))
     return y
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
-    """Every configuration that ships for ``target``, planned on tensors without memory: (name, launches)."""
+    """(name, launches) of every configuration that ships for ``target``, on tensors without memory."""
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    # (rank, n1, k1, n2, k2): what each way through the planner is there for
+    # (rank, n1, k1, n2, k2): one for each way that linear_launches can take
     shapes = {
         "64x64 x 64x64": (1, 64, 64, 64, 64),
         "128x128 x 128x128": (1, 128, 128, 128, 128),
@@ -662,7 +662,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                     x = torch.empty(m, shape[2] * shape[4], dtype=x_dtype, device="meta")
                     y = torch.empty(m, shape[1] * shape[3], dtype=x_dtype, device="meta")
                     bias = torch.empty(y.shape[1], dtype=x_dtype, device="meta")
-                    plan = plan_linear(target, x, *arguments[:6], bias, *arguments[6:], y)  # type: ignore[call-arg]
+                    plan = linear_launches(target, x, *arguments[:6], bias, *arguments[6:], y)  # type: ignore[call-arg]
                     factors = f"{bits}-bit factors" if bits else "dense factors"
                     yield f"linear {shape_name}, {x_name}, {factors}, M={m}", plan
     for name, dtype in dtypes.items():
@@ -671,9 +671,9 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             y = torch.empty(4096, 768, dtype=dtype, device="meta")
             ids = torch.empty(4096, dtype=torch.int64, device="meta")
             factors = f"{bits}-bit factors" if bits else "dense factors"
-            yield f"embedding {name}, {factors}", plan_embedding(target, ids, *arguments, y)
+            yield f"embedding {name}, {factors}", embedding_launches(target, ids, *arguments, y)
             y = torch.empty(50257, 768, dtype=dtype, device="meta")
-            yield f"dequantize {name}, {factors}", plan_dequantize(target, *arguments, y)
+            yield f"dequantize {name}, {factors}", dequantize_launches(target, *arguments, y)
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, bits: int, permuted: bool) -> tuple[Any, ...]:

@@ -1,12 +1,12 @@
 """Triton kernels of family ``packed``; what they compute is in :mod:`lowbit.packed.op`.
 
-The product is taken with exact integers, ``x @ (code - center).T``, on tensor cores with float32 sums (int32 for int8
-activations); the scales, one per row or per group, multiply the sums. So no weight is ever rounded. Weights are the
-left operand, their rows along the 64 or 128 rows of a tensor-core tile, so that a single row of activations needs no
-kernel of its own. Where few rows leave processors idle, K is split and a second launch adds the parts in order.
+A kernel multiplies x with exact integers, ``x @ (code - center).T``, on tensor cores, with float32 sums (int32 for int8
+activations). The scales, one per row or per group, multiply the sums. So no weight is ever rounded. Weights are the
+left operand: their rows lie along the 64 or 128 rows of a tensor-core product, so that a single row of x needs no
+kernel of its own. Where few rows would leave processors idle, K is split, and a second launch adds the parts in order.
 
-Groups of a size that is no multiple of 32 take a slower way: weights are multiplied out in float32, and enter the
-product as exact sums of bfloat16.
+Groups whose size is no multiple of 32 are slower: weights are multiplied by their scales in float32, and then split
+into bfloat16 pieces, exactly.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lowbit.backends.triton.activations import (
     INT8_COLUMNS,
     aligned_rows,
     library_product,
-    plan_quantize,
-    plan_row_sums,
-    plan_sum,
+    quantize_launch,
     row_stride,
+    row_sums_launch,
     scale_period,
+    sum_launch,
     views,
 )  # fmt: skip
 from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
@@ -85,9 +85,9 @@ def packed_linear_kernel(
     EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] of one block, or one part of K of it where SPLIT > 1 (y is then float32 ``[SPLIT, M, N]``).
+    """y[m, n] for BLOCK_N rows of W and BLOCK_M of x; one split of K where SPLIT > 1 (y: float32 ``[SPLIT, M, N]``).
 
-    FLUSH: chunks after which the sums meet their scale; 0: once, at the end; -1: weights are scaled one by one.
+    FLUSH: after how many chunks the scales multiply the sums; 0: once, at the end; -1: each weight is scaled.
     ``x_sums_ptr``: sums of whole rows of x, where FLUSH is 0 and the zero point needs them.
     ZEROS: "none", "int" or "float". GROUP_SIZE is not read where FLUSH is 0.
     """
@@ -96,7 +96,7 @@ def packed_linear_kernel(
     part = tl.program_id(2)
     n_valid = n < n_size
     m_valid = m < m_size
-    # Rows past the end are computed like the last one and not stored: no load in the loop needs a mask for them.
+    # Rows past the end repeat the last one and are not stored, so that no load in the loop needs a mask for them.
     n_row = tl.minimum(n, n_size - 1)
     m_row = tl.minimum(m, m_size - 1).to(tl.int64)
     lane = tl.arange(0, 32)
@@ -107,7 +107,7 @@ def packed_linear_kernel(
     INT8: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     DTYPE: tl.constexpr = tl.bfloat16 if x_ptr.dtype.element_ty == tl.float32 else x_ptr.dtype.element_ty
     SUMS: tl.constexpr = tl.int32 if INT8 else tl.float32
-    # what the center leaves of the zero point meets the sum of x
+    # where center - zero is not 0: it multiplies the sum of x
     RESIDUAL: tl.constexpr = FLUSH >= 0 and (ZEROS == "float" or (ZEROS == "int" and INT8 and BITS == 8))
     FIELDS: tl.constexpr = fields(plane_width(BITS, 0))
 
@@ -153,8 +153,8 @@ def packed_linear_kernel(
                             center = _center(zero, BITS, DTYPE)
                 weights = centered(first, second, third, center, BITS, CHUNK, DTYPE, PTX)
                 products = dot(weights, x, products)
-                # With FLUSH 0 products stay in flight over an iteration: only they may read x (Triton would overwrite
-                # what they still read, were x also taken into registers).
+                # With FLUSH 0 a product may still run in the next iteration, so nothing else may read x: if x were also
+                # loaded into registers, Triton would overwrite what the product still reads.
                 if RESIDUAL and FLUSH > 0:
                     x_sums += tl.sum(x.to(SUMS), 0)
                 if FLUSH > 0:
@@ -230,7 +230,7 @@ def packed_outlier_rows_kernel(
     outlier_pointers_ptr, y_ptr, n_size, k_size, tiles, groups,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The elements of y (as of packed_rows_kernel) that have an outlier: y[i, column] = W[n, column] + value."""
+    """The elements of y of packed_rows_kernel that have an outlier: y[i, column] = W[n, column] + value."""
     i = tl.program_id(0).to(tl.int64)
     n = i
     if ids_ptr is not None:
@@ -257,7 +257,7 @@ def _row_after_row(values: Tensor) -> Tensor: ...
 @overload
 def _row_after_row(values: None) -> None: ...
 def _row_after_row(values: Tensor | None) -> Tensor | None:
-    """Scales or zeros that stand group after group in memory, as beside blocks, as the kernels read them."""
+    """Scales or zeros row after row, as the kernels read them; beside blocks they are stored group after group."""
     transposed = values is not None and values.dim() == 2 and values.t().is_contiguous()
     return values.contiguous() if values is not None and transposed else values
 
@@ -278,7 +278,7 @@ def _check(
     )  # fmt: skip
 
 
-def plan_linear(
+def linear_launches(
     target: Target,
     config: tuning.Config,
     x: Tensor,
@@ -298,13 +298,13 @@ def plan_linear(
     launches: list[Launch] = []
     operand, inverse, x_sums = x, None, None
     if int8:
-        quantize, operand, inverse, x_sums = plan_quantize(x, x_scale)
+        quantize, operand, inverse, x_sums = quantize_launch(x, x_scale)
         launches.append(quantize)
     period = scale_period(group_size, k)
     if period != 0 or zeros is None:
         x_sums = None
     elif zeros.is_floating_point() and not int8:
-        sum_rows, x_sums = plan_row_sums(x)
+        sum_rows, x_sums = row_sums_launch(x)
         launches.append(sum_rows)
     split = config.split
     if int8 and period == 0:  # one int32 sum over all of a split
@@ -330,17 +330,17 @@ def plan_linear(
                 EVEN_K=int8 or k % 256 == 0, X_ALIGN=align, SPLIT=split, PTX=target.inline_ptx,
                 BLOCK_N=config.block_n, BLOCK_M=config.block_m, ENTRIES=max(1, 32 // config.block_m),
             ),
-            # With a fused multiply-add, lanes that hold one sum of outliers would round it differently, and weights
-            # that are multiplied out would not be rounded.
+            # A fused multiply-add would round the same sum of outliers differently in different lanes, and would not
+            # round weights that are multiplied by their scales.
             config.warps, config.stages, fuse=values is None and period >= 0,
         )
     )  # fmt: skip
     if split > 1:
-        launches.append(plan_sum(out, bias, y))
+        launches.append(sum_launch(out, bias, y))
     return launches
 
 
-def plan_rows(
+def rows_launches(
     target: Target,
     ids: Tensor | None,
     tiles: Tensor,
@@ -412,12 +412,12 @@ def linear(
 
         def weight_rows(ids: Tensor | None) -> Tensor:
             rows = torch.empty(n if ids is None else len(ids), k, dtype=x.dtype, device=x.device)
-            run(plan_rows(target, ids, tiles, scales, zeros, outliers, bits, group_size, rows))
+            run(rows_launches(target, ids, tiles, scales, zeros, outliers, bits, group_size, rows))
             return rows
 
         return library_product(x, weight_rows, n, bias)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    run(plan_linear(target, config, flat, tiles, scales, zeros, bias, outliers, x_scale, bits, group_size, int8, y))
+    run(linear_launches(target, config, flat, tiles, scales, zeros, bias, outliers, x_scale, bits, group_size, int8, y))
     return y.view(*x.shape[:-1], n)
 
 
@@ -432,8 +432,10 @@ def _linear_in_groups(
     group_size: int,
     x_group: int,
 ) -> Tensor:
-    """:func:`linear` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x
-    as it is, beside weights whose scales are 0."""
+    """:func:`linear` with int8 activations in groups: the kernel for float32 multiplies the values they stand for.
+
+    Outliers are multiplied with x as it is, in a second launch with weights whose scales are 0.
+    """
     flat = x.reshape(-1, x.shape[-1])
     rounded = dequantize_activations(*quantize_activations(flat, None, x_group), x_group).view(x.shape)
     y = linear(rounded, packed, scales, zeros, bias, *_NONE, None, bits, group_size, False)
@@ -462,7 +464,7 @@ def dequantize(
     _check(packed.device, packed, scales, zeros, outliers)
     y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
     tiles = tiles_of(packed, bits, in_features, quiet=True)
-    run(plan_rows(target_of(y.device), None, tiles, scales, zeros, outliers, bits, group_size, y))
+    run(rows_launches(target_of(y.device), None, tiles, scales, zeros, outliers, bits, group_size, y))
     return y
 
 
@@ -488,7 +490,7 @@ def embedding(
     y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
     tiles = tiles_of(packed, bits, embedding_dim)
     run(
-        plan_rows(
+        rows_launches(
             target_of(y.device), ids.reshape(-1).contiguous(), tiles, scales, zeros, outliers, bits, group_size, y
         )
     )
@@ -496,9 +498,9 @@ def embedding(
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
-    """Every configuration that the package ships for ``target``, planned on meta tensors of 4096 x 4096 weights.
+    """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights.
 
-    With scales and zeros per group, which take more registers than those per row; other kinds at 4 bits.
+    Scales and zeros are per group, which takes more registers than per row; other kinds come at 4 bits only.
     """
     n = k = 4096
 
@@ -522,7 +524,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                 x = empty((m, k), torch.float16 if int8 else dtype)
                 yield (
                     f"packed_linear {bits}-bit {name} {dtype_name(dtype)} M={m}",
-                    plan_linear(
+                    linear_launches(
                         target, config, x, *weight(bits, group_size, zeros), None,
                         sparse if outliers else (None, None, None), None, bits, group_size, int8,
                         empty((m, n), x.dtype),
@@ -534,7 +536,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             yield from linears("group 128", bits, dtype, 128, torch.uint8)
         tiles, scales, zeros = weight(bits, 128, torch.uint8)
         ids, y = empty((64,), torch.int64), empty((64, k), torch.float16)
-        yield f"packed_embedding {bits}-bit", plan_rows(target, ids, tiles, scales, zeros, _NONE, bits, 128, y)
+        yield f"packed_embedding {bits}-bit", rows_launches(target, ids, tiles, scales, zeros, _NONE, bits, 128, y)
     for dtype in (torch.float16, torch.int8):
         yield from linears("per row", 4, dtype, k, None)
         yield from linears("group 128, float zeros", 4, dtype, 128, torch.float16)

@@ -90,7 +90,7 @@ def sum_parts_kernel(
     tl.store(y_ptr + m * n_size + n, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def plan_quantize(x: Tensor, x_scale: Tensor | None) -> tuple[Launch, Tensor, Tensor, Tensor]:
+def quantize_launch(x: Tensor, x_scale: Tensor | None) -> tuple[Launch, Tensor, Tensor, Tensor]:
     """(launch, q int8 ``[M, columns]``, inverse float32 ``[M]``, sums of q int32 ``[M]``) of rows ``x [M, K]``; columns
     fill whole tiles."""
     m, k = x.shape
@@ -105,7 +105,7 @@ def plan_quantize(x: Tensor, x_scale: Tensor | None) -> tuple[Launch, Tensor, Te
     return Launch(quantize_rows_kernel, (m,), arguments, {"BLOCK": 1024}, fuse=False), q, inverse, sums
 
 
-def plan_row_sums(x: Tensor) -> tuple[Launch, Tensor]:
+def row_sums_launch(x: Tensor) -> tuple[Launch, Tensor]:
     """(launch, sums float32 ``[M]``) of rows ``x [M, K]``."""
     m, k = x.shape
     sums = torch.empty(m, dtype=torch.float32, device=x.device)
@@ -113,7 +113,7 @@ def plan_row_sums(x: Tensor) -> tuple[Launch, Tensor]:
     return Launch(sum_rows_kernel, (m,), arguments, {"BLOCK": 1024}), sums
 
 
-def plan_sum(parts: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
+def sum_launch(parts: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
     """``y [M, N] = parts.sum(0) + bias`` in order, for float32 parts ``[P, M, N]``."""
     count, m, n = parts.shape
     arguments = dict(parts_ptr=parts, bias_ptr=bias, y_ptr=y, m_size=m, n_size=n)

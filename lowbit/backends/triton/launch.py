@@ -1,8 +1,8 @@
 """A kernel launch as a value: made for a target, then run, compiled without a GPU, or only looked at.
 
-A family's ``triton.py`` plans: from the tensors of a call and a :class:`Target` it makes a list of
-:class:`Launch`. :func:`run` launches them in order on the current stream. Whatever decides what is compiled is in
-the launch, so the same plan can be compiled for any GPU on a machine that has none.
+The functions ``*_launches`` of a family's ``triton.py`` make a list of :class:`Launch` from the tensors of a call and a
+:class:`Target`. :func:`run` launches them in order on the current stream. A launch holds all that decides what is
+compiled, so it can be compiled for any GPU on a machine that has none.
 """
 
 from __future__ import annotations

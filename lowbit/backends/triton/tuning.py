@@ -77,10 +77,10 @@ def choose(target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: in
         _asked.append(Question(target, kernel, x, bits, m, n, k))
     if _forced is not None:
         return _forced
-    return _choose(Question(target, kernel, x, bits, rows_to_plan_for(m), n, k), invariance.on_gpu())
+    return _choose(Question(target, kernel, x, bits, rows_for_launches(m), n, k), invariance.on_gpu())
 
 
-def rows_to_plan_for(m: int) -> int:
+def rows_for_launches(m: int) -> int:
     """The number of rows that launches are made for: m; always the same where results must not depend on the batch."""
     return _INVARIANT_M if invariance.on_gpu() else m
 
