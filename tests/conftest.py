@@ -10,6 +10,6 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import interpreter
+    from lowbit.testing import interpreter
 
     interpreter.install()

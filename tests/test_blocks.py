@@ -12,10 +12,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import activations, everywhere, random_weight, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
@@ -27,6 +25,9 @@ from lowbit.core.bitpack import pack
 from lowbit.nn.layer import layers
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.where import everywhere, running
 
 BITS = range(1, 9)
 COMPILED = registry.why_unavailable("cpu") is None

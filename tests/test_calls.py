@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-from numerics import assert_bitwise_equal
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowbit
 from lowbit.backends import registry
 from lowbit.nn.layer import layer_class
+from lowbit.testing.numerics import assert_bitwise_equal
 
 SPECS = [lowbit.Packed(bits=4, group_size=16), lowbit.Codebook(bits=4), lowbit.Kronecker()]
 family = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.family)

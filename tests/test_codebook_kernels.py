@@ -9,9 +9,6 @@ from itertools import product
 
 import pytest
 import torch
-from cases import DTYPES, ROWS, Where, activations, everywhere, running, share
-from codebook_cases import BITS, SHAPES, Kind, Weight, kinds, random_bias, random_weight
-from numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bound
 
 from lowbit.backends import registry
 from lowbit.backends.layouts import ask_for_huge_pages
@@ -21,6 +18,10 @@ from lowbit.backends.triton.launch import target_of
 from lowbit.codebook.format import CodebookFormat
 from lowbit.codebook.module import CodebookLinear
 from lowbit.core.bitpack import pack, words_per_row
+from lowbit.testing.codebook_cases import BITS, SHAPES, Kind, Weight, kinds, random_bias, random_weight
+from lowbit.testing.numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bound
+from lowbit.testing.packed_cases import DTYPES, ROWS, activations
+from lowbit.testing.where import Where, everywhere, running, share
 
 WHERE = everywhere()
 

@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, activations, everywhere, running
-from codebook_cases import Kind, Weight, random_weight
-from numerics import assert_bitwise_equal
 from torch import nn
 
 from lowbit.backends import reference
@@ -14,6 +11,10 @@ from lowbit.backends.reference import row_blocks
 from lowbit.codebook.format import CodebookWeight
 from lowbit.codebook.module import CodebookLinear
 from lowbit.core.bitpack import pack
+from lowbit.testing.codebook_cases import Kind, Weight, random_weight
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.packed_cases import DTYPES, activations
+from lowbit.testing.where import everywhere, running
 
 KINDS = [
     Kind(4, 10, 70, 16, "tensor", "float", scale_dtype=torch.float16),

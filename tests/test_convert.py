@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
 from lowbit import Packed, PackedEmbedding, PackedLinear
 from lowbit.nn.layer import layers
+from lowbit.testing.numerics import assert_bitwise_equal
 
 
 class Block(nn.Module):

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, call, everywhere, running
-from numerics import assert_bitwise_equal, frobenius_bound
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.core.family import Spec
 from lowbit.nn.layer import Layer, LinearLayer, build, layer_class, layer_classes, layers
+from lowbit.testing.numerics import assert_bitwise_equal, frobenius_bound
+from lowbit.testing.packed_cases import DTYPES
+from lowbit.testing.where import call, everywhere, running
 
 Codebook, Kronecker, Packed = lowbit.Codebook, lowbit.Kronecker, lowbit.Packed
 

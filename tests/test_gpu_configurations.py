@@ -21,14 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cases
-import codebook_cases
-import kron_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import activations, everywhere, running
-from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor
 
 import lowbit
@@ -38,6 +33,11 @@ from lowbit.backends.triton.launch import TARGETS, Target, collecting, target_of
 from lowbit.backends.triton.tiles import tile
 from lowbit.core.family import dtype_name
 from lowbit.packed.format import PackedFormat
+from lowbit.testing import codebook_cases, kron_cases
+from lowbit.testing import packed_cases as cases
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import activations
+from lowbit.testing.where import everywhere, running
 
 WHERE = [where for where in everywhere() if where.backend == "triton"]
 K = 2 * 256 + 44  # two tiles and a part of a third; four groups of 128 and a part of a fifth
@@ -241,7 +241,8 @@ class RowOfTable(Case):
 
 def in_another_order() -> Any:
     """Programs run in another order, where there is one."""
-    return sys.modules["interpreter"].checks(shuffle=1) if "interpreter" in sys.modules else nullcontext()
+    interpreter = sys.modules.get("lowbit.testing.interpreter")
+    return nullcontext() if interpreter is None else interpreter.checks(shuffle=1)
 
 
 def rows_of_tables(targets: Sequence[Target]) -> Iterator[RowOfTable]:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Where, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_bitwise_equal
 from torch import nn
 
 import lowbit
@@ -22,6 +20,8 @@ from lowbit.backends.layouts import TILES
 from lowbit.backends.triton import tiles as layout
 from lowbit.core.bitpack import pack, unpack
 from lowbit.nn.layer import layers
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.where import Where, running
 
 needs_interpreter = pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
 

@@ -18,13 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import codebook_cases
-import kron_cases
 import pytest
 import torch
-from cases import activations, random_weight
-from numerics import assert_linear_close
-from ptx_emulator import Compiled, Statistics, run_launch
 from torch import Tensor
 
 import lowbit
@@ -32,6 +27,10 @@ from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.launch import TARGETS, Launch
 from lowbit.packed.format import PackedFormat
+from lowbit.testing import codebook_cases, kron_cases
+from lowbit.testing.numerics import assert_linear_close
+from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.ptx_emulator import Compiled, Statistics, run_launch
 
 pytest.importorskip("triton")
 

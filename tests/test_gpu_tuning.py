@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Where, running
-from numerics import assert_bitwise_equal
 
 import lowbit
 from lowbit.backends import registry
 from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.model.warmup import _sizes, candidates
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.where import Where, running
 
 H200 = TARGETS["sm_90"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)

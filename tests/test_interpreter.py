@@ -14,7 +14,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import OutOfBounds, Race, checks, install, launches
+
+from lowbit.testing.interpreter import OutOfBounds, Race, checks, install, launches
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU: TRITON_INTERPRET=1 tests the interpreter", allow_module_level=True)
@@ -807,7 +808,7 @@ def product(x_ptr, y_ptr, out_ptr):
 
 if __name__ == "__main__":
     if "install" in sys.argv[1:]:
-        from interpreter import install
+        from lowbit.testing.interpreter import install
         install()
     x, y, out = torch.tensor([1.5, 3.0]), torch.tensor([2.5, -1.0]), torch.zeros(2).bfloat16()
     product[(1,)](x.bfloat16(), y.bfloat16(), out)
@@ -818,11 +819,10 @@ if __name__ == "__main__":
 def run_program(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "program.py").write_text(PROGRAM)
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "program.py", *arguments],
         cwd=folder,
-        env={**inherited, "PYTHONPATH": path, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
     )

@@ -7,12 +7,13 @@ import functools
 
 import pytest
 import torch
-from cases import BITS, DTYPES, ROWS, Where, activations, everywhere, running, share
-from kron_cases import DENSE, SHAPES, Kind, Weight, packed_kinds, random_weight
-from numerics import assert_bitwise_equal, assert_linear_close
 
 from lowbit.backends import registry
 from lowbit.backends.cpu import native
+from lowbit.testing.kron_cases import DENSE, SHAPES, Kind, Weight, packed_kinds, random_weight
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, activations
+from lowbit.testing.where import Where, everywhere, running, share
 
 WHERE = everywhere()
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cases import DTYPES, activations, everywhere, running
-from kron_cases import Kind, Weight, random_weight
-from numerics import assert_bitwise_equal
 
 from lowbit.backends import registry
+from lowbit.testing.kron_cases import Kind, Weight, random_weight
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.packed_cases import DTYPES, activations
+from lowbit.testing.where import everywhere, running
 
 # rank, n1, k1, n2, k2: either product first, either factor the inner one
 WEIGHTS = {

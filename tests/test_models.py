@@ -5,11 +5,11 @@ import copy
 import accuracy
 import pytest
 import torch
-from shared_data import folder, script
 
 import lowbit
 from lowbit import Codebook, Packed
 from lowbit.nn.layer import layers
+from lowbit.testing.samples import folder, script
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,6 @@ import functools
 
 import pytest
 import torch
-from cases import (
-    BITS,
-    DTYPES,
-    ROWS,
-    SHAPES,
-    Weight,
-    activations,
-    call,
-    everywhere,
-    formats,
-    random_weight,
-    running,
-    share,
-)  # fmt: skip
-from numerics import HELD, assert_bitwise_equal, assert_linear_close
 
 import lowbit
 from lowbit.backends import registry
@@ -30,6 +15,9 @@ from lowbit.backends.layouts import by_group, words_per_row
 from lowbit.backends.reference import quantize_activations
 from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
+from lowbit.testing.numerics import HELD, assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, SHAPES, Weight, activations, formats, random_weight
+from lowbit.testing.where import call, everywhere, running, share
 
 WHERE = everywhere()
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, activations, everywhere, random_weight, running
-from numerics import assert_bitwise_equal
 from torch import nn
 
 from lowbit.backends import reference, registry
@@ -16,6 +14,9 @@ from lowbit.backends.cpu import native
 from lowbit.backends.reference import row_blocks
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.testing.numerics import assert_bitwise_equal
+from lowbit.testing.packed_cases import DTYPES, activations, random_weight
+from lowbit.testing.where import everywhere, running
 
 FORMATS = [
     PackedFormat(4, 10, 70, 16, "group", "int", "float16", outliers=9),

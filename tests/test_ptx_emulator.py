@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import activations, formats, random_weight
-from numerics import assert_bitwise_equal, assert_linear_close
-from ptx_emulator import Compiled, Fault, Statistics, execute, run_launch
 
 import lowbit
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton.launch import TARGETS, Launch, Target
 from lowbit.backends.triton.tiles import tile
 from lowbit.backends.triton.tuning import Config
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import activations, formats, random_weight
+from lowbit.testing.ptx_emulator import Compiled, Fault, Statistics, execute, run_launch
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shared_data
 import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
@@ -24,14 +23,15 @@ import torch.ao.nn.qat as nnqat
 import torch.ao.nn.qat.dynamic as nnqatd
 import torch.ao.quantization as tq
 import torch.nn.functional as F
-from cases import everywhere, running
-from numerics import HELD, assert_bitwise_equal, assert_linear_close
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.backends import reference
 from lowbit.packed.module import PackedLinear
 from lowbit.packed.op import quantize_activations
+from lowbit.testing import samples
+from lowbit.testing.numerics import HELD, assert_bitwise_equal, assert_linear_close
+from lowbit.testing.where import everywhere, running
 
 N, K = 24, 64
 
@@ -594,7 +594,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bitllama() -> Any:
-    module = shared_data.script("bitllama_1m", "bitllama")
+    module = samples.script("bitllama_1m", "bitllama")
     lowbit.register_source(module.BitLinear, read_bit_linear, prologue=lambda _: Normalize())
     return module
 
@@ -603,8 +603,8 @@ def bitllama() -> Any:
 def stories(bitllama: Any) -> list[Tensor]:
     """BOS + at most 512 tokens of each ASCII-only story, ``[1, T]``."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data.folder("bitllama_1m"))
-    return [torch.tensor([tokenizer(text).input_ids[:512]]) for text in shared_data.tiny_stories()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(samples.folder("bitllama_1m"))
+    return [torch.tensor([tokenizer(text).input_ids[:512]]) for text in samples.tiny_stories()]
 
 
 def perplexity(model: nn.Module, stories: list[Tensor]) -> tuple[float, int]:
@@ -617,7 +617,7 @@ def perplexity(model: nn.Module, stories: list[Tensor]) -> tuple[float, int]:
 
 
 def load(bitllama: Any) -> Any:
-    return bitllama.load(str(shared_data.folder("bitllama_1m") / "bit_model.bin"))
+    return bitllama.load(str(samples.folder("bitllama_1m") / "bit_model.bin"))
 
 
 @pytest.mark.usefixtures("one_thread")

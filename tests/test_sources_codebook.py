@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, everywhere, running
-from numerics import assert_bitwise_equal, assert_linear_close, frobenius_bound
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
 from lowbit.core.bitpack import unpack
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close, frobenius_bound
+from lowbit.testing.packed_cases import DTYPES
+from lowbit.testing.where import everywhere, running
 
 N, K = 24, 256
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import everywhere, running
-from numerics import assert_bitwise_equal, assert_linear_close
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.where import everywhere, running
 
 
 @pytest.fixture(autouse=True)

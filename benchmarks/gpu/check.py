@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lowbit
 
-from . import contenders, timing  # contenders puts tests/ on the path
+from . import contenders, timing
 from .parts import ROOT, Context, Section, execute
 
 # ------------------------------------------------------------------------------------------------------ tests
@@ -110,7 +110,7 @@ def op_calls(device: str) -> Iterator[Call]:
 
 
 def _x(k: int, dtype: torch.dtype, device: str) -> Tensor:
-    from cases import activations
+    from lowbit.testing.packed_cases import activations
 
     return activations(3, k, dtype).to(device).requires_grad_()
 
@@ -124,9 +124,8 @@ def _to(value: Any, device: str) -> Any:
 
 
 def _packed_calls(device: str) -> Iterator[Call]:
-    from cases import random_weight
-
     from lowbit.packed.format import PackedFormat
+    from lowbit.testing.packed_cases import random_weight
 
     ops = torch.ops.lowbit
     for bits, dtype, int8 in ((2, torch.float16, False), (4, torch.bfloat16, True), (5, torch.float32, False)):
@@ -144,7 +143,7 @@ def _packed_calls(device: str) -> Iterator[Call]:
 
 
 def _codebook_calls(device: str) -> Iterator[Call]:
-    from codebook_cases import Kind, random_weight
+    from lowbit.testing.codebook_cases import Kind, random_weight
 
     ops = torch.ops.lowbit
     kinds = [
@@ -166,7 +165,7 @@ def _codebook_calls(device: str) -> Iterator[Call]:
 
 
 def _kron_calls(device: str) -> Iterator[Call]:
-    from kron_cases import Kind, random_weight
+    from lowbit.testing.kron_cases import Kind, random_weight
 
     ops = torch.ops.lowbit
     cases = [

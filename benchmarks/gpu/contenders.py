@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.backends import registry
-
-from .parts import ROOT
-
-sys.path[:0] = [path for path in [str(ROOT / "tests")] if path not in sys.path]
-from numerics import frobenius_bound  # noqa: E402  (the one tolerance rule lives with the tests)
+from lowbit.testing.numerics import frobenius_bound
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

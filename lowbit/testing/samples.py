@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-DATA = Path(os.environ.get("LOWBIT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+DATA = Path(os.environ.get("LOWBIT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 
 
 def folder(name: str) -> Path:

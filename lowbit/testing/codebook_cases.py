@@ -1,4 +1,4 @@
-"""What the tests of family ``codebook`` run over: every kind of weight × shapes; backends and ISAs are in cases.py."""
+"""Cases of family ``codebook``: every kind of weight × shapes; backends and ISAs are in :mod:`lowbit.testing.where`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from cases import DTYPES, call
-from cases import SHAPES as PACKED_SHAPES
 from torch import Tensor
 
 from lowbit.core.bitpack import pack
+from lowbit.testing.packed_cases import DTYPES
+from lowbit.testing.packed_cases import SHAPES as PACKED_SHAPES
+from lowbit.testing.where import call
 
 BITS = tuple(range(1, 9))
 SHAPES = (*PACKED_SHAPES, (40, 104, 7))  # and one whose nested scales take three blocks of 256

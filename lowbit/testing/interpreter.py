@@ -217,7 +217,7 @@ class _Argument:
     item: int
     dimensions: list[tuple[int, int]] = field(default_factory=list)  # (stride, extent); empty: without gaps
     description: str = ""
-    region: _Region | None = None
+    region: _Region = field(default_factory=lambda: _Region(0, 0))
 
     @classmethod
     def of(cls, name: str, tensor: Any) -> _Argument:

@@ -1,4 +1,4 @@
-"""Kronecker weights for the tests: random factors of every kind, and what they stand for in float64."""
+"""Cases of family ``kron``: random factors of every kind × shapes, and their product in float64."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from cases import DTYPES, call
-from numerics import assert_linear_close
 from torch import Tensor
 
 from lowbit.backends import registry
 from lowbit.backends.cpu import native
 from lowbit.core.bitpack import pack
+from lowbit.testing.numerics import assert_linear_close
+from lowbit.testing.packed_cases import DTYPES
+from lowbit.testing.where import call
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,11 @@ class Weight:
 
 
 def random_weight(
-    shape: tuple[int, int, int, int, int], a: Kind = DENSE[0], b: Kind = DENSE[0], seed: int = 0, *,
+    shape: tuple[int, int, int, int, int],
+    a: Kind = DENSE[0],
+    b: Kind = DENSE[0],
+    seed: int = 0,
+    *,
     integers: bool = False,
 ) -> Weight:
     """``shape``: rank, n1, k1, n2, k2."""

@@ -1,22 +1,17 @@
-"""What the kernel tests run over: every format of the family × shapes × backends and ISAs of this machine."""
+"""Cases of family ``packed``: every format × shapes; backends and ISAs are in :mod:`lowbit.testing.where`."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowbit.backends import registry
-from lowbit.backends.cpu import native
 from lowbit.core.bitpack import pack
 from lowbit.core.family import FLOAT_DTYPES
 from lowbit.packed.format import PackedFormat
+from lowbit.testing.where import call
 
 DTYPES = tuple(FLOAT_DTYPES.values())
 BITS = tuple(range(2, 9))
@@ -27,86 +22,6 @@ SHAPES = (
     (33, 257, 64), (6, 320, 128), (17, 96, None), (4, 1000, 96), (66, 40, 40),
 )  # fmt: skip
 ROWS = (0, 1, 2, 3, 5, 8, 17)
-
-
-@dataclass(frozen=True)
-class Where:
-    """A backend, for the compiled one an ISA, and the device whose tensors it is given."""
-
-    backend: str
-    isa: str = ""
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return self.isa or (self.backend if self.device == "cpu" else f"{self.backend}-{self.device}")
-
-
-def everywhere(interpreter: bool = True) -> list[Where]:
-    """The reference, every ISA this machine can run (or the one that LOWBIT_ISA forces), and, unless it is not wanted,
-    Triton in its interpreter where there is no GPU. With LOWBIT_TEST_DEVICE=cuda, what runs on a GPU and nothing else.
-    """
-    if os.environ.get("LOWBIT_TEST_DEVICE") == "cuda":
-        return [Where("triton", device="cuda"), Where("reference", device="cuda")]
-    compiled = [] if registry.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
-    return [Where("reference"), *compiled, *([Where("triton")] if interpreter and registry.interpreting() else [])]
-
-
-Case = TypeVar("Case")
-
-
-def share(where: Where, items: Sequence[Case], turn: int, turns: int) -> list[tuple[int, Case]]:
-    """(i, items[i]) of all items; for Triton's interpreter, which is slow, of every ``turns``-th, from ``turn`` on.
-
-    Tests with ``turns`` parameters (dtypes, say) so run every case there once, and each parameter on a share of them.
-    """
-    numbered = list(enumerate(items))
-    return numbered[turn::turns] if where == Where("triton") else numbered
-
-
-_device = torch.device("cpu")
-
-
-@contextmanager
-def running(where: Where) -> Iterator[None]:
-    """Force ``where``, make sure that it is what runs, and give :func:`call` its device."""
-    global _device
-    with ExitStack() as stack:
-        stack.enter_context(registry.use_backend(where.backend))
-        if where.isa:
-            stack.enter_context(native.use_isa(where.isa))
-            assert native.isa() == where.isa
-        assert registry.active_backend(where.device) == where.backend
-        _device = torch.device(where.device)
-        try:
-            yield
-        finally:
-            _device = torch.device("cpu")
-
-
-def call(op: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """``op`` of the arguments moved to the device under test, its result on the CPU."""
-    if _device.type == "cpu":
-        launched = _interpreted()
-        result: Tensor = op(*args, **kwargs)
-        if registry.active_backend("cpu") == "triton":
-            assert _interpreted() > launched or not result.numel(), f"{op} launched no kernel"
-        return result
-    moved = [on_device(a) if isinstance(a, Tensor) else a for a in args]
-    named = {name: on_device(a) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
-    return op(*moved, **named).cpu()  # type: ignore[no-any-return]
-
-
-def _interpreted() -> int:
-    """Launches in Triton's interpreter so far."""
-    return sum(sys.modules["interpreter"].launches.values()) if "interpreter" in sys.modules else 0
-
-
-def on_device(t: Tensor) -> Tensor:
-    """``t`` on the device under test, its strides kept."""
-    if t.is_contiguous():
-        return t.to(_device)
-    whole = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-    return whole.to(_device).as_strided(t.size(), t.stride(), t.storage_offset())
 
 
 def formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[PackedFormat]:
@@ -152,21 +67,46 @@ class Weight:
         f = self.format
         return call(
             torch.ops.lowbit.packed_linear,
-            x, self.packed, self.scales, self.zeros, bias, *self.outliers, x_scale, f.bits, f.group_size, int8, x_group
+            x,
+            self.packed,
+            self.scales,
+            self.zeros,
+            bias,
+            *self.outliers,
+            x_scale,
+            f.bits,
+            f.group_size,
+            int8,
+            x_group,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         f = self.format
         return call(
             torch.ops.lowbit.packed_dequantize,
-            self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
+            self.packed,
+            self.scales,
+            self.zeros,
+            *self.outliers,
+            f.bits,
+            f.group_size,
+            f.in_features,
+            dtype,
         )
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         f = self.format
         return call(
             torch.ops.lowbit.packed_embedding,
-            ids, self.packed, self.scales, self.zeros, *self.outliers, f.bits, f.group_size, f.in_features, dtype
+            ids,
+            self.packed,
+            self.scales,
+            self.zeros,
+            *self.outliers,
+            f.bits,
+            f.group_size,
+            f.in_features,
+            dtype,
         )
 
     def dense(self, outliers: bool = True) -> Tensor:

@@ -103,7 +103,7 @@ def encode(values: Array, type_: str, rounding: str = "rn") -> Array:
     if type_ == "bf16":
         return to_bfloat16(values, rounding)
     if type_ in ("f16", "f32", "f64"):
-        dtype = {"f16": np.float16, "f32": np.float32, "f64": np.float64}[type_]
+        dtype: Any = {"f16": np.float16, "f32": np.float32, "f64": np.float64}[type_]
         result = np.ascontiguousarray(values).astype(dtype)
         if rounding == "rz":
             beyond = np.abs(result.astype(np.float64)) > np.abs(values.astype(np.float64))
@@ -504,8 +504,8 @@ class Machine:
         program: Program,
         parameters: dict[str, int],
         memory: GlobalMemory,
-        grid: tuple[int, int, int],
-        threads: tuple[int, int, int],
+        grid: Sequence[int],
+        threads: Sequence[int],
         blocks: Array,
         shared_bytes: int,
         statistics: Statistics,
@@ -894,7 +894,7 @@ def shuffle(m: Machine, i: Instruction) -> None:
 @instruction("redux.sync", accepts="add min max and or xor")
 def reduce_warp(m: Machine, i: Instruction) -> None:
     m.whole(WARP, "warp")
-    operation = {"add": np.add, "min": np.minimum, "max": np.maximum}
+    operation: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
     operation |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     values = m.numbers(i.operands[1], i.type).reshape(-1, WARP)
     m.require_defined()
@@ -1120,7 +1120,8 @@ def convert(m: Machine, i: Instruction) -> None:
         m.write(target, value.view(np.uint32) + np.uint32(0x1000) & np.uint32(0xFFFFE000))
         return
     if to not in FLOATS:
-        limits = np.iinfo(SIGNED[BYTES[to]] if to[0] == "s" else UNSIGNED[BYTES[to]])
+        holder: Any = SIGNED[BYTES[to]] if to[0] == "s" else UNSIGNED[BYTES[to]]
+        limits = np.iinfo(holder)
         if of in FLOATS:
             value = to_integer(value, i, limits)
         elif "sat" in i.modifiers:
@@ -1190,7 +1191,7 @@ def atomic(m: Machine, i: Instruction) -> None:
     operands = list(i.operands)
     target = operands.pop(0) if i.name == "atom" else "_"
     address, *sources = operands
-    known = {"add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda old, new: new}
+    known: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda old, new: new}
     known |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "cas": None}
     (name,) = (modifier for modifier in i.modifiers if modifier in known)
     old = np.zeros(m.lanes, UNSIGNED[BYTES[i.type]])
