@@ -57,9 +57,9 @@ def is_recorded(line: Line) -> bool:
     return line.family != "kron" or line.bits == 0 or (line.bits, line.kind) == (4, "float16")
 
 
-WHY_NOT = """Of Kronecker factors, dense ones and, for float16, those of
-  4 bits are compiled: the others run the same kernels; a code of 3, 5, 6 or 7 bits, which may end in the next word,
-  takes one load more."""
+WHY_NOT = """Of Kronecker factors, only dense ones
+  and, for float16, those of 4 bits are compiled. The others run the same kernels; a code of 3, 5, 6 or 7 bits may end
+  in the next word, which takes one more load."""
 
 Cells = dict[Line, set[Regime]]
 Table = dict[str, Cells]  # by check
@@ -208,19 +208,27 @@ def cell(found: set[Regime]) -> str:
 
 TEXT = """# What GPU kernels were checked by
 
-Made by `python -m benchmarks.gpu.coverage --write`; a test keeps it up to date. A cell names the regimes of M, the rows
-of the activations, that a check covers: rows of `lowbit/backends/triton/tuned.json`, up to that M; `more`: without a
-limit; `dense`: a dense weight and the library's matrix product. Kronecker products have no table: one row, or more. 0
-bits: dense factors.
+Made by `python -m benchmarks.gpu.coverage --write`. A test fails while it is out of date.
 
-- **interpreted**: run in Triton's interpreter with the configurations of an H200 (sm_90) and compared with float64
-  arithmetic: `tests/test_gpu_configurations.py`. What other targets cut in another way runs at one number of bits for
-  each kind of activations.
+Each line is a family, a number of bits (0: dense factors) and the dtype of the activations. A cell names the regimes of
+M, the rows of x, that a check covers:
+
+- `≤16`: a row of `lowbit/backends/triton/tuned.json`, up to that M;
+- `more`: without a limit;
+- `dense`: a dense weight and the library's matrix product.
+
+Kronecker products have no such table: their regimes are one row, and more.
+
+The checks:
+
+- **interpreted**: run in Triton's interpreter with the configurations of an H200 (sm_90), and compared with float64
+  arithmetic: `tests/test_gpu_configurations.py`. What is cut differently for other targets runs at one number of bits
+  for each kind of activations.
 - **compiled**: `benchmarks/gpu/compiled.json`, {record}, has the code of every launch,
   without spills and with tensor-core instructions. {why_not}
-- **PTX executed**: a sample, compiled for a GPU and executed instruction by instruction on a CPU:
+- **PTX executed**: a sample is compiled for a GPU and executed instruction by instruction on a CPU:
   `tests/test_gpu_ptx.py`.
-- **run on a GPU**: by the results of `make gpu-check` in `benchmarks/results`.
+- **run on a GPU**: passed by `make gpu-check`, by its results in `benchmarks/results`.
 
 {table}
 """
