@@ -12,12 +12,12 @@ from itertools import product
 from typing import Any
 
 import pytest
-import test_gpu_configurations as interpreted
 from gpu import coverage, offline
 from gpu.coverage import Line
 from test_gpu_compiled import python
 
 from lowbit.backends.triton.launch import TARGETS
+from lowbit.testing import gpu_configurations as interpreted
 
 LINE = Line("packed", 4, "float16")
 
@@ -97,14 +97,12 @@ def test_results_of_a_gpu_fill_its_column(tmp_path: Any) -> None:
 
 
 def test_sample_of_executed_code_fills_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Module:
-        SAMPLE = (
-            ("sm_90", "packed packed_linear 4-bit per row float16 M=16, launch 1: packed_linear_kernel"),
-            ("sm_90", "packed packed_embedding 4-bit, launch 1: packed_rows_kernel"),
-            ("sm_80", "kron linear 32x32 x 32x32, float32, dense factors, M=1, launch 1: kron_product_kernel"),
-        )
-
-    monkeypatch.setitem(sys.modules, "test_gpu_ptx", Module)
+    sample = (
+        ("sm_90", "packed packed_linear 4-bit per row float16 M=16, launch 1: packed_linear_kernel"),
+        ("sm_90", "packed packed_embedding 4-bit, launch 1: packed_rows_kernel"),
+        ("sm_80", "kron linear 32x32 x 32x32, float32, dense factors, M=1, launch 1: kron_product_kernel"),
+    )
+    monkeypatch.setattr(coverage, "SAMPLE", sample)
     assert coverage.executed() == {LINE: {16}, Line("kron", 0, "float32"): {1}}
 
 

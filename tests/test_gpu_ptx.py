@@ -1,7 +1,7 @@
 """A sample of what ships, compiled for sm_80 and sm_90, its PTX executed on the CPU against the float64 oracle.
 
-:data:`SAMPLE` names entries of ``benchmarks/gpu/compiled.json``: each runs with the blocks, warps and stages of its row
-of the table, on a smaller weight.
+:data:`~lowbit.testing.ptx_sample.SAMPLE` names entries of ``benchmarks/gpu/compiled.json``: each runs with the blocks,
+warps and stages of its row of the table, on a smaller weight.
 """
 
 from __future__ import annotations
@@ -31,33 +31,11 @@ from lowbit.testing import codebook_cases, kron_cases
 from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
 from lowbit.testing.ptx_emulator import Compiled, Statistics, run_launch
+from lowbit.testing.ptx_sample import ARCHITECTURES, NAMES
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = (
-    *(
-        f"packed packed_linear {what}, launch {number}: packed_linear_kernel"
-        for what, number in (
-            ("2-bit group 128 float16 M=16", 1), ("3-bit group 128 bfloat16 M=16", 1),
-            ("4-bit group 128 float16 M=512", 1), ("5-bit group 128 float32 M=16", 1),
-            ("6-bit group 128 int8 M=16", 2), ("7-bit group 128 bfloat16 M=512", 1),
-            ("8-bit group 128 int8 M=4096", 2), ("8-bit group 128 bfloat16 M=16", 1),
-        )
-    ),
-    *(
-        f"codebook codebook_linear {what}, launch {number}: codebook_linear_kernel"
-        for what, number in (
-            ("1-bit row bfloat16 M=16", 1), ("2-bit tensor, group 64 float16 M=16", 1),
-            ("3-bit row bfloat16 M=512", 1), ("4-bit tensor, group 64 float16 M=16", 1),
-            ("4-bit row int8 M=16", 3), ("5-bit row float32 M=16", 1), ("8-bit tensor, group 64 float16 M=16", 1),
-        )
-    ),
-    "kron linear 64x64 x 64x64, bfloat16, dense factors, M=4096, launch 1: kron_resident_kernel",
-    "kron linear 2x1 x 384x3072, float16, dense factors, M=1, launch 1: kron_summed_kernel",
-)  # fmt: skip
-ARCHITECTURES = ("sm_80", "sm_90")
-SAMPLE = [(target, name) for target in ARCHITECTURES for name in NAMES]
 ROWS = 5
 
 

@@ -21,12 +21,11 @@ import torch
 
 from lowbit.backends.triton.launch import TARGETS, Launch, Target
 from lowbit.core.family import dtype_name
+from lowbit.testing import gpu_configurations as interpreted
+from lowbit.testing.ptx_sample import SAMPLE
 
 from .offline import FAMILIES, RECORD, RECORDED, Entries, complaints, fingerprint, read_record
 from .parts import RESULTS, ROOT
-
-sys.path[:0] = [path for path in [str(ROOT / "tests")] if path not in sys.path]
-import test_gpu_configurations as interpreted  # noqa: E402  (its parametrization is what is counted)
 
 DOCUMENT = ROOT / "docs" / "gpu_coverage.md"
 RUN = "run on a GPU"
@@ -87,7 +86,7 @@ def regimes(line: Line, target: Target) -> list[Regime]:
 
 
 def of_cases(cases: Iterable[Any], target: Target) -> Cells:
-    """The cells of the cases of tests/test_gpu_configurations.py for a target."""
+    """The cells of the cases of lowbit/testing/gpu_configurations.py for a target."""
     common = {family.kernel for family in interpreted.FAMILIES.values()}
     found = [
         (Line(case.family, case.bits, dtype_name(case.kind)), case.regime)
@@ -128,14 +127,8 @@ def compiled(target: Target, entries: Entries, mark: Callable[[Launch, Target], 
 
 def executed() -> Cells:
     """Of the sample whose PTX is executed, (target, name in the record)."""
-    try:
-        sample = importlib.import_module("test_gpu_ptx").SAMPLE
-    except ModuleNotFoundError as error:
-        if error.name != "test_gpu_ptx":
-            raise
-        return {}
     cells: Cells = {}
-    for target, name in sample:
+    for target, name in SAMPLE:
         family, _, label = name.partition(" ")
         product = parse(family, label.rpartition(", launch ")[0])
         add(cells, gathered([product] if product else [], TARGETS[target]))
