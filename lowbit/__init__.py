@@ -14,6 +14,7 @@ from lowbit.checkpoint import convert_folder, load, save
 from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
 from lowbit.codebook.lossless import codebook_of
 from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
+from lowbit.core.version import VERSION
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
@@ -26,7 +27,7 @@ from lowbit.model.warmup import tune, warmup
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedLinear
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
     "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",

@@ -30,6 +30,22 @@ _MOVED = {
 }
 
 
+# What has left the module that an old path names: old path -> name -> module and name now.
+_LEFT = {
+    "convert": {
+        "Plan": ("model.plan", "Plan"),
+        "Specs": ("model.plan", "Specs"),
+        "Statistics": ("model.build", "Statistics"),
+        "Target": ("model.plan", "Swap"),
+        "build_group": ("model.build", "build_group"),
+        "make_plan": ("model.plan", "make_plan"),
+        "problem_of": ("model.plan", "problem_of"),
+        "share_storage": ("model.surgery", "share_storage"),
+        "swap": ("model.surgery", "put"),
+    },
+}
+
+
 def install() -> None:
     """Let the old paths name the modules that there are now; called once, at the end of ``import lowbit``."""
     for old, new in _MOVED.items():
@@ -38,3 +54,6 @@ def install() -> None:
         parent, _, name = f"lowbit.{old}".rpartition(".")
         if not hasattr(sys.modules[parent], name):  # functions of these names come first: lowbit.convert, lowbit.report
             setattr(sys.modules[parent], name, module)
+    for old, names in _LEFT.items():
+        for name, (new, name_now) in names.items():
+            setattr(sys.modules[f"lowbit.{old}"], name, getattr(importlib.import_module(f"lowbit.{new}"), name_now))

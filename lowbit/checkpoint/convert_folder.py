@@ -17,8 +17,12 @@ from tqdm import tqdm
 
 from lowbit.checkpoint import stream
 from lowbit.checkpoint.folder import save
+from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
-from lowbit.model import convert as converting
+from lowbit.model.build import build_group
+from lowbit.model.convert import convert
+from lowbit.model.plan import Swap, make_plan, problem_of
+from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -49,13 +53,14 @@ def convert_folder(
         ValueError: as :func:`lowbit.convert`, and for a malformed checkpoint.
     """
     src, dst = Path(src), Path(dst)
-    if not (src / "config.json").is_file():
+    library = library_of(src)
+    if library is None:
         raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} must not exist, or be an empty folder")
-    model = None if calibration is not None else _convert_streaming(src, spec, skip)
+    model = None if calibration is not None else _convert_streaming(library, src, spec, skip)
     if model is None:
-        model = converting.convert(_load_float(src), spec, skip=skip, calibration=calibration)
+        model = convert(library.load_float(src), spec, skip=skip, calibration=calibration)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:
@@ -75,53 +80,29 @@ def _copy_small_files(src: Path, dst: Path) -> None:
             shutil.copyfile(file, dst / file.name)
 
 
-def _load_float(src: Path) -> Any:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(src)
-    name = (config.architectures or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"{src / 'config.json'}: architectures must name a class of transformers: got {name!r}")
-    return cls.from_pretrained(src, dtype="auto")
-
-
-def _convert_streaming(src: Path, spec: Any, skip: Sequence[str]) -> Any | None:
+def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[str]) -> Any | None:
     """The converted model, or ``None`` where the whole float model is needed."""
-    from lowbit.integrations import pretrained
-
     if not any((src / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         return None
     checkpoint = Checkpoint.of_folder(src)
-    model = pretrained.skeleton(src)
-    if model is None:
+    folder = library.open_float(src, checkpoint)
+    if folder is None:
         return None
-    plan = converting.make_plan(model, spec, skip)
-    if any(t.spec is None or (t.kind == "linear" and t.spec.needs_calibration) for t in plan.targets()):
+    model, names = folder.model, folder.names
+    plan = make_plan(model, spec, skip)
+    if any(s.spec is None or (s.kind == "linear" and s.spec.needs_calibration) for s in plan.swaps()):
         return None
-    found = pretrained.match(model, checkpoint)
-    if found.transformed:
-        return None
-    names = found.names
-    for target, source in model.all_tied_weights_keys.items():
-        key = names.get(source) or names.get(target)
-        if key is not None:
-            names[target] = names[source] = key
     stream.check_shapes(model, checkpoint, names)
-    dtype_of = pretrained.dtype_in(model)
     for group in tqdm(plan.groups, desc="lowbit convert", unit="layer", disable=None):
-        _convert_group(model, group, checkpoint, names, dtype_of)
+        _convert_group(folder, group, checkpoint)
         _return_freed_memory()
-    model.lowbit_skipped = plan.skipped
-    pretrained.retie(model)
+    model.lowbit_skipped = plan.skipped  # type: ignore[assignment]
+    folder.retie()
     state = model.state_dict()
     packed = layers(model, duplicates=True)
     rest = {n: key for n, key in names.items() if n in state and n.rpartition(".")[0] not in packed}
-    stream.fill(model, checkpoint, rest, dtype_of=dtype_of)
-    model.tie_weights(recompute_mapping=False)
-    stream.check_complete(model)
-    pretrained.attach(model)
-    return model.eval()
+    stream.fill(model, checkpoint, rest, dtype_of=folder.dtype_of)
+    return folder.finish()
 
 
 def _return_freed_memory() -> None:
@@ -131,28 +112,22 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _convert_group(
-    model: nn.Module,
-    group: list[converting.Target],
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    dtype_of: Any,
-) -> None:
+def _convert_group(folder: FloatFolder, group: list[Swap], checkpoint: Checkpoint) -> None:
     """Read the weight of a group and its biases, quantize, swap the packed layers in, forget the weight."""
-    first = group[0]
-    weight_names = [f"{name}.weight" for target in group for name in target.names]
+    first, names = group[0], folder.names
+    weight_names = [f"{name}.weight" for swap in group for name in swap.names]
     source = next((name for name in weight_names if name in names), None)
     if source is None:
         raise ValueError(f"{weight_names[0]!r} is missing in the checkpoint")
-    weight = checkpoint.read(names[source]).to(dtype_of(source))
+    weight = checkpoint.read(names[source]).to(folder.dtype_of(source))
     first.module.weight = nn.Parameter(weight, requires_grad=False)
-    if problem := converting.problem_of(first):
+    if problem := problem_of(first):
         raise ValueError(problem)
-    for target in group:
-        biases = {n: names[n] for n in (f"{name}.bias" for name in target.names) if n in names}
-        stream.fill(model, checkpoint, biases, dtype_of=dtype_of)
-    built = converting.build_group(group)
+    for swap in group:
+        biases = {n: names[n] for n in (f"{name}.bias" for name in swap.names) if n in names}
+        stream.fill(folder.model, checkpoint, biases, dtype_of=folder.dtype_of)
+    built = build_group(group)
     first.module.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
-    for target in group:
-        for name in target.names:
-            converting.swap(model, name, built[target.name])
+    for swap in group:
+        for name in swap.names:
+            put(folder.model, name, built[swap.name])

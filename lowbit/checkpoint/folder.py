@@ -1,7 +1,8 @@
 """``save`` and ``load``: a packed model as a folder.
 
-A plain module is saved as ``lowbit.json`` (:mod:`lowbit.checkpoint.metadata`) and ``model.safetensors``; a
-transformers model as its own ``save_pretrained`` does, with the description in ``config.json``.
+A plain module is saved as ``lowbit.json`` (:mod:`lowbit.checkpoint.metadata`) and ``model.safetensors``. A model of a
+library that is known to :mod:`lowbit.checkpoint.libraries` is saved as the library does it: a transformers model by its
+``save_pretrained``, with the description in ``config.json``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowbit.checkpoint import metadata, stream
+from lowbit.checkpoint import libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
-from lowbit.integrations.transformers import is_pretrained
 from lowbit.nn.layer import layers
 
 DESCRIPTION_FILE = "lowbit.json"
@@ -63,9 +63,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ValueError("the model has no packed layer: convert it first, or save it with its own means")
     stream.validate(model)
     folder = Path(folder)
-    if is_pretrained(model):
+    library = libraries.owner(model)
+    if library is not None:
         (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a plain module that was saved here before
-        model.save_pretrained(folder)  # type: ignore[operator]
+        library.save(model, folder)
         return
     state = model.state_dict()
     for name, tensor in state.items():
@@ -105,7 +106,12 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     if not (folder / DESCRIPTION_FILE).is_file():
-        return _load_pretrained(folder, model, device)
+        library = libraries.library_of(folder)
+        if library is None:
+            raise FileNotFoundError(
+                f"{folder} has neither {DESCRIPTION_FILE} nor config.json: not a saved packed model"
+            )
+        return library.load(folder, model, device)
     if model is None:
         raise ValueError(
             f"{folder} holds a plain module, whose code is not saved: pass the float model as "
@@ -145,13 +151,3 @@ def _check_aliases(file: Path, aliases: Any, state: dict[str, Tensor], checkpoin
         known = alias in state and name in checkpoint and name in state and alias not in checkpoint
         if not known or state[alias].shape != state[name].shape:
             raise ValueError(f"{file}: shared must name tensors of the model and the file: got {alias!r}: {name!r}")
-
-
-def _load_pretrained(folder: Path, model: nn.Module | None, device: torch.device | str) -> Any:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has neither {DESCRIPTION_FILE} nor config.json: not a saved packed model")
-    try:
-        from lowbit.integrations import pretrained
-    except ImportError as error:
-        raise ImportError(f"{folder} holds a transformers model: loading it needs the package transformers") from error
-    return pretrained.load(folder, model, device)

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.core.version import VERSION
 from lowbit.model import sources
-from lowbit.model.convert import share_storage, swap
+from lowbit.model.surgery import put, share_storage
 from lowbit.nn.layer import Layer, build, layers, storage_of
 
 FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
@@ -71,8 +72,6 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The JSON-ready description of a model's packed layers; :func:`parse` is the inverse."""
-    from lowbit import __version__
-
     found = layers(model, duplicates=True)
     groups: dict[str, dict[str, Any]] = {}
     for name, layer in found.items():
@@ -80,7 +79,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         groups.setdefault(json.dumps(config, sort_keys=True), {**config, "names": []})["names"].append(name)
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "lowbit": __version__,
+        "lowbit": VERSION,
         "layers": list(groups.values()),
     }
     if tied := tied_groups(model):
@@ -234,6 +233,6 @@ def apply(
                 raise ValueError(f"tied layers must have the same format: {first!r} and {other!r} differ")
             share_storage(built[first], built[other])
     for where, replacement in replacements.items():
-        model = swap(model, where, replacement)
+        model = put(model, where, replacement)
     model.lowbit_skipped = dict(metadata.skipped)  # type: ignore[assignment]
     return model

@@ -6,7 +6,6 @@ Names inside transformers that this file depends on were checked with 5.23.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint import stream
+from lowbit.checkpoint import libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, place_of, shared_tensors
 from lowbit.checkpoint.reader import Checkpoint, read_json
+from lowbit.model.convert import convert, dequantize
 from lowbit.nn.layer import Layer, layers
 
 METHOD = "lowbit"
@@ -109,8 +109,6 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
-            from lowbit.model.convert import convert
-
             config = self.quantization_config
             return convert(model, config.spec, skip=config.skip, calibration=config.calibration)  # type: ignore[no-any-return]
         for layer in layers(model).values():
@@ -127,8 +125,6 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, {"lowbit_format_version": description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        from lowbit.model.convert import dequantize
-
         return dequantize(model)
 
 
@@ -467,13 +463,52 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     return model.eval()
 
 
-def dtype_in(model: Any) -> Callable[[str], torch.dtype | None]:
-    """The dtype each parameter of a float skeleton is loaded in: the model's, or float32 where kept so."""
-    plan = model._get_dtype_plan(model.config.dtype)
-    state = model.state_dict()
+def load_float(folder: Path) -> Any:
+    """The float model of ``folder``, all of it."""
+    import transformers
 
-    def dtype_of(name: str) -> torch.dtype | None:
-        dtype: torch.dtype = _kept_dtype(plan, name) or state[name].dtype
-        return dtype
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(f"{folder / 'config.json'}: architectures must name a class of transformers: got {name!r}")
+    return cls.from_pretrained(folder, dtype="auto")
 
-    return dtype_of
+
+def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
+    """The skeleton of the float model; ``None`` for an unknown class, or where tensors are computed from several."""
+    model = skeleton(folder)
+    if model is None:
+        return None
+    found = match(model, checkpoint)
+    if found.transformed:
+        return None
+    for target, source in model.all_tied_weights_keys.items():
+        key = found.names.get(source) or found.names.get(target)
+        if key is not None:
+            found.names[target] = found.names[source] = key
+    return FloatFolder(model, found.names)
+
+
+class FloatFolder(libraries.FloatFolder):
+    """A transformers model on meta, and the names of its tensors in the files."""
+
+    model: Any
+
+    def __init__(self, model: Any, names: dict[str, str]) -> None:
+        self.model, self.names = model, names
+        self._kept = model._get_dtype_plan(model.config.dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The model's dtype, or float32 where transformers keeps it so."""
+        return _kept_dtype(self._kept, name) or self._dtypes[name]
+
+    def retie(self) -> None:
+        retie(self.model)
+
+    def finish(self) -> nn.Module:
+        self.model.tie_weights(recompute_mapping=False)
+        stream.check_complete(self.model)
+        attach(self.model)
+        return self.model.eval()  # type: ignore[no-any-return]

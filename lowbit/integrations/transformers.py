@@ -12,10 +12,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+
+from lowbit.checkpoint import libraries
+from lowbit.checkpoint.libraries import FloatFolder
+from lowbit.checkpoint.reader import Checkpoint
+from lowbit.model import hooks
 
 _TRIGGER = "transformers.quantizers.auto"  # the module with the registry of quantization methods
 _OURS = "lowbit.integrations.pretrained"
@@ -43,7 +50,13 @@ class _AfterImport(MetaPathFinder):
 
 
 def register() -> None:
-    """Make ``from_pretrained`` understand ``quant_method: lowbit``, now or when transformers is imported."""
+    """Make ``from_pretrained`` understand ``quant_method: lowbit``, now or when transformers is imported.
+
+    And let converting, saving and loading know what is special about transformers models.
+    """
+    hooks.after_convert.register(attach)
+    hooks.after_dequantize.register(detach)
+    libraries.register(Transformers())
     if _TRIGGER in sys.modules:
         importlib.import_module(_OURS)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -68,25 +81,53 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def attach(model: nn.Module) -> None:
     """After a conversion: let every transformers model in ``model`` save, load and tie its packed layers."""
     for name, inner in _outermost(model):
-        from lowbit.integrations import pretrained
-
         reasons: Any = getattr(model, "lowbit_skipped", {})
         if inner is not model:
             prefix = name + "."
             skipped: Any = {n.removeprefix(prefix): r for n, r in reasons.items() if n.startswith(prefix)}
             inner.lowbit_skipped = skipped
-        pretrained.attach(inner)
+        _pretrained().attach(inner)
 
 
 def detach(model: nn.Module) -> None:
     """After dequantizing: the transformers models in ``model`` are plain float models again."""
     for _, inner in _outermost(model):
-        from lowbit.integrations import pretrained
+        _pretrained().detach(inner)
 
-        pretrained.detach(inner)
+
+class Transformers(libraries.Library):
+    """How transformers models are saved, loaded and converted file by file."""
+
+    def owns(self, model: nn.Module) -> bool:
+        return is_pretrained(model)
+
+    def is_folder(self, folder: Path) -> bool:
+        return (folder / "config.json").is_file()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+    def load(self, folder: Path, model: nn.Module | None, device: torch.device | str) -> Any:
+        try:
+            pretrained = _pretrained()
+        except ImportError as error:
+            raise ImportError(
+                f"{folder} holds a transformers model: loading it needs the package transformers"
+            ) from error
+        return pretrained.load(folder, model, device)
+
+    def load_float(self, folder: Path) -> Any:
+        return _pretrained().load_float(folder)
+
+    def open_float(self, folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
+        return _pretrained().open_float(folder, checkpoint)  # type: ignore[no-any-return]
+
+
+def _pretrained() -> Any:
+    return importlib.import_module(_OURS)
 
 
 def __getattr__(name: str) -> Any:
     if name in ("LowbitConfig", "LowbitQuantizer"):
-        return getattr(importlib.import_module(_OURS), name)
+        return getattr(_pretrained(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
