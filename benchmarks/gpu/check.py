@@ -24,7 +24,7 @@ from .parts import ROOT, Context, Section, execute
 
 # ------------------------------------------------------------------------------------------------------ tests
 
-TESTS = ("test_*_kernels.py", "test_families.py", "test_gpu_*.py")
+TESTS = ("*/test_kernels.py", "contracts/test_*.py", "backends/triton/test_*.py", "benchmarks/test_gpu_*.py")
 WORKERS = 8
 OPTIONAL = {"xdist": "pytest-xdist", "hypothesis": "hypothesis", "numpy": "numpy", "transformers": "transformers"}
 

@@ -149,7 +149,7 @@ def run_on_gpus(results: Iterable[Path]) -> Cells:
         name = f"sm_{properties.get('major')}{properties.get('minor')}"
         if not tests.get("passed") or tests.get("left_out") or tests.get("errors") or name not in TARGETS:
             continue
-        failed = [failure.partition("[")[2] for failure in tests["failures"] if "test_gpu_configurations" in failure]
+        failed = [failure.partition("[")[2] for failure in tests["failures"] if "test_configurations" in failure]
         target = TARGETS[name]
         passed = [
             case
@@ -215,12 +215,12 @@ Kronecker products have no such table: their regimes are one row, and more.
 The checks:
 
 - **interpreted**: run in Triton's interpreter with the configurations of an H200 (sm_90), and compared with float64
-  arithmetic: `tests/test_gpu_configurations.py`. What is cut differently for other targets runs at one number of bits
-  for each kind of activations.
+  arithmetic: `tests/backends/triton/test_configurations.py`. What is cut differently for other targets runs at one
+  number of bits for each kind of activations.
 - **compiled**: `benchmarks/gpu/compiled.json`, {record}, has the code of every launch,
   without spills and with tensor-core instructions. {why_not}
 - **PTX executed**: a sample is compiled for a GPU and executed instruction by instruction on a CPU:
-  `tests/test_gpu_ptx.py`.
+  `tests/backends/triton/test_ptx.py`.
 - **run on a GPU**: passed by `make gpu-check`, by its results in `benchmarks/results`.
 
 {table}

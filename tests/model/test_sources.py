@@ -552,7 +552,7 @@ def test_a_wrong_user_source_is_named_and_nothing_changes(bad: Any, message: str
     assert dict(model.items()) == before
 
 
-DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "trained_quantized.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "trained_quantized.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 

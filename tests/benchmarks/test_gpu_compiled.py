@@ -1,14 +1,12 @@
 """The record of compiled GPU code: it is that of the sources, and what it says passes the gates.
 
 Kernels compile only in a process without Triton's interpreter, so a second one compiles the kernels of this file
-(``python tests/test_gpu_compiled.py``) and prints what came out.
+(this file run as a script) and prints what came out.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -27,23 +25,17 @@ from gpu.resources import Line, cuda_blocks, loads, loops, machine_code, main_lo
 
 import lowbit
 from lowbit.backends.triton.launch import TARGETS, Launch
+from lowbit.testing.processes import outside_interpreter
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(Path(lowbit.__file__).parents[1]), str(ROOT / "benchmarks")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # --- the record ---
 
 
 def test_record_is_that_of_the_sources_and_a_sample_compiles_to_it() -> None:
-    done = python("-m", "benchmarks.gpu.offline", "--sample", "--jobs", "2")
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}\npython -m benchmarks.gpu.offline --write"
+    done = outside_interpreter("-m", "benchmarks.gpu.offline", "--sample", "--jobs", "2", root=ROOT)
+    assert done.returncode == 0, f"{(done.stdout + done.stderr).decode()}\npython -m benchmarks.gpu.offline --write"
 
 
 @pytest.mark.parametrize("target", offline.RECORDED)
@@ -196,8 +188,8 @@ def compile_these() -> dict[str, Any]:
 
 @cache
 def compiled() -> dict[str, Any]:
-    done = python(__file__)
-    assert done.returncode == 0, done.stderr
+    done = outside_interpreter(__file__, root=ROOT)
+    assert done.returncode == 0, done.stderr.decode()
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 

@@ -21,6 +21,7 @@ from lowbit.model.warmup import _sizes, candidates
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.where import Where, running
 
+ROOT = Path(__file__).resolve().parents[3]
 H200 = TARGETS["sm_90"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 needs_interpreter = pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
@@ -272,7 +273,7 @@ def test_a_signature_is_what_triton_compiles_by():
     """As many entries in Triton's own cache as there are signatures; M alone makes no new one."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent / "benchmarks")
+    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
     done = subprocess.run([sys.executable, "-c", SIGNATURES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     signatures, compiled = map(int, done.stdout.split())

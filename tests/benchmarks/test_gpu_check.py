@@ -295,7 +295,7 @@ def full_sections() -> dict[str, parts.Section]:
     return {
         "machine": {"status": "passed", "limits": {"copy_gb_s": 4000.0, "bf16_tflop_s": 700.0}},
         "tests": {"status": "failed", "passed": 10, "failed": 2, "errors": 0, "skipped": 1, "problems": ["2 failed"],
-                  "failures": ["tests.test_packed_kernels::test_a", "tests.test_packed_kernels::test_b"]},
+                  "failures": ["tests.packed.test_kernels::test_a", "tests.packed.test_kernels::test_b"]},
         "opcheck": {"status": "passed", "passed": ["a", "b"], "problems": []},
         "graphs": {"status": "failed", "passed": [], "problems": failing},
         "sanitizer": {"status": "incomplete", "absent": ["compute-sanitizer"], "tools": {}, "left_out": ["every tool"]},
@@ -310,7 +310,7 @@ def test_the_summary_is_short_and_names_what_failed(tmp_path) -> None:
     sections["bench"]["bars"] = missed
     text = program.summary("Test GPU", parts.Results(tmp_path, "Test GPU"), sections, names, ["report"])
     assert len(text.splitlines()) < 60
-    for said in ("10 passed; 2 failed", "test_packed_kernels::test_a", "check 0: differs", "... and 196 more",
+    for said in ("10 passed; 2 failed", "test_kernels::test_a", "check 0: differs", "... and 196 more",
                  "absent: compute-sanitizer", "bars missed: 100", "missed  bar 0: 0.1, wanted 0.65", "more missed bars",
                  "no time  report"):  # fmt: skip
         assert said in text, (said, text)
@@ -616,10 +616,10 @@ def test_what_was_not_measured_is_not_met() -> None:
 # ----------------------------------------------------------------------------------------- tests, checks, sanitizer
 
 JUNIT = """<testsuites><testsuite name="pytest" tests="4">
-<testcase classname="tests.test_packed_kernels" name="test_good" time="0.1"/>
-<testcase classname="tests.test_packed_kernels" name="test_bad[4]"><failure message="assert 1 == 2"/></testcase>
-<testcase classname="" name="tests.test_kron_op"><error message="collection failure">no module</error></testcase>
-<testcase classname="tests.test_packed_op" name="test_off"><skipped message="no"/></testcase>
+<testcase classname="tests.packed.test_kernels" name="test_good" time="0.1"/>
+<testcase classname="tests.packed.test_kernels" name="test_bad[4]"><failure message="assert 1 == 2"/></testcase>
+<testcase classname="" name="tests.kron.test_op"><error message="collection failure">no module</error></testcase>
+<testcase classname="tests.packed.test_op" name="test_off"><skipped message="no"/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -630,7 +630,7 @@ def test_outcomes_are_counted_and_failures_named(tmp_path) -> None:
     assert {what: counted[what] for what in ("passed", "failed", "errors", "skipped")} == {
         "passed": 1, "failed": 1, "errors": 1, "skipped": 1
     }  # fmt: skip
-    assert counted["failures"] == ["tests.test_packed_kernels::test_bad[4]", "::tests.test_kron_op"]
+    assert counted["failures"] == ["tests.packed.test_kernels::test_bad[4]", "::tests.kron.test_op"]
     assert check.run_problems(counted, 1, "") == ["1 failed", "1 errors"]
 
 
@@ -656,7 +656,7 @@ def test_the_test_command_runs_and_its_failures_arrive(tmp_path) -> None:
     broken = tmp_path / "test_import.py"
     broken.write_text("import no_such_module\n")
     file = tmp_path / "junit.xml"
-    command = [part for part in check.pytest_command(file, parallel=False) if "/tests/test_" not in part]
+    command = [part for part in check.pytest_command(file, parallel=False) if f"{parts.ROOT}/tests/" not in part]
     finished = parts.execute([*command, f"--rootdir={tmp_path}", str(broken), str(bad)], 120)
     counted = check.count_tests(file)
     assert finished.code == 1 and (counted["passed"], counted["failed"], counted["errors"]) == (1, 1, 1), finished.tail
@@ -664,7 +664,7 @@ def test_the_test_command_runs_and_its_failures_arrive(tmp_path) -> None:
 
 def test_the_test_command_names_the_kernel_tests() -> None:
     command = " ".join(check.pytest_command(Path("x"), parallel=True))
-    for name in ("test_packed_kernels.py", "test_kron_kernels.py", "test_families.py", "test_gpu_check.py", "-n 8"):
+    for name in ("packed/test_kernels.py", "kron/test_kernels.py", "test_families.py", "test_gpu_check.py", "-n 8"):
         assert name in command
     assert "-n 8" not in " ".join(check.pytest_command(Path("x"), parallel=False))
 

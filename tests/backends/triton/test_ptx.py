@@ -7,10 +7,8 @@ warps and stages of its row of the table, on a smaller weight.
 from __future__ import annotations
 
 import functools
-import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +20,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import lowbit
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.launch import TARGETS, Launch
@@ -30,12 +27,13 @@ from lowbit.packed.format import PackedFormat
 from lowbit.testing import codebook_cases, kron_cases
 from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.processes import outside_interpreter
 from lowbit.testing.ptx_emulator import Compiled, Statistics, run_launch
 from lowbit.testing.ptx_sample import ARCHITECTURES, NAMES
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = 5
 
 
@@ -114,10 +112,7 @@ class Case:
 @functools.cache
 def compiled(target: str) -> dict[str, list[Compiled]]:
     """The sample, compiled for a target by a process of its own, outside of the interpreter."""
-    paths = [str(Path(lowbit.__file__).parents[1]), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__, target], cwd=ROOT, env=environment, capture_output=True)
+    done = outside_interpreter(__file__, target, root=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     results: dict[str, list[Compiled]] = pickle.loads(done.stdout)
     return results

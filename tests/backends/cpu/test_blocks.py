@@ -176,7 +176,7 @@ WHERE = everywhere()
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
 @pytest.mark.parametrize("where", WHERE, ids=str)
 def test_ops_read_blocks(where, format):
-    """As the same codes in the canonical order, gradients too; how exact products are: tests/test_packed_kernels.py."""
+    """As the same codes in the canonical order, gradients too; how exact products are: tests/packed/test_kernels.py."""
     w, f = random_weight(format), format
     if where.device != "cpu":
         pytest.skip("blocks are for CPUs")

@@ -1,7 +1,7 @@
-"""Folders that past versions saved: each must load as it did. tests/fixtures/format-<version>/ holds, for each format
+"""Folders that past versions saved: each must load as it did. fixtures/format-<version>/ holds, for each format
 version, ``model/`` as ``lowbit.save`` wrote it and ``expected.safetensors``, the weights and outputs it stands for.
 
-A new format version adds a folder (``python tests/test_saved_formats.py`` writes it) and never changes an old one.
+A new format version adds a folder, which ``python tests/checkpoint/test_saved_formats.py`` writes. None ever changes.
 """
 
 import json
@@ -119,7 +119,8 @@ def write(folder: Path) -> None:
 
 
 def test_the_current_version_has_a_fixture():
-    assert (FIXTURES / f"format-{FORMAT_VERSION}").is_dir(), "run python tests/test_saved_formats.py and commit it"
+    folder = FIXTURES / f"format-{FORMAT_VERSION}"
+    assert folder.is_dir(), "run python tests/checkpoint/test_saved_formats.py and commit it"
 
 
 @pytest.mark.parametrize("folder", sorted(FIXTURES.glob("format-*")), ids=lambda f: f.name)

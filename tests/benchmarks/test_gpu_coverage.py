@@ -1,6 +1,6 @@
 """``docs/gpu_coverage.md`` is what the checks say, and nothing that ships was left out of them.
 
-Fingerprints are taken in a process without Triton's interpreter: ``python tests/test_gpu_coverage.py`` there.
+Fingerprints are taken in a process without Triton's interpreter: this file run as a script.
 """
 
 from __future__ import annotations
@@ -9,22 +9,24 @@ import json
 import sys
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu import coverage, offline
 from gpu.coverage import Line
-from test_gpu_compiled import python
 
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.testing import gpu_configurations as interpreted
+from lowbit.testing.processes import outside_interpreter
 
+ROOT = Path(__file__).resolve().parents[2]
 LINE = Line("packed", 4, "float16")
 
 
 def test_document_is_up_to_date_and_nothing_is_missing() -> None:
-    done = python("-m", "benchmarks.gpu.coverage")
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    done = outside_interpreter("-m", "benchmarks.gpu.coverage", root=ROOT)
+    assert done.returncode == 0, f"{done.stdout.decode()}{done.stderr.decode()}"
     if not offline.RECORD.exists():
         pytest.skip("compiled.json is still to be written: only what is interpreted was looked at")
 
@@ -70,8 +72,8 @@ def with_records() -> dict[str, Any]:
 
 @cache
 def holes_of_records() -> dict[str, Any]:
-    done = python(__file__)
-    assert done.returncode == 0, done.stderr
+    done = outside_interpreter(__file__, root=ROOT)
+    assert done.returncode == 0, done.stderr.decode()
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -87,7 +89,7 @@ def test_code_that_is_missing_or_spills_is_a_hole(what: str) -> None:
 
 def test_results_of_a_gpu_fill_its_column(tmp_path: Any) -> None:
     results = tmp_path / "gpu-nvidia-h200.json"
-    failure = "tests.test_gpu_configurations::test_configuration[packed-4-float16-64-sm_90]"
+    failure = "tests.backends.triton.test_configurations::test_configuration[packed-4-float16-64-sm_90]"
     tests = {"passed": 9, "failed": 1, "errors": 0, "failures": [failure]}
     machine = {"properties": {"major": 9, "minor": 0}}
     for left_out, expected in ((None, {16, 512, "dense"}), (["tests"], set())):

@@ -212,7 +212,7 @@ def test_wide_rows_and_many(where, bits, arithmetic):
     if where.isa not in ("avx512vnni", "avx512bf16") and (bits not in (1, 4) or arithmetic == "float32"):
         pytest.skip("the same code for every number of bits, tested above")
     if where == Where("triton"):
-        pytest.skip("too much for the interpreter: tests/test_gpu_configurations.py has several tiles and blocks")
+        pytest.skip("too much for the interpreter: backends/triton/test_configurations.py has several tiles and blocks")
     int8, dtype = arithmetic == "int8", torch.float32 if arithmetic == "float32" else torch.bfloat16
     for i, (group_size, tables, scales, outliers) in enumerate(
         [(64, "tensor", "float", 0), (32, "row", "nested", 0), (128, "group", "none", 0), (4200, "row", "float", 0),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -22,19 +20,19 @@ import numpy as np
 import pytest
 import torch
 
-import lowbit
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton.launch import TARGETS, Launch, Target
 from lowbit.backends.triton.tiles import tile
 from lowbit.backends.triton.tuning import Config
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations, formats, random_weight
+from lowbit.testing.processes import outside_interpreter
 from lowbit.testing.ptx_emulator import Compiled, Fault, Statistics, execute, run_launch
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,11 +663,8 @@ def launches(name: str) -> list[Launch]:
 def compiled(target: str, kind: str) -> dict[str, list[Compiled]]:
     """Everything of a kind, compiled for a target by a process of its own."""
     which = {"sample": ("float16", "bfloat16"), "product": tuple(PRODUCTS), "packed": PACKED}
-    paths = [str(Path(lowbit.__file__).parents[1]), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.pop("TRITON_INTERPRET", None)
     names = [f"{target} {kind} {name}" for name in which[kind]]
-    done = subprocess.run([sys.executable, __file__, *names], cwd=ROOT, env=environment, capture_output=True)
+    done = outside_interpreter(__file__, *names, root=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     return pickle.loads(done.stdout)
 
