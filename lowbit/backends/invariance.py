@@ -1,7 +1,7 @@
 """Whether a row's result may depend on the batch it sits in: one setting for every backend.
 
 Environment:
-    LOWBIT_BATCH_INVARIANT  1: on no backend; 0: wherever that is faster; unset: on a GPU it may, on a CPU it does not
+    LOWBIT_BATCH_INVARIANT  1: it never does. 0: it may, wherever that is faster. Unset: it may on a GPU, not on a CPU
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from lowbit.backends.cpu import native
 
-# None: as each backend does by itself.
+# None: every backend does what it does by default.
 _asked: bool | None = {"": None, "0": False}.get(os.environ.get("LOWBIT_BATCH_INVARIANT", ""), True)
 
 
