@@ -14,6 +14,8 @@ from lowbit.checkpoint import convert_folder, load, save
 from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
 from lowbit.codebook.lossless import codebook_of
 from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
+from lowbit.core.quantizer import Quantizer, Statistics
+from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import torch_ao as _torch_ao
@@ -31,9 +33,9 @@ __version__ = VERSION
 __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
     "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",
-    "PackedFormat", "PackedLinear", "PackedWeight", "Report", "Source", "backends", "batch_invariant",
-    "codebook_of", "convert", "convert_folder", "dequantize", "load", "register_source", "report", "save", "tune",
-    "use_backend", "warmup",
+    "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report", "Source", "Statistics", "backends",
+    "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize", "load", "register_quantizer",
+    "register_source", "report", "save", "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

@@ -35,7 +35,7 @@ _LEFT = {
     "convert": {
         "Plan": ("model.plan", "Plan"),
         "Specs": ("model.plan", "Specs"),
-        "Statistics": ("model.build", "Statistics"),
+        "Statistics": ("core.quantizer", "Statistics"),
         "Target": ("model.plan", "Swap"),
         "build_group": ("model.build", "build_group"),
         "make_plan": ("model.plan", "make_plan"),

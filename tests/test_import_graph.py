@@ -31,7 +31,6 @@ NOT_SIDEWAYS = {("codebook", "packed")}  # a level apart only because kron store
 
 # Arrows that close a circle today; each is to go.
 STILL = {(f"lowbit.{family}.op", f"lowbit.{family}.triton") for family in ("packed", "codebook", "kron")}
-STILL |= {(f"lowbit.{family}.format", f"lowbit.{family}.quantize") for family in ("packed", "codebook", "kron")}
 
 Arrows = dict[str, set[str]]
 

@@ -20,6 +20,7 @@ from lowbit.checkpoint.folder import save
 from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lowbit.model.build import build_group
+from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
 from lowbit.model.plan import Swap, make_plan, problem_of
 from lowbit.model.surgery import put
@@ -35,6 +36,7 @@ def convert_folder(
     *,
     skip: Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> None:
     """Convert the float transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
 
@@ -44,7 +46,7 @@ def convert_folder(
     Args:
         src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype.
         dst: a folder that does not exist yet, or is empty.
-        spec, skip, calibration: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
+        spec, skip, calibration, loss: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
             models whose files do not map one to one to their modules, the whole float model is loaded
             instead.
 
@@ -58,9 +60,9 @@ def convert_folder(
         raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} must not exist, or be an empty folder")
-    model = None if calibration is not None else _convert_streaming(library, src, spec, skip)
+    model = None if calibration is not None or loss is not None else _convert_streaming(library, src, spec, skip)
     if model is None:
-        model = convert(library.load_float(src), spec, skip=skip, calibration=calibration)
+        model = convert(library.load_float(src), spec, skip=skip, calibration=calibration, loss=loss)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:

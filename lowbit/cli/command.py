@@ -33,9 +33,9 @@ from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
+from lowbit.core.quantizer import names
 from lowbit.model.report import Report, Row
 from lowbit.nn.layer import Layer, build, layer_class
-from lowbit.packed.format import QUANTIZERS
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
 BENCH_SECONDS = 0.2
@@ -383,7 +383,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--granularity", choices=GRANULARITIES, help="what shares a scale (default: group)")
     convert.add_argument("--symmetric", action="store_true", default=None, help="no zero point")
     convert.add_argument("--zeros", choices=("int", "float"), help="kind of zero point")
-    convert.add_argument("--quantizer", choices=QUANTIZERS, help="(default: minmax)")
+    convert.add_argument("--quantizer", choices=names("packed"), help="(default: minmax)")
     convert.add_argument("--gamma", type=float, help="clipping factor of --quantizer mean")
     convert.add_argument("--activations", choices=ACTIVATIONS, help="(default: float)")
     convert.add_argument("--activation-group-size", type=int, help="of --activations int8 (default: the whole token)")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +38,8 @@ from lowbit.core.family import (
     is_integer,
     outlier_tensors,
 )  # fmt: skip
+from lowbit.core.quantizer import names
 
-QUANTIZERS = ("kmeans", "optimal")
 NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes stores them
 
 # The quantiles of a normal distribution, scaled to [-1, 1] with an exact 0: appendix E of arXiv 2305.14314.
@@ -72,8 +71,8 @@ class Codebook(Spec):
         quantizer: how a table is learned: ``"kmeans"`` starts by k-means++ and makes ``iterations`` Lloyd rounds
             (arXiv 2010.07109); ``"optimal"`` finds the exact optimum of one-dimensional k-means.
         iterations: Lloyd rounds of ``"kmeans"``.
-        sensitivity: weigh each weight's squared error by how much its input matters on calibration data (as
-            SqueezeLLM does, arXiv 2306.07629).
+        sensitivity: weigh each weight's squared error by how much its input matters on calibration data; where
+            ``convert`` is given a ``loss``, by the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629).
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix (arXiv 2306.00014, 2306.07629).
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one calibrated
             scale per layer.
@@ -91,7 +90,7 @@ class Codebook(Spec):
     group_size: int | None = None
     table: str | Sequence[float] | Tensor | None = None
     scales: bool | None = None
-    quantizer: Literal["kmeans", "optimal"] = "kmeans"
+    quantizer: str = "kmeans"
     iterations: int = 10
     sensitivity: bool = False
     outliers: float = 0.0
@@ -105,7 +104,7 @@ class Codebook(Spec):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
         if not is_integer(self.bits) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 1 and 8: got bits={self.bits!r}")
-        choice("quantizer", self.quantizer, QUANTIZERS)
+        choice("quantizer", self.quantizer, names("codebook"))
         choice("activations", self.activations, ACTIVATIONS)
         check_size("iterations", self.iterations)
         check_seed(self.seed)
@@ -164,16 +163,9 @@ class Codebook(Spec):
             return TABLES[self.table]
         return self.table  # type: ignore[return-value]  # __post_init__ made it a tuple
 
-    @property
-    def calibration_need(self) -> str | None:
-        return "sensitivity=True" if self.sensitivity else super().calibration_need
-
-    @property
-    def uses_hessian(self) -> bool:
-        return self.sensitivity
-
     def for_embedding(self, *, tied: bool = False) -> Codebook:
-        return replace(self, sensitivity=False) if self.sensitivity and not tied else self
+        spec = replace(self, sensitivity=False) if self.sensitivity and not tied else self
+        return super(Codebook, spec).for_embedding(tied=tied)  # type: ignore[no-any-return]
 
     def problem(self, n: int, k: int) -> str | None:
         if self.group_size is not None and self.group_size > k:
@@ -202,11 +194,6 @@ class Codebook(Spec):
             outliers=round(self.outliers * n * k),
             activations=self.activations if kind == "linear" else "float",
         )
-
-    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> CodebookWeight:
-        from lowbit.codebook.quantize import quantize
-
-        return quantize(weight, self, hessian=hessian)
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit codebook per row``."""

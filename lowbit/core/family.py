@@ -7,13 +7,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from numbers import Real
 from operator import index
 from typing import Any, ClassVar, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
+
+from lowbit.core.quantizer import Quantizer, Statistics, find
 
 Activations = Literal["float", "int8", "int8_static"]
 Granularity = Literal["tensor", "row", "group"]
@@ -39,6 +41,7 @@ class Spec(ABC):
     """
 
     family: ClassVar[str]
+    quantizer: Any  # the name of one: a field of most specs
     activations: Activations
     activation_group_size: int | None = None  # a field of the specs of families that have such kernels
 
@@ -50,35 +53,57 @@ class Spec(ABC):
     def format(self, weight: Tensor, kind: str) -> Format:
         """The format that this spec gives ``weight`` (which may be on meta), as far as it is known beforehand."""
 
-    @abstractmethod
-    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> Weight:
-        """The weight in the family's form; ``hessian`` ``[K, K]`` is proportional to X.T @ X of the layer's inputs."""
+    @property
+    def method(self) -> Quantizer[Any, Any]:
+        """The quantizer that this spec names."""
+        return find(self.family, self.quantizer)
+
+    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None, statistics: Statistics | None = None) -> Any:
+        """The :class:`Weight` that :attr:`method` makes of ``weight``; ``hessian``: all that was measured, if anything.
+
+        Raises ``ValueError`` for a weight that does not fit, and where a statistic is missing that is needed.
+        """
+        return self.method.quantize(weight, self, statistics or Statistics(hessian=hessian))
 
     @abstractmethod
     def describe(self) -> str:
         """One short line for tables."""
 
     @property
+    def needs(self) -> dict[str, str]:
+        """What calibration must measure: field of :class:`Statistics` -> the argument that requires it, as in code."""
+        method = self.method
+        needs = dict.fromkeys(sorted(method.needs_for(self)), method.argument(self))
+        return needs | ({"x_scale": "activations='int8_static'"} if self.activations == "int8_static" else {})
+
+    @property
+    def statistics(self) -> set[str]:
+        """All that calibration is to measure, if there is data: what is needed, and what helps."""
+        return {*self.needs, *self.method.uses_for(self)}
+
+    @property
     def calibration_need(self) -> str | None:
         """The argument that requires calibration data, as written in code; ``None`` when none does."""
-        return "activations='int8_static'" if self.activations == "int8_static" else None
+        return next(iter(self.needs.values()), None)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether quantizing with this spec requires calibration data."""
-        return self.calibration_need is not None
+        return bool(self.needs)
 
     @property
     def uses_hessian(self) -> bool:
-        """Whether :meth:`quantize` does better with a Hessian."""
-        return False
+        """Whether :meth:`quantize` requires a Hessian, or does better with one."""
+        return "hessian" in self.statistics
 
-    def for_embedding(self, *, tied: bool = False) -> Spec:
+    def for_embedding(self, *, tied: bool = False) -> Any:
         """The spec for an embedding's weight; ``tied``: a linear layer shares it.
 
-        No input is multiplied with a weight that is not tied: nothing of it can be calibrated.
+        No input is multiplied with a weight that is not tied: nothing of it can be calibrated. Another quantizer
+        stands in for one that needs calibration.
         """
-        return self
+        stand_in = None if tied or not self.method.needs else self.method.stand_in
+        return self if stand_in is None else replace(self, quantizer=stand_in)  # type: ignore[type-var]
 
 
 class Format(ABC):

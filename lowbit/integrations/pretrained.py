@@ -31,17 +31,19 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         spec: with ``from_pretrained`` of a *float* model: what :func:`lowbit.convert` is to be called with
-            after loading; ``skip`` and ``calibration`` go with it.
+            after loading; ``skip``, ``calibration`` and ``loss`` go with it.
         description: the fields of :mod:`lowbit.checkpoint.metadata`, as saved.
 
     Raises:
         ValueError: naming the layer and the field of a description that is not valid.
     """
 
-    def __init__(self, spec: Any = None, *, skip: Any = (), calibration: Any = None, **description: Any) -> None:
+    def __init__(
+        self, spec: Any = None, *, skip: Any = (), calibration: Any = None, loss: Any = None, **description: Any
+    ) -> None:
         self.quant_method = METHOD
         description.pop("quant_method", None)
-        self.spec, self.skip, self.calibration = spec, skip, calibration
+        self.spec, self.skip, self.calibration, self.loss = spec, skip, calibration, loss
         self.description = description
         self.metadata: Metadata | None = None if spec is not None else parse(description)
 
@@ -110,7 +112,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
             config = self.quantization_config
-            return convert(model, config.spec, skip=config.skip, calibration=config.calibration)  # type: ignore[no-any-return]
+            return convert(  # type: ignore[no-any-return]
+                model, config.spec, skip=config.skip, calibration=config.calibration, loss=config.loss
+            )
         for layer in layers(model).values():
             for tensor in layer.named_tensors().values():
                 tensor.requires_grad_(False)

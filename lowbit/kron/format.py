@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ from lowbit.core.family import (
     choice,
     dtype_name,
 )  # fmt: skip
+from lowbit.core.quantizer import find, names
+from lowbit.kron.shapes import nearest_shapes, shape_problem
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
-
-SVDS = ("auto", "exact", "randomized")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Kronecker(Spec):
     features_only: bool = False
     factors: Packed | None = None
     dtype: torch.dtype | None = None
-    svd: Literal["auto", "exact", "randomized"] = "auto"
+    svd: str = "auto"
     seed: int = 0
     activations: Activations = "float"
 
@@ -96,7 +96,7 @@ class Kronecker(Spec):
         if self.factors is not None:
             if not isinstance(self.factors, Packed):
                 raise ValueError(f"factors must be a Packed or None: got {type(self.factors).__name__}")
-            if self.factors.activations != "float" or self.factors.outliers or self.factors.quantizer == "gptq":
+            if self.factors.activations != "float" or self.factors.outliers or self.factors.needs:
                 raise ValueError(
                     "factors takes float activations, no outliers and no quantizer='gptq': "
                     f"got activations={self.factors.activations!r}, outliers={self.factors.outliers}, "
@@ -105,28 +105,39 @@ class Kronecker(Spec):
             if self.dtype is not None:
                 raise ValueError("dtype is that of dense factors: leave it out with factors=Packed(...)")
         check_float_dtype("dtype", self.dtype)
-        choice("svd", self.svd, SVDS)
+        choice("svd", self.svd, names("kron"))
         choice("activations", self.activations, KroneckerFormat.supported_activations)
 
-    def problem(self, n: int, k: int) -> str | None:
-        from lowbit.kron.quantize import factor_shapes, shape_problem
+    @property
+    def method(self) -> Any:
+        return find("kron", self.svd)
 
+    def factor_shapes(self, n: int, k: int) -> list[tuple[int, int]]:
+        """The shapes ``(N1, K1)`` of A to choose from for a weight ``[n, k]``, the smallest A first.
+
+        They are those of :func:`lowbit.kron.shapes.nearest_shapes`. ``shape``, where given, is the only one.
+        """
+        if self.shape is not None:
+            return [] if shape_problem(n, k, self.shape, self.rank) else [self.shape]
+        assert self.compression is not None
+        return nearest_shapes(
+            n, k, rank=self.rank, compression=self.compression, features_only=self.features_only
+        )  # fmt: skip
+
+    def problem(self, n: int, k: int) -> str | None:
         if self.shape is not None:
             return shape_problem(n, k, self.shape, self.rank)
-        if factor_shapes(n, k, self):
+        if self.factor_shapes(n, k):
             return None
         features = " with features_only" if self.features_only else ""
         return f"no factor shapes of [{n}, {k}]{features} come near compression={self.compression:g}, rank={self.rank}"
 
     def format(self, weight: Tensor, kind: str) -> KroneckerFormat:
-        from lowbit.kron.quantize import predicted_format
+        """The format of the quantized weight, unless packed scales turn out not to fit their dtype.
 
-        return predicted_format(weight, self, kind)
-
-    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> KroneckerWeight:
-        from lowbit.kron.quantize import decompose
-
-        return decompose(weight, self)
+        On meta no shape can be found to be the best: it is then that of the first of :meth:`factor_shapes`.
+        """
+        return self.method.predicted_format(weight, self, kind)  # type: ignore[no-any-return]
 
     def for_embedding(self, *, tied: bool = False) -> Kronecker:
         return self if self.shape is not None else replace(self, features_only=True)

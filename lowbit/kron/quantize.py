@@ -13,15 +13,17 @@ Singular values below 1e-8 of the largest one are lost, but a float32 weight doe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.core.family import FLOAT_DTYPES, as_integer, check_size, choice, dtype_name
-from lowbit.kron.format import SVDS, Kronecker, KroneckerFormat, KroneckerWeight
+from lowbit.core.quantizer import Quantizer, Statistics, find, names, register
+from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
+from lowbit.kron.shapes import shape_problem
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.op import dequantize_rows
 from lowbit.packed.quantize import quantize
@@ -41,9 +43,6 @@ _EXACT_WORK = 10**10
 # one of them gave (Krylov) instead of the last alone costs little. Gaussian weights, whose singular values are nearly
 # equal, are the worst case: of what the nearest factors hold, 6 multiplications alone lost 5 %, kept ones 0.6 %.
 _OVERSAMPLING, _POWER_ITERATIONS = 10, 8
-
-# How far the size of the factors may be from the one asked for, either way.
-_NEAR = 1.25
 
 # Of two shapes, rounding alone must not decide: the later one has to hold more by this fraction.
 _TIE = 1e-9
@@ -78,7 +77,7 @@ def nearest_kronecker(
             shape; the rank exceeds its limit.
     """
     _check(weight)
-    choice("svd", svd, SVDS)
+    choice("svd", svd, names("kron"))
     shape_a, rank = (as_integer(shape_a[0]), as_integer(shape_a[1])), as_integer(rank)  # type: ignore[assignment]
     for name, size in (("N1", shape_a[0]), ("K1", shape_a[1]), ("rank", rank)):
         check_size(name, size)
@@ -86,43 +85,15 @@ def nearest_kronecker(
         raise ValueError(problem)
     matrix = _Rearranged(weight, shape_a)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    small = matrix.leading(rank, svd, seed)[0].to(dtype)
+    method: Any = find("kron", svd)
+    small = matrix.leading(rank, method.is_exact, seed)[0].to(dtype)
     large = matrix.complement(small.double(), dtype)
     return matrix.ordered(large.view(rank, *matrix.large_shape), small.view(rank, *matrix.small_shape))
 
 
-def shape_problem(n: int, k: int, shape_a: tuple[int, int], rank: int) -> str | None:
-    """Why a weight ``[n, k]`` cannot be ``rank`` terms with A of this shape, or ``None``."""
-    n1, k1 = shape_a
-    if n % n1 or k % k1:
-        return f"shape must divide the weight's [{n}, {k}]: got shape={shape_a}"
-    limit = min(n1 * k1, n // n1 * (k // k1))
-    if rank > limit:
-        return f"rank must be at most min(N1*K1, N2*K2) = {limit} for shape={shape_a} of [{n}, {k}]: got rank={rank}"
-    return None
-
-
 def factor_shapes(n: int, k: int, spec: Kronecker) -> list[tuple[int, int]]:
-    """The shapes ``(N1, K1)`` of A to choose from for a weight ``[n, k]``, the smallest A first.
-
-    They are all shapes whose R*(N1*K1 + N2*K2) parameters come nearest, as a ratio, to n*k / compression. A shape does
-    not count when its factors are not smaller than the weight, or allow fewer than R terms. There are none when the
-    nearest is off by more than a factor of 1.25. ``spec.shape``, where given, is the only one.
-    """
-    if spec.shape is not None:
-        return [] if shape_problem(n, k, spec.shape, spec.rank) else [spec.shape]
-    assert spec.compression is not None
-    found: list[tuple[float, int, int]] = []
-    for n1 in [n] if spec.features_only else _divisors(n):
-        for k1 in _divisors(k):
-            size = spec.rank * (n1 * k1 + n // n1 * (k // k1))
-            if size < n * k and shape_problem(n, k, (n1, k1), spec.rank) is None:
-                found.append((abs(math.log(size * spec.compression / (n * k))), n1, k1))
-    nearest = min((distance for distance, _, _ in found), default=math.inf)
-    if nearest > math.log(_NEAR) + _TIE:
-        return []
-    shapes = [(n1, k1) for distance, n1, k1 in found if distance <= nearest + _TIE]
-    return sorted(shapes, key=lambda shape: (shape[0] * shape[1], -shape[0]))
+    """The shapes ``(N1, K1)`` of A to choose from: :meth:`Kronecker.factor_shapes`."""
+    return spec.factor_shapes(n, k)
 
 
 @torch.no_grad()
@@ -131,16 +102,7 @@ def predicted_format(weight: Tensor, spec: Kronecker, kind: str) -> KroneckerFor
 
     On meta no shape can be found to be the best: it is then that of the first of :func:`factor_shapes`.
     """
-    if kind == "embedding":
-        spec = spec.for_embedding()
-    if weight.device.type == "meta":
-        n1, k1 = _candidates(weight, spec)[0]
-    else:
-        n1, k1 = _best(weight, spec)[0].shape_a
-    n2, k2 = weight.shape[0] // n1, weight.shape[1] // k1
-    dtype = _dense_dtype(weight, spec)
-    a, b = (_packed_format(spec, rows, columns, dtype) for rows, columns in ((n1, k1), (n2, k2)))
-    return KroneckerFormat(n1, k1, n2, k2, spec.rank, "float32" if a and b else dtype_name(dtype), a, b)
+    return spec.format(weight, kind)
 
 
 @torch.no_grad()
@@ -153,12 +115,87 @@ def decompose(weight: Tensor, spec: Kronecker) -> KroneckerWeight:
     Raises:
         ValueError: the weight is not a finite, non-empty ``[N, K]`` float tensor; the spec does not fit it.
     """
-    matrix, small = _best(weight, spec)
-    dtype = _dense_dtype(weight, spec)
-    stored_small = _store(small, matrix.small_shape, spec, dtype)
-    large = matrix.complement(_values(stored_small, spec.rank), torch.float32)
-    stored_large = _store(large, matrix.large_shape, spec, dtype)
-    return KroneckerWeight(*matrix.ordered(stored_large, stored_small), spec.rank)
+    return spec.quantize(weight)  # type: ignore[no-any-return]
+
+
+class NearestKronecker(Quantizer[Kronecker, KroneckerWeight]):
+    """The nearest sum of Kronecker products, by a singular value decomposition. A subclass says of which kind."""
+
+    family = "kron"
+
+    def is_exact(self, work: int) -> bool:
+        """Whether to decompose exactly where that takes ``work`` multiply-additions."""
+        raise NotImplementedError
+
+    def argument(self, spec: Kronecker) -> str:
+        return f"svd={self.name!r}"
+
+    @torch.no_grad()
+    def predicted_format(self, weight: Tensor, spec: Kronecker, kind: str) -> KroneckerFormat:
+        """The format of the weight that :meth:`quantize` gives."""
+        if kind == "embedding":
+            spec = spec.for_embedding()
+        if weight.device.type == "meta":
+            n1, k1 = _candidates(weight, spec)[0]
+        else:
+            n1, k1 = self._best(weight, spec)[0].shape_a
+        n2, k2 = weight.shape[0] // n1, weight.shape[1] // k1
+        dtype = _dense_dtype(weight, spec)
+        a, b = (_packed_format(spec, rows, columns, dtype) for rows, columns in ((n1, k1), (n2, k2)))
+        return KroneckerFormat(n1, k1, n2, k2, spec.rank, "float32" if a and b else dtype_name(dtype), a, b)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, spec: Kronecker, statistics: Statistics) -> KroneckerWeight:
+        matrix, small = self._best(weight, spec)
+        dtype = _dense_dtype(weight, spec)
+        stored_small = _store(small, matrix.small_shape, spec, dtype)
+        large = matrix.complement(_values(stored_small, spec.rank), torch.float32)
+        stored_large = _store(large, matrix.large_shape, spec, dtype)
+        return KroneckerWeight(*matrix.ordered(stored_large, stored_small), spec.rank)
+
+    def _best(self, weight: Tensor, spec: Kronecker) -> tuple[_Rearranged, Tensor]:
+        """(M, its smaller factor [R, columns]) for the candidate of least error, which holds most of the weight."""
+        _check(weight)
+        found: tuple[_Rearranged, Tensor] | None = None
+        most = 0.0
+        for shape in _candidates(weight, spec):
+            matrix = _Rearranged(weight, shape)
+            small, held = matrix.leading(spec.rank, self.is_exact, spec.seed)
+            if found is None or held > most * (1 + _TIE):
+                found, most = (matrix, small), held
+        assert found is not None
+        return found
+
+
+class Auto(NearestKronecker):
+    """Exact where that is quick."""
+
+    name = "auto"
+
+    def is_exact(self, work: int) -> bool:
+        return work <= _EXACT_WORK
+
+
+class Exact(NearestKronecker):
+    """All of the decomposition."""
+
+    name = "exact"
+
+    def is_exact(self, work: int) -> bool:
+        return True
+
+
+class Randomized(NearestKronecker):
+    """The leading terms alone, nearly optimal."""
+
+    name = "randomized"
+
+    def is_exact(self, work: int) -> bool:
+        return False
+
+
+for _quantizer in (Auto(), Exact(), Randomized()):
+    register(_quantizer)
 
 
 # ---------------------------------------------------------------------------------------------------- decomposition
@@ -195,11 +232,13 @@ class _Rearranged:
             total.addmm_(part.t(), part if x is None else part @ x)
         return total
 
-    def leading(self, rank: int, svd: str, seed: int) -> tuple[Tensor, float]:
-        """([R, columns]: right singular vectors times the root of their singular values, sum of squares of these)."""
+    def leading(self, rank: int, is_exact: Callable[[int], bool], seed: int) -> tuple[Tensor, float]:
+        """([R, columns]: right singular vectors times the root of their singular values, sum of squares of these).
+
+        ``is_exact`` decides by the multiply-additions that an exact decomposition takes.
+        """
         width = rank + _OVERSAMPLING
-        work = self.columns**2 * (self.rows + 10 * self.columns)
-        if svd == "exact" or width >= self.columns or (svd == "auto" and work <= _EXACT_WORK):
+        if width >= self.columns or is_exact(self.columns**2 * (self.rows + 10 * self.columns)):
             squares, vectors = torch.linalg.eigh(self.squared())
         else:
             generator = torch.Generator().manual_seed(seed)
@@ -227,30 +266,11 @@ class _Rearranged:
         return large
 
 
-def _best(weight: Tensor, spec: Kronecker) -> tuple[_Rearranged, Tensor]:
-    """(M, its smaller factor [R, columns]) for the candidate of least error, which holds most of the weight."""
-    _check(weight)
-    found: tuple[_Rearranged, Tensor] | None = None
-    most = 0.0
-    for shape in _candidates(weight, spec):
-        matrix = _Rearranged(weight, shape)
-        small, held = matrix.leading(spec.rank, spec.svd, spec.seed)
-        if found is None or held > most * (1 + _TIE):
-            found, most = (matrix, small), held
-    assert found is not None
-    return found
-
-
 def _candidates(weight: Tensor, spec: Kronecker) -> list[tuple[int, int]]:
     n, k = weight.shape
     if problem := spec.problem(n, k):
         raise ValueError(problem)
-    return factor_shapes(n, k, spec)
-
-
-def _divisors(number: int) -> list[int]:
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return low + [number // d for d in reversed(low) if d * d != number]
+    return spec.factor_shapes(n, k)
 
 
 def _check(weight: Tensor) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
 from lowbit.model.plan import Plan, Swap
 from lowbit.model.report import Row
@@ -17,14 +18,6 @@ from lowbit.model.surgery import carry_over, share_storage
 from lowbit.nn.layer import Layer, layer_class
 
 _PROGRESS_FROM = 1 << 26  # weights; below that a conversion takes less than a few seconds
-
-
-@dataclass
-class Statistics:
-    """What calibration measured for one linear layer."""
-
-    hessian: Tensor | None = None
-    x_scale: Tensor | None = None
 
 
 def build(plan: Plan) -> dict[str, nn.Module]:
@@ -69,10 +62,9 @@ def build_group(
     if weight.device.type == "meta":
         return _share([(swap, _empty(swap)) for swap in group])
     measured = {s.name: (statistics or {}).get(s.name, Statistics()) for s in group}
-    hessian = next((m.hessian for m in measured.values() if m.hessian is not None), None)
     spec = first.spec
     try:
-        stored = spec.quantize(weight, hessian=hessian)
+        stored = spec.quantize(weight, statistics=_first_of(measured.values()))
     except ValueError as error:
         raise ValueError(f"{first.name}: {error}") from error
     made: list[tuple[Swap, Layer]] = []
@@ -91,6 +83,16 @@ def build_group(
     for _, layer in made:
         layer.weight_error = weight_error
     return _share(made)
+
+
+def _first_of(measured: Iterable[Statistics]) -> Statistics:
+    """Of each statistic, the first that was measured."""
+    found = Statistics()
+    for statistics in measured:
+        for field in fields(Statistics):
+            if getattr(found, field.name) is None:
+                setattr(found, field.name, getattr(statistics, field.name))
+    return found
 
 
 def _share(layers: list[tuple[Swap, Layer]]) -> dict[str, nn.Module]:

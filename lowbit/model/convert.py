@@ -10,7 +10,7 @@ from torch import nn
 
 from lowbit.model import hooks
 from lowbit.model.build import build, predicted_rows
-from lowbit.model.calibrated import build_calibrated
+from lowbit.model.calibrated import Loss, build_calibrated
 from lowbit.model.plan import Specs, check_calibration, make_plan
 from lowbit.model.report import planned_report
 from lowbit.model.surgery import float_modules, put
@@ -27,6 +27,7 @@ def convert(
     skip: Sequence[str] | None = None,
     dry_run: bool = False,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Any:
     """Swap the linear and embedding layers of a trained model for packed ones, in place; returns the model.
 
@@ -43,16 +44,20 @@ def convert(
         calibration: batches (tensors, or tuples or dicts of arguments) that the model can be called with; needed
             by ``quantizer="gptq"`` and ``activations="int8_static"``; ``quantizer="mse"`` then weighs the error of
             each input feature by how much it matters on them.
+        loss: ``loss(model, batch)``, a scalar tensor such as the negative log-likelihood of the batch. With it,
+            ``Codebook(sensitivity=True)`` weighs each weight's squared error by the mean square of its gradient over
+            the batches (the empirical Fisher information of SqueezeLLM, arXiv 2306.07629) instead of by its input.
+            Give one sample per batch, as gradients are squared after they were summed over a batch.
 
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before.
     """
     plan = make_plan(model, spec, skip or ())
     batches = None if calibration is None else list(calibration)
-    check_calibration(plan, batches)
+    check_calibration(plan, batches, loss)
     if dry_run:
         return planned_report(predicted_rows(plan), plan.skipped)
-    replacements = build(plan) if batches is None else build_calibrated(model, plan, batches)
+    replacements = build(plan) if batches is None else build_calibrated(model, plan, batches, loss)
     for swap in plan.swaps():
         for name in swap.names:
             model = put(model, name, replacements[swap.name])

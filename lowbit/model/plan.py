@@ -189,6 +189,9 @@ def _assign(
         kinds = {swap.kind for swap in group}
         if chosen is not None and "embedding" in kinds:
             chosen = chosen.for_embedding(tied="linear" in kinds)
+            if "linear" not in kinds and chosen.method.needs_for(chosen):
+                problems.append(f"{group[0].name}: {chosen.method.argument(chosen)} needs calibration data, which the "
+                                "weight of an embedding cannot have")  # fmt: skip
         for swap in group:
             if swap.source is None:
                 swap.spec = chosen
@@ -254,15 +257,26 @@ def _listed(reasons: dict[str, str]) -> str:
 
 
 
-def check_calibration(plan: Plan, batches: list[Any] | None) -> None:
-    needing = [s.name for s in plan.swaps() if s.kind == "linear" and s.spec and s.spec.needs_calibration]
-    if needing and not batches and not _on_meta(plan):
-        spec = next(s.spec for s in plan.swaps() if s.name == needing[0])
-        assert spec is not None
-        raise ValueError(
-            f"{needing[0]}: {spec.calibration_need} needs calibration data: "
-            "pass calibration=[...] with batches for the model"
-        )
+def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:
+    """Raise ``ValueError`` unless there is what the statistics that are needed are measured with."""
+    if loss is not None and batches is None:
+        raise ValueError("loss needs calibration data: pass calibration=[...] with batches for the model")
+    if _on_meta(plan):
+        return
+    for swap in plan.swaps():
+        if swap.kind != "linear" or swap.spec is None:
+            continue
+        needs = swap.spec.needs
+        if needs and not batches:
+            raise ValueError(
+                f"{swap.name}: {swap.spec.calibration_need} needs calibration data: "
+                "pass calibration=[...] with batches for the model"
+            )
+        if "sensitivity" in needs and loss is None:
+            raise ValueError(
+                f"{swap.name}: {needs['sensitivity']} needs the gradients of a loss: "
+                "pass loss=..., a function of the model and a batch"
+            )
 
 
 def _on_meta(plan: Plan) -> bool:

@@ -39,8 +39,7 @@ from lowbit.core.family import (
     is_integer,
     outlier_tensors,
 )  # fmt: skip
-
-QUANTIZERS = ("minmax", "mse", "mean", "gptq")
+from lowbit.core.quantizer import names
 
 
 def _describe(format: Packed | PackedFormat) -> str:
@@ -81,7 +80,7 @@ class Packed(Spec):
     granularity: Granularity | None = None
     symmetric: bool = False
     zeros: Literal["int", "float"] = "int"
-    quantizer: Literal["minmax", "mse", "mean", "gptq"] = "minmax"
+    quantizer: str = "minmax"
     gamma: float = 1.0
     activations: Activations = "float"
     outliers: float = 0.0
@@ -98,7 +97,7 @@ class Packed(Spec):
         if self.granularity is None:
             object.__setattr__(self, "granularity", "row" if self.group_size is None else "group")
         choice("granularity", self.granularity, GRANULARITIES)
-        choice("quantizer", self.quantizer, QUANTIZERS)
+        choice("quantizer", self.quantizer, names("packed"))
         choice("activations", self.activations, ACTIVATIONS)
         choice("zeros", self.zeros, ("int", "float"))
         if (self.granularity == "group") != (self.group_size is not None):
@@ -117,17 +116,6 @@ class Packed(Spec):
             raise ValueError(f"gamma must be greater than 0 and finite: got gamma={self.gamma}")
         check_outlier_fraction(self.outliers)
         check_float_dtype("scale_dtype", self.scale_dtype)
-
-    @property
-    def calibration_need(self) -> str | None:
-        return "quantizer='gptq'" if self.quantizer == "gptq" else super().calibration_need
-
-    @property
-    def uses_hessian(self) -> bool:
-        return self.quantizer in ("gptq", "mse")
-
-    def for_embedding(self, *, tied: bool = False) -> Packed:
-        return replace(self, quantizer="mse") if self.quantizer == "gptq" and not tied else self
 
     def problem(self, n: int, k: int) -> str | None:
         if self.group_size is not None and self.group_size > k:
@@ -149,11 +137,6 @@ class Packed(Spec):
             activations=self.activations if kind == "linear" else "float",
             activation_group_size=self.activation_group_size if kind == "linear" else None,
         )
-
-    def quantize(self, weight: Tensor, *, hessian: Tensor | None = None) -> PackedWeight:
-        from lowbit.packed.quantize import quantize
-
-        return quantize(weight, self, hessian=hessian)
 
     def resolve_group_size(self, k: int) -> int:
         """The real group size for a weight with ``k`` input features; raises ``ValueError`` when it exceeds K."""

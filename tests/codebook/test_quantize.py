@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lowbit.codebook.quantize as module
+import lowbit.codebook.tables as module
 from lowbit.backends.cpu import native
 from lowbit.codebook.format import FP4, NF4, Codebook, CodebookWeight
 from lowbit.codebook.kmeans import _Points, boundaries, kmeans, optimal

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lowbit.packed.quantize as module
+import lowbit.packed.grid as module
 from lowbit.packed.format import Packed, PackedWeight
 from lowbit.packed.module import PackedLinear
 from lowbit.packed.quantize import quantize

@@ -1,0 +1,91 @@
+"""Quantizers: objects that turn a float weight into a family's weight. They are found by family and name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+SpecT = TypeVar("SpecT")
+WeightT = TypeVar("WeightT")
+
+
+@dataclass
+class Statistics:
+    """What calibration measured for one linear layer; ``None``: it was not measured.
+
+    Attributes:
+        hessian: ``[K, K]``, proportional to X.T @ X of the layer's inputs X ``[samples, K]``.
+        sensitivity: ``[N, K]``, the mean of (d loss / d weight)**2: the diagonal of the empirical Fisher information.
+        x_scale: ``[1]``, the scale of static int8 activations.
+    """
+
+    hessian: Tensor | None = None
+    sensitivity: Tensor | None = None
+    x_scale: Tensor | None = None
+
+
+class Quantizer(ABC, Generic[SpecT, WeightT]):
+    """One way to turn a float weight ``[N, K]`` into a family's weight, and what it wants to be measured for that.
+
+    An object of a subclass is given to :func:`register`; specs of the family then find it by its name.
+
+    Attributes:
+        family: whose weights it makes: ``"packed"``, ``"codebook"``, ``"kron"``.
+        name: what the spec calls it: ``Packed(quantizer="gptq")``.
+        needs: the fields of :class:`Statistics` without which it cannot work: ``convert`` then asks for calibration
+            data, and measures them.
+        uses: the fields with which it does better: they are measured where calibration data is given.
+        stand_in: the quantizer of the family that takes its place where nothing can be measured, for the weight of an
+            embedding.
+    """
+
+    family: ClassVar[str]
+    name: str
+    needs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
+    stand_in: str | None = None
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, spec: SpecT, statistics: Statistics) -> WeightT:
+        """The weight in the family's form, as ``spec`` says; raises ``ValueError`` for a weight that it cannot take."""
+
+    def needs_for(self, spec: SpecT) -> frozenset[str]:
+        """What it :attr:`needs` for ``spec``."""
+        return self.needs
+
+    def uses_for(self, spec: SpecT) -> frozenset[str]:
+        """What it :attr:`uses` for ``spec``."""
+        return self.uses
+
+    def argument(self, spec: SpecT) -> str:
+        """The argument of ``spec`` that makes it need what it needs, as written in code."""
+        return f"quantizer={self.name!r}"
+
+
+_registry: dict[str, dict[str, Quantizer[Any, Any]]] = {}
+
+
+def register(quantizer: Quantizer[Any, Any]) -> None:
+    """Let specs of ``quantizer.family`` name this quantizer; a second one of the same name replaces the first.
+
+    Raises:
+        ValueError: it wants a statistic to be measured that does not exist.
+    """
+    known = [field.name for field in fields(Statistics)]
+    for name in sorted({*quantizer.needs, *quantizer.uses}):
+        if name not in known:
+            raise ValueError(f"needs and uses must be made of {', '.join(known)}: got {name!r}")
+    _registry.setdefault(quantizer.family, {})[quantizer.name] = quantizer
+
+
+def find(family: str, name: str) -> Quantizer[Any, Any]:
+    """The quantizer that specs of ``family`` call ``name``."""
+    return _registry[family][name]
+
+
+def names(family: str) -> tuple[str, ...]:
+    """The names of a family's quantizers, in the order in which they were registered."""
+    return tuple(_registry.get(family, {}))
