@@ -21,12 +21,13 @@ from lowbit.core.bitpack import pack, words_per_row
 from lowbit.testing.codebook_cases import BITS, SHAPES, Kind, Weight, kinds, random_bias, random_weight
 from lowbit.testing.numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bound
 from lowbit.testing.packed_cases import DTYPES, ROWS, activations
+from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import Where, everywhere, running, share
 
 WHERE = everywhere()
 
 
-@pytest.fixture(params=WHERE, ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.codebook.op", "lowbit.codebook.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

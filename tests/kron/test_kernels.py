@@ -13,12 +13,13 @@ from lowbit.backends.cpu import native
 from lowbit.testing.kron_cases import DENSE, SHAPES, Kind, Weight, packed_kinds, random_weight
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, activations
+from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import Where, everywhere, running, share
 
 WHERE = everywhere()
 
 
-@pytest.fixture(params=WHERE, ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.kron.op", "lowbit.kron.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

@@ -17,12 +17,13 @@ from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
 from lowbit.testing.numerics import HELD, assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, SHAPES, Weight, activations, formats, random_weight
+from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import call, everywhere, running, share
 
 WHERE = everywhere()
 
 
-@pytest.fixture(params=WHERE, ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.packed.op", "lowbit.packed.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

@@ -20,6 +20,7 @@ from lowbit.testing.interpreter import OutOfBounds, Race, checks, install, launc
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels run on the GPU: TRITON_INTERPRET=1 tests the interpreter", allow_module_level=True)
 install()
+pytestmark = pytest.mark.recorded()
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

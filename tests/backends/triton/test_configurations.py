@@ -48,6 +48,8 @@ def check_rows_alone(family: str, bits: int, kind: torch.dtype, scales: str, *, 
         assert_bitwise_equal(weight.linear(x[66:], int8=is_int8(kind)), y[66:])
 
 
+PACKED, CODEBOOK, KRON = (f"lowbit.{family}.triton" for family in ("packed", "codebook", "kron"))
+pytestmark = pytest.mark.recorded(PACKED, CODEBOOK, KRON, "lowbit.packed.op", "lowbit.codebook.op", "lowbit.kron.op")
 needs_triton = pytest.mark.skipif(not WHERE, reason="the backend triton runs neither here nor in its interpreter")
 
 
@@ -93,7 +95,6 @@ class Mistake:
     spoils: Callable[[Any], bool]
 
 
-PACKED, CODEBOOK, KRON = (f"lowbit.{family}.triton" for family in ("packed", "codebook", "kron"))
 BLOCKS, ROWS = "lowbit.backends.triton.codes", "lowbit.backends.triton.activations"
 
 

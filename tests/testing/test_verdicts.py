@@ -1,0 +1,260 @@
+"""The record of verdicts: what it skips, what it must never skip, and that a stale record is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit.testing import verdicts
+from lowbit.testing.verdicts import Sources, essence, holds, parts, sample, updated, where_params
+from lowbit.testing.where import Where
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFTEST = """
+from lowbit.testing import verdicts
+
+def pytest_addoption(parser):
+    verdicts.add_options(parser)
+
+def pytest_configure(config):
+    config.pluginmanager.register(verdicts.Verdicts(config), "verdicts")
+"""
+TESTS = """
+import os, pytest
+from pathlib import Path
+
+@pytest.mark.recorded("lowbit.kernel")
+@pytest.mark.parametrize("n", range(5))
+def test_marked(n):
+    assert str(n) not in os.environ.get("WRONG", "")
+
+def test_other():
+    pass
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A project with a kernel that nobody imports, five marked tests and one that is not."""
+    monkeypatch.delenv("LOWBIT_TEST_DEVICE", raising=False)
+    monkeypatch.setattr(verdicts.torch.cuda, "is_available", lambda: False)
+    pytester.makefile(".toml", pyproject="[tool.pytest.ini_options]\n")
+    texts = {"lowbit/kernel.py": "SIZE = 1\n", "tests/conftest.py": CONFTEST, "tests/test_a.py": TESTS}
+    for name, text in texts.items():
+        path = pytester.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return pytester
+
+
+def outcomes(project: pytest.Pytester, *options: str) -> dict[str, int]:
+    return run(project, *options).parseoutcomes()
+
+
+def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
+    return project.runpytest("tests", "-p", "no:cacheprovider", "-p", "no:benchmark", *options)
+
+
+def passed(project: pytest.Pytester) -> dict[str, list[str]]:
+    """What the record says of the file."""
+    record = verdicts.read(project.path / "tests/verdicts.json")
+    found: dict[str, list[str]] = record["tests/test_a.py"]["passed"]
+    return found
+
+
+def change(project: pytest.Pytester, name: str, *texts: str) -> None:
+    path = project.path / name
+    path.write_text(path.read_text().replace(*texts) if len(texts) == 2 else texts[0])
+
+
+def test_what_passed_is_skipped_but_for_a_sample(project) -> None:
+    assert outcomes(project, "--record") == {"passed": 6}
+    assert outcomes(project, "--verdicts") == {"passed": 2, "skipped": 4}
+    assert outcomes(project) == {"passed": 6}
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "runs"),
+    [
+        ("lowbit/kernel.py", ("SIZE = 2\n",), True),
+        ("lowbit/kernel.py", ("SIZE = 1  # of a block\n",), False),
+        ("lowbit/kernel.py", ('"""A kernel."""\nSIZE = (\n    1\n)\n',), False),
+        ("tests/test_a.py", ("pass", "assert True"), True),
+        ("tests/conftest.py", ("import verdicts\n", "import verdicts\nOTHER = 1\n"), True),
+        ("lowbit/other.py", ("SIZE = 2\n",), False),
+    ],
+)
+def test_a_changed_source_runs_and_a_comment_does_not(project, name: str, texts: Any, runs: bool) -> None:
+    (project.path / "lowbit/other.py").write_text("")
+    outcomes(project, "--record")
+    change(project, name, *texts)
+    assert outcomes(project, "--verdicts") == ({"passed": 6} if runs else {"passed": 2, "skipped": 4})
+
+
+def test_other_versions_run(project, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes(project, "--record")
+    monkeypatch.setattr(verdicts, "surroundings", lambda: ("another triton",))
+    assert outcomes(project, "--verdicts") == {"passed": 6}
+
+
+def test_a_test_that_is_not_in_the_record_runs(project) -> None:
+    outcomes(project, "--record")
+    record = project.path / "tests/verdicts.json"
+    held = json.loads(record.read_text())
+    del held["tests/test_a.py"]["passed"]["test_marked"][1:]
+    record.write_text(json.dumps(held))
+    assert outcomes(project, "--verdicts") == {"passed": 6}  # one of them as the sample
+
+
+def test_a_failure_is_never_recorded_and_what_is_missing_can_be_added(project, monkeypatch) -> None:
+    monkeypatch.setenv("WRONG", "3")
+    assert outcomes(project, "--record") == {"passed": 5, "failed": 1}
+    assert passed(project) == {"test_marked": ["0", "1", "2", "4"]}
+    assert outcomes(project, "--verdicts") == {"passed": 2, "failed": 1, "skipped": 3}
+    monkeypatch.delenv("WRONG")
+    assert outcomes(project, "--verdicts", "--record") == {"passed": 3, "skipped": 3}
+    assert outcomes(project, "--verdicts") == {"passed": 2, "skipped": 4}
+
+
+def test_a_verdict_that_became_wrong_leaves_the_record(project, monkeypatch) -> None:
+    outcomes(project, "--record")
+    monkeypatch.setenv("WRONG", "2")
+    outcomes(project, "--record")
+    assert passed(project) == {"test_marked": ["0", "1", "3", "4"]}
+
+
+def test_a_stale_record_is_caught_by_the_sample(project, monkeypatch) -> None:
+    outcomes(project, "--record")
+    monkeypatch.setenv("WRONG", "01234")
+    result = run(project, "--verdicts")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*tests/verdicts.json says that this test passes: the record is stale*"])
+
+
+def test_every_commit_has_another_sample(project, monkeypatch) -> None:
+    """Before long, each test was in one."""
+    outcomes(project, "--record")
+    names = [f"tests/test_a.py::test_marked[{n}]" for n in range(5)]
+    seeds = {min(sample(names, seed)): seed for seed in map(str, range(40)) if len(sample(names, seed)) == 1}
+    assert sorted(seeds) == names
+    monkeypatch.setenv("WRONG", "4")
+    for name in names[3:]:
+        monkeypatch.setattr(verdicts, "commit", lambda root, seed=seeds[name]: seed)
+        assert ("failed" in outcomes(project, "--verdicts")) == (name == names[4])
+
+
+@pytest.mark.parametrize("gpu", ["environment", "torch"])
+def test_on_a_gpu_everything_runs(project, monkeypatch, gpu: str) -> None:
+    outcomes(project, "--record")
+    if gpu == "environment":
+        monkeypatch.setenv("LOWBIT_TEST_DEVICE", "cuda")
+    else:
+        monkeypatch.setattr(verdicts.torch.cuda, "is_available", lambda: True)
+    assert outcomes(project, "--verdicts") == {"passed": 6}
+
+
+def test_a_module_that_is_not_there_is_an_error(project) -> None:
+    change(project, "tests/test_a.py", '"lowbit.kernel"', '"lowbit.colonel"')
+    result = run(project, "--record")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*lowbit.colonel must be a module of lowbit or benchmarks: there is none*"])
+
+
+def test_workers_agree(project) -> None:
+    pytest.importorskip("xdist")
+    command = ("tests", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider")
+    assert project.runpytest_subprocess(*command, "--record").parseoutcomes() == {"passed": 6}
+    assert project.runpytest_subprocess(*command, "--verdicts").parseoutcomes() == {"passed": 2, "skipped": 4}
+
+
+def test_examples_by_chance_are_never_recorded(project) -> None:
+    change(
+        project,
+        "tests/test_a.py",
+        "def test_other",
+        "from hypothesis import given, strategies\n@pytest.mark.recorded()\n@given(strategies.none())\ndef test_other",
+    )
+    change(project, "tests/test_a.py", "test_other()", "test_other(n)")
+    outcomes(project, "--record")
+    assert list(passed(project)) == ["test_marked"]
+
+
+# ------------------------------------------------------------------------------------------------------ its parts
+
+
+def test_names_are_taken_apart() -> None:
+    assert parts("tests/a/test_b.py::Class::test_c[x[1]-y]") == ("tests/a/test_b.py", "Class::test_c", "x[1]-y")
+    assert parts("tests/a/test_b.py::test_c") == ("tests/a/test_b.py", "test_c", "")
+
+
+def test_essence_is_what_runs() -> None:
+    assert essence('"""What."""\ndef f():\n    "Why."\n    # how\n    return 1\n') == "def f():\n    return 1"
+    assert essence('class Error(Exception):\n    """Wrong."""\n') == "class Error(Exception):\n    pass"
+    assert essence("x = 'text'\n") != essence("x = 'test'\n")
+
+
+def test_the_record_is_merged_by_fingerprint() -> None:
+    found = {"a.py::t[1]": ("f", True), "a.py::t[2]": ("f", True), "b.py::t": ("g", True)}
+    record = updated({}, found, lambda file: True)
+    assert holds(record, "a.py::t[1]", "f") and holds(record, "b.py::t", "g")
+    assert not holds(record, "a.py::t[1]", "other") and not holds(record, "a.py::t[3]", "f")
+    record = updated(record, {"a.py::t[3]": ("f", True), "a.py::t[1]": ("f", False)}, lambda file: True)
+    assert record["a.py"]["passed"] == {"t": ["2", "3"]}
+    record = updated(record, {"a.py::t[1]": ("h", True)}, lambda file: file != "b.py")  # b.py is gone
+    assert record == {"a.py": {"fingerprint": "h", "passed": {"t": ["1"]}}}
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    found = {'a.py::t["x"]': ("f", True), "b.py::t": ("g", True), "b.py::u": ("g", True)}
+    record = updated({}, found, lambda file: True)
+    verdicts.write(tmp_path / "r.json", record)
+    assert verdicts.read(tmp_path / "r.json") == record
+    assert verdicts.read(tmp_path / "none.json") == {}
+
+
+def test_the_sample_has_one_of_each_file_and_few_others() -> None:
+    names = [f"tests/{file}.py::test[{i}]" for file in "abc" for i in range(400)]
+    for seed in "12":
+        assert {parts(name)[0] for name in sample(names, seed)} == {f"tests/{file}.py" for file in "abc"}
+        assert 10 < len(sample(names, seed)) < 60
+    assert sample(names, "1") != sample(names, "2") and sample([], "1") == set()
+
+
+def test_only_the_interpreters_parameters_are_marked() -> None:
+    native, interpreted = where_params([Where("cpu", "avx2"), Where("triton")], "lowbit.packed.triton")
+    assert native == Where("cpu", "avx2") and [mark.args for mark in interpreted.marks] == [("lowbit.packed.triton",)]
+    assert where_params([Where("triton", device="cuda")]) == [Where("triton", device="cuda")]
+
+
+# ---------------------------------------------------------------------------------------------- what ours depend on
+
+BELOW = ("backends/registry.py", "backends/reference.py", "backends/layouts.py", "core/bitpack.py")
+TRITON = ("launch.py", "tuning.py", "tuned.json", "tiles.py", "checks.py", "activations.py")
+ORACLE = ("numerics.py", "packed_cases.py", "where.py", "interpreter.py")
+
+
+@pytest.mark.parametrize("family", ["packed", "codebook", "kron"])
+def test_verdicts_of_kernels_depend_on_all_below_them(family: str) -> None:
+    modules = [f"lowbit.{family}.op", f"lowbit.{family}.triton"]
+    found = Sources(ROOT).of(ROOT / f"tests/{family}/test_kernels.py", modules)
+    names = {str(path.relative_to(ROOT)) for path in found}
+    wanted = [*BELOW, f"{family}/op.py", f"{family}/triton.py", f"testing/{family}_cases.py"]
+    wanted += [f"backends/triton/{name}" for name in TRITON] + [f"testing/{name}" for name in ORACLE]
+    assert {f"lowbit/{name}" for name in wanted} | {"tests/conftest.py", f"tests/{family}/test_kernels.py"} <= names
+    others = {"packed", "codebook", "kron"} - {family}
+    assert not names & {f"lowbit/{other}/triton.py" for other in others} and "lowbit/__init__.py" not in names
+
+
+def test_names_of_the_facade_count() -> None:
+    used = Sources(ROOT).imports(ROOT / "tests/backends/triton/test_configurations.py")
+    assert ROOT / "lowbit/backends/invariance.py" in used  # lowbit.batch_invariant
+
+
+def test_the_machinery_of_the_record_decides_no_verdict() -> None:
+    found = Sources(ROOT).of(ROOT / "tests/testing/test_interpreter.py", [])
+    assert ROOT / "lowbit/testing/verdicts.py" not in found and ROOT / "lowbit/testing/interpreter.py" in found
