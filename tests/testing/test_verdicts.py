@@ -38,6 +38,10 @@ def test_other():
 """
 
 
+# plugins that cost time and have no say here
+WITHOUT = [option for name in ("cacheprovider", "benchmark", "hypothesispytest") for option in ("-p", f"no:{name}")]
+
+
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with a kernel that nobody imports, five marked tests and one that is not."""
@@ -57,7 +61,7 @@ def outcomes(project: pytest.Pytester, *options: str) -> dict[str, int]:
 
 
 def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
-    return project.runpytest("tests", "-p", "no:cacheprovider", "-p", "no:benchmark", *options)
+    return project.runpytest("tests", *WITHOUT, *options)
 
 
 def passed(project: pytest.Pytester) -> dict[str, list[str]]:
@@ -167,7 +171,7 @@ def test_a_module_that_is_not_there_is_an_error(project) -> None:
 
 def test_workers_agree(project) -> None:
     pytest.importorskip("xdist")
-    command = ("tests", "-n", "2", "-p", "no:benchmark", "-p", "no:cacheprovider")
+    command = ("tests", *WITHOUT, "-n", "2")
     assert project.runpytest_subprocess(*command, "--record").parseoutcomes() == {"passed": 6}
     assert project.runpytest_subprocess(*command, "--verdicts").parseoutcomes() == {"passed": 2, "skipped": 4}
 
