@@ -1,5 +1,7 @@
 """What the benchmarks work out from their measurements: shares, ratios, bars, tables, steps of growth."""
 
+import json
+
 import bars
 import candidates
 import growth
@@ -8,6 +10,8 @@ import pytest
 import results
 import tables
 import torch
+
+from benchmarks import compare
 
 LIMITS = {
     "read_gb_s": {"huge pages": 20.0, "4 KiB pages": 10.0},
@@ -232,3 +236,49 @@ def test_peers_weights():
         packed = candidates.pack_bytes(codes, bits).int()
         unpacked = torch.stack([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1).flatten(1)
         assert torch.equal(unpacked, codes.int())
+
+
+# ------------------------------------------------------------------------------------------------- two checkouts
+
+
+def test_cases_that_are_compared_have_names_of_their_own_and_cover_every_family() -> None:
+    cases = list(compare.cases())
+    assert len({str(case) for case in cases}) == len(cases)
+    products = [case for case in cases if case.what["op"] == "linear" and case.what["shape"] == (4096, 4096)]
+    for family, least in (("packed", 7 * 3 * 3), ("codebook", 5 * 3 * 3), ("kron", 2 * 2 * 3)):
+        assert sum(case.what["family"] == family for case in products) >= least
+        assert any(case.what["family"] == family and case.what["op"] == "gather" for case in cases)
+        assert any(case.what["family"] == family and case.what["shape"] == (8, 8) for case in cases)
+
+
+def test_a_row_is_slower_only_where_median_and_fastest_are() -> None:
+    times = compare.Times(next(compare.cases()))
+    times.rounds = [(1.0, 1.5), (1.0, 1.5), (1.0, 1.0)]
+    row = times.row()
+    assert (row.median, row.fastest, row.ratio) == (1.5, 1.0, 1.0)
+    times.rounds = [(1.0, 1.5), (1.0, 1.5), (1.0, 1.1)]
+    slower, different = times.row(), compare.Row("b", 1.0, 1.0, 0.9, 0.9, False)
+    said = list(compare.summary([row, slower, different], 1.03))
+    assert said[0].endswith(f"worst 1.500 ({row.case})")
+    assert said[2] == f"1 of 3 rows are slower than 1.03 times: {slower.case}"
+    assert said[3] == "1 of 3 results differ: b"
+
+
+def test_comparing_a_checkout_with_itself_finds_the_same_results(tmp_path) -> None:
+    file = tmp_path / "rows.json"
+    quick = ["--rounds", "1", "--sets", "1", "--seconds", "0.001", "--limit", "1000", "--write", str(file)]
+    assert compare.main([str(compare.ROOT), "--only", "^call (packed|kron).*fp32", *quick]) == 0
+    content = json.loads(file.read_text())
+    assert [row["same"] for row in content["rows"]] == [True, True]
+    assert not content["failures"]
+
+
+def test_comparing_names_a_side_that_cannot_run_a_case() -> None:
+    side = compare.Side(compare.ROOT, 1)
+    case = compare.Case("wrong", {"op": "linear", "family": "packed", "bits": 1, "shape": (8, 8), "activations": "fp32",
+                                  "cold": False}, 1)  # fmt: skip
+    with pytest.raises(RuntimeError, match="bits"):
+        compare.measure([case], (side, side), compare.parse(["."]))
+    assert side.ask({"layer": {**case.what, "bits": 4}}) == {}  # it goes on
+    side.end()
+    side.close()

@@ -1,0 +1,1 @@
+"""What is measured: commands (``python -m benchmarks.NAME``), and the harness, peers and cases that they share."""
