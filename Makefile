@@ -57,7 +57,7 @@ demo: $(VENV)/.installed
 	$(PY) -m lowbit.demo $(DEMO_ARGS)
 
 # One thread per worker: the workers share the cores. Tests that need more set the number themselves.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # Triton's interpreter and the PTX emulator say the same of the same sources: what they said is in tests/verdicts.json.
 # A sample of it runs again; `make test-all` runs everything.

@@ -2,48 +2,66 @@
 
     python tests/sanitize.py [pytest arguments]
 
-Builds into a temporary folder and leaves the installed library alone. Exit status 0: no finding, all tests passed.
+Builds in build/sanitize, where ninja finds what did not change, and leaves the installed library alone. The tests run
+on all cores where pytest-xdist is installed. Exit status 0: no finding, all tests passed. A finding ends the process
+that it is in: tests/test_sanitize.py shows that this fails the run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "sanitize"
 
 
-def runtime(name: str) -> str:
+def runtime(name: str) -> str | None:
     """The path of the compiler's sanitizer runtime, which must be loaded before Python's own libraries."""
     command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
     path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    if not Path(path).is_absolute():
-        sys.exit(f"{name} not found: {command[0]} must be GCC with its sanitizer runtimes installed")
-    return path
+    return path if Path(path).is_absolute() else None
+
+
+def environment() -> dict[str, str]:
+    """Of a Python process that loads instrumented code."""
+    runtimes = [runtime(name) for name in ("libasan.so", "libubsan.so")]
+    if None in runtimes:
+        sys.exit("libasan.so and libubsan.so not found: the compiler must be GCC with its sanitizer runtimes installed")
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(map(str, runtimes)),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself never frees everything
+        "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
+        "OMP_NUM_THREADS": "1",  # the workers share the cores
+        "TRITON_INTERPRET": "0",  # the kernels under test are compiled C++
+    }
+
+
+def build() -> Path:
+    """The instrumented library."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(FOLDER), "--build-temp", f"{FOLDER}/objects"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "LOWBIT_SANITIZE": "address,undefined"})
+    (library,) = Path(FOLDER, "lowbit").glob("_C*.so")
+    return library
+
+
+def run_tests(arguments: Sequence[str], extra: Mapping[str, str], cwd: Path = ROOT) -> int:
+    """pytest's exit status. A worker that a finding ends is a failure of the test that it was at."""
+    # --capture=sys: a finding is written to the process's stderr as it ends, past what pytest could still show
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--capture=sys"]
+    if importlib.util.find_spec("xdist"):
+        command += ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+    return subprocess.run([*command, *arguments], env={**environment(), **extra}, cwd=cwd).returncode
 
 
 def main(arguments: list[str]) -> int:
-    with tempfile.TemporaryDirectory(prefix="lowbit-sanitize-") as folder:
-        build = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", f"{folder}/objects"]
-        subprocess.run(build, check=True, cwd=ROOT, env={**os.environ, "LOWBIT_SANITIZE": "address,undefined"})
-        (library,) = Path(folder, "lowbit").glob("_C*.so")
-        environment = {
-            **os.environ,
-            "LOWBIT_LIBRARY": str(library),
-            "LD_PRELOAD": f"{runtime('libasan.so')}:{runtime('libubsan.so')}",
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself never frees everything
-            "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=99",
-            "OMP_NUM_THREADS": "2",
-            "TRITON_INTERPRET": "0",  # the kernels under test are compiled C++
-        }
-        files = sorted(str(file) for file in (ROOT / "tests").glob("*/test_kernels.py"))
-        tests = [sys.executable, "-m", "pytest", *files]
-        # --capture=sys: a finding is written to the process's stderr as it ends, past what pytest could still show
-        options = ["-q", "-k", "not reference", "-p", "no:cacheprovider", "--capture=sys"]
-        return subprocess.run([*tests, *options, *arguments], env=environment, cwd=ROOT).returncode
+    files = sorted(str(file) for file in (ROOT / "tests").glob("*/test_kernels.py"))
+    return run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
 
 
 if __name__ == "__main__":

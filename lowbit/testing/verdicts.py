@@ -254,6 +254,7 @@ class Verdicts:
         self.worker: dict[str, Any] | None = getattr(config, "workerinput", None)
         self.seed = self.worker["verdict_seed"] if self.worker else commit(config.rootpath)
         self.verdicts: dict[str, tuple[str, bool]] = {}
+        self.skipped: set[str] = set()
         config.addinivalue_line("markers", MARKER)
 
     @property
@@ -294,7 +295,8 @@ class Verdicts:
         held_ids = set(held)
         for item, mark in marked:
             if item.nodeid in held_ids and item.nodeid not in again:
-                item.add_marker(pytest.mark.skip(reason=f"its verdict is recorded: passed, fingerprint {mark}"))
+                item.add_marker(pytest.mark.skip(reason=f"the record says that these pass (fingerprint {mark})"))
+                self.skipped.add(item.nodeid)
             else:
                 item.user_properties.append(("fingerprint", mark))
                 item.user_properties.append(("recorded", item.nodeid in held_ids))
@@ -305,6 +307,8 @@ class Verdicts:
         if report.failed and dict(item.user_properties).get("recorded"):
             name = self.path.relative_to(self.config.rootpath)
             report.sections.append(("verdict", f"{name} says that this test passes: the record is stale"))
+        if report.skipped and item.nodeid in self.skipped and isinstance(report.longrepr, tuple):
+            report.longrepr = (str(item.path), 1, report.longrepr[2])  # the summary has one line for each file
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
