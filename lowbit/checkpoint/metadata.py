@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.core.family import FLOAT_DTYPES, dtype_name
 from lowbit.core.version import VERSION
 from lowbit.model import sources
 from lowbit.model.surgery import put, share_storage
@@ -31,13 +32,44 @@ _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What :func:`parse` found: layer name -> ``Layer.config()``, and the rest by layer name."""
+    """What a description says: layer name -> ``Layer.config()``, and the rest by layer name."""
 
     layers: dict[str, dict[str, Any]]
     tied: tuple[tuple[str, ...], ...] = ()
     weight_error: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Metadata:
+        """What there is to say about the packed layers of ``model``."""
+        found = layers(model, duplicates=True)
+        errors = {name: layer.weight_error for name, layer in found.items() if layer.weight_error is not None}
+        return cls(
+            {name: layer.config() for name, layer in found.items()},
+            tuple(map(tuple, tied_groups(model))),
+            {name: float(f"{error:.6g}") for name, error in errors.items()},
+            {name: layer.note for name, layer in found.items() if layer.note is not None},
+            dict(getattr(model, "lowbit_skipped", None) or {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-ready description; :func:`parse` is the inverse."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, config in self.layers.items():
+            groups.setdefault(json.dumps(config, sort_keys=True), {**config, "names": []})["names"].append(name)
+        description: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "lowbit": VERSION,
+            "layers": list(groups.values()),
+        }
+        optional = {
+            "tied": [list(group) for group in self.tied],
+            "weight_error": dict(self.weight_error),
+            "notes": dict(self.notes),
+            "skipped": dict(self.skipped),
+        }
+        return description | {name: value for name, value in optional.items() if value}
 
     def renamed(self, names: dict[str, str]) -> Metadata:
         """The same for a model that calls its layers differently; layers not in ``names`` are left out."""
@@ -72,26 +104,7 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The JSON-ready description of a model's packed layers; :func:`parse` is the inverse."""
-    found = layers(model, duplicates=True)
-    groups: dict[str, dict[str, Any]] = {}
-    for name, layer in found.items():
-        config = layer.config()
-        groups.setdefault(json.dumps(config, sort_keys=True), {**config, "names": []})["names"].append(name)
-    description: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "lowbit": VERSION,
-        "layers": list(groups.values()),
-    }
-    if tied := tied_groups(model):
-        description["tied"] = tied
-    errors = {name: layer.weight_error for name, layer in found.items() if layer.weight_error is not None}
-    if errors:
-        description["weight_error"] = {name: float(f"{error:.6g}") for name, error in errors.items()}
-    if notes := {name: layer.note for name, layer in found.items() if layer.note is not None}:
-        description["notes"] = notes
-    if skipped := getattr(model, "lowbit_skipped", None):
-        description["skipped"] = dict(skipped)
-    return description
+    return Metadata.of(model).to_dict()
 
 
 def _check(condition: bool, field_name: str, requirement: str, value: object) -> None:
@@ -203,7 +216,9 @@ def apply(
         if where is None:
             raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
         module = modules[where]
-        layer = build(config, "meta")
+        dtype = dtype_of(name, FLOAT_DTYPES[config["dtype"]])
+        known = dtype in FLOAT_DTYPES.values()
+        layer = build({**config, "dtype": dtype_name(dtype)} if known else config, "meta")
         shape = (layer.format.out_features, layer.format.in_features)
         found = _shape_of(module)
         is_embedding = isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
@@ -220,7 +235,8 @@ def apply(
                 f"this model has {module!r} there"
             )
         if id(module) not in by_module:
-            layer.to(dtype=dtype_of(name, layer.dtype))
+            if not known:
+                layer.to(dtype=dtype)  # says what is wrong with it
             layer.weight_error = metadata.weight_error.get(name)
             layer.note = metadata.notes.get(name)
             layer.train(module.training)

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import libraries, stream
-from lowbit.checkpoint.metadata import Metadata, apply, describe, parse, place_of, shared_tensors
+from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.model.convert import convert, dequantize
 from lowbit.nn.layer import Layer, layers
@@ -41,11 +41,22 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, spec: Any = None, *, skip: Any = (), calibration: Any = None, loss: Any = None, **description: Any
     ) -> None:
-        self.quant_method = METHOD
         description.pop("quant_method", None)
         self.spec, self.skip, self.calibration, self.loss = spec, skip, calibration, loss
-        self.description = description
-        self.metadata: Metadata | None = None if spec is not None else parse(description)
+        self._describe(None if spec is not None else parse(description), description)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LowbitConfig:
+        """The description of a packed model as it is: our own, which needs no check."""
+        config = cls.__new__(cls)
+        config.spec, config.skip, config.calibration, config.loss = None, (), None, None
+        metadata = Metadata.of(model)
+        config._describe(metadata, metadata.to_dict())
+        return config
+
+    def _describe(self, metadata: Metadata | None, description: dict[str, Any]) -> None:
+        self.quant_method = METHOD
+        self.metadata, self.description = metadata, description
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, **self.description}
@@ -124,9 +135,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         # called by save_pretrained before it writes config.json: describe the model as it is now
         _skip_zero_biases(model)
-        description = describe(model)
-        self.quantization_config = model.config.quantization_config = LowbitConfig(**description)  # type: ignore[union-attr]
-        return None, {"lowbit_format_version": description["format_version"]}
+        config = LowbitConfig.of(model)
+        self.quantization_config = model.config.quantization_config = config  # type: ignore[union-attr]
+        return None, {"lowbit_format_version": config.description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize(model)
@@ -146,9 +157,14 @@ def _skip_zero_biases(model: Any) -> None:
 
 def attach(model: nn.Module) -> None:
     """Make a converted model one that transformers knows to be quantized, and can save and tie."""
-    _install_dtype()
     retie(model)
-    config = LowbitConfig(**describe(model))
+    _mark(model)
+
+
+def _mark(model: nn.Module) -> None:
+    """:func:`attach` of a model whose packed tensors are tied by name already."""
+    _install_dtype()
+    config = LowbitConfig.of(model)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
@@ -456,15 +472,25 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     check(model, checkpoint, found)
     stream.fill(model, checkpoint, found.names, device)
     model.tie_weights(recompute_mapping=False)
-    for layer in layers(model).values():
-        layer.prepare(owned=True)
-    model.to(device)  # buffers that are not saved
     stream.check_complete(model)
-    stream.validate(model)
-    attach(model)
+    stream.validate(model, owned=True)
+    _move_rest(model, device)
+    _mark(model)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _move_rest(model: nn.Module, device: torch.device | str) -> None:
+    """What no file holds, such as buffers that are not saved: to ``device``, where all tensors that were read are."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            moved = None if parameter is None else parameter.data.to(device)
+            if parameter is not None and moved is not None and moved.device != parameter.device:
+                parameter.data = moved
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def load_float(folder: Path) -> Any:
@@ -514,5 +540,5 @@ class FloatFolder(libraries.FloatFolder):
     def finish(self) -> nn.Module:
         self.model.tie_weights(recompute_mapping=False)
         stream.check_complete(self.model)
-        attach(self.model)
+        _mark(self.model)
         return self.model.eval()  # type: ignore[no-any-return]
