@@ -340,6 +340,24 @@ def test_convert_folder_with_calibration(float_llama, tmp_path):
     assert torch.equal(lowbit.load(tmp_path / "packed")(ids).logits, model(ids).logits)
 
 
+def test_convert_folder_with_a_loss(float_llama, tmp_path):
+    spec = lowbit.Codebook(bits=2, sensitivity=True)
+    model = float_llama(dtype=torch.float32)
+    batches = [torch.randint(0, 101, (1, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+    def loss(model, ids):
+        return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+
+    with pytest.raises(ValueError, match="loss needs calibration data"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, loss=loss)
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, calibration=batches, loss=loss)
+    by_inputs = lowbit.convert(float_llama(dtype=torch.float32), spec, calibration=batches)
+    lowbit.convert(model, spec, calibration=batches, loss=loss)
+    logits = lowbit.load(tmp_path / "packed")(batches[0]).logits
+    assert torch.equal(logits, model(batches[0]).logits)
+    assert not torch.equal(logits, by_inputs(batches[0]).logits)
+
+
 def test_convert_folder_errors(float_llama, tmp_path):
     spec = lowbit.Packed(bits=4, group_size=32)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
