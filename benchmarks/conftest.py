@@ -1,13 +1,13 @@
 """Options, the `measure` fixture, and the table and file of results.
 
-`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON (see results.py), and
-`--repeat N` measures everything N times. A candidate is checked against its float64 reference first, and is never timed
-when it is wrong.
+`pytest benchmarks --benchmark-only` prints one table; `--results FILE` also writes it as JSON (see harness/results.py),
+and `--repeat N` measures everything N times. A candidate is checked against its float64 reference first, and is never
+timed when it is wrong.
 
 With one thread the clock is the process's CPU time, which other work on the machine hardly disturbs; with
 more it is wall time, and `waited` says which part of it other work took. Figures are medians, of the rounds that
-nothing disturbed where there are enough. The machine's limits (limits.py) are measured again every minute, and their
-medians used.
+nothing disturbed where there are enough. The machine's limits (harness/cpu_limits.py) are measured again every minute,
+and their medians used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
-import limits
-import machine
 import pytest
-import results
 import torch
+
+from benchmarks.harness import cpu_limits as limits
+from benchmarks.harness import machine, results
+from benchmarks.harness.clock import CpuClock, calls_per_round, undisturbed_median, wall_seconds
 
 LIMITS_EVERY = 60  # seconds
 MIN_ROUNDS = 3
@@ -116,8 +117,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _conditions(threads: int, request: pytest.FixtureRequest) -> Any:
-    if threads == 1:
-        request.node.add_marker(pytest.mark.benchmark(timer=time.process_time))
+    request.node.add_marker(pytest.mark.benchmark(timer=CpuClock(threads).now))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with torch.inference_mode():
@@ -142,12 +142,6 @@ def fewest_threads(request: pytest.FixtureRequest) -> int:
     return min(thread_counts(request.config))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return max(time.perf_counter() - start, 1e-7)
-
-
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Callable[..., None]:
     """Time a call without arguments and record a row.
@@ -155,18 +149,17 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
     One call makes `products` times `m` rows, reading `nbytes` bytes and doing `operations` multiplications and
     additions for each of the products.
     """
-    session = request.config.stash[session_key]
+    session, clock = request.config.stash[session_key], CpuClock(threads)
 
     def run(
         call: Callable[[], Any], *, op: str, name: str, shape: str, m: int, products: int = 1,
         nbytes: int | None = None, operations: int | None = None, **facts: Any,
     ) -> None:  # fmt: skip
         session.measure_limits(threads)
-        once = _seconds(call)
+        once = wall_seconds(call)
         if once < 0.1:
-            once = _seconds(call)
-        # A round lasts a millisecond at least, so that neither the clock nor the loop around it matters.
-        iterations = max(1, math.ceil(1e-3 / once))
+            once = wall_seconds(call)
+        iterations = calls_per_round(once)
         wanted = request.config.option.seconds * (1 if threads == 1 else 2)  # some of these will be disturbed
         rounds = min(500, max(MIN_ROUNDS, int(wanted / (iterations * once))))
         waited: list[float] = []
@@ -176,15 +169,13 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, threads: int) -> Cal
                 call()
 
         benchmark.group = f"{op} {shape} m={m} threads={threads}"
-        benchmark.pedantic(
-            round_, setup=lambda: waited.append(machine.waited_seconds() if threads > 1 else 0.0), rounds=rounds
-        )
+        benchmark.pedantic(round_, setup=lambda: waited.append(clock.waited()), rounds=rounds)
         if benchmark.disabled:
             return
-        waited.append(machine.waited_seconds() if threads > 1 else 0.0)
+        waited.append(clock.waited())
         times = list(benchmark.stats.stats.data)
         waits = [after - before for before, after in itertools.pairwise(waited)][-len(times) :]
-        seconds = results.undisturbed_median(times, waits) / (iterations * products)
+        seconds = undisturbed_median(times, waits) / (iterations * products)
         row = {
             "op": op, "shape": shape, "m": m, "threads": threads, "name": name, "ms": round(seconds * 1e3, 5),
             "rows_s": float(f"{m / seconds:.5g}"), "waited": round(sum(waits) / sum(times), 3), **facts,

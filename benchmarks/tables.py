@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # what is beside this file, also with -m
-import bars
-import results
+from benchmarks.cpu import bars
+from benchmarks.harness import results
+from benchmarks.harness.bars import Bar, Row
+from benchmarks.harness.results import by_name, table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -29,13 +29,7 @@ PAGES = ROOT / "docs" / "results"
 GROWTH = ROOT / "benchmarks" / "results" / "growth.json"
 NOTHING = "Not measured yet."
 
-Row = dict[str, Any]
 Content = dict[str, Any]
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def number(value: float) -> str:
@@ -110,14 +104,6 @@ def _products(rows: Sequence[Row], shape: str, threads: int) -> str:
     return table(head, lines)
 
 
-def by_name(rows: Iterable[Row]) -> dict[str, dict[int, Row]]:
-    """Candidate -> M -> row."""
-    found: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        found.setdefault(row["name"], {})[row["m"]] = row
-    return found
-
-
 def cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -188,7 +174,7 @@ def misses(content: Content) -> str:
     return f"{met} of {len(judged)} are met.\n\n{table(head, (_misses(*kind) for kind in kinds.items()))}"
 
 
-def _misses(what: str, found: Sequence[bars.Bar]) -> list[str]:
+def _misses(what: str, found: Sequence[Bar]) -> list[str]:
     worst = max(found, key=lambda bar: bar.missed)
     met = f"{sum(bar.verdict == 'met' for bar in found)} of {len(found)}"
     if worst.verdict == "met":

@@ -40,10 +40,10 @@ LIBRARY = ROOT / "lowbit" / "_C.abi3.so"
 
 def all_parts() -> list[Part]:
     """In the order in which they run; a share is of the time that the parts before left."""
-    from . import bench, check, limits, report, sanitizer
+    from . import bench, check, report, sanitizer
 
     return [
-        Part("machine", limits.run, 5),
+        Part("machine", run_machine, 5),
         Part("tests", check.run_tests, 34),
         Part("opcheck", check.run_opcheck, 7),
         Part("graphs", check.run_graphs, 9),
@@ -51,6 +51,15 @@ def all_parts() -> list[Part]:
         Part("bench", bench.run, 28),
         Part("report", report.run, 2, needs_gpu=False),
     ]
+
+
+def run_machine(context: Context) -> Section:
+    """The section of part ``machine``."""
+    from benchmarks.harness import cuda_limits
+    from benchmarks.harness.clock import CudaClock
+
+    limits, problems = cuda_limits.measured(CudaClock())
+    return {**cuda_limits.described(), "limits": limits, "problems": problems}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not options.in_process:
         print(build_native(budget), flush=True)
-    from .limits import device_name
+    from benchmarks.harness.cuda_limits import device_name
 
     device = device_name()
     results = Results(options.out.resolve(), device or "none")

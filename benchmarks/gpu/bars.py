@@ -1,12 +1,13 @@
-"""The bars that rows are held against: what is asked for, what was measured, met or missed."""
+"""The bars of a GPU: what the rows of part ``bench`` are held against."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.harness import bars
+from benchmarks.harness.bars import Bar, Row
 
 OWN = ("packed", "codebook", "kron")  # families of this package
 
@@ -18,112 +19,93 @@ KRON_SPEED = 5.0
 PEER_SPEED = 1.0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One bar: ``got`` is at least ``wanted``, or not, or nothing was measured (``None``)."""
+class Rows(bars.Rows):
+    """Rows of one device."""
 
-    bar: str
-    wanted: float
-    got: float | None
-
-    @property
-    def verdict(self) -> str:
-        return "not measured" if self.got is None else "met" if self.got >= self.wanted else "missed"
-
-    def row(self) -> Row:
-        got = None if self.got is None else round(self.got, 3)
-        return {"bar": self.bar, "wanted": self.wanted, "got": got, "verdict": self.verdict}
-
-
-class Rows:
-    """Rows, found by what was timed."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = list(rows)
-
-    def find(self, shape: str, m: int, **facts: Any) -> Row | None:
-        for row in self.rows:
-            if row["shape"] == shape and row["m"] == m and all(row.get(key) == facts[key] for key in facts):
-                return row
-        return None
+    def one(self, shape: str, m: int, **facts: Any) -> Row:
+        """The first such row; empty where there is none."""
+        return next(iter(self.find(shape=shape, m=m, **facts)), {})
 
     def us(self, shape: str, m: int, **facts: Any) -> float | None:
         """In a graph; None where no such row was timed."""
-        row = self.find(shape, m, **facts)
-        return row.get("us_graph") if row else None
+        return self.one(shape, m, **facts).get("us_graph")
 
-    def speed(self, of: float | None, against: float | None) -> float | None:
-        """How many times as fast a call of ``of`` µs is as one of ``against`` µs."""
-        return None if of is None or against is None else against / of
+
+def speed(of: float | None, against: float | None) -> float | None:
+    """How many times as fast a call of ``of`` µs is as one of ``against`` µs."""
+    return None if of is None or against is None else against / of
 
 
 def judged(rows: Iterable[Row]) -> list[Row]:
     """Every bar's verdict, as rows for the results file."""
     found = Rows(rows)
-    return [verdict.row() for bar in BARS for verdict in bar(found)]
+    return [_row(bar) for part in BARS for bar in part(found)]
+
+
+def _row(bar: Bar) -> Row:
+    got = None if bar.got is None else round(bar.got, 3)
+    return {"bar": bar.what, "wanted": bar.wanted, "got": got, "verdict": bar.state}
 
 
 def counts(verdicts: Iterable[Row]) -> dict[str, int]:
     """How many were met, missed and not measured."""
-    found = {"met": 0, "missed": 0, "not measured": 0}
-    for verdict in verdicts:
-        found[verdict["verdict"]] += 1
-    return found
+    found = Counter(verdict["verdict"] for verdict in verdicts)
+    return {state: found[state] for state in ("met", "missed", "not measured")}
 
 
 def _fp16(**facts: Any) -> Row:
     return {"dtype": "fp16", "int8": False, **facts}
 
 
-def bandwidth(rows: Rows) -> Iterator[Verdict]:
+def bandwidth(rows: Rows) -> Iterator[Bar]:
     """M = 1: the share of the measured copy bandwidth."""
     for scheme in ("g128", "row"):
         for bits, wanted in BANDWIDTH.items():
-            row = rows.find("8192x8192", 1, **_fp16(family="packed", bits=bits, scheme=scheme)) or {}
+            row = rows.one("8192x8192", 1, **_fp16(family="packed", bits=bits, scheme=scheme))
             got = row.get("bandwidth_share") if "us_graph" in row else None
-            yield Verdict(f"packed {bits}-bit {scheme}, 8192x8192, M=1: share of copy bandwidth", wanted, got)
+            yield Bar(f"packed {bits}-bit {scheme}, 8192x8192, M=1: share of copy bandwidth", wanted, got)
 
 
-def codebook_speed(rows: Rows) -> Iterator[Verdict]:
+def codebook_speed(rows: Rows) -> Iterator[Bar]:
     """M = 1: as fast as packed layers of the same bits, or nearly."""
     pairs = [(scheme, "row", bits) for scheme in ("row", "tensor") for bits in CODEBOOK_BITS] + [("nf4", "g128", 4)]
     for scheme, packed_scheme, bits in pairs:
         ours = rows.us("8192x8192", 1, **_fp16(family="codebook", bits=bits, scheme=scheme))
         packed = rows.us("8192x8192", 1, **_fp16(family="packed", bits=bits, scheme=packed_scheme))
         name = f"codebook {bits}-bit {scheme}, 8192x8192, M=1: speed against packed {packed_scheme}"
-        yield Verdict(name, CODEBOOK_SPEED, rows.speed(ours, packed))
+        yield Bar(name, CODEBOOK_SPEED, speed(ours, packed))
 
 
-def dense_speed(rows: Rows) -> Iterator[Verdict]:
+def dense_speed(rows: Rows) -> Iterator[Bar]:
     """M = 4096: as fast as a dense float16 layer, or nearly."""
     dense = rows.us("8192x8192", 4096, family="dense", dtype="fp16")
     for bits in BANDWIDTH:
         ours = rows.us("8192x8192", 4096, **_fp16(family="packed", bits=bits, scheme="g128"))
         name = f"packed {bits}-bit g128, 8192x8192, M=4096: speed against dense fp16"
-        yield Verdict(name, DENSE_SPEED, rows.speed(ours, dense))
+        yield Bar(name, DENSE_SPEED, speed(ours, dense))
 
 
-def kron_speed(rows: Rows) -> Iterator[Verdict]:
+def kron_speed(rows: Rows) -> Iterator[Bar]:
     """64 ⊗ 64 at M = 4096: many times as fast as the dense layer of the same dtype."""
     for dtype in ("fp16", "bf16"):
         ours = rows.us("4096x4096", 4096, family="kron", scheme="64x64", dtype=dtype)
         dense = rows.us("4096x4096", 4096, family="dense", dtype=dtype)
         name = f"kron 64x64 {dtype}, 4096x4096, M=4096: speed against dense {dtype}"
-        yield Verdict(name, KRON_SPEED, rows.speed(ours, dense))
+        yield Bar(name, KRON_SPEED, speed(ours, dense))
 
 
-def peer_speed(rows: Rows) -> Iterator[Verdict]:
+def peer_speed(rows: Rows) -> Iterator[Bar]:
     """At least as fast as GemLite wherever it was timed; one line where it was not."""
     theirs = [row for row in rows.rows if row["family"] == "gemlite" and row.get("us_graph")]
     for row in theirs:
         shape, m, bits, scheme = row["shape"], row["m"], row["bits"], row["scheme"]
         ours = rows.us(shape, m, **_fp16(family="packed", bits=bits, scheme=scheme))
         name = f"packed {bits}-bit {scheme}, {shape}, M={m}: speed against GemLite"
-        yield Verdict(name, PEER_SPEED, rows.speed(ours, row["us_graph"]))
+        yield Bar(name, PEER_SPEED, speed(ours, row["us_graph"]))
     if not theirs:
-        yield Verdict("packed: speed against GemLite", PEER_SPEED, None)
+        yield Bar("packed: speed against GemLite", PEER_SPEED, None)
 
 
-BARS: tuple[Callable[[Rows], Iterator[Verdict]], ...] = (
+BARS: tuple[Callable[[Rows], Iterator[Bar]], ...] = (
     bandwidth, codebook_speed, dense_speed, kron_speed, peer_speed,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Part ``bench``: the time of ``y = x @ W.T`` for every format, width and number of rows, beside peers.
 
 The most important rows come first; a run ends cleanly when its time is over and says what is left, and the next one of
-the same sources goes on from there. A contender whose result is wrong is not timed.
+the same sources goes on from there. A candidate whose result is wrong is not timed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.bars import Row
+from benchmarks.harness.candidate import DTYPES, Candidate, Prepared
+from benchmarks.harness.clock import CudaClock, GpuClock
+from benchmarks.harness.cuda_limits import measured
 from lowbit.backends import registry
 
 from . import bars
-from .contenders import Contender, Prepared, all_formats, fallback
-from .limits import measured
+from .formats import all_formats, fallback
 from .parts import Budget, Context, Section, execute, sources, stamp
 from .peers import absent, all_peers
-from .timing import CudaTimer, Timer
 
-Row = dict[str, Any]
 Shape = tuple[int, int]
 
 SQUARE = (8192, 8192)
@@ -46,32 +47,32 @@ COMPILE_SHARE, COMPILERS = 0.35, 12
 class Case:
     """One row to measure."""
 
-    contender: Contender
+    candidate: Candidate
     shape: Shape
     m: int
 
     @property
     def key(self) -> tuple[str, str, int]:
-        return self.contender.name, shape_name(self.shape), self.m
+        return self.candidate.name, shape_name(self.shape), self.m
 
 
 def shape_name(shape: Shape) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def cases(contenders: Sequence[Contender], shapes: Sequence[Shape] = SHAPES, ms: Sequence[int] = MS) -> list[Case]:
-    """Every row once, what the bars ask for first; rows of one contender and shape stay together inside a stage."""
+def cases(candidates: Sequence[Candidate], shapes: Sequence[Shape] = SHAPES, ms: Sequence[int] = MS) -> list[Case]:
+    """Every row once, what the bars ask for first; rows of one candidate and shape stay together inside a stage."""
 
-    def stage(keep: Callable[[Contender], bool], at: Iterable[Shape], rows: Iterable[int]) -> Iterator[Case]:
-        for shape, contender in itertools.product(at, contenders):
-            if keep(contender) and contender.fits(*shape):
-                yield from (Case(contender, shape, m) for m in rows)
+    def stage(keep: Callable[[Candidate], bool], at: Iterable[Shape], rows: Iterable[int]) -> Iterator[Case]:
+        for shape, candidate in itertools.product(at, candidates):
+            if keep(candidate) and candidate.fits(*shape):
+                yield from (Case(candidate, shape, m) for m in rows)
 
-    def leading(contender: Contender) -> bool:
-        return contender.dtype == "fp16" and not contender.int8 and contender.family != "kron"
+    def leading(candidate: Candidate) -> bool:
+        return candidate.dtype == "fp16" and not candidate.int8 and candidate.family != "kron"
 
-    def factors(contender: Contender) -> bool:
-        return contender.family in ("kron", "dense")
+    def factors(candidate: Candidate) -> bool:
+        return candidate.family in ("kron", "dense")
 
     first, rest = [m for m in ms if m in (1, 4096)], [m for m in ms if m not in (1, 4096)]
     square = [shape for shape in shapes if shape == SQUARE]
@@ -90,31 +91,31 @@ class Bench:
 
     Args:
         timer: the clock.
-        limits: of this device: ``copy_gb_s``, ``fp16_tflop_s``, ``bf16_tflop_s`` (see ``limits.py``).
+        limits: of this device: ``copy_gb_s``, ``fp16_tflop_s``, ``bf16_tflop_s`` (see ``cuda_limits.py``).
         cache_bytes: of its last-level cache: weights rotate through three times as many.
     """
 
-    def __init__(self, timer: Timer, limits: dict[str, float], cache_bytes: int, device: str = "cuda") -> None:
+    def __init__(self, timer: GpuClock, limits: dict[str, float], cache_bytes: int, device: str = "cuda") -> None:
         self.timer, self.limits, self.cache_bytes, self.device = timer, limits, cache_bytes, device
         self._prepared: tuple[tuple[str, Shape], Prepared, list[Any]] | None = None
 
     def row(self, case: Case) -> Row:
         """The row of one case: its figures, or why there are none."""
-        row = {"shape": shape_name(case.shape), "m": case.m, **case.contender.facts()}
+        row = {"shape": shape_name(case.shape), "m": case.m, "name": case.candidate.name, **case.candidate.facts}
         try:
-            prepared, weights = self.prepared(case.contender, case.shape)
+            prepared, weights = self.prepared(case.candidate, case.shape)
             return row | self._figures(case, prepared, weights)
         except Exception as error:  # a peer or a format that fails must not cost the others
             return row | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
 
-    def prepared(self, contender: Contender, shape: Shape) -> tuple[Prepared, list[Any]]:
-        """The contender's weight and its copies, kept until another one is asked for."""
-        key = (contender.name, shape)
+    def prepared(self, candidate: Candidate, shape: Shape) -> tuple[Prepared, list[Any]]:
+        """The candidate's weight and its copies, kept until another one is asked for."""
+        key = (candidate.name, shape)
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = None
             release(self.device)
             torch.manual_seed(sum(shape))
-            one = contender.prepare(*shape, self.device)
+            one = candidate.prepare(*shape, self.device)
             count = min(MAX_COPIES, math.ceil(3 * self.cache_bytes / one.nbytes) + 1)
             self._prepared = key, one, one.copies(count)
         return self._prepared[1], self._prepared[2]
@@ -122,7 +123,7 @@ class Bench:
     def _figures(self, case: Case, one: Prepared, weights: list[Any]) -> Row:
         k = case.shape[1]
         generator = torch.Generator(self.device).manual_seed(case.m)
-        x = torch.randn(case.m, k, generator=generator, device=self.device).to(case.contender.torch_dtype)
+        x = torch.randn(case.m, k, generator=generator, device=self.device).to(DTYPES[case.candidate.dtype])
         error = max(one.error(x, one.call(w, x)) for w in (weights[0], weights[-1]))
         row: Row = {"error": significant(error) if math.isfinite(error) else None}
         if error > one.tolerance:
@@ -131,7 +132,7 @@ class Bench:
         try:
             row["us_graph"] = significant(self.timer.in_graph(calls))
         except RuntimeError as failure:  # of peers that cannot be captured: do_bench still times them
-            if case.contender.family in bars.OWN:
+            if case.candidate.family in bars.OWN:
                 raise
             row["graph"] = f"cannot be captured: {str(failure)[:200]}"
         row["us_alone"] = significant(self.timer.alone(calls[0]))
@@ -145,7 +146,7 @@ class Bench:
         if copies * one.nbytes < 3 * self.cache_bytes:
             row["cached"] = True  # so small that the weights stay in the cache, however many copies
         for name, rate, limit in (
-            ("bandwidth_share", gb_s, "copy_gb_s"), ("peak_share", tflop_s, f"{case.contender.dtype}_tflop_s"),
+            ("bandwidth_share", gb_s, "copy_gb_s"), ("peak_share", tflop_s, f"{case.candidate.dtype}_tflop_s"),
         ):  # fmt: skip
             if self.limits.get(limit):
                 row[name] = round(rate / self.limits[limit], 4)
@@ -157,7 +158,7 @@ def significant(value: float) -> float:
 
 
 def release(device: str) -> None:
-    """Give back what the last contender used."""
+    """Give back what the last candidate used."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -195,20 +196,20 @@ def measure(
 def run(context: Context) -> Section:
     """The section of part ``bench``: rows, bars, absent peers, and what is left out."""
     missing = absent()
-    contenders = [*all_peers()[:2], *all_formats(), *all_peers()[2:]]
-    wanted = cases([contender for contender in contenders if contender.family not in missing])
+    candidates = [*all_peers()[:2], *all_formats(), *all_peers()[2:]]
+    wanted = cases([candidate for candidate in candidates if candidate.family not in missing])
     rows = {} if context.fresh else earlier(context.results.section("bench"), wanted)
     todo = [case for case in wanted if case.key not in rows]
-    limits = context.machine.get("limits") or measured(CudaTimer())[0]
+    limits = context.machine.get("limits") or measured(CudaClock())[0]
     head = {
         **stamp(), "sources": sources(), "backend": registry.active_backend("cuda"), "limits": limits,
         "absent": missing,
     }  # fmt: skip
     recorder = Recorder(rows, lambda section: context.results.write("bench", head | section))
-    if any(case.contender.family in bars.OWN for case in todo):
+    if any(case.candidate.family in bars.OWN for case in todo):
         compile_ahead(context.budget)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    bench = Bench(CudaTimer(), limits, getattr(properties, "L2_cache_size", 0) or 64 << 20)
+    bench = Bench(CudaClock(), limits, getattr(properties, "L2_cache_size", 0) or 64 << 20)
     left, device_lost = measure(bench, todo, context.budget, recorder)
     section = head | summarised(list(rows.values()), left, device_lost)
     return section | {"problems": [*fallback(), *section["problems"]]}
@@ -278,13 +279,13 @@ def compile_ahead(budget: Budget) -> None:
 def compile_share(share: str, seconds: float) -> None:
     """Call every ``count``-th format of this package once for each of its cases."""
     i, count = map(int, share.split("/"))
-    budget, bench = Budget(seconds), Bench(CudaTimer(), {}, cache_bytes=0)
+    budget, bench = Budget(seconds), Bench(CudaClock(), {}, cache_bytes=0)
     for case in cases(all_formats()[i::count]):
         if not budget:
             return
         try:
-            one, weights = bench.prepared(case.contender, case.shape)
-            one.call(weights[0], torch.ones(case.m, case.shape[1], device="cuda", dtype=case.contender.torch_dtype))
+            one, weights = bench.prepared(case.candidate, case.shape)
+            one.call(weights[0], torch.ones(case.m, case.shape[1], device="cuda", dtype=DTYPES[case.candidate.dtype]))
         except Exception as error:  # it will fail again, and be reported, where it is measured
             print(f"{case.key}: {error}")
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from benchmarks.harness import clock
 
-from . import contenders, timing
+from . import formats
 from .parts import ROOT, Context, Section, execute
 
 # ------------------------------------------------------------------------------------------------------ tests
@@ -204,7 +205,7 @@ def run_graphs(context: Context) -> Section:
                 found = attempt(check, layer)
                 problems += [f"{name}: {problem}" for problem in found]
                 passed += [] if found else [name]
-    return {"passed": passed, "problems": [*contenders.fallback(), *problems], "left_out": left}
+    return {"passed": passed, "problems": [*formats.fallback(), *problems], "left_out": left}
 
 
 def attempt(check: Callable[[nn.Module], list[str]], layer: nn.Module) -> list[str]:
@@ -268,7 +269,7 @@ def replay(layer: Any) -> list[str]:
         for m in ROWS:
             x = inputs(layer, m)
             outputs: list[Tensor] = []
-            graph = timing.capture([lambda x=x, outputs=outputs: outputs.append(layer(x))])
+            graph = clock.capture([lambda x=x, outputs=outputs: outputs.append(layer(x))])
             for seed in range(3):
                 x.copy_(inputs(layer, m, seed))
                 outputs[-1].fill_(torch.nan)  # an output that the graph does not write shows
@@ -382,7 +383,7 @@ def sees_compilations() -> bool:
     """Whether a kernel that this process has not compiled yet is counted."""
     import triton
 
-    from .empty import empty
+    from benchmarks.harness.empty import empty
 
     with counting_compilations() as count:
         triton.jit(empty.fn)[(1,)](torch.zeros(16, device="cuda"), num_warps=1, enable_fp_fusion=True)

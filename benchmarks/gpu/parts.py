@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+MEASURING = ("benchmarks/gpu", "benchmarks/harness", "benchmarks/peers")
 
 # The exit status of a part that lost its device and can go on in a new process.
 LOST = 75
@@ -237,7 +238,7 @@ def commit() -> str | None:
         run = [*git, "rev-parse", "--short=12", "HEAD"]
         head = subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
         # results and the report change while they are made: they are not what is measured
-        paths = ["--", "lowbit", "csrc", "tests", "benchmarks/gpu", "setup.py"]
+        paths = ["--", "lowbit", "csrc", "tests", *MEASURING, "setup.py"]
         run = [*git, "status", "--porcelain", "--untracked-files=no", *paths]
         changed = subprocess.run(run, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
         return head + "+" * bool(changed)
@@ -248,7 +249,7 @@ def commit() -> str | None:
 def sources() -> str:
     """One hash of everything that a measurement depends on: the package, and how it is measured."""
     digest = hashlib.sha256()
-    for folder in ("lowbit", "benchmarks/gpu"):
+    for folder in ("lowbit", *MEASURING):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".json", ".cu") and path.is_file():
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from benchmarks.harness.bars import Row
+from benchmarks.harness.results import by_name, table
 
 from .bars import counts
 from .parts import RESULTS, ROOT, Context, Section, slug
@@ -17,7 +19,6 @@ DOCUMENT = ROOT / "docs" / "results" / "gpu.md"
 BEGIN, END = "<!-- gpu: begin (made by `python -m benchmarks.gpu --part report`) -->", "<!-- gpu: end -->"
 NOTHING = "No GPU results yet: `make gpu-check` on a machine with a GPU measures them."
 
-Row = dict[str, Any]
 Device = tuple[str, dict[str, Section]]  # name, sections
 
 
@@ -59,7 +60,7 @@ def markdown(found: Sequence[Device], plots: Sequence[str] = ()) -> str:
         return "\n\n".join([*blocks, NOTHING])
     blocks.append(
         "Times are those of one call inside a CUDA graph of calls that rotate over more than three times the last-level"
-        "\ncache of weights; every contender is checked against float64 before it is timed. Shares are of limits that"
+        "\ncache of weights; every candidate is checked against float64 before it is timed. Shares are of limits that"
         "\nwere measured on the same device."
     )
     for name, sections in found:
@@ -157,16 +158,13 @@ def reason(row: Row) -> str:
 
 
 def times(rows: Sequence[Row], shape: str) -> str:
-    """µs by contender and M, with the speed against the dense layer of the same dtype."""
+    """µs by candidate and M, with the speed against the dense layer of the same dtype."""
     ms = sorted({row["m"] for row in rows})
-    by_name: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_name.setdefault(row["name"], {})[row["m"]] = row
     timed = [row for row in rows if row["family"] == "dense" and "us_graph" in row]
     dense = {(row["dtype"], row["m"]): row["us_graph"] for row in timed}
     head = [f"{shape}, µs in a graph (speed against dense)", *(f"M={m}" for m in ms), "share of copy bandwidth, M=1"]
     lines = []
-    for name, cells in by_name.items():
+    for name, cells in by_name(rows).items():
         share = cells.get(1, {}).get("bandwidth_share")
         lines.append([name, *(cell(cells.get(m), dense) for m in ms), "" if share is None else f"{100 * share:.0f} %"])
     return table(head, lines)
@@ -183,11 +181,6 @@ def cell(row: Row | None, dense: dict[tuple[str, int], float]) -> str:
 
 def show(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot(name: str, sections: dict[str, Section], folder: Path) -> list[str]:

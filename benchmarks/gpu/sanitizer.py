@@ -116,7 +116,7 @@ def complaints(tools: dict[str, dict[str, Any]]) -> Section:
 
 def small_layers() -> Iterator[tuple[str, Any]]:
     """Every family × bits, on sizes that no tile divides, made on the CPU: only our kernels run on the GPU."""
-    from .contenders import codebook, kron, packed
+    from .formats import codebook, kron, packed
 
     makers = [packed(bits, group, "fp16") for bits in range(2, 9) for group in (32, None)]
     makers += [packed(4, 32, "bf16"), packed(4, 32, "fp16", int8=True), packed(8, None, "bf16", int8=True)]

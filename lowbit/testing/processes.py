@@ -12,7 +12,7 @@ import lowbit
 
 def outside_interpreter(*arguments: str, root: Path) -> subprocess.CompletedProcess[bytes]:
     """``python arguments...`` without Triton's interpreter, in ``root``, whose benchmarks it may import."""
-    paths = [str(Path(lowbit.__file__).parents[1]), str(root / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(lowbit.__file__).parents[1]), str(root), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True)

@@ -1,4 +1,4 @@
-"""Which of the code that ships is executed as PTX: names of entries of ``benchmarks/gpu/compiled.json``, by target."""
+"""Which of the code that ships is executed as PTX: names of entries of benchmarks/tools/compiled.json, by target."""
 
 NAMES = (
     *(

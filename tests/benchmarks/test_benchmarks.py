@@ -2,16 +2,15 @@
 
 import json
 
-import bars
-import candidates
-import growth
-import limits
 import pytest
-import results
-import tables
 import torch
 
-from benchmarks import compare
+from benchmarks import tables
+from benchmarks.cpu import bars
+from benchmarks.harness import candidate as candidates
+from benchmarks.harness import clock, results
+from benchmarks.harness import cpu_limits as limits
+from benchmarks.tools import compare, growth
 
 LIMITS = {
     "read_gb_s": {"huge pages": 20.0, "4 KiB pages": 10.0},
@@ -75,8 +74,8 @@ def test_ratios_are_to_the_baseline_under_the_same_condition():
 
 
 def test_disturbed_rounds_do_not_count_where_there_are_enough_others():
-    assert results.undisturbed_median([1.0, 9.0, 1.1, 1.2, 9.0], [0.0, 8.0, 0.0, 0.0, 8.0]) == 1.1
-    assert results.undisturbed_median([1.0, 9.0, 3.0], [0.0, 8.0, 2.0]) == 3.0
+    assert clock.undisturbed_median([1.0, 9.0, 1.1, 1.2, 9.0], [0.0, 8.0, 0.0, 0.0, 8.0]) == 1.1
+    assert clock.undisturbed_median([1.0, 9.0, 3.0], [0.0, 8.0, 2.0]) == 3.0
 
 
 def test_of_repeated_measurements_the_median_counts():

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import __main__ as program
-from gpu import bars, bench, check, contenders, limits, parts, peers, report, sanitizer, timing
 
 import lowbit
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import bars, bench, check, parts, peers, report, sanitizer
+from benchmarks.gpu import formats as contenders
+from benchmarks.harness import clock as timing
+from benchmarks.harness import cuda_limits as limits
+from benchmarks.harness.candidate import Candidate
 
 
 class Clock:
@@ -346,7 +350,7 @@ def test_the_dense_peer_is_timed(dtype) -> None:
     assert row["peak_share"] == pytest.approx(row["tflop_s"] / {"fp16": 1, "bf16": 2}[dtype], abs=1e-4)
 
 
-def spoiled(contender: contenders.Contender, spoil) -> contenders.Contender:
+def spoiled(contender: Candidate, spoil) -> Candidate:
     """The contender with a kernel whose result is spoiled."""
 
     def prepare(n, k, device):

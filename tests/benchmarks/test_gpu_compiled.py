@@ -18,12 +18,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu import offline
-from gpu.offline import Configuration, complaints
-from gpu.predict import launches_of, predict, work
-from gpu.resources import Line, cuda_blocks, loads, loops, machine_code, main_loop
 
 import lowbit
+from benchmarks.tools import offline
+from benchmarks.tools.offline import Configuration, complaints
+from benchmarks.tools.predict import launches_of, predict, work
+from benchmarks.tools.resources import Line, cuda_blocks, loads, loops, machine_code, main_loop
 from lowbit.backends.triton.launch import TARGETS, Launch
 from lowbit.testing.processes import outside_interpreter
 
@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_record_is_that_of_the_sources_and_a_sample_compiles_to_it() -> None:
-    done = outside_interpreter("-m", "benchmarks.gpu.offline", "--sample", "--jobs", "2", root=ROOT)
-    assert done.returncode == 0, f"{(done.stdout + done.stderr).decode()}\npython -m benchmarks.gpu.offline --write"
+    done = outside_interpreter("-m", "benchmarks.tools.offline", "--sample", "--jobs", "2", root=ROOT)
+    assert done.returncode == 0, f"{(done.stdout + done.stderr).decode()}\npython -m benchmarks.tools.offline --write"
 
 
 @pytest.mark.parametrize("target", offline.RECORDED)

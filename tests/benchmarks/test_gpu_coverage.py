@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import coverage, offline
-from gpu.coverage import Line
 
+from benchmarks.tools import coverage, offline
+from benchmarks.tools.coverage import Line
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.testing import gpu_configurations as interpreted
 from lowbit.testing.processes import outside_interpreter
@@ -25,7 +25,7 @@ LINE = Line("packed", 4, "float16")
 
 
 def test_document_is_up_to_date_and_nothing_is_missing() -> None:
-    done = outside_interpreter("-m", "benchmarks.gpu.coverage", root=ROOT)
+    done = outside_interpreter("-m", "benchmarks.tools.coverage", root=ROOT)
     assert done.returncode == 0, f"{done.stdout.decode()}{done.stderr.decode()}"
     if not offline.RECORD.exists():
         pytest.skip("compiled.json is still to be written: only what is interpreted was looked at")

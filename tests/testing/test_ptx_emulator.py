@@ -672,7 +672,7 @@ def compiled(target: str, kind: str) -> dict[str, list[Compiled]]:
 
 def main(names: list[str]) -> None:
     """Compiles, and writes a pickle of the results by name."""
-    from gpu.offline import compile_launch
+    from benchmarks.tools.compiling import compile_launch
 
     results = {
         name: [Compiled.of(compile_launch(launch, TARGETS[name.split()[0]])) for launch in launches(name)]

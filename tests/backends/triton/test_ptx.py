@@ -1,7 +1,7 @@
 """A sample of what ships, compiled for sm_80 and sm_90, its PTX executed on the CPU against the float64 oracle.
 
-:data:`~lowbit.testing.ptx_sample.SAMPLE` names entries of ``benchmarks/gpu/compiled.json``: each runs with the blocks,
-warps and stages of its row of the table, on a smaller weight.
+:data:`~lowbit.testing.ptx_sample.SAMPLE` names entries of ``benchmarks/tools/compiled.json``: each runs with the
+blocks, warps and stages of its row of the table, on a smaller weight.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def compiled(target: str) -> dict[str, list[Compiled]]:
 
 def main(target: str) -> None:
     """Compiles, and writes a pickle of the results by name."""
-    from gpu.offline import compile_launch
+    from benchmarks.tools.compiling import compile_launch
 
     def code(step: Launch) -> Compiled:
         return Compiled.of(compile_launch(step, TARGETS[target]))

@@ -247,7 +247,7 @@ def test_warmup_covers_every_size(name, monkeypatch):
 
 SIGNATURES = """
 import torch
-from gpu.offline import compile_launch, compiling_for
+from benchmarks.tools.compiling import compile_launch, compiling_for
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.packed import triton as kernels
@@ -273,7 +273,7 @@ def test_a_signature_is_what_triton_compiles_by():
     """As many entries in Triton's own cache as there are signatures; M alone makes no new one."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", SIGNATURES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     signatures, compiled = map(int, done.stdout.split())

@@ -1,0 +1,1 @@
+"""What every benchmark shares: candidates, the clocks of a CPU and a GPU, limits of a machine, bars and results."""

@@ -1,0 +1,1 @@
+"""Whole models: speed, accuracy, bytes on disk and in memory."""

@@ -1,0 +1,148 @@
+"""Memory of converting and loading a 1.1B-parameter model without ever holding it in float.
+
+    python -m benchmarks.models.memory [--layers 22] [--bits 4] [--group-size 64] [--folder /tmp/lowbit-memory]
+
+Writes a random bf16 Llama checkpoint of the TinyLlama shape (hidden 2048, intermediate 5632, 22 layers, 32 heads, 4
+key/value heads, vocabulary 32000: 2.2 GB), shard by shard, then measures in fresh processes:
+
+- ``convert``: VmHWM (peak resident set of the whole process, the interpreter and torch included) of
+  ``lowbit.convert_folder``, over the size of the bf16 weights; at most 1.3 is wanted.
+- ``load``: what ``lowbit.load`` adds to the resident set, over the size of the packed file; at most 1.05 is wanted. The
+  same for the peak while loading, and for ``from_pretrained``.
+
+Prints one JSON object.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}  # fmt: skip
+
+
+def status(field: str) -> int:
+    """A size in ``/proc/self/status``, in bytes: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    with open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """A random bf16 checkpoint, one shard per decoder layer, in constant memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    weight_map = {}
+    for number, names in enumerate(shards.values()):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            name: torch.ones(shapes[name], dtype=torch.bfloat16)
+            if len(shapes[name]) == 1
+            else torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02)
+            for name in names
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def convert(src: Path, dst: Path, bits: int, group_size: int) -> dict:
+    import lowbit
+
+    start = time.perf_counter()
+    lowbit.convert_folder(src, dst, lowbit.Packed(bits=bits, group_size=group_size))
+    return {"seconds": time.perf_counter() - start, "peak": status("VmHWM")}
+
+
+def load(folder: Path, how: str) -> dict:
+    import torch
+    import transformers
+
+    import lowbit
+
+    # the baseline has everything imported that loading imports
+    tiny = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    lowbit.convert(transformers.LlamaForCausalLM(tiny), lowbit.Packed(bits=4))
+    gc.collect()
+    before = status("VmRSS")
+    start = time.perf_counter()
+    if how == "load":
+        model = lowbit.load(folder)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    seconds = time.perf_counter() - start
+    gc.collect()
+    result = {"seconds": seconds, "baseline": before, "resident": status("VmRSS") - before,
+              "peak": status("VmHWM") - before}  # fmt: skip
+    with torch.no_grad():
+        assert model(torch.arange(4)[None]).logits.isfinite().all()
+    return {**result, "resident_after_forward": status("VmRSS") - before}
+
+
+def in_process(step: str, arguments: list[str]) -> dict:
+    command = [sys.executable, "-m", "benchmarks.models.memory", "--step", step, *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/lowbit-memory"))
+    parser.add_argument("--keep", action="store_true", help="leave the two folders behind")
+    parser.add_argument("--step", choices=["write", "convert", "load", "from_pretrained"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    src, dst = options.folder / "float", options.folder / "packed"
+    if options.step == "write":
+        write_checkpoint(src, options.layers)
+        print("{}")
+    elif options.step == "convert":
+        print(json.dumps(convert(src, dst, options.bits, options.group_size)))
+    elif options.step:
+        print(json.dumps(load(dst, options.step)))
+    else:
+        shutil.rmtree(options.folder, ignore_errors=True)
+        try:
+            in_process("write", sys.argv[1:])
+            results = {"convert": in_process("convert", sys.argv[1:])}
+            for how in ("load", "from_pretrained"):
+                results[how] = in_process(how, sys.argv[1:])
+            float_bytes, packed_bytes = weight_bytes(src), weight_bytes(dst)
+        finally:
+            if not options.keep:
+                shutil.rmtree(options.folder, ignore_errors=True)
+        results["convert"]["peak_over_float"] = results["convert"]["peak"] / float_bytes
+        for how in ("load", "from_pretrained"):
+            for name in ("resident", "peak", "resident_after_forward"):
+                results[how][f"{name}_over_packed"] = results[how][name] / packed_bytes
+        print(json.dumps({"float_bytes": float_bytes, "packed_bytes": packed_bytes, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
