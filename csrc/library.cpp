@@ -1,4 +1,4 @@
-// Every native op's registration, one list. Built on torch's stable ABI: one binary for every torch >= 2.10.
+// The registration of every native op. It uses torch's stable ABI: one binary serves every torch >= 2.10.
 // The schemas of namespace `lowbit` are defined in Python (lowbit/<family>/op.py) before this library is loaded.
 #include <string>
 

@@ -1,4 +1,4 @@
-// What the ops of the families with packed codes share: the checks of their arguments, which make operands of tensors.
+// The arguments that ops of several families share: structs of tensors, and checks that turn them into operands.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -11,7 +11,7 @@ struct Nested {
   const float *codebook, *absmax, *offset;
 };
 
-// Where nothing is stored per group, G = 1 and group_size = K, whatever the caller calls a group.
+// Where nothing is stored per group, G = 1 and group_size = K, whatever group_size the caller passed.
 struct Weight : Codes {
   const void* codebook;  // [tables, 2^bits], tables as `tables` says
   DType codebook_dtype;

@@ -1,4 +1,5 @@
-// The arguments of the ops of the family `codebook`: what lowbit/codebook/op.py declares, checked and made an operand here.
+// The arguments of the ops of the family `codebook` (declared in lowbit/codebook/op.py), checked and turned into an
+// operand.
 #pragma once
 #include "common/arguments.h"
 #include "common/codebook.h"
@@ -6,12 +7,12 @@
 namespace lowbit {
 namespace codebook {
 
-// The three tensors of scales that are quantized themselves: `Nested`.
+// The three tensors of quantized scales: see `Nested`.
 struct NestedArguments {
   const OptionalTensor &codebook, &absmax, &offset;
 };
 
-// What an op is given of a weight.
+// The weight's part of an op's arguments.
 struct WeightArguments {
   const Tensor &packed, &codebook;
   const OptionalTensor& scales;

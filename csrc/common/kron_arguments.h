@@ -1,4 +1,4 @@
-// The arguments of the ops of the family `kron`: what lowbit/kron/op.py declares, checked and made an operand here.
+// The arguments of the ops of the family `kron` (declared in lowbit/kron/op.py), checked and turned into an operand.
 #pragma once
 #include <limits>
 #include <string>
@@ -10,14 +10,14 @@
 namespace lowbit {
 namespace kron {
 
-// What an op is given of a factor.
+// A factor's part of an op's arguments.
 struct FactorArguments {
   const Tensor& values;
   const OptionalTensor &scales, &zeros;
   int64_t bits, group_size;
 };
 
-// And of a weight.
+// The weight's part of them.
 struct WeightArguments {
   FactorArguments a, b;
   const OptionalTensor &input_permutation, &output_permutation;

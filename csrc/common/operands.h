@@ -10,14 +10,14 @@ namespace lowbit {
 struct Outliers {
   const void* values;  // null: none
   DType dtype;
-  const void* columns;  // uint16 (or int16: none is negative), int32 when wide; rising in a row
+  const void* columns;  // uint16 (or int16, never negative); int32 when wide; rising in a row
   bool wide;
   const int32_t* rows;  // [N + 1]
   explicit operator bool() const { return values != nullptr; }
 };
 
-// The part of a family's `Weight` that says where its codes are; they are laid out as in lowbit/bitpack.py or, for
-// whole blocks of 16 rows, as in lowbit/blocks.py.
+// The codes of a family's `Weight`. Their layout is canonical (lowbit/core/bitpack.py) or, for whole blocks of 16 rows,
+// `blocks` (lowbit/backends/cpu/blocks.py).
 struct Codes {
   int64_t N, K, G, group_size;  // G = ceil(K / group_size)
   int bits;

@@ -1,4 +1,5 @@
-// The arguments of the ops of the family `packed`: what lowbit/packed/op.py declares, checked and made an operand here.
+// The arguments of the ops of the family `packed` (declared in lowbit/packed/op.py), checked and turned into an
+// operand.
 #pragma once
 #include "common/arguments.h"
 #include "common/packed.h"
@@ -6,7 +7,7 @@
 namespace lowbit {
 namespace packed {
 
-// What an op is given of a weight.
+// The weight's part of an op's arguments.
 struct WeightArguments {
   const Tensor &packed, &scales;
   const OptionalTensor& zeros;
@@ -14,7 +15,7 @@ struct WeightArguments {
   int64_t bits, group_size, K;
 };
 
-// Scales or zeros: [rows, G], row after row in memory or (as `prepare()` leaves them) group after group.
+// Scales or zeros: [rows, G], row after row in memory or, as the layer's `prepare()` stores them, group after group.
 inline void check_groups(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t G, int64_t& row,
                   int64_t& group) {
   check_shape(op, name, t, rows, G);
@@ -46,7 +47,7 @@ inline Weight check_weight(const char* op, const WeightArguments& arguments) {
   return w;
 }
 
-// Codes that are unpacked together, 32 columns of them, belong to one group of x.
+// A chunk of 32 codes is unpacked together, so its columns must belong to one group of x.
 inline void check_x_group(const char* op, const ActivationArguments& x, const Weight& w) {
   const int64_t x_group = x.x_group;
   if (x_group == 0) return;

@@ -1,4 +1,4 @@
-// A bump allocator over one scratch buffer: first pass counts, second pass hands out.
+// A bump allocator over one scratch buffer. The first pass (base null) counts bytes, the second hands them out.
 #pragma once
 #include "cpu/scratch.h"
 #include "cpu/simd.h"

@@ -1,15 +1,16 @@
-// Codes in blocks: the arrangement that the kernels read whose lanes are output rows (definition: lowbit/blocks.py).
+// The layout `blocks` of codes (definition: lowbit/backends/cpu/blocks.py): kernels whose lanes are output rows read
+// it.
 //
-// A block is 16 rows, a unit 32 columns of a block: `bits` vectors of 64 bytes, one word of 32 bits per row. Up to
-// four blocks are a panel, in which the same vector of each stands side by side. The bits of a code are dealt to planes
-// of 8, 4, 2 or 1 bits, low bits first; a plane of width w is w consecutive vectors, and bits [8*j + w*f, +w) of a word
-// of its vector i belong to column 4*q + j of the unit, with the quad q = i*8/w + f. So after one shift the four bytes
-// of a word are the codes of four neighbouring columns.
+// A block is 16 rows, a chunk 32 columns of a block: `bits` vectors of 64 bytes, one word of 32 bits per row. Up to
+// four blocks are a panel; the same vector of each of its blocks stands side by side. The bits of a code are split into
+// planes of 8, 4, 2 or 1 bits, low bits first. A plane of width w is w consecutive vectors. Bits [8*j + w*f, +w) of a
+// word of its vector i belong to column 4*q + j of the chunk, with the quad q = i*8/w + f. So after one shift the four
+// bytes of a word are the codes of four neighbouring columns.
 #pragma once
 #include "common/operands.h"
 #include "cpu/simd.h"
 
-#if defined(__SANITIZE_ADDRESS__)  // unrolled tiles of instrumented loads would take minutes to compile
+#if defined(__SANITIZE_ADDRESS__)  // unrolled, tiles of instrumented loads would take minutes to compile
 #undef LOWBIT_UNROLL
 #define LOWBIT_UNROLL _Pragma("GCC unroll 1")
 #endif
@@ -18,10 +19,10 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kBlockRows = 16;
-constexpr int64_t kUnitColumns = 32;
+constexpr int64_t kChunkColumns = 32;
 constexpr int kPanelBlocks = 4;
 constexpr int64_t kPanelN = kPanelBlocks * kBlockRows;
-constexpr int kQuads = 8;                   // of a unit
+constexpr int kQuads = 8;                   // of a chunk
 constexpr int kParts = kBlockRows / kLanes;  // vectors of this instruction set in 64 bytes
 constexpr int kPartBytes = 64 / kParts;
 
@@ -38,42 +39,40 @@ inline Int shifted(Int v, int right) {
   return right >= 0 ? Int(Lanes(v) >> right) : Int(Lanes(v) << -right);
 }
 
-// Quad q of a part of a unit, whose vectors are `step` bytes apart: 32 bits per row, a byte per code.
+// Quad q of a part of a chunk, whose vectors are `step` bytes apart: 32 bits per row, a byte per code.
 template <int kBits>
-inline Int quad(const uint8_t* unit, int64_t step, int part, int q) {
-  if (kBits == 8) return load_bytes(unit + step * q + kPartBytes * part);
+inline Int quad(const uint8_t* chunk, int64_t step, int part, int q) {
+  if (kBits == 8) return load_bytes(chunk + step * q + kPartBytes * part);
   Int out = zero_int();
   LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
     const int w = plane_width(kBits, p), low = plane_low(kBits, p);
     if (w == 0) break;
-    const Int v = load_bytes(unit + step * (low + q / (8 / w)) + kPartBytes * part);
+    const Int v = load_bytes(chunk + step * (low + q / (8 / w)) + kPartBytes * part);
     const Int moved = shifted(v, q % (8 / w) * w - low), mask = splat(int32_t((((1u << w) - 1) << low) * 0x01010101u));
     out = p == 0 ? bit_and(moved, mask) : or_masked(out, moved, mask);
   }
   return out;
 }
 
-#if defined(__AVX512F__)
 // The same in bits kTo and up of each byte, whose other bits are anything.
 template <int kBits, int kTo>
-inline Int quad_at(const uint8_t* unit, int64_t step, int part, int q) {
+inline Int quad_at(const uint8_t* chunk, int64_t step, int part, int q) {
   Int out = zero_int();
   LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
     const int w = plane_width(kBits, p), low = plane_low(kBits, p);
     if (w == 0) break;
-    const Int v = load_bytes(unit + step * (low + q / (8 / w)) + kPartBytes * part);
+    const Int v = load_bytes(chunk + step * (low + q / (8 / w)) + kPartBytes * part);
     const Int moved = shifted(v, q % (8 / w) * w - low - kTo);
     const Int below = splat(int32_t(((1u << (low + kTo)) - 1) * 0x01010101u));
     out = p == 0 ? moved : select_bits(below, out, moved);
   }
   return out;
 }
-#endif
 
-// Where a block's first vector stands, and how far the next one is.
+// The address of a block's first vector, and the distance to the next one.
 struct BlockPlace {
   const uint8_t* vector;
-  int64_t step;  // bytes; a unit is `bits` of them
+  int64_t step;  // bytes; a chunk has `bits` vectors
 };
 
 inline BlockPlace place_of_block(const Codes& w, int64_t n) {
@@ -83,8 +82,8 @@ inline BlockPlace place_of_block(const Codes& w, int64_t n) {
 
 inline bool in_block(const Codes& w, int64_t n) { return w.blocks && n / kBlockRows < w.N / kBlockRows; }
 
-// A row's words of a unit, `step` bytes apart, to its codes: a byte each, four to a quad.
-inline void unit_quads(const void* words, int64_t step, int bits, uint32_t (&quads)[kQuads]) {
+// The words of one row in a chunk, `step` bytes apart, as codes: a byte each, four to a quad.
+inline void chunk_quads(const void* words, int64_t step, int bits, uint32_t (&quads)[kQuads]) {
   for (uint32_t& quad : quads) quad = 0;
   for (int p = 0; p < 3 && plane_width(bits, p); ++p) {
     const int width = plane_width(bits, p), low = plane_low(bits, p);
@@ -97,12 +96,12 @@ inline void unit_quads(const void* words, int64_t step, int bits, uint32_t (&qua
   }
 }
 
-// The codes [k0, k1) of row n, in a block, as bytes; k0 is a multiple of 32. Whole units are written.
+// The codes [k0, k1) of row n, in a block, as bytes; k0 is a multiple of 32. Whole chunks are written.
 inline void block_row_codes(const Codes& w, int64_t n, int64_t k0, int64_t k1, uint8_t* out) {
   const BlockPlace block = place_of_block(w, n);
-  for (int64_t u = k0 / kUnitColumns; u * kUnitColumns < k1; ++u, out += kUnitColumns) {
+  for (int64_t u = k0 / kChunkColumns; u * kChunkColumns < k1; ++u, out += kChunkColumns) {
     uint32_t quads[kQuads];
-    unit_quads(block.vector + u * w.bits * block.step + n % kBlockRows * 4, block.step, w.bits, quads);
+    chunk_quads(block.vector + u * w.bits * block.step + n % kBlockRows * 4, block.step, w.bits, quads);
     std::memcpy(out, quads, sizeof quads);
   }
 }

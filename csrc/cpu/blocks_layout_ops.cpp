@@ -10,16 +10,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/blocks_layout.h"
 #include "common/checks.h"
+#include "cpu/blocks_layout.h"
 #include "cpu/empty.h"
+#include "cpu/tuning.h"
 
 namespace lowbit {
 namespace {
 
-constexpr int64_t kTaskUnits = 4096;  // units that a thread arranges at least
-constexpr int64_t kUnitsAtOnce = 16;  // of a row before the next row's: whole cache lines on both sides
-constexpr size_t kHugePage = size_t(2) << 20;
 constexpr uint64_t kBytes = 0x01010101;  // one bit in each byte of a quad
 
 // 8 codes of `bits` bits side by side <-> one in each byte, in three halvings: 4 + 4, then 2 + 2, then 1 + 1 codes.
@@ -41,9 +39,9 @@ struct Eight {
   }
 };
 
-// One unit of a row: its canonical words, and its words in a block, `step` apart. quads[q]: codes 4q .. 4q+3.
+// One chunk of a row: its canonical words, and its words in a block, `step` apart. quads[q]: codes 4q .. 4q+3.
 template <int bits>
-void block_unit(const uint8_t* words, uint32_t* vectors, int64_t step) {
+void block_chunk(const uint8_t* words, uint32_t* vectors, int64_t step) {
   uint32_t quads[kQuads];
   for (int q = 0; q < kQuads; q += 2) {
     uint64_t eight = 0;
@@ -64,51 +62,51 @@ void block_unit(const uint8_t* words, uint32_t* vectors, int64_t step) {
 }
 
 template <int bits>
-void unblock_unit(uint8_t* words, const uint32_t* vectors, int64_t step) {
+void unblock_chunk(uint8_t* words, const uint32_t* vectors, int64_t step) {
   uint32_t quads[kQuads];
-  unit_quads(vectors, step * 4, bits, quads);
+  chunk_quads(vectors, step * 4, bits, quads);
   for (int q = 0; q < kQuads; q += 2) {
     const uint64_t eight = Eight<bits>::gather(quads[q] | uint64_t(quads[q + 1]) << 32);
     std::memcpy(words + q / 2 * bits, &eight, bits);
   }
 }
 
-// unit(canonical word, block word, step) for every unit of the blocks [b0, b1) of `blocks`: indices of its first words,
-// and how far apart its words are in a block
-template <class Unit>
-inline void for_units(int64_t blocks, int64_t b0, int64_t b1, int64_t units, int64_t bits, Unit unit) {
+// Calls visit(canonical word, block word, step) for every chunk of the blocks [b0, b1) of `blocks`: the indices of its
+// first words, and the distance of its words in a block.
+template <class Visit>
+inline void for_chunks(int64_t blocks, int64_t b0, int64_t b1, int64_t chunks, int64_t bits, Visit visit) {
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t panel = b / kPanelBlocks * kPanelBlocks, count = min64(kPanelBlocks, blocks - panel);
-    for (int64_t first = 0; first < units; first += kUnitsAtOnce)
+    for (int64_t first = 0; first < chunks; first += kChunksAtOnce)
       for (int64_t r = 0; r < kBlockRows; ++r)
-        for (int64_t u = first; u < std::min(first + kUnitsAtOnce, units); ++u)
-          unit(((b * kBlockRows + r) * units + u) * bits,
-               ((panel * units + u * count) * bits + b - panel) * kBlockRows + r, count * kBlockRows);
+        for (int64_t u = first; u < std::min(first + kChunksAtOnce, chunks); ++u)
+          visit(((b * kBlockRows + r) * chunks + u) * bits,
+               ((panel * chunks + u * count) * bits + b - panel) * kBlockRows + r, count * kBlockRows);
   }
 }
 
 template <int bits>
-void block_range(const uint32_t* packed, uint32_t* blocks, int64_t count, int64_t units, int64_t b0, int64_t b1) {
-  for_units(count, b0, b1, units, bits, [&](int64_t from, int64_t to, int64_t step) {
-    block_unit<bits>(reinterpret_cast<const uint8_t*>(packed + from), blocks + to, step);
+void block_range(const uint32_t* packed, uint32_t* blocks, int64_t count, int64_t chunks, int64_t b0, int64_t b1) {
+  for_chunks(count, b0, b1, chunks, bits, [&](int64_t from, int64_t to, int64_t step) {
+    block_chunk<bits>(reinterpret_cast<const uint8_t*>(packed + from), blocks + to, step);
   });
 }
 
 template <int bits>
-void unblock_range(const uint32_t* blocks, uint32_t* packed, int64_t count, int64_t units, int64_t b0, int64_t b1) {
-  for_units(count, b0, b1, units, bits, [&](int64_t to, int64_t from, int64_t step) {
-    unblock_unit<bits>(reinterpret_cast<uint8_t*>(packed + to), blocks + from, step);
+void unblock_range(const uint32_t* blocks, uint32_t* packed, int64_t count, int64_t chunks, int64_t b0, int64_t b1) {
+  for_chunks(count, b0, b1, chunks, bits, [&](int64_t to, int64_t from, int64_t step) {
+    unblock_chunk<bits>(reinterpret_cast<uint8_t*>(packed + to), blocks + from, step);
   });
 }
 
-using Range = void (*)(const uint32_t* in, uint32_t* out, int64_t blocks, int64_t units, int64_t b0, int64_t b1);
+using Range = void (*)(const uint32_t* in, uint32_t* out, int64_t blocks, int64_t chunks, int64_t b0, int64_t b1);
 constexpr Range kBlock[] = {block_range<1>, block_range<2>, block_range<3>, block_range<4>,
                             block_range<5>, block_range<6>, block_range<7>, block_range<8>};
 constexpr Range kUnblock[] = {unblock_range<1>, unblock_range<2>, unblock_range<3>, unblock_range<4>,
                               unblock_range<5>, unblock_range<6>, unblock_range<7>, unblock_range<8>};
 
-// Fewer, larger pages for memory that every call reads from end to end: asked for before it is touched, and again once
-// it is filled, for pages that the allocator had used before. Advice only: what cannot be had is gone without.
+// Every call reads this memory from end to end, so fewer, larger pages help. We ask before it is touched, and again
+// once it is filled, because the allocator may have used its pages before. This is advice: a refusal changes nothing.
 void ask_for_huge_pages(void* data, size_t bytes, bool filled) {
 #ifdef MADV_HUGEPAGE
   constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, which older headers lack
@@ -120,24 +118,24 @@ void ask_for_huge_pages(void* data, size_t bytes, bool filled) {
 #endif
 }
 
-// In place where `from` is `to`: the words of a panel fill the same memory in both orders.
-void arrange(const uint32_t* from, uint32_t* to, int64_t n, int64_t units, int64_t bits, Range range) {
+// `from` may be `to`: the words of a panel fill the same memory in both orders.
+void arrange(const uint32_t* from, uint32_t* to, int64_t n, int64_t chunks, int64_t bits, Range range) {
   const int64_t whole = n / kBlockRows, panels = ceil_div(whole, kPanelBlocks);
-  const int64_t panel_words = kPanelBlocks * kBlockRows * units * bits;
-  const size_t bytes = size_t(n * units * bits) * sizeof *to;
+  const int64_t panel_words = kPanelBlocks * kBlockRows * chunks * bits;
+  const size_t bytes = size_t(n * chunks * bits) * sizeof *to;
   if (from != to) ask_for_huge_pages(to, bytes, false);
-  const int64_t grain = std::max<int64_t>(1, kTaskUnits / std::max<int64_t>(1, kPanelBlocks * kBlockRows * units));
+  const int64_t grain = std::max<int64_t>(1, kTaskChunks / std::max<int64_t>(1, kPanelBlocks * kBlockRows * chunks));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t p0, int64_t p1) {
-    if (from != to) return range(from, to, whole, units, p0 * kPanelBlocks, std::min(whole, p1 * kPanelBlocks));
+    if (from != to) return range(from, to, whole, chunks, p0 * kPanelBlocks, std::min(whole, p1 * kPanelBlocks));
     std::vector<uint32_t> copy(static_cast<size_t>(panel_words));
     for (int64_t p = p0; p < p1; ++p) {
-      const int64_t begin = p * panel_words, end = std::min(whole * kBlockRows * units * bits, begin + panel_words);
+      const int64_t begin = p * panel_words, end = std::min(whole * kBlockRows * chunks * bits, begin + panel_words);
       std::copy(from + begin, from + end, copy.begin());
-      range(copy.data() - begin, to, whole, units, p * kPanelBlocks, std::min(whole, (p + 1) * kPanelBlocks));
+      range(copy.data() - begin, to, whole, chunks, p * kPanelBlocks, std::min(whole, (p + 1) * kPanelBlocks));
     }
   });
-  const int64_t done = whole * kBlockRows * units * bits;
-  if (from != to) std::copy(from + done, from + n * units * bits, to + done);
+  const int64_t done = whole * kBlockRows * chunks * bits;
+  if (from != to) std::copy(from + done, from + n * chunks * bits, to + done);
   ask_for_huge_pages(to, bytes, true);
 }
 
@@ -151,11 +149,7 @@ void check_words(const char* op, const char* name, const Tensor& t, int64_t bits
   LOWBIT_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-}  // namespace
-
-namespace {
-
-int64_t units_of_words(const char* op, const Tensor& packed, int64_t bits) {
+int64_t chunks_of_words(const char* op, const Tensor& packed, int64_t bits) {
   check_words(op, "packed", packed, bits, 2);
   LOWBIT_CHECK(packed.size(1) % bits == 0, op, ": packed must have a multiple of bits=", bits, " words per row: got ",
                packed.size(1));
@@ -174,27 +168,27 @@ void huge_pages_cpu(Tensor packed) {
 }
 
 Tensor block_cpu(Tensor packed, int64_t bits) {
-  const int64_t n = packed.dim() ? packed.size(0) : 0, units = units_of_words("block", packed, bits);
-  Tensor out = empty_cpu({n, units, bits, 1}, ScalarType::Int);
+  const int64_t n = packed.dim() ? packed.size(0) : 0, chunks = chunks_of_words("block", packed, bits);
+  Tensor out = empty_cpu({n, chunks, bits, 1}, ScalarType::Int);
   arrange(static_cast<const uint32_t*>(packed.const_data_ptr()), static_cast<uint32_t*>(out.mutable_data_ptr()), n,
-          units, bits, kBlock[bits - 1]);
+          chunks, bits, kBlock[bits - 1]);
   return out;
 }
 
 void block_in_place_cpu(Tensor packed, int64_t bits) {
-  const int64_t units = units_of_words("block_", packed, bits);
+  const int64_t chunks = chunks_of_words("block_", packed, bits);
   uint32_t* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  arrange(words, words, packed.size(0), units, bits, kBlock[bits - 1]);
+  arrange(words, words, packed.size(0), chunks, bits, kBlock[bits - 1]);
 }
 
 Tensor unblock_cpu(Tensor blocks, int64_t bits) {
   check_words("unblock", "blocks", blocks, bits, 4);
   LOWBIT_CHECK(blocks.size(2) == bits && blocks.size(3) == 1, "unblock: blocks must be of shape [N, ceil(K/32), ", bits,
                ", 1]: got ", shape_of(blocks));
-  const int64_t n = blocks.size(0), units = blocks.size(1);
-  Tensor out = empty_cpu({n, units * bits}, ScalarType::Int);
+  const int64_t n = blocks.size(0), chunks = blocks.size(1);
+  Tensor out = empty_cpu({n, chunks * bits}, ScalarType::Int);
   arrange(static_cast<const uint32_t*>(blocks.const_data_ptr()), static_cast<uint32_t*>(out.mutable_data_ptr()), n,
-          units, bits, kUnblock[bits - 1]);
+          chunks, bits, kUnblock[bits - 1]);
   return out;
 }
 

@@ -1,5 +1,5 @@
-// The ops of namespace `lowbit_native` about the memory of packed codes: to blocks and back (lowbit/blocks.py), and
-// its pages.
+// The ops of namespace `lowbit_native` on the memory of packed codes: to the layout `blocks` and back
+// (lowbit/backends/cpu/blocks.py), and its pages.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

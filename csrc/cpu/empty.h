@@ -1,5 +1,5 @@
-// New tensors, straight from their allocator: torch::stable::new_empty finds its op by name at every call, which takes
-// longer than a small product.
+// New tensors, from torch's allocator directly. torch::stable::new_empty looks its op up by name at every call, which
+// takes longer than a small product.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace lowbit {
 
-// On the CPU, contiguous, its values not set
+// A contiguous CPU tensor; its values are not set
 inline torch::stable::Tensor empty_cpu(const std::vector<int64_t>& shape, torch::headeronly::ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;

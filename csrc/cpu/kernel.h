@@ -8,6 +8,25 @@
 #define LOWBIT_JOIN_VALUES(name, isa) LOWBIT_JOIN(name, isa)
 #define LOWBIT_FOR_ISA(name) LOWBIT_JOIN_VALUES(name, LOWBIT_ISA)
 
+// Declares a family's tables, one for each instruction set, and cpu_kernel(isa), which chooses one.
+#if defined(__x86_64__)
+#define LOWBIT_DECLARE_KERNELS(CpuKernel)                                                                  \
+  extern const CpuKernel kernel_scalar, kernel_avx2, kernel_avx512, kernel_avx512vnni, kernel_avx512bf16;  \
+  inline const CpuKernel& cpu_kernel(Isa isa) {                                                            \
+    switch (isa) {                                                                                         \
+      case Isa::avx512bf16: return kernel_avx512bf16;                                                      \
+      case Isa::avx512vnni: return kernel_avx512vnni;                                                      \
+      case Isa::avx512: return kernel_avx512;                                                              \
+      case Isa::avx2: return kernel_avx2;                                                                  \
+      default: return kernel_scalar;                                                                       \
+    }                                                                                                      \
+  }
+#else
+#define LOWBIT_DECLARE_KERNELS(CpuKernel)   \
+  extern const CpuKernel kernel_scalar;     \
+  inline const CpuKernel& cpu_kernel(Isa) { return kernel_scalar; }
+#endif
+
 namespace lowbit {
 
 // One family on one instruction set.
@@ -24,7 +43,5 @@ struct CpuKernel {
   void (*dequantize)(const Weight&, int64_t row, DType dtype, void* out);
   int64_t row_tile;  // output rows taken at a time: N is split at multiples of it
 };
-
-constexpr int64_t kPassRows = 384;  // of x, in one pass over the weights; a multiple of every tile
 
 }  // namespace lowbit

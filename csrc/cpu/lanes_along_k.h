@@ -1,44 +1,30 @@
 // y = x @ w.T by panels, for every family whose weights are packed codes.
 //
-// For a block of output rows and a chunk of K: expand the weights once into scratch, then multiply them with every row
+// For some output rows and a slice of K: expand the weights once into scratch, then multiply them with every row
 // of x, a register tile at a time.
-// y[m,n] is always the same sum: lanes along K inside a chunk, one tree over the lanes, chunks in order. So it depends
-// neither on M, nor on the tile the element falls in, nor on how N is split over threads.
+// y[m,n] is always the same sum: lanes along K inside a slice, one tree over the lanes, slices in order. So it depends
+// neither on M, nor on the register tile the element falls in, nor on how N is split over threads.
 //
-// A family says what its weights are by an Expander, constructed once per thread:
+// A family gives its weights by an Expander, constructed once per thread:
 //   Expander(Arena&, const Linear&, prepared)    takes its scratch; the arena may only be counting
 //   begin(n0, n1)                                rows [n0, n1) come next, from their first column
-//   operator()(n, k0, k1, Element* out)          out[k - k0] = w[n, k]; the chunks of a row come in order
-//   finish(m0, m1, n0, n1, acc, ld)              what is left to do to these sums before the bias
-// `prepared` is what the family's prepare() made; it begins with x as the tiles read it.
+//   operator()(n, k0, k1, Element* out)          out[k - k0] = w[n, k]; the slices of a row come in order
+//   finish(m0, m1, n0, n1, acc, ld)              the steps between these sums and the bias
+// `prepared` is what the family's prepare() made; it begins with x as the register tiles read it.
 #pragma once
-#include "cpu/activations.h"
-#include "cpu/unpack.h"
+#include <utility>
+
+#include "cpu/arena.h"
+#include "cpu/outliers.h"
+#include "cpu/rows.h"
+#include "cpu/tuning.h"
 
 namespace lowbit {
 namespace {
 
-constexpr int64_t kRowTile = 4;          // rows of w that are multiplied together
-constexpr int64_t kChunk = 512;          // weights of 4 rows and a tile of x share the L1 cache
-constexpr int64_t kPanelRows = 64;       // rows expanded together when M is large: they stay in L2
-constexpr int64_t kBlockM = 384;         // rows of x per pass over the weights; a multiple of every tile
-#if defined(__AVX512F__)
-constexpr int kTileM = 6;                // as many accumulators as 32 registers hold
-#else
-constexpr int kTileM = 3;
-#endif
+constexpr int kTileM = kHasAvx512 ? 6 : 3;  // rows of x: as many accumulators as registers hold
 
-// Codes [k0, k1) of row n land at out[k - k0]; k0 is a multiple of 32.
-inline void unpack_row(const Codes& w, int64_t n, int64_t k0, int64_t k1, uint8_t* out) {
-  const int64_t offset = n * w.row_bytes + k0 / 8 * w.bits, size = w.N * w.row_bytes;
-  const int64_t bytes = ceil_div(k1 - k0, 8) * w.bits;
-  // At M = 1 four rows take turns, which hides their streams from the hardware: fetch what comes after the other three,
-  // the row's next chunk or the start of the row four further.
-  const int64_t ahead = bytes + (k1 < w.K ? 0 : (kRowTile - 1) * w.row_bytes);
-  unpack(w.packed + offset, w.packed + size, ahead, w.bits, k1 - k0, out);
-}
-
-// Outliers of a block of rows, added to the rows chunk after chunk.
+// Outliers of some rows, added to the rows slice after slice.
 class OutlierCursors {
  public:
   OutlierCursors(Arena& a, const Outliers& o) : outliers_(o), next_(a.take<int64_t>(o ? kPanelRows : 0)) {}
@@ -67,7 +53,7 @@ class OutlierCursors {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Elements of a panel, and what a lane does with them.
+// Kinds of dot products: the elements of a panel, and the sum of a lane.
 
 struct FloatDot {
   using Element = float;
@@ -121,29 +107,17 @@ void tile(const typename Dot::Element* x, const typename Dot::Element* w, int64_
 template <class Dot>
 using Tile = void (*)(const typename Dot::Element*, const typename Dot::Element*, int64_t, float*, int64_t);
 
-// [rows of x - 1][one row of w, or four]
-template <class Dot>
-constexpr Tile<Dot> kTiles[][2] = {
-    {tile<1, 1, Dot>, tile<1, 4, Dot>}, {tile<2, 1, Dot>, tile<2, 4, Dot>}, {tile<3, 1, Dot>, tile<3, 4, Dot>},
-#if defined(__AVX512F__)
-    {tile<4, 1, Dot>, tile<4, 4, Dot>}, {tile<5, 1, Dot>, tile<5, 4, Dot>}, {tile<6, 1, Dot>, tile<6, 4, Dot>},
-#endif
+// for_rows[rows of x - 1][one row of w, or four]
+template <class Dot, class = std::make_integer_sequence<int, kTileM>>
+struct Tiles;
+template <class Dot, int... m>
+struct Tiles<Dot, std::integer_sequence<int, m...>> {
+  static constexpr Tile<Dot> for_rows[][2] = {{tile<m + 1, 1, Dot>, tile<m + 1, 4, Dot>}...};
 };
 
 // ---------------------------------------------------------------------------------------------------------
 
-// y[m0 + m, n0 + n] = round(acc[m * ld + n] + bias[n])
-template <class Linear>
-inline void write_result(const Linear& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const float* bias, float* acc,
-                         int64_t ld) {
-  for (int64_t m = m0; m < m1; ++m, acc += ld) {
-    if (a.bias)
-      for (int64_t n = 0; n < n1 - n0; ++n) acc[n] += bias[n];
-    from_float(acc, a.dtype, m * a.weight.N + n0, n1 - n0, a.y);
-  }
-}
-
-// Prepared x: chunk after chunk, each [M, length] with length rounded up to whole vectors (zeros).
+// Prepared x: slice after slice, each [M, length] with length rounded up to whole vectors (zeros).
 template <class Dot>
 int64_t prepared_elements(int64_t M, int64_t K) {
   return M * round_up(K, Dot::kWidth);
@@ -153,8 +127,8 @@ template <class Linear>
 void prepare_float(const Linear& a, float* prepared, int64_t m0, int64_t m1) {
   const int64_t K = a.weight.K;
   for (int64_t m = m0; m < m1; ++m)
-    for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-      const int64_t count = min64(kChunk, K - k0), length = round_up(count, kLanes);
+    for (int64_t k0 = 0; k0 < K; k0 += kSlice) {
+      const int64_t count = min64(kSlice, K - k0), length = round_up(count, kLanes);
       float* row = prepared + a.M * k0 + m * length;
       to_float(a.x, a.dtype, m * K + k0, count, row);
       for (int64_t k = count; k < length; ++k) row[k] = 0;
@@ -165,14 +139,14 @@ template <class Dot, class Expander, class Linear>
 void linear_panel(const Linear& a, const void* prepared, int64_t n_begin, int64_t n_end) {
   using Element = typename Dot::Element;
   const auto& w = a.weight;
-  const int64_t block_n = a.M <= kTileM ? kRowTile : kPanelRows, block_m = min64(a.M, kBlockM);
+  const int64_t block_n = a.M <= kTileM ? kRowTile : kPanelRows, block_m = min64(a.M, kPassRows);
   struct Buffers {
     Expander expand;
     Element* panel;
     float *acc, *bias;
     Buffers(Arena& arena, const Linear& l, const void* x, int64_t bn, int64_t bm)
         : expand(arena, l, x),
-          panel(arena.take<Element>(bn * kChunk)),
+          panel(arena.take<Element>(bn * kSlice)),
           acc(arena.take<float>(bm * bn)),
           bias(arena.take<float>(bn)) {}
   };
@@ -189,8 +163,8 @@ void linear_panel(const Linear& a, const void* prepared, int64_t n_begin, int64_
       const int64_t m1 = min64(m0 + block_m, a.M);
       std::memset(b.acc, 0, size_t((m1 - m0) * block_n) * sizeof(float));
       b.expand.begin(n0, n1);
-      for (int64_t k0 = 0; k0 < w.K; k0 += kChunk) {
-        const int64_t k1 = min64(k0 + kChunk, w.K), length = round_up(k1 - k0, Dot::kWidth);
+      for (int64_t k0 = 0; k0 < w.K; k0 += kSlice) {
+        const int64_t k1 = min64(k0 + kSlice, w.K), length = round_up(k1 - k0, Dot::kWidth);
         for (int64_t n = n0; n < n1; ++n) {
           Element* row = b.panel + (n - n0) * length;
           b.expand(n, k0, k1, row);
@@ -200,7 +174,7 @@ void linear_panel(const Linear& a, const void* prepared, int64_t n_begin, int64_
         for (int64_t n = n0; n < n1;) {
           const bool four = n + 4 <= n1;
           for (int64_t m = m0; m < m1; m += kTileM)
-            kTiles<Dot>[min64(kTileM, m1 - m) - 1][four](x + m * length, b.panel + (n - n0) * length, length,
+            Tiles<Dot>::for_rows[min64(kTileM, m1 - m) - 1][four](x + m * length, b.panel + (n - n0) * length, length,
                                                          b.acc + (m - m0) * block_n + (n - n0), block_n);
           n += four ? 4 : 1;
         }
@@ -217,14 +191,14 @@ void dequantize_row(const Linear& a, int64_t n, DType dtype, void* out) {
   const int64_t K = a.weight.K;
   Arena count(nullptr);
   Expander{count, a, nullptr};
-  count.take<float>(kChunk);
+  count.take<float>(kSlice);
   Scratch scratch(Slot::worker, size_t(count.used()));
   Arena arena(scratch.data());
   Expander expand(arena, a, nullptr);
-  float* values = arena.take<float>(kChunk);
+  float* values = arena.take<float>(kSlice);
   expand.begin(n, n + 1);
-  for (int64_t k0 = 0; k0 < K; k0 += kChunk) {
-    const int64_t k1 = min64(k0 + kChunk, K);
+  for (int64_t k0 = 0; k0 < K; k0 += kSlice) {
+    const int64_t k1 = min64(k0 + kSlice, K);
     float* to = dtype == DType::f32 ? static_cast<float*>(out) + k0 : values;
     expand(n, k0, k1, to);
     if (to == values) from_float(values, dtype, k0, k1 - k0, out);

@@ -10,12 +10,9 @@
 #include "cpu/invariance.h"
 #include "cpu/kernel.h"
 #include "cpu/scratch.h"
+#include "cpu/tuning.h"
 
 namespace lowbit {
-
-constexpr int64_t kTaskElements = 32768;   // rows are converted in tasks of about this many elements
-constexpr int64_t kTaskProducts = 131072;  // and multiplied in tasks of about this many products
-constexpr int64_t kExpansion = 4;          // expanding a weight costs about as much as this many products
 
 inline int64_t grain(int64_t task, int64_t per_item) {
   return std::max<int64_t>(1, task / std::max<int64_t>(1, per_item));
@@ -38,7 +35,7 @@ Tensor run_linear(Linear<Weight>& a, Tensor x, const CpuKernel<Weight>& kernel) 
   if (a.M == 0 || N == 0) return y;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
 
-  // As many rows of x at a time as scratch memory is kept for: memory mapped anew costs more than it holds.
+  // As many rows of x at a time as fit the scratch memory that threads keep: mapping new memory costs more.
   const int64_t M = a.M, size = element_size(a.dtype), bytes = kernel.prepared_bytes(a);
   const int64_t fitting = int64_t(double(kScratchKept) / double(std::max<int64_t>(1, bytes)) * double(M));
   const int64_t most = std::max<int64_t>(1, fitting / kPassRows) * kPassRows;
@@ -74,15 +71,13 @@ Tensor run_dequantize(const char* op, const Weight& w, ScalarType dtype,
   return out;
 }
 
-constexpr int64_t kRowsAhead = 4;  // of a gather, are fetched
-
-// Always inlined: GCC takes functions that only prefetch for ones without effect, and leaves out their calls.
+// Always inlined: GCC 12 drops calls of functions that only prefetch, as calls without effect.
 inline __attribute__((always_inline)) void prefetch_bytes(const void* first, int64_t bytes) {
-  for (int64_t i = 0; i < std::min<int64_t>(bytes, 512); i += 64)
+  for (int64_t i = 0; i < std::min(bytes, kRowBytesAhead); i += 64)
     __builtin_prefetch(static_cast<const char*>(first) + i);
 }
 
-// Asks for row n of w; a family that keeps more beside its codes has its own.
+// Fetches row n of w. A family that stores more than codes overloads it.
 inline __attribute__((always_inline)) void prefetch_row(const Codes& w, int64_t n) {
   prefetch_bytes(w.packed + n * w.row_bytes, w.row_bytes);
 }

@@ -2,13 +2,13 @@
 #pragma once
 #include <cstddef>
 
+#include "cpu/tuning.h"
+
 namespace lowbit {
 
-// Two independent buffers per thread: the caller's (activations prepared once per call) and the
-// worker's (the caller's thread works too, and must not overwrite what it prepared).
+// Each thread has two buffers: `prepared` for the activations of a call, `worker` for its tasks. The calling thread
+// also works, and must not overwrite what it prepared.
 enum class Slot { prepared, worker };
-
-constexpr size_t kScratchKept = size_t(4) << 20;  // larger buffers live for one call only
 
 class Scratch {
  public:

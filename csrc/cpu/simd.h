@@ -1,6 +1,10 @@
 // The vectors of one instruction set, chosen by the compiler's flags, and the conversions written on them.
-// Everything has internal linkage: the same names are compiled with different flags in different files,
-// and the linker must never pick one file's copy for another. For the same reason: no std:: templates here.
+//
+// Differences between instruction sets belong here. Kernels test the flags kHas... with `if constexpr`. A function that
+// an instruction set lacks is declared for it all the same, and traps.
+//
+// Everything has internal linkage: the same names are compiled with different flags in different files, and the linker
+// must never pick one file's copy for another. For the same reason no function template of std:: is used here.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,13 +18,42 @@ namespace lowbit {
 namespace {
 
 #if defined(__AVX2__)
+constexpr bool kHasAvx2 = true;
+#else
+constexpr bool kHasAvx2 = false;
+#endif
+#if defined(__AVX512F__)  // with BW, DQ and VL
+constexpr bool kHasAvx512 = true;
+#else
+constexpr bool kHasAvx512 = false;
+#endif
+#if defined(__AVX512VNNI__)  // and VBMI
+constexpr bool kHasVnni = true;
+#else
+constexpr bool kHasVnni = false;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+#if defined(__AVX2__)
 #define LOWBIT_UNROLL _Pragma("GCC unroll 16")
-#else  // what is unrolled would not fit the registers
+#else  // unrolled, tiles would not fit the registers
 #define LOWBIT_UNROLL _Pragma("GCC unroll 1")
 #endif
-// What takes part in a register tile: called, it would force the tile into memory.
+// For parts of a register tile: a call would force the tile's registers into memory.
 #define LOWBIT_INLINE inline __attribute__((always_inline))
-// What runs once per row or less, and would be copied into every kernel.
+// For a whole register tile: inlines all that it calls. Otherwise GCC 12 inlines by the size of the file, and a change
+// elsewhere moves accumulators from registers to memory. Not on AVX-512 without VNNI: there it spills the int8 tiles of
+// 7 bits, which then take 1.06 times as long with 12 and 16 rows of x (Zen 4).
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+#define LOWBIT_TILE
+#else
+#define LOWBIT_TILE __attribute__((flatten))
+#endif
+// For what runs once per row or less: inlined, it would be copied into every kernel.
 #define LOWBIT_SHARED __attribute__((noinline))
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,7 +77,7 @@ inline float float_of(uint32_t u) {
 //   dot16(acc, x, w): lane l gains x[2*l] * w[2*l] + x[2*l + 1] * w[2*l + 1] of int16 values, exactly
 //   sum4_add(a, b, c, d, out): out[0..3] += the sum of each vector's lanes, always by the same tree
 //   sum_add(a, out): the same for one vector; for Ints, out holds the bits of int32
-//   in_register(v): v, which the compiler must now hold in a register
+//   in_register(v): v; the compiler must hold it in a register from here on
 
 #if defined(__AVX512F__)
 
@@ -159,7 +192,7 @@ inline void sum_add(Int a, float* out) {
   *out = sums[0];
 }
 
-// Not the intrinsics of VNNI: GCC 12 copies every accumulator twice around them, and then runs out of registers.
+// Assembly, because GCC 12 copies every accumulator twice around the intrinsics of VNNI and then runs out of registers.
 #if defined(__AVX512VNNI__)
 inline Int dot16(Int acc, Int x, Int w) {
   asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
@@ -212,12 +245,44 @@ inline Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
 inline Int subtract(Int a, Int b) { return _mm256_sub_epi32(a, b); }
 inline Int to_int(Float v) { return _mm256_cvttps_epi32(v); }
 inline Int or_masked(Int a, Int b, Int mask) { return a | (b & mask); }
+inline Int select_bits(Int mask, Int a, Int b) { return (a & mask) | (b & ~mask); }
 #else
 inline Int add(Int a, Int b) { return Int(Bits(a) + Bits(b)); }  // unsigned: may wrap around
 inline Int subtract(Int a, Int b) { return Int(Bits(a) - Bits(b)); }
 inline Int to_int(Float v) { return __builtin_convertvector(v, Int); }
 inline Int or_masked(Int a, Int b, Int mask) { return a | (b & mask); }
+inline Int select_bits(Int mask, Int a, Int b) { return (a & mask) | (b & ~mask); }
 #endif
+
+// q[i] = round(v[i] * inverse), halves to even, in -most..most, for whole vectors of v[0:n]; returns how many. There
+// may be none: the scalar loop behind goes on from there.
+template <class Element>
+inline int64_t round_vectors(const float* v, int64_t n, float inverse, float most, Element* q) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const Float scaled = _mm512_min_ps(_mm512_mul_ps(load(v + i), splat(inverse)), splat(most));
+    const Int rounded = _mm512_cvtps_epi32(_mm512_max_ps(scaled, splat(-most)));
+    if constexpr (sizeof(Element) == 1)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(rounded));
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm512_cvtepi32_epi16(rounded));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Element) == 2)
+    for (; i + 16 <= n; i += 16) {
+      const auto half = [&](const float* values) {
+        const Float scaled = _mm256_min_ps(_mm256_mul_ps(load(values), splat(inverse)), splat(most));
+        return _mm256_cvtps_epi32(_mm256_max_ps(scaled, splat(-most)));
+      };
+      // packing works within halves of a register
+      const Int words = _mm256_permute4x64_epi64(_mm256_packs_epi32(half(v + i), half(v + i + 8)), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), words);
+    }
+#endif
+  (void)v, (void)n, (void)inverse, (void)most, (void)q;
+  return i;
+}
 
 #if defined(__AVX512VNNI__)
 template <bool kNarrow>
@@ -245,6 +310,68 @@ inline Int dot4(Int acc, Int w, Int x) {
   for (int j = 0; j < 4; ++j) acc += (w >> (8 * j) & 255) * (x << (24 - 8 * j) >> 24);
   return acc;
 }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// What only some instruction sets have. Kernels test the flag at the right first; elsewhere these functions trap.
+//   load_codes(p): kLanes bytes, one in each lane; entry(table, index): lane l = table[index[l]]; iota(): 0, 1, 2, ...
+//   store_some(p, v, n): the first n lanes; may be all                                                      kHasAvx2
+//   pick_words(a, index, b): word l = that at index[l] of a and b side by side; of a alone; pick_bytes(v, index): byte
+//   l = that at index[l] of the same 128 bits                                                             kHasAvx512
+//   dot_bf16(acc, w, x): lane l gains w[2*l] * x[2*l] and w[2*l + 1] * x[2*l + 1] of bfloat16 values, rounding after
+//   each. Subnormal numbers count as zero, here and in
+//   round_bf16(low, high): both as bfloat16; store_bf16(p, v, n): the first n lanes as such                 kHasBf16
+
+[[noreturn]] inline void absent() { __builtin_trap(); }
+
+#if defined(__AVX512F__)
+inline Int load_codes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Float entry(Float table, Int index) { return _mm512_permutexvar_ps(index, table); }
+inline Int iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline void store_some(float* p, Float v, int64_t n) {
+  if (n >= 16)
+    store(p, v);
+  else
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+}
+inline Int pick_words(Int a, Int index, Int b) { return _mm512_permutex2var_epi16(a, index, b); }
+inline Int pick_words(Int a, Int index) { return _mm512_permutexvar_epi16(index, a); }
+inline Int pick_bytes(Int v, Int index) { return _mm512_shuffle_epi8(v, index); }
+#else
+#if defined(__AVX2__)
+inline Int load_codes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Float entry(Float table, Int index) { return _mm256_permutevar8x32_ps(table, index); }
+inline Int iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+#else
+inline Int load_codes(const uint8_t*) { absent(); }
+inline Float entry(Float, Int) { absent(); }
+inline Int iota() { absent(); }
+#endif
+inline void store_some(float*, Float, int64_t) { absent(); }
+inline Int pick_words(Int, Int, Int) { absent(); }
+inline Int pick_words(Int, Int) { absent(); }
+inline Int pick_bytes(Int, Int) { absent(); }
+#endif
+
+#if defined(__AVX512BF16__)
+// Assembly: see dot16().
+inline Float dot_bf16(Float acc, Int w, Int x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
+}
+inline Int round_bf16(Float low, Float high) { return Int(_mm512_cvtne2ps_pbh(high, low)); }
+inline void store_bf16(void* p, Float v, int64_t n) {
+  const __mmask16 some = __mmask16(0xffff >> (kLanes - min64(kLanes, n)));
+  _mm256_mask_storeu_epi16(p, some, __m256i(_mm512_cvtneps_pbh(v)));
+}
+#else
+inline Float dot_bf16(Float, Int, Int) { absent(); }
+inline Int round_bf16(Float, Float) { absent(); }
+inline void store_bf16(void*, Float, int64_t) { absent(); }
 #endif
 
 // out[j * ld + i] = in[i * 16 + j] for i < rows, j < 16, and anything for rows <= i < 16.
@@ -275,6 +402,39 @@ inline void transpose16(const float* in, int64_t rows, float* out, int64_t ld) {
   for (int64_t j = 0; j < 16; ++j)
     for (int64_t i = 0; i < rows; ++i) out[j * ld + i] = in[i * 16 + j];
 #endif
+}
+
+// to[s * ld + i] = words[i * steps + s] for i < 4, 2 or 1 rows; returns how many rows. steps is a multiple of 4.
+inline int64_t interleave(const int32_t* words, int64_t steps, int64_t rows, int32_t* to, int64_t ld) {
+#if defined(__SSE2__)
+  const auto row = [&](int64_t i, int64_t s) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(words + i * steps + s));
+  };
+  for (int64_t s = 0; rows >= 4 && s < steps; s += 4) {
+    const __m128i a = row(0, s), b = row(1, s), c = row(2, s), d = row(3, s);
+    const __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+    const __m128i ab_high = _mm_unpackhi_epi32(a, b), cd_high = _mm_unpackhi_epi32(c, d);
+    __m128i* out[4];
+    for (int64_t i = 0; i < 4; ++i) out[i] = reinterpret_cast<__m128i*>(to + (s + i) * ld);
+    _mm_storeu_si128(out[0], _mm_unpacklo_epi64(ab, cd));
+    _mm_storeu_si128(out[1], _mm_unpackhi_epi64(ab, cd));
+    _mm_storeu_si128(out[2], _mm_unpacklo_epi64(ab_high, cd_high));
+    _mm_storeu_si128(out[3], _mm_unpackhi_epi64(ab_high, cd_high));
+  }
+  if (rows >= 4) return 4;
+  for (int64_t s = 0; rows >= 2 && s < steps; s += 4) {
+    const __m128i low = _mm_unpacklo_epi32(row(0, s), row(1, s)), high = _mm_unpackhi_epi32(row(0, s), row(1, s));
+    const auto out = [&](int64_t i) { return reinterpret_cast<__m128i*>(to + (s + i) * ld); };
+    _mm_storel_epi64(out(0), low);
+    _mm_storel_epi64(out(1), _mm_unpackhi_epi64(low, low));
+    _mm_storel_epi64(out(2), high);
+    _mm_storel_epi64(out(3), _mm_unpackhi_epi64(high, high));
+  }
+  if (rows >= 2) return 2;
+#endif
+  (void)rows;
+  for (int64_t s = 0; s < steps; ++s) to[s * ld] = words[s];
+  return 1;
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -310,6 +470,32 @@ inline uint16_t float_to_bfloat16(float f) {
   const uint32_t u = bits_of(f), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   return uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
+
+// kLanes 16-bit floats
+#if defined(__AVX512F__)
+inline Float load_half(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline Float load_bfloat16(const void* p) {
+  const __m256i v = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+#elif defined(__AVX2__)
+inline Float load_half(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+inline Float load_bfloat16(const void* p) {
+  const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+#else
+template <class Convert>
+inline Float load_converted(const void* p, Convert convert) {
+  float v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = convert(static_cast<const uint16_t*>(p)[i]);
+  return load(v);
+}
+inline Float load_half(const void* p) { return load_converted(p, half_to_float); }
+inline Float load_bfloat16(const void* p) { return load_converted(p, bfloat16_to_float); }
+#endif
 
 // dst[i] = float(src[begin + i]), i < n
 inline void to_float(const void* src, DType dtype, int64_t begin, int64_t n, float* dst) {
@@ -349,8 +535,39 @@ inline void to_floats(const void* src, DType dtype, int64_t begin, int64_t step,
   for (int64_t i = 0; i < n; ++i) to_float(src, dtype, begin + i * step, 1, dst + i);
 }
 
+// A value per lane and group, in memory as it is stored: value [group * step + row] in the lane of that row.
+struct StoredLanes {
+  const void* values;
+  DType dtype;
+  int64_t step;  // elements from one group to the next
+
+  // Fetches the values of `rows` rows. The hardware does not follow them: they are too few in a row.
+  LOWBIT_INLINE void prefetch(int64_t group, int64_t row, int64_t rows) const {
+    const int64_t size = element_size(dtype);
+    const uint8_t* first = static_cast<const uint8_t*>(values) + (group * step + row) * size;
+    for (int64_t i = 0; i < rows * size; i += 64) __builtin_prefetch(first + i);
+  }
+
+  // Those of kLanes rows. AVX-512 converts f16 and u8 itself; the others go through memory.
+  template <bool kFloats = false>  // whether they are known to be fp32
+  LOWBIT_INLINE Float at(int64_t group, int64_t row) const {
+    const int64_t i = group * step + row;
+    if (kFloats || dtype == DType::f32) return load(static_cast<const float*>(values) + i);
 #if defined(__AVX512F__)
-// Lane i = float(src[begin + i * step]), i < n <= 16
+    const uint16_t* wide = static_cast<const uint16_t*>(values) + i;
+    if (dtype == DType::f16) return load_half(wide);
+    if (dtype == DType::u8)
+      return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + i))));
+#endif
+    float v[kLanes];
+    to_float(values, dtype, i, kLanes, v);
+    return load(v);
+  }
+};
+
+// Lane i = float(src[begin + i * step]), i < n <= 16; where kHasAvx512
+#if defined(__AVX512F__)
 inline Float some_floats(const void* src, DType dtype, int64_t begin, int64_t step, int64_t n) {
   if (step != 1 || dtype == DType::bf16) {
     float values[kLanes] = {};
@@ -364,6 +581,8 @@ inline Float some_floats(const void* src, DType dtype, int64_t begin, int64_t st
   return _mm512_cvtepi32_ps(
       _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(src) + begin)));
 }
+#else
+inline Float some_floats(const void*, DType, int64_t, int64_t, int64_t) { absent(); }
 #endif
 
 // dst[begin + i] = round(src[i]), i < n

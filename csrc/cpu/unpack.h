@@ -18,7 +18,7 @@ inline void unpack8(const uint8_t* src, int bits, uint8_t* out) {
   for (int j = 0; j < 8; ++j) out[j] = uint8_t(word >> bits * j & ((1u << bits) - 1));
 }
 
-// unpack() asks for the bytes `ahead` of those it reads. A prefetch never faults, so they need not exist.
+// unpack() fetches the bytes `ahead` of those it reads. A prefetch never faults, so they need not exist.
 LOWBIT_INLINE void prefetch(const uint8_t* src, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(src) + uintptr_t(ahead)));
 }
@@ -37,32 +37,47 @@ struct UnpackTables {
 };
 constexpr UnpackTables kUnpack;
 
+struct Codes64 {
+  __m128i part[4];
+  Int lanes(int v) const { return _mm512_cvtepu8_epi32(part[v]); }  // codes 16 * v .. 16 * v + 15
+};
+
 struct Unpack64 {
   __m512i spread, shifts, mask;
+  __mmask8 whole;  // the words of 64 codes
   explicit Unpack64(int bits)
       : spread(_mm512_loadu_si512(kUnpack.spread[bits])),
         shifts(_mm512_loadu_si512(kUnpack.shifts[bits])),
-        mask(_mm512_set1_epi8(char((1 << bits) - 1))) {}
+        mask(_mm512_set1_epi8(char((1 << bits) - 1))),
+        whole(__mmask8((1 << bits) - 1)) {}
   // word q of `spread` holds the `bits` bytes of codes 8q..8q+7; vpmultishiftqb takes 8 bits from bit i*bits of it
   __m512i operator()(__m512i bytes) const {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes)), mask);
   }
+  // The first `count` codes at src. Of up to 32 codes, only their own bytes are read.
+  Codes64 read(const uint8_t* src, int64_t count) const {
+    const Int codes = (*this)(count > 32 ? _mm512_maskz_loadu_epi64(whole, src)
+                                         : _mm512_maskz_loadu_epi32(__mmask16(whole), src));
+    return {{_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1), _mm512_extracti32x4_epi32(codes, 2),
+             _mm512_extracti32x4_epi32(codes, 3)}};
+  }
 };
 
-// out[j] = code j for j < round_up(count, 64); src holds round_up(count, 32) codes.
+// out[j] = code j for j < round_up(count, 64); src holds round_up(count, 32) codes, and nothing behind them is read.
 inline void unpack(const uint8_t* src, const uint8_t* /*end*/, int64_t ahead, int bits, int64_t count, uint8_t* out) {
   const Unpack64 codes(bits);
-  const __mmask8 whole = __mmask8((1 << bits) - 1);
   int64_t j = 0;
   for (; j + 32 < count; j += 64, src += 8 * bits) {
     prefetch(src, ahead);
-    _mm512_storeu_si512(out + j, codes(_mm512_maskz_loadu_epi64(whole, src)));
+    _mm512_storeu_si512(out + j, codes(_mm512_maskz_loadu_epi64(codes.whole, src)));
   }
-  if (j < count)  // at most 32 codes are left, and there may be nothing to read behind them
-    _mm512_storeu_si512(out + j, codes(_mm512_maskz_loadu_epi32(__mmask16(whole), src)));
+  if (j < count)  // at most 32 codes are left; the memory behind them may not exist
+    _mm512_storeu_si512(out + j, codes(_mm512_maskz_loadu_epi32(__mmask16(codes.whole), src)));
 }
 
-#elif defined(__AVX2__)
+#else
+struct Unpack64;  // where kHasVnni
+#if defined(__AVX2__)
 
 struct UnpackTables {
   uint8_t window[9][16] = {};
@@ -139,6 +154,7 @@ inline void unpack(const uint8_t* src, const uint8_t* /*end*/, int64_t ahead, in
   }
 }
 
+#endif
 #endif
 
 }  // namespace

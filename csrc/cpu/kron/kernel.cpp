@@ -1,37 +1,24 @@
 // The kernels of the family `kron` on the vectors of cpu/simd.h; compiled once per instruction set.
 //
-// The product with `right` runs over slices of its rows, which tasks share out. Where its columns are many (dot), lanes
-// run along them, as in cpu/lanes_along_k.h: register tiles over chunks of K, straight from dense rows while few rows of x
-// use them, else from a panel. Where they are few, a horizontal sum per element would cost more than the products:
-// the slice is transposed once, and lanes run along its rows. The product with `left`, which repeats over k_right or
-// n_right, always has its lanes along those.
-// What is multiplied are X: fp32, or bfloat16 where all is and the machine can; then both products take pairs, kPair
-// neighbours of a sum in the 32 bits of a lane, and what lies between the products is rounded to bfloat16.
-// y[m,n] is always the same sum, which depends on the shapes of the factors alone.
-#include "cpu/arena.h"
-#include "cpu/simd.h"
-#include "cpu/unpack.h"
+// Each task multiplies by a range of the rows of `right`. Where its columns are many (dot), lanes run along them, as in
+// cpu/lanes_along_k.h: register tiles over slices of K read dense rows directly while rows of x are few, else a panel.
+// Where its columns are few, a sum over lanes per element would cost more than the products. Then the range is
+// transposed once, and lanes run along its rows. The product with `left` repeats over k_right or n_right, so its lanes
+// run along these.
+// Elements X are fp32, or bfloat16 where x and both factors are and the machine multiplies them. Then both products
+// take pairs (kPair neighbours of a sum in the 32 bits of a lane), and the result of the first is rounded to bfloat16.
+// y[m,n] is always the same sum: it depends only on the shapes of the factors.
 #include "cpu/kron/kernel.h"
+
+#include <utility>
+
+#include "cpu/arena.h"
+#include "cpu/kron/tuning.h"
+#include "cpu/unpack.h"
 
 namespace lowbit {
 namespace kron {
 namespace {
-
-constexpr int64_t kChunkBytes = 2048;     // of one row: four rows of `right` and a tile of x share the L1 cache
-constexpr int64_t kExpanded = kChunkBytes / int64_t(sizeof(float));  // values of a packed row expanded at a time
-constexpr int64_t kSlice = 64, kNarrowSlice = 16;  // rows of `right` that a task takes, and where rows of x are few
-constexpr int64_t kDotRows = 384, kOuterRows = 64;  // rows multiplied with a slice at a time
-constexpr int64_t kFewRows = 24;          // rows of x up to which memory sets the pace
-constexpr int64_t kLeftRows = 24;         // rows of `left` per pass: their results stay in L1
-constexpr int64_t kTransposed = 16;       // rows and lanes that are transposed at a time
-constexpr int64_t kAhead = 6144;          // bytes: as far ahead as dense rows are asked for
-constexpr int kTileM = 6;
-#if defined(__AVX512F__)
-constexpr int kTileN = 4;                 // vectors per tile with lanes along rows: as many as registers hold
-#else
-constexpr int kTileN = 2;
-#endif
-constexpr int kDotTileM = kTileM * kTileN / 4;  // with four rows of `right`
 
 struct Half {
   uint16_t bits;
@@ -59,59 +46,32 @@ struct Lanes<float> {
   static constexpr int64_t kPair = 1, kCount = kLanes;
   static Float get(const float* p) { return load(p); }
   static Float get_splat(const float* p) { return splat(*p); }
-  static Float get(const Half* p) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    float v[kLanes];
-    for (int i = 0; i < kLanes; ++i) v[i] = p[i].value();
-    return load(v);
-#endif
-  }
-  static Float get(const Bfloat16* p) {
-#if defined(__AVX512F__)
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-#elif defined(__AVX2__)
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
-#else
-    float v[kLanes];
-    for (int i = 0; i < kLanes; ++i) v[i] = p[i].value();
-    return load(v);
-#endif
-  }
+  static Float get(const Half* p) { return load_half(p); }
+  static Float get(const Bfloat16* p) { return load_bfloat16(p); }
   static Float multiply_add(Float x, Float w, Float sum) { return fma(x, w, sum); }
 };
 
-// What there is to do for pairs, and nothing for float32.
+// The steps that pairs need; for float32 they are nothing.
 inline void interleave(const float*, int64_t, float*) {}
 inline void round_row(const float*, int64_t, float*) {}
 inline void round_pairs(int64_t, int64_t, float*, float*) {}
 
-#if defined(__AVX512BF16__)
+// Where kHasBf16
 template <>
 struct Lanes<Bfloat16> {
   static constexpr int64_t kPair = 2, kCount = 2 * kLanes;
-  static Int get(const Bfloat16* p) { return _mm512_loadu_si512(p); }
+  static Int get(const Bfloat16* p) { return load_bytes(p); }
   static Int get_splat(const Bfloat16* p) {  // of a pair
     int32_t pair;
     std::memcpy(&pair, p, sizeof pair);
     return splat(pair);
   }
-  // Lane l gains the exact products of pair l, rounding after each. Not the intrinsic: see dot() in simd.h.
-  static Float multiply_add(Int x, Int w, Float sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-    return sum;
-  }
+  static Float multiply_add(Int x, Int w, Float sum) { return dot_bf16(sum, w, x); }
 };
 
 // The words first + l and second + l of two vectors of them, in lane l
 inline Int word_pairs(int first, int second) {
-  const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return lowbit::add(splat(first | second << 16), multiply(lane, splat(0x00010001)));
+  return lowbit::add(splat(first | second << 16), multiply(iota(), splat(0x00010001)));
 }
 
 // to[2 * i + j] = rows[j * n + i], i < n: whole vectors
@@ -119,33 +79,28 @@ inline void interleave(const Bfloat16* rows, int64_t n, Bfloat16* to) {
   const Int low = word_pairs(0, 32), high = word_pairs(16, 48);
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
     const Int even = load_bytes(rows + i), odd = load_bytes(rows + n + i);
-    store_bytes(to + 2 * i, _mm512_permutex2var_epi16(even, low, odd));
-    store_bytes(to + 2 * i + 2 * kLanes, _mm512_permutex2var_epi16(even, high, odd));
+    store_bytes(to + 2 * i, pick_words(even, low, odd));
+    store_bytes(to + 2 * i + 2 * kLanes, pick_words(even, high, odd));
   }
 }
 
 // to[i] = round(from[i]), i < n; reads whole vectors. Not from_float(): numbers below 2^-126 count as zero here.
 inline void round_row(const float* from, int64_t n, Bfloat16* to) {
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
-    store_bytes(to + i, Int(_mm512_cvtne2ps_pbh(load(from + i + kLanes), load(from + i))));
-  for (; i < n; i += kLanes) {
-    const __mmask16 valid = __mmask16(0xffff >> (kLanes - min64(kLanes, n - i)));
-    _mm256_mask_storeu_epi16(to + i, valid, __m256i(_mm512_cvtneps_pbh(load(from + i))));
-  }
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_bytes(to + i, round_bf16(load(from + i), load(from + i + kLanes)));
+  for (; i < n; i += kLanes) store_bf16(to + i, load(from + i), n - i);
 }
 
-// t, float32 [rows, kSlice] -> rounded, in place: [ceil(rows / 2), kSlice, 2]; the first `columns`, in whole vectors
+// t, float32 [rows, kRange] -> rounded, in place: [ceil(rows / 2), kRange, 2]; the first `columns`, in whole vectors
 inline void round_pairs(int64_t rows, int64_t columns, float* t, Bfloat16*) {
   const Int halves = word_pairs(0, 16);
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t n = 0; n < columns; n += kLanes) {
-      const float* pair = t + i * kSlice + n;
-      const Float odd = i + 1 < rows ? load(pair + kSlice) : splat(0.0f);
-      store_bytes(t + i / 2 * kSlice + n, _mm512_permutexvar_epi16(halves, Int(_mm512_cvtne2ps_pbh(odd, load(pair)))));
+      const float* pair = t + i * kRange + n;
+      const Float odd = i + 1 < rows ? load(pair + kRange) : splat(0.0f);
+      store_bytes(t + i / 2 * kRange + n, pick_words(round_bf16(load(pair), odd), halves));
     }
 }
-#endif
 
 // =========================================================================================================
 // Factors
@@ -239,7 +194,7 @@ void dequantize(const Weight& w, int64_t n, DType dtype, void* out) {
 // =========================================================================================================
 // Register tiles
 
-// acc[m * kSlice + n] += sum_k x[m * length + k] * w[n * ld + k]; asks for what stands `ahead` bytes behind w, if any.
+// acc[m * kRange + n] += sum_k x[m * length + k] * w[n * ld + k]; asks for what stands `ahead` bytes behind w, if any.
 template <class X, class W, bool kAsk, int MR, int NR>
 void tile_dot(const X* x, int64_t length, const W* w, int64_t ld, int64_t ahead, float* acc) {
   using Vector = Lanes<X>;
@@ -258,30 +213,30 @@ void tile_dot(const X* x, int64_t length, const W* w, int64_t ld, int64_t ahead,
   }
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) {
     if (NR == 4)
-      sum4_add(sum[m][0], sum[m][1 % NR], sum[m][2 % NR], sum[m][3 % NR], acc + m * kSlice);
+      sum4_add(sum[m][0], sum[m][1 % NR], sum[m][2 % NR], sum[m][3 % NR], acc + m * kRange);
     else
-      LOWBIT_UNROLL for (int n = 0; n < NR; ++n) sum_add(sum[m][n], acc + m * kSlice + n);
+      LOWBIT_UNROLL for (int n = 0; n < NR; ++n) sum_add(sum[m][n], acc + m * kRange + n);
   }
 }
+
+// for_rows[rows of x - 1][one row of w, or four]
+template <class X, class W, bool kAsk, class = std::make_integer_sequence<int, kDotTileM>>
+struct DotTiles;
+template <class X, class W, bool kAsk, int... m>
+struct DotTiles<X, W, kAsk, std::integer_sequence<int, m...>> {
+  using Tile = void (*)(const X*, int64_t, const W*, int64_t, int64_t, float*);
+  static constexpr Tile for_rows[][2] = {{tile_dot<X, W, kAsk, m + 1, 1>, tile_dot<X, W, kAsk, m + 1, 4>}...};
+};
 
 // The same for `rows` rows of x and up to four of w.
 template <class X, class W, bool kAsk>
 void dot_tiles(const X* x, int64_t length, int64_t rows, const W* w, int64_t ld, int64_t columns, int64_t ahead,
                float* acc) {
-  using Tile = void (*)(const X*, int64_t, const W*, int64_t, int64_t, float*);
-  static const Tile tiles[][2] = {{tile_dot<X, W, kAsk, 1, 1>, tile_dot<X, W, kAsk, 1, 4>},
-                                  {tile_dot<X, W, kAsk, 2, 1>, tile_dot<X, W, kAsk, 2, 4>},
-                                  {tile_dot<X, W, kAsk, 3, 1>, tile_dot<X, W, kAsk, 3, 4>},
-#if defined(__AVX512F__)
-                                  {tile_dot<X, W, kAsk, 4, 1>, tile_dot<X, W, kAsk, 4, 4>},
-                                  {tile_dot<X, W, kAsk, 5, 1>, tile_dot<X, W, kAsk, 5, 4>},
-                                  {tile_dot<X, W, kAsk, 6, 1>, tile_dot<X, W, kAsk, 6, 4>},
-#endif
-  };
   const bool four = columns == 4;
   for (int64_t n = 0; n < columns; n += four ? 4 : 1)
     for (int64_t m = 0; m < rows; m += kDotTileM)
-      tiles[min64(kDotTileM, rows - m) - 1][four](x + m * length, length, w + n * ld, ld, ahead, acc + m * kSlice + n);
+      DotTiles<X, W, kAsk>::for_rows[min64(kDotTileM, rows - m) - 1][four](
+          x + m * length, length, w + n * ld, ld, ahead, acc + m * kRange + n);
 }
 
 // c[m, n] = (add ? c[m, n] : 0) + sum_k l[m, k] * r[k, n], one step after the other: of rows of l, ld_l apart, and of r
@@ -304,25 +259,29 @@ void tile_outer(int64_t depth, const X* l, int64_t ld_l, const X* r, int64_t ld_
       store(c + m * ld_c + n * kLanes, sum[m][n]);
 }
 
+// for_rows[rows of l - 1][vectors of r - 1]
+template <class X>
+using OuterTile = void (*)(int64_t, const X*, int64_t, const X*, int64_t, float*, int64_t, bool);
+template <class X, int m, class = std::make_integer_sequence<int, kTileN>>
+struct OuterTilesOfRow;
+template <class X, int m, int... n>
+struct OuterTilesOfRow<X, m, std::integer_sequence<int, n...>> {
+  static constexpr OuterTile<X> for_vectors[] = {tile_outer<X, m, n + 1>...};
+};
+template <class X>
+constexpr const OuterTile<X>* kOuterTiles[kTileM] = {
+    OuterTilesOfRow<X, 1>::for_vectors, OuterTilesOfRow<X, 2>::for_vectors, OuterTilesOfRow<X, 3>::for_vectors,
+    OuterTilesOfRow<X, 4>::for_vectors, OuterTilesOfRow<X, 5>::for_vectors, OuterTilesOfRow<X, 6>::for_vectors};
+
 // The same for `rows` rows of l and `columns` columns of r, a multiple of kLanes.
 template <class X>
 void outer(int64_t rows, int64_t columns, int64_t depth, const X* l, int64_t ld_l, const X* r, int64_t ld_r, float* c,
            int64_t ld_c, bool add) {
-  using Tile = void (*)(int64_t, const X*, int64_t, const X*, int64_t, float*, int64_t, bool);
-  static const Tile tiles[kTileM][kTileN] = {
-#if defined(__AVX512F__)
-#define LOWBIT_TILES(m) {tile_outer<X, m, 1>, tile_outer<X, m, 2>, tile_outer<X, m, 3>, tile_outer<X, m, 4>}
-#else
-#define LOWBIT_TILES(m) {tile_outer<X, m, 1>, tile_outer<X, m, 2>}
-#endif
-      LOWBIT_TILES(1), LOWBIT_TILES(2), LOWBIT_TILES(3), LOWBIT_TILES(4), LOWBIT_TILES(5), LOWBIT_TILES(6)
-#undef LOWBIT_TILES
-  };
   for (int64_t n = 0; n < columns; n += kTileN * kLanes) {
     const int64_t vectors = min64(kTileN, (columns - n) / kLanes);
     for (int64_t m = 0; m < rows; m += kTileM)
-      tiles[min64(kTileM, rows - m) - 1][vectors - 1](depth, l + m * ld_l, ld_l, r + n * Lanes<X>::kPair, ld_r,
-                                                      c + m * ld_c + n, ld_c, add);
+      kOuterTiles<X>[min64(kTileM, rows - m) - 1][vectors - 1](depth, l + m * ld_l, ld_l, r + n * Lanes<X>::kPair, ld_r,
+                                                               c + m * ld_c + n, ld_c, add);
   }
 }
 
@@ -332,13 +291,13 @@ void outer(int64_t rows, int64_t columns, int64_t depth, const X* l, int64_t ld_
 template <class X>
 struct Layout {
   static constexpr int64_t kPair = Lanes<X>::kPair, kVector = Lanes<X>::kCount;
-  static constexpr int64_t kChunk = kChunkBytes / int64_t(sizeof(X));  // elements
+  static constexpr int64_t kSlice = kSliceBytes / int64_t(sizeof(X));  // elements
   int64_t rows;      // of the shared matrix, per row of x
   int64_t segments;  // of the shared matrix: one, or U_r after U_r
   bool in_place;     // x is the shared matrix
   bool few;          // rows of x
   int64_t left_ld, padded;  // elements: of a row of `left` in whole lanes, of the shared matrix in whole vectors
-  int64_t slice, slices, block, blocks;  // tasks: slices of `right` times blocks of rows of x
+  int64_t range, ranges, x_range, x_ranges;  // tasks: ranges of rows of `right` times ranges of rows of x
 
   explicit Layout(const Linear& a) {
     const Factor& right = a.right;
@@ -347,18 +306,18 @@ struct Layout {
     in_place = !a.dot && a.right_first && a.dtype == kNative<X> && !a.source && right.K % kPair == 0;
     left_ld = round_up(a.left.K, kPair);
     padded = round_up(right.K, kVector);
-    few = a.dot && a.M * rows <= kFewRows;
-    slice = few ? kNarrowSlice : kSlice;
-    slices = ceil_div(right.N, slice);
-    block = min64(a.M, max64((a.dot ? kDotRows : kOuterRows) / rows, 1));
-    blocks = block ? ceil_div(a.M, block) : 0;
+    few = a.dot && a.M * rows <= kStreamRows;
+    range = few ? kNarrowRange : kRange;
+    ranges = ceil_div(right.N, range);
+    x_range = min64(a.M, max64((a.dot ? kDotPassRows : kOuterPassRows) / rows, 1));
+    x_ranges = x_range ? ceil_div(a.M, x_range) : 0;
   }
   int64_t elements(const Linear& a) const { return in_place ? 0 : segments * a.M * rows * padded; }
-  // Where chunk k0 of row `row` starts: chunk after chunk, each [M * rows, length], length in whole vectors.
+  // Where slice k0 of row `row` starts: slice after slice, each [M * rows, length], length in whole vectors.
   int64_t at(const Linear& a, int64_t segment, int64_t row, int64_t k0) const {
     return a.M * rows * (segment * padded + k0) + row * length(k0);
   }
-  int64_t length(int64_t k0) const { return min64(kChunk, padded - k0); }
+  int64_t length(int64_t k0) const { return min64(kSlice, padded - k0); }
 };
 
 template <class X>
@@ -421,7 +380,7 @@ inline void gather(const Linear& a, int64_t m, int64_t k0, int64_t count, const 
   for (int64_t i = 0; i < count; ++i) dst[i] = x[a.source[k0 + i]];
 }
 
-// The shared matrix's rows for rows [m0, m1) of x: X itself, or U_r = left[r] X; padded with zeros to whole vectors.
+// The rows of the shared matrix for rows [m0, m1) of x: X itself, or U_r = left[r] X, zero-padded to whole vectors.
 template <class X>
 void prepare(const Linear& a, void* shared, int64_t m0, int64_t m1) {
   constexpr int64_t kPair = Lanes<X>::kPair;
@@ -438,7 +397,7 @@ void prepare(const Linear& a, void* shared, int64_t m0, int64_t m1) {
         : row(arena.take<float>(a.source ? a.in_features() : 0)),
           pair(arena.take<X>(a.right_first ? 0 : kPair * l.padded)),
           x(arena.take<X>(a.right_first ? 0 : l.left_ld * l.padded)),
-          u(arena.take<float>(a.right_first || kPair == 1 ? 0 : l.rows * l.kChunk)) {}
+          u(arena.take<float>(a.right_first || kPair == 1 ? 0 : l.rows * l.kSlice)) {}
   };
   Arena count(nullptr);
   Buffers{count, a, l};
@@ -450,8 +409,8 @@ void prepare(const Linear& a, void* shared, int64_t m0, int64_t m1) {
     if (a.source && kPair == 1) to_float(a.x, a.dtype, m * K, K, b.row);
     if (a.right_first) {
       for (int64_t i = 0; i < l.rows; ++i)
-        for (int64_t k0 = 0; k0 < columns; k0 += l.kChunk) {
-          const int64_t n = min64(l.kChunk, columns - k0);
+        for (int64_t k0 = 0; k0 < columns; k0 += l.kSlice) {
+          const int64_t n = min64(l.kSlice, columns - k0);
           X* to = s.matrix + l.at(a, 0, m * l.rows + i, k0);
           gather(a, m, i * columns + k0, n, b.row, to);
           clear(to, n, l.length(k0));
@@ -469,7 +428,7 @@ void prepare(const Linear& a, void* shared, int64_t m0, int64_t m1) {
       interleave(rows, ld, to);
     }
     for (int64_t r = 0; r < a.R; ++r)
-      for (int64_t k0 = 0; k0 < columns; k0 += l.kChunk) {
+      for (int64_t k0 = 0; k0 < columns; k0 += l.kSlice) {
         const int64_t length = l.length(k0);
         X* to = s.matrix + l.at(a, r, m * l.rows, k0);
         float* u = kPair == 1 ? reinterpret_cast<float*>(to) : b.u;
@@ -485,45 +444,45 @@ void prepare(const Linear& a, void* shared, int64_t m0, int64_t m1) {
 template <class X>
 int64_t tasks(const Linear& a) {
   const Layout<X> l(a);
-  return l.slices * l.blocks;
+  return l.ranges * l.x_ranges;
 }
 
 template <class X>
 struct Buffers {
   ExpandScratch s;
-  X* panel;      // four rows of `right`: [4, chunk], or a transposed slice: [R, padded / kPair, kSlice, kPair]
-  float* acc;    // right_first: T_r of a block, [R, rows, kSlice]; else its result [rows, kSlice]
-  float* out;    // [kLeftRows, kSlice]
+  X* panel;      // four rows of `right`: [4, slice], or a transposed range: [R, padded / kPair, kRange, kPair]
+  float* acc;    // right_first: T_r of a range of x, [R, rows, kRange]; else its result [rows, kRange]
+  float* out;    // [kLeftRows, kRange]
   X* rows;       // kTransposed rows of `right`
   Buffers(Arena& arena, const Linear& a, const Layout<X>& l)
       : s(arena),
-        panel(arena.take<X>(a.dot ? 4 * l.kChunk : (a.R * l.padded + kTransposed * l.kPair) * kSlice)),
-        acc(arena.take<float>((a.right_first ? a.R : 1) * l.block * l.rows * kSlice)),
-        out(arena.take<float>(kLeftRows * kSlice)),
+        panel(arena.take<X>(a.dot ? 4 * l.kSlice : (a.R * l.padded + kTransposed * l.kPair) * kRange)),
+        acc(arena.take<float>((a.right_first ? a.R : 1) * l.x_range * l.rows * kRange)),
+        out(arena.take<float>(kLeftRows * kRange)),
         rows(arena.take<X>(a.dot ? 0 : kTransposed * round_up(a.right.K, kTransposed * l.kPair))) {}
 };
 
 // panel[r, k, n - n0] = right[r, n, k], zero behind the last row; of pairs, k counts them
 template <class X>
 void transpose(const Linear& a, const Layout<X>& l, int64_t n0, int64_t n1, const Buffers<X>& b) {
-  constexpr int64_t kBlock = kTransposed * Lanes<X>::kPair;  // elements of a row
+  constexpr int64_t kSquare = kTransposed * Lanes<X>::kPair;  // elements of a row
   const Factor& f = a.right;
-  const int64_t ld = round_up(f.K, kBlock);
+  const int64_t ld = round_up(f.K, kSquare);
   X* panel = b.panel;
-  for (int64_t r = 0; r < a.R; ++r, panel += l.padded * kSlice)
+  for (int64_t r = 0; r < a.R; ++r, panel += l.padded * kRange)
     for (int64_t n = n0; n < n1; n += kTransposed) {
       for (int64_t i = 0; i < kTransposed; ++i) {
         const int64_t count = n + i < n1 ? f.K : 0;
         if (count) copy_row(f, r * f.N + n + i, 0, count, b.s, b.rows + i * ld);
         clear(b.rows + i * ld, count, ld);
       }
-      // The last block may reach into the panel of the next term, which is not there yet.
-      for (int64_t k = 0; k < f.K; k += kBlock) {
-        float block[kTransposed * kTransposed];
+      // The last square may reach into the panel of the next term, which is not there yet.
+      for (int64_t k = 0; k < f.K; k += kSquare) {
+        float square[kTransposed * kTransposed];
         for (int64_t i = 0; i < kTransposed; ++i)
-          std::memcpy(block + i * kTransposed, b.rows + i * ld + k, kTransposed * sizeof(float));
-        float* to = reinterpret_cast<float*>(panel + k * kSlice) + (n - n0);
-        transpose16(block, kTransposed, to, kSlice);
+          std::memcpy(square + i * kTransposed, b.rows + i * ld + k, kTransposed * sizeof(float));
+        float* to = reinterpret_cast<float*>(panel + k * kRange) + (n - n0);
+        transpose16(square, kTransposed, to, kRange);
       }
     }
 }
@@ -534,20 +493,21 @@ void multiply_outer(const Linear& a, const Layout<X>& l, const Shared<X>& s, int
                     int64_t n1, const Buffers<X>& b) {
   const int64_t K = a.right.K, ld = l.in_place ? K : l.padded;
   const X* panel = b.panel;
-  for (int64_t r = 0; r < a.R; ++r, panel += l.padded * kSlice) {
+  for (int64_t r = 0; r < a.R; ++r, panel += l.padded * kRange) {
     const X* x = s.matrix + (a.right_first ? 0 : r * a.M * l.rows * ld) + row0 * ld;
-    float* acc = b.acc + (a.right_first ? r * rows * kSlice : 0);
-    outer(rows, round_up(n1 - n0, kLanes), K, x, ld, panel, kSlice, acc, kSlice, !a.right_first && r > 0);
+    float* acc = b.acc + (a.right_first ? r * rows * kRange : 0);
+    outer(rows, round_up(n1 - n0, kLanes), K, x, ld, panel, kRange, acc, kRange, !a.right_first && r > 0);
   }
 }
 
-// The product of `rows` rows of the shared matrix, x, with columns [k0, k1) of up to four rows of `right`. Dense rows
-// that few rows of x use are multiplied where they are: copying them first would leave the memory idle in between.
+// The product of `rows` rows of the shared matrix, x, with columns [k0, k1) of up to four rows of `right`. Where rows
+// of x are few, dense rows are multiplied in place: while they were copied or multiplied, the memory would be idle in
+// turn.
 template <class X>
 inline void multiply_four(const Layout<X>& l, const Factor& f, const X* x, int64_t length, int64_t rows, int64_t first,
                           int64_t columns, int64_t k0, int64_t k1, const Buffers<X>& b, float* acc) {
-  // Four rows take turns, which hides their streams from the hardware: ask for what comes later in the same row, or
-  // behind its end in the row four further; where rows of x are many, for the four rows that come next.
+  // Four rows take turns, so the hardware does not follow their streams. We fetch what comes later in the same row or,
+  // behind its end, in the row four further. Where rows of x are many, we fetch the next four rows.
   const int64_t size = element_size(f.dtype), row_bytes = f.K * size;
   const int64_t ahead = l.few ? kAhead + (k0 * size + kAhead) / row_bytes * 3 * row_bytes : 4 * row_bytes;
   const char* values = static_cast<const char*>(f.values) + first * row_bytes + k0 * size;
@@ -576,16 +536,17 @@ template <class X>
 void multiply_dot(const Linear& a, const Layout<X>& l, const Shared<X>& s, int64_t row0, int64_t rows, int64_t n0,
                   int64_t n1, const Buffers<X>& b) {
   const Factor& f = a.right;
-  std::memset(b.acc, 0, size_t((a.right_first ? a.R : 1) * rows * kSlice) * sizeof(float));
+  std::memset(b.acc, 0, size_t((a.right_first ? a.R : 1) * rows * kRange) * sizeof(float));
   for (int64_t r = 0; r < a.R; ++r) {
-    float* acc = b.acc + (a.right_first ? r * rows * kSlice : 0);
-    // A chunk of all rows of x stays in the L2 cache; where they are few all of x does, and rows of `right` stream.
-    const int64_t step = l.few ? 4 : kSlice;
+    float* acc = b.acc + (a.right_first ? r * rows * kRange : 0);
+    // A slice of all rows of x stays in the L2 cache. Where rows of x are few, all of x does, and rows of `right`
+    // stream.
+    const int64_t step = l.few ? 4 : kRange;
     for (int64_t begin = n0; begin < n1; begin += step)
-      for (int64_t k0 = 0; k0 < f.K; k0 += l.kChunk) {
+      for (int64_t k0 = 0; k0 < f.K; k0 += l.kSlice) {
         const X* x = s.matrix + l.at(a, a.right_first ? 0 : r, row0, k0);
         for (int64_t n = begin; n < min64(begin + step, n1); n += 4)
-          multiply_four(l, f, x, l.length(k0), rows, r * f.N + n, min64(4, n1 - n), k0, min64(k0 + l.kChunk, f.K), b,
+          multiply_four(l, f, x, l.length(k0), rows, r * f.N + n, min64(4, n1 - n), k0, min64(k0 + l.kSlice, f.K), b,
                         acc + (n - n0));
       }
   }
@@ -612,7 +573,7 @@ inline void write_result(const Linear& a, const Shared<X>& s, int64_t m, int64_t
     float* y = static_cast<float*>(a.y) + row;
     for (int64_t i = 0; i < count; ++i) y[target[i]] = values[i];
   } else {
-    uint16_t rounded[kSlice], *y = static_cast<uint16_t*>(a.y) + row;
+    uint16_t rounded[kRange], *y = static_cast<uint16_t*>(a.y) + row;
     round_result<X>(values, a.dtype, 0, count, rounded);
     for (int64_t i = 0; i < count; ++i) y[target[i]] = rounded[i];
   }
@@ -633,27 +594,27 @@ void linear(const Linear& a, const void* shared, int64_t task0, int64_t task1) {
   const auto multiply = a.dot ? multiply_dot<X> : multiply_outer<X>;
   int64_t in_panel = -1;
   for (int64_t task = task0; task < task1; ++task) {
-    const int64_t slice = task / l.blocks, n0 = slice * l.slice, n1 = min64(n0 + l.slice, a.right.N);
-    const int64_t m0 = task % l.blocks * l.block, m1 = min64(m0 + l.block, a.M), rows = (m1 - m0) * l.rows;
+    const int64_t range = task / l.x_ranges, n0 = range * l.range, n1 = min64(n0 + l.range, a.right.N);
+    const int64_t m0 = task % l.x_ranges * l.x_range, m1 = min64(m0 + l.x_range, a.M), rows = (m1 - m0) * l.rows;
     const int64_t columns = round_up(n1 - n0, kLanes);
-    if (!a.dot && slice != in_panel) transpose(a, l, n0, n1, b);
-    in_panel = slice;
+    if (!a.dot && range != in_panel) transpose(a, l, n0, n1, b);
+    in_panel = range;
     const bool in_y = a.dtype == DType::f32 && !a.target && n1 - n0 == columns;  // the results need no copy
     multiply(a, l, s, m0 * l.rows, rows, n0, n1, b);
     for (int64_t m = m0; m < m1; ++m) {
-      float* acc = b.acc + (m - m0) * l.rows * kSlice;
+      float* acc = b.acc + (m - m0) * l.rows * kRange;
       if (!a.right_first) {
-        for (int64_t i = 0; i < a.left.N; ++i) write_result(a, s, m, i, n0, n1, acc + i * kSlice, false);
+        for (int64_t i = 0; i < a.left.N; ++i) write_result(a, s, m, i, n0, n1, acc + i * kRange, false);
         continue;
       }
-      for (int64_t r = 0; r < a.R; ++r) round_pairs(a.left.K, columns, acc + r * rows * kSlice, s.matrix);
+      for (int64_t r = 0; r < a.R; ++r) round_pairs(a.left.K, columns, acc + r * rows * kRange, s.matrix);
       for (int64_t i0 = 0; i0 < a.left.N; i0 += kLeftRows) {
         const int64_t i1 = min64(i0 + kLeftRows, a.left.N);
         float* out = in_y ? static_cast<float*>(a.y) + m * a.out_features() + i0 * a.right.N + n0 : b.out;
-        const int64_t ld = in_y ? a.right.N : kSlice;
+        const int64_t ld = in_y ? a.right.N : kRange;
         for (int64_t r = 0; r < a.R; ++r)
           outer(i1 - i0, columns, a.left.K, s.left + r * left_size + i0 * l.left_ld, l.left_ld,
-                reinterpret_cast<const X*>(acc + r * rows * kSlice), kSlice, out, ld, r > 0);
+                reinterpret_cast<const X*>(acc + r * rows * kRange), kRange, out, ld, r > 0);
         for (int64_t i = i0; i < i1; ++i) write_result(a, s, m, i, n0, n1, out + (i - i0) * ld, in_y);
       }
     }
@@ -666,7 +627,8 @@ constexpr CpuKernel kKernel = {shared_bytes<X>, prepare_constants<X>, prepare<X>
 }  // namespace
 
 const CpuKernel LOWBIT_FOR_ISA(kernel) = kKernel<float>;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // the only object with this table
+extern const CpuKernel kernel_all_bf16;
 const CpuKernel kernel_all_bf16 = kKernel<Bfloat16>;
 #endif
 

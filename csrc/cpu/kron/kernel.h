@@ -29,9 +29,9 @@ struct Linear {
 
 // y[m,n] is the same to the last bit whatever M, whatever the row's place in the batch, whatever the split of tasks.
 struct CpuKernel {
-  // What all tasks of a call share: the left factor and the bias in fp32, and the rows of x that the tasks multiply.
+  // Bytes that all tasks of a call share: the left factor, the bias in fp32, and the rows of x that they multiply.
   int64_t (*shared_bytes)(const Linear&);
-  void (*prepare_constants)(const Linear&, void* shared);  // once; then, as often as there are blocks of rows of x:
+  void (*prepare_constants)(const Linear&, void* shared);  // once; then, as often as there are ranges of rows of x:
   void (*prepare)(const Linear&, void* shared, int64_t m0, int64_t m1);
   int64_t (*tasks)(const Linear&);
   void (*linear)(const Linear&, const void* shared, int64_t task0, int64_t task1);
@@ -39,19 +39,16 @@ struct CpuKernel {
   void (*dequantize)(const Weight&, int64_t row, DType dtype, void* out);
 };
 
-extern const CpuKernel kernel_scalar, kernel_avx2, kernel_avx512, kernel_avx512vnni, kernel_avx512bf16;
-extern const CpuKernel kernel_all_bf16;  // on avx512bf16: multiplies bfloat16, and rounds to it between the products
+LOWBIT_DECLARE_KERNELS(CpuKernel)
 
-inline const CpuKernel& cpu_kernel(Isa isa, bool all_bf16 = false) {  // x and both factors are
-  switch (isa) {
+// The same where x and both factors are bfloat16. On avx512bf16, their kernel multiplies bfloat16 and rounds to it
+// between the products.
+inline const CpuKernel& cpu_kernel_all_bf16(Isa isa) {
 #if defined(__x86_64__)
-    case Isa::avx512bf16: return all_bf16 ? kernel_all_bf16 : kernel_avx512bf16;
-    case Isa::avx512vnni: return kernel_avx512vnni;
-    case Isa::avx512: return kernel_avx512;
-    case Isa::avx2: return kernel_avx2;
+  extern const CpuKernel kernel_all_bf16;
+  if (isa == Isa::avx512bf16) return kernel_all_bf16;
 #endif
-    default: return kernel_scalar;
-  }
+  return cpu_kernel(isa);
 }
 
 }  // namespace kron

@@ -6,20 +6,15 @@
 #include "common/kron_arguments.h"
 #include "cpu/empty.h"
 #include "cpu/kron/kernel.h"
+#include "cpu/kron/tuning.h"
 #include "cpu/run.h"
 
 namespace lowbit {
 namespace kron {
-// Found by the type of its argument, so not in the unnamed namespace.
+// run_embedding() finds it by the type of its argument, so it is not in the unnamed namespace.
 inline void prefetch_row(const Weight&, int64_t) {}  // all rows are made of the same factors
 
 namespace {
-
-constexpr int64_t kSharedElements = int64_t(8) << 20; // rows of x go through memory in blocks of about this size
-constexpr int64_t kDotColumns = 128;                  // from here on a sum over lanes costs less than transposing
-constexpr int64_t kDotColumnsBf16 = 512;              // of pairs: 1024 is 11 % faster at M = 256, 40 % slower at M = 1
-constexpr int64_t kDotRows = 8;                       // or where so few rows use the transposed factor
-constexpr int64_t kFewLanes = 16;
 
 // Where element (left, right) of a pair of sizes [L, R] stands: in the other order when swapped, then permuted.
 // Empty: where it is.
@@ -59,14 +54,15 @@ Tensor linear_cpu(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_
   Linear call{};
   call.R = rank;
   // Which factor makes the inner loop: the larger, where it has many columns to sum over or the other has few lanes.
+  const Isa isa = current_isa();
   const bool all_bf16 = dtype == DType::bf16 && w.a.dtype == DType::bf16 && w.b.dtype == DType::bf16;
-  const int64_t dot_columns = all_bf16 && current_isa() == Isa::avx512bf16 ? kDotColumnsBf16 : kDotColumns;
+  const int64_t dot_columns = all_bf16 && isa == Isa::avx512bf16 ? kDotColumnsBf16 : kDotColumns;
   const bool swapped = n1 * k1 > n2 * k2 && (k1 >= dot_columns || n2 < kFewLanes || k2 < kFewLanes);
   call.left = swapped ? w.b : w.a;
   call.right = swapped ? w.a : w.b;
   const Factor &left = call.left, &right = call.right;
   call.right_first = left.K * right.N * (right.K + left.N) <= left.N * right.K * (left.K + right.N);
-  call.dot = right.K >= dot_columns || (call.right_first ? left.K : left.N) < kDotRows;
+  call.dot = right.K >= dot_columns || (call.right_first ? left.K : left.N) < kFewOuterRows;
   const std::vector<int32_t> source = order_map(left.K, right.K, swapped, w.input_inverse);
   const std::vector<int32_t> target = order_map(left.N, right.N, swapped, w.output_inverse);
   call.source = source.empty() ? nullptr : source.data();
@@ -91,15 +87,15 @@ Tensor linear_cpu(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_
 
   const int64_t row = call.right_first ? w.K : rank * left.N * right.K;  // of what is shared, per row of x
   const int64_t products = rank * right.K * (call.right_first ? left.K : left.N);
-  const int64_t block = std::min(M, grain(kSharedElements, row));
-  const CpuKernel& kernel = cpu_kernel(current_isa(), all_bf16);
-  call.M = block;
+  const int64_t range = std::min(M, grain(kSharedElements, row));
+  const CpuKernel& kernel = all_bf16 ? cpu_kernel_all_bf16(isa) : cpu_kernel(isa);
+  call.M = range;
   Scratch shared(Slot::prepared, size_t(kernel.shared_bytes(call)));
   kernel.prepare_constants(call, shared.data());
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(y.mutable_data_ptr());
-  for (int64_t m = 0; m < M; m += block) {
-    call.M = std::min(block, M - m);
+  for (int64_t m = 0; m < M; m += range) {
+    call.M = std::min(range, M - m);
     call.x = from + m * w.K * element_size(dtype);
     call.y = to + m * w.N * element_size(dtype);
     torch::stable::parallel_for(0, call.M, grain(kTaskElements, std::max(w.K, row)), [&](int64_t m0, int64_t m1) {

@@ -7,7 +7,7 @@
 namespace lowbit {
 namespace packed {
 
-// Found by the type of its argument, so not in the unnamed namespace.
+// run_embedding() finds it by the type of its argument, so it is not in the unnamed namespace.
 inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t n) {
   lowbit::prefetch_row(static_cast<const Codes&>(w), n);
   if (w.per_tensor) return;

@@ -1,18 +1,21 @@
-// y = x @ w.T by vectors of words (words.inc), on AVX-512 with VNNI and VBMI.
+// y = x @ w.T by vectors of words (words.h), on AVX-512 with VNNI and VBMI.
 //
-// While x has few rows, tiles look up (look_up.inc) the weights they multiply; else panels of words are made first.
-// As in cpu/lanes_along_k.h y[m,n] is always the same sum.
+// Where rows of x are few, register tiles look the weights up (register_look_up.h); else panels of words are made
+// first. As in cpu/lanes_along_k.h y[m,n] is always the same sum.
+#pragma once
+#include "cpu/codebook/expander.h"
+#include "cpu/codebook/register_look_up.h"
+#include "cpu/codebook/steps.h"
 
-constexpr int64_t kWordRows = 32;     // rows of w per pass over x
-constexpr int64_t kWordBlockM = 132;  // rows of x per pass over w: a chunk of them stays in L2. A multiple of kTileM
-constexpr int64_t kFewM = 16;         // few rows of x
-constexpr int kLookUpTileM = 4;
+namespace lowbit {
+namespace codebook {
+namespace {
 
 // Words between rows: a power of two apart they would share sets of the L1 cache.
 template <class Words>
 constexpr int64_t kPad = 64 / int64_t(sizeof(typename Words::Element));
 template <class Words>
-constexpr int64_t kPanelRow = Words::kChunk + kPad<Words>;
+constexpr int64_t kPanelRow = Words::kSlice + kPad<Words>;
 
 // ---------------------------------------------------------------------------------------------------------
 // Tiles
@@ -36,7 +39,7 @@ LOWBIT_INLINE void reduce_words(const typename Words::Sum (&sum)[MR][NR], float*
   }
 }
 
-// Rows of packed codes to fetch while a tile multiplies: making a panel would wait for them.
+// Rows of packed codes to fetch while a register tile multiplies, so that the next panel need not wait for them.
 struct Ahead {
   const uint8_t* at;
   int64_t rows, row_bytes, step;  // `step` bytes for every vector of words
@@ -74,21 +77,21 @@ void tile_look_up(const LookUp& look_up, const PackedRows& rows, int n0, const t
   using Words = typename LookUp::Words;
   using Element = typename Words::Element;
   using Table = typename LookUp::Table;
-  using Block = typename LookUp::Block;
+  using Stretch = typename LookUp::Stretch;
   typename Words::Sum sum[MR][NR];
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int n = 0; n < NR; ++n) sum[m][n] = Words::zero();
   Table table[NR];
   LOWBIT_UNROLL for (int n = 0; n < NR; ++n) table[n] = LookUp::table(rows, n0 + n, 0);
   for (int64_t b = 0; b < rows.count / LookUp::kColumns; ++b) {
     if (LookUp::kParts) LOWBIT_UNROLL for (int n = 0; n < NR; ++n) table[n] = LookUp::table(rows, n0 + n, b);
-    Block block[NR];
-    LOWBIT_UNROLL for (int n = 0; n < NR; ++n) block[n] = look_up.block(rows, n0 + n, b, table[n]);
+    Stretch stretch[NR];
+    LOWBIT_UNROLL for (int n = 0; n < NR; ++n) stretch[n] = look_up.stretch(rows, n0 + n, b, table[n]);
     LOWBIT_UNROLL for (int v = 0; v < LookUp::kVectors; ++v) {
       Int xv[MR];
       LOWBIT_UNROLL for (int m = 0; m < MR; ++m)
         xv[m] = in_register(load_words(x + m * ldx + b * LookUp::kColumns + v * Words::kWords));
       LOWBIT_UNROLL for (int n = 0; n < NR; ++n) {
-        const Int wv = in_register(look_up.word(block[n], table[n], v));
+        const Int wv = in_register(look_up.word(stretch[n], table[n], v));
         LOWBIT_UNROLL for (int m = 0; m < MR; ++m) sum[m][n] = Words::add(sum[m][n], xv[m], wv);
       }
     }
@@ -98,7 +101,7 @@ void tile_look_up(const LookUp& look_up, const PackedRows& rows, int n0, const t
   reduce_words<MR, NR, Words>(sum, acc, ld);
 }
 
-// x times the panel of `w`; meanwhile what the next four rows have in the place of `w` is fetched.
+// x times the panel of `w`. Meanwhile it fetches the same columns of the next four rows.
 template <class Words>
 void multiply_panel(int64_t rows, bool four, const PackedRows& w, int bits, const typename Words::Element* x,
                     int64_t ldx, const typename Words::Element* panel, int64_t count, float* acc, int64_t ld) {
@@ -147,30 +150,30 @@ inline Float table_entries(const Weight& w, int64_t begin, __mmask16 some) {
                                         : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-// One row or four at a time, with what look-ups and panels need of them.
+// One row of w or four at a time: their tables, scales and panels.
 template <class LookUp>
 class Rows : Expander {
   using Words = typename LookUp::Words;
   using Element = typename Words::Element;
-  static constexpr bool kBlockTables = LookUp::kParts > 0;
+  static constexpr bool kStretchTables = LookUp::kParts > 0;
   static constexpr int kRegisters = LookUp::kRegisters;
-  // Columns that share a scale: what tables per block, or scales of what is looked up, are made for.
-  static constexpr int64_t kUnit = LookUp::kColumns / (kBlockTables ? LookUp::kParts : 1);
+  // Columns of a part: they share a table, or a scale of looked-up values.
+  static constexpr int64_t kPartColumns = LookUp::kColumns / (kStretchTables ? LookUp::kParts : 1);
 
  public:
   Rows(Arena& a, const Linear& l)
       : Expander(a, l, nullptr),
         look_up(l.weight),
         panel_(a.take<Element>(kRowTile * kPanelRow<Words>)),
-        tables_(a.take<Int>(kRowTile * kRegisters * (kBlockTables ? Words::kChunk / LookUp::kColumns : 1))),
-        values_(a.take<float>(kChunk)),
-        words_(a.take<Element>(kChunk)),
+        tables_(a.take<Int>(kRowTile * kRegisters * (kStretchTables ? Words::kSlice / LookUp::kColumns : 1))),
+        values_(a.take<float>(kSlice)),
+        words_(a.take<Element>(kSlice)),
         scale_(a.take<float>(max64(kRowTile * l.weight.G + 16, kMaxEntries))),
-        unit_scales_(a.take<float>(spreads_scales(l.weight) ? kRowTile * units(l.weight) + 16 : 0)) {}
+        part_scales_(a.take<float>(spreads_scales(l.weight) ? kRowTile * parts_of(l.weight) + 16 : 0)) {}
 
   const LookUp look_up;
 
-  // Whether tiles can look up all there is to the weights.
+  // Whether register tiles can look up the weights completely.
   bool complete() const { return !LookUp::kNone && !planes_per_group() && (Words::kFixed || !w_.outliers); }
 
   // Rows [n0, n1) come next, from their first column; step[n - n0] becomes their step.
@@ -194,30 +197,30 @@ class Rows : Expander {
     for (int i = 0; i < rows; ++i) {
       if constexpr (LookUp::kPlanes > 0)
         make_planes(i, 0);
-      else if (!LookUp::kNone && !kBlockTables)
+      else if (!LookUp::kNone && !kStretchTables)
         store_entries(i);
     }
     if (spreads_scales(w_))
-      for (int i = 0; i < rows; ++i) spread_scales(scale_ + i * w_.G, unit_scales_ + i * units(w_));
+      for (int i = 0; i < rows; ++i) spread_scales(scale_ + i * w_.G, part_scales_ + i * parts_of(w_));
   }
 
-  // Their columns [k0, k1), a chunk; what is not to be looked up by tiles is made part of the panel.
-  LOWBIT_SHARED PackedRows chunk(int64_t k0, int64_t k1, bool in_tiles) {
+  // Their columns [k0, k1), a slice. Columns that register tiles do not look up become part of the panel.
+  LOWBIT_SHARED PackedRows slice(int64_t k0, int64_t k1, bool in_tiles) {
     PackedRows out;
     out.codes = w_.packed + n_ * w_.row_bytes + k0 / 8 * w_.bits;
     out.row_bytes = w_.row_bytes;
-    out.ahead = in_tiles ? kRowTile * w_.row_bytes : 0;  // else tiles fetch, see multiply_panel()
+    out.ahead = in_tiles ? kRowTile * w_.row_bytes : 0;  // else register tiles fetch, see multiply_panel()
     out.count = LookUp::kNone ? 0 : (k1 - k0) / LookUp::kColumns * LookUp::kColumns;
     out.tables = tables_;
     out.entries = entries_;
     out.inverse = inverse_;
     const bool spread = spreads_scales(w_);
-    out.scales = spread ? unit_scales_ + k0 / kUnit : scale_ + k0 / w_.group_size;
-    out.scale_row = spread ? units(w_) : w_.G;
-    out.scale_step = w_.G == 1 ? 0 : spread ? LookUp::kColumns / kUnit : LookUp::kColumns / w_.group_size;
+    out.scales = spread ? part_scales_ + k0 / kPartColumns : scale_ + k0 / w_.group_size;
+    out.scale_row = spread ? parts_of(w_) : w_.G;
+    out.scale_step = w_.G == 1 ? 0 : spread ? LookUp::kColumns / kPartColumns : LookUp::kColumns / w_.group_size;
     out.rest = panel_ + out.count;
     out.rest_count = round_up(k1 - k0, LookUp::kColumns) - out.count;
-    if constexpr (kBlockTables && !LookUp::kScalesTables)
+    if constexpr (kStretchTables && !LookUp::kScalesTables)
       for (int i = 0; i < rows_; ++i)
         w_.tables == Weight::Tables::group ? make_group_tables(out, i, k0) : make_tables(out, i);
     for (int i = 0; i < rows_; ++i) {
@@ -240,13 +243,13 @@ class Rows : Expander {
  private:
   bool planes_per_group() const { return LookUp::kPlanes && !LookUp::kScaled && w_.G > 1; }
   static bool spreads_scales(const Weight& w) {
-    return (kBlockTables || LookUp::kScaled) && w.G > 1 && w.group_size > kUnit;
+    return (kStretchTables || LookUp::kScaled) && w.G > 1 && w.group_size > kPartColumns;
   }
-  static int64_t units(const Weight& w) { return ceil_div(w.K, kUnit); }
+  static int64_t parts_of(const Weight& w) { return ceil_div(w.K, kPartColumns); }
 
-  // A group's scale for each of its units; up to 15 more are written.
+  // A group's scale for each of its parts; up to 15 more are written.
   void spread_scales(const float* scale, float* out) const {
-    const int64_t count = units(w_), per = w_.group_size / kUnit;
+    const int64_t count = parts_of(w_), per = w_.group_size / kPartColumns;
     const Int iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     if ((per & (per - 1)) == 0) {
       const int shift = __builtin_ctzll(uint64_t(per));
@@ -288,7 +291,7 @@ class Rows : Expander {
     LOWBIT_UNROLL for (int r = 0; r < kRegisters; ++r) out[r] = table.v[r];
   }
 
-  // Tables of row i, for the blocks of a chunk.
+  // Tables of row i, for the stretches of a slice.
   void make_tables(const PackedRows& rows, int i) {
     const Entries e = entries_[i];
     const Float inverse = splat(inverse_[i]);
@@ -298,7 +301,7 @@ class Rows : Expander {
       store_table(scaled_table<Words, kRegisters, LookUp::kParts>(e, scale, inverse), out);
   }
 
-  // The same where every group has its own entries: of every part, what belongs to it is kept.
+  // The same where every group has its own entries: each part takes those of its group.
   LOWBIT_SHARED void make_group_tables(const PackedRows& rows, int i, int64_t k0) {
     constexpr int kFloats = kRegisters * Words::kFloats, kParts = LookUp::kParts;
     const Float inverse = splat(inverse_[i]);
@@ -313,7 +316,7 @@ class Rows : Expander {
           e = read_entries(table_index(w_, n_ + i, ++g));
           left = w_.group_size;
         }
-        left -= kUnit;
+        left -= kPartColumns;
         const Float s = splat(scale[p]);
         LOWBIT_UNROLL for (int f = 0; f < kFloats; ++f) {
           if (kParts <= kFloats ? f * kParts / kFloats == p : p == 2 * f) values[f] = _mm512_mul_ps(e.part[f % 2], s);
@@ -349,16 +352,17 @@ class Rows : Expander {
     }
   }
 
-  // The whole blocks of row i, as words. On copies: stores to `out` might otherwise change what they were copied from.
+  // The whole stretches of row i, as words. Works on copies, because the compiler must assume that stores to `out`
+  // change the originals.
   LOWBIT_SHARED static void look_up_words(const LookUp& l, const PackedRows& r, int i, Element* out) {
     const LookUp look_up = l;
     const PackedRows rows = r;
     typename LookUp::Table table = LookUp::table(rows, i, 0);
     for (int64_t b = 0; b < rows.count / LookUp::kColumns; ++b) {
       if (LookUp::kParts) table = LookUp::table(rows, i, b);
-      typename LookUp::Block block = look_up.block(rows, i, b, table);
+      typename LookUp::Stretch stretch = look_up.stretch(rows, i, b, table);
       LOWBIT_UNROLL for (int v = 0; v < LookUp::kVectors; ++v)
-        store_words(out + b * LookUp::kColumns + v * Words::kWords, look_up.word(block, table, v));
+        store_words(out + b * LookUp::kColumns + v * Words::kWords, look_up.word(stretch, table, v));
     }
   }
 
@@ -391,18 +395,18 @@ class Rows : Expander {
       last = k;
       value += outlier;
       const Float v = splat(value), values[2] = {v, v};
-      const int64_t block = (k - k0) / LookUp::kColumns * LookUp::kColumns;
+      const int64_t stretch = (k - k0) / LookUp::kColumns * LookUp::kColumns;
       Element word[Words::kWords];
       store_words(word, Words::of(values, v));
-      out[block + kOrder<LookUp>.to[k - k0 - block]] = word[0];
+      out[stretch + kOrder<LookUp>.to[k - k0 - stretch]] = word[0];
     });
   }
 
   // Words of any weights, zeros behind the last.
   LOWBIT_SHARED void make_words(int i, int64_t k0, int64_t k1, Element* out) {
     const Float inverse = splat(inverse_[i]);
-    for (int64_t k = k0; k < k1; k += kChunk, out += kChunk) {
-      const int64_t end = min64(k + kChunk, k1), count = round_up(end - k, LookUp::kColumns);
+    for (int64_t k = k0; k < k1; k += kSlice, out += kSlice) {
+      const int64_t end = min64(k + kSlice, k1), count = round_up(end - k, LookUp::kColumns);
       if (Words::kFixed)
         codes_part(n_ + i, k, end, values_);
       else
@@ -427,7 +431,7 @@ class Rows : Expander {
   Int* tables_;
   float* values_;
   Element* words_;
-  float *scale_, *unit_scales_, *step_;
+  float *scale_, *part_scales_, *step_;
   float inverse_[kRowTile];
   Key keys_[kRowTile];
   Entries entries_[kRowTile];
@@ -437,7 +441,7 @@ class Rows : Expander {
 
 // ---------------------------------------------------------------------------------------------------------
 
-// Prepared x: words, chunk after chunk, each [M, length + kPad] with length rounded up to whole blocks (zeros).
+// Prepared x: words, slice after slice, each [M, length + kPad] with length rounded up to whole stretches (zeros).
 template <class LookUp>
 struct PreparedWords {
   using Words = typename LookUp::Words;
@@ -449,15 +453,15 @@ struct PreparedWords {
   PreparedWords(const void* prepared, const Linear& l) {
     Arena a(const_cast<void*>(prepared));
     const int64_t K = l.weight.K;
-    words = a.take<Element>(l.M * (round_up(K, LookUp::kColumns) + ceil_div(K, Words::kChunk) * kPad<Words>));
+    words = a.take<Element>(l.M * (round_up(K, LookUp::kColumns) + ceil_div(K, Words::kSlice) * kPad<Words>));
     inverse = a.take<float>(l.int8 ? l.M : 0);
     columns = a.take<float>(l.int8 && l.weight.outliers ? l.M * K : 0);
     bytes = a.used();
   }
   static int64_t row(const Linear& l, int64_t k0) {
-    return round_up(min64(Words::kChunk, l.weight.K - k0), LookUp::kColumns) + kPad<Words>;
+    return round_up(min64(Words::kSlice, l.weight.K - k0), LookUp::kColumns) + kPad<Words>;
   }
-  Element* chunk(const Linear& l, int64_t k0) const { return words + l.M * (k0 + k0 / Words::kChunk * kPad<Words>); }
+  Element* slice(const Linear& l, int64_t k0) const { return words + l.M * (k0 + k0 / Words::kSlice * kPad<Words>); }
 };
 
 // Row m of x as words. `values` is scratch for K floats; inverse[m] is set for int8 only.
@@ -498,15 +502,15 @@ void prepare_words(const Linear& a, void* prepared, int64_t m0, int64_t m1) {
   std::memset(b.words + K, 0, size_t(padded - K) * sizeof(Element));
   for (int64_t m = m0; m < m1; ++m) {
     read_row(a, m, b.values, out.inverse, b.words);
-    for (int64_t k0 = 0; k0 < K; k0 += Words::kChunk) {
+    for (int64_t k0 = 0; k0 < K; k0 += Words::kSlice) {
       const int64_t row = PreparedWords<LookUp>::row(a, k0);
-      order_words<LookUp>(b.words + k0, row - kPad<Words>, out.chunk(a, k0) + m * row);
+      order_words<LookUp>(b.words + k0, row - kPad<Words>, out.slice(a, k0) + m * row);
     }
   }
   if (a.int8 && a.weight.outliers) transpose_activations(a, m0, m1, out.columns);
 }
 
-// What an int8 block of sums lacks: steps, and outliers.
+// Finishes int8 sums: multiplies by steps, and adds outliers.
 LOWBIT_SHARED void finish_int8(const Linear& a, const float* inverse, const float* columns, const float* step,
                                int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* sums, float* acc) {
   for (int64_t m = m0; m < m1; ++m)
@@ -517,7 +521,7 @@ LOWBIT_SHARED void finish_int8(const Linear& a, const float* inverse, const floa
   if (a.weight.outliers) add_outlier_products(a.weight.outliers, columns, a.M, m0, m1, n0, n1, sums, acc, kWordRows);
 }
 
-LOWBIT_SHARED void write_block(const Linear& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* acc) {
+LOWBIT_SHARED void write_rows(const Linear& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* acc) {
   float bias[kWordRows];
   if (a.bias) to_float(a.bias, a.bias_dtype, n0, n1 - n0, bias);
   write_result(a, m0, m1, n0, n1, bias, acc, kWordRows);
@@ -534,29 +538,29 @@ void linear_words(const Linear& a, const void* prepared, int64_t n_begin, int64_
     float *acc, *step, *sums;
     Buffers(Arena& arena, const Linear& l)
         : rows(arena, l),
-          acc(arena.take<float>(min64(l.M, kWordBlockM) * kWordRows)),
+          acc(arena.take<float>(min64(l.M, kWordPassRows) * kWordRows)),
           step(arena.take<float>(kWordRows)),
-          sums(arena.take<float>(min64(l.M, kWordBlockM))) {}
+          sums(arena.take<float>(min64(l.M, kWordPassRows))) {}
   };
   Arena count(nullptr);
   Buffers{count, a};
   Scratch scratch(Slot::worker, size_t(count.used()));
   Arena arena(scratch.data());
   Buffers b(arena, a);
-  const bool few = a.M <= kFewM, in_tiles = a.M <= LookUp::kMostM && b.rows.complete();
+  const bool few = a.M <= kFewRows, in_tiles = a.M <= LookUp::kMostM && b.rows.complete();
 
   for (int64_t n0 = n_begin; n0 < n_end; n0 += kWordRows) {
     const int64_t n1 = min64(n0 + kWordRows, n_end);
-    for (int64_t m0 = 0; m0 < a.M; m0 += kWordBlockM) {
-      const int64_t m1 = min64(m0 + kWordBlockM, a.M);
+    for (int64_t m0 = 0; m0 < a.M; m0 += kWordPassRows) {
+      const int64_t m1 = min64(m0 + kWordPassRows, a.M);
       const auto rows_at = [&](int64_t n) { return n + 4 <= n1 ? 4 : 1; };
-      // rows_at(n) rows and a chunk of columns
-      const auto multiply_chunk = [&](int64_t n, int64_t k0) {
+      // rows_at(n) rows and a slice of columns
+      const auto multiply_slice = [&](int64_t n, int64_t k0) {
         const int64_t ldx = PreparedWords<LookUp>::row(a, k0);
         const bool four = rows_at(n) == 4;
-        const Element* xs = x.chunk(a, k0) + m0 * ldx;
+        const Element* xs = x.slice(a, k0) + m0 * ldx;
         float* acc = b.acc + (n - n0);
-        const PackedRows rows = b.rows.chunk(k0, min64(k0 + Words::kChunk, w.K), in_tiles);
+        const PackedRows rows = b.rows.slice(k0, min64(k0 + Words::kSlice, w.K), in_tiles);
         if constexpr (!LookUp::kNone)
           if (in_tiles) return multiply_looked_up(b.rows.look_up, m1 - m0, four, rows, xs, ldx, acc, kWordRows);
         multiply_panel<Words>(m1 - m0, four, rows, w.bits, xs, ldx, b.rows.panel(), ldx - kPad<Words>, acc, kWordRows);
@@ -566,28 +570,27 @@ void linear_words(const Linear& a, const void* prepared, int64_t n_begin, int64_
       if (few) {  // along the rows of w, as they lie in memory
         for (int64_t n = n0; n < n1; n += rows_at(n)) {
           b.rows.start(n, rows_at(n));
-          for (int64_t k0 = 0; k0 < w.K; k0 += Words::kChunk) multiply_chunk(n, k0);
+          for (int64_t k0 = 0; k0 < w.K; k0 += Words::kSlice) multiply_slice(n, k0);
         }
-      } else {  // a chunk of x stays in L2 for all rows of w
-        for (int64_t k0 = 0; k0 < w.K; k0 += Words::kChunk)
+      } else {  // a slice of x stays in L2 for all rows of w
+        for (int64_t k0 = 0; k0 < w.K; k0 += Words::kSlice)
           for (int64_t n = n0; n < n1; n += rows_at(n)) {
             b.rows.start(n, rows_at(n));
-            multiply_chunk(n, k0);
+            multiply_slice(n, k0);
           }
       }
       if (a.int8) finish_int8(a, x.inverse, x.columns, b.step, m0, m1, n0, n1, b.sums, b.acc);
-      write_block(a, m0, m1, n0, n1, b.acc);
+      write_rows(a, m0, m1, n0, n1, b.acc);
     }
   }
 }
 
-// Calls run(Type<LookUp>) with what fits the weight and the activations.
+// Calls run(Type<LookUp>) with the look-up for the weight and the activations.
 template <class Run>
 void with_words(const Linear& a, Run run) {
   if (a.int8) return with_look_up(a.weight, a.M, FixedWords(), run);
-#if defined(__AVX512BF16__)
-  if (a.dtype == DType::bf16) return with_look_up(a.weight, a.M, Bfloat16Words(), run);
-#endif
+  if constexpr (kHasBf16)
+    if (a.dtype == DType::bf16) return with_look_up(a.weight, a.M, Bfloat16Words(), run);
   with_look_up(a.weight, a.M, FloatWords(), run);
 }
 
@@ -604,3 +607,7 @@ void prepare(const Linear& a, void* prepared, int64_t m0, int64_t m1) {
 void linear(const Linear& a, const void* prepared, int64_t n0, int64_t n1) {
   with_words(a, [&](auto type) { linear_words<typename decltype(type)::type>(a, prepared, n0, n1); });
 }
+
+}  // namespace
+}  // namespace codebook
+}  // namespace lowbit

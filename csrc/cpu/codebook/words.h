@@ -1,10 +1,19 @@
-// Kinds of words: what a weight becomes before it is multiplied, on AVX-512 with VNNI and VBMI.
+// Kinds of words, on AVX-512 with VNNI and VBMI: the form in which a weight is multiplied.
 //   FloatWords      float32; bfloat16 activations too where the instruction set cannot multiply them
 //   Bfloat16Words   bfloat16 activations: the weight rounded as a dense bfloat16 layer's is
-//   FixedWords      int8 activations: q and the fixed-point weights T (kernel.cpp), both int16
-// A kind says: kWords, how many words a vector has; kFloats = kWords / 16; kChunk, the columns of a panel (four rows of
-// words and a tile of x share the L1 cache); add(sum, x, w), the products of a vector of each; and of(values, inverse),
-// the words of kFloats vectors of weights (inverse: that of their row's step, FixedWords only).
+//   FixedWords      int8 activations: q and the fixed-point weights T (steps.h), both int16
+// A kind has
+//   kWords, kFloats       the words of a vector, and kWords / 16
+//   kSlice                the columns of a panel
+//   add(sum, x, w)        adds the products of a vector of x and one of w
+//   of(values, inverse)   the words of kFloats vectors of weights; inverse: of their row's step (FixedWords only)
+#pragma once
+#include "cpu/codebook/tuning.h"
+#include "cpu/lanes_along_k.h"
+
+namespace lowbit {
+namespace codebook {
+namespace {
 
 inline Int load_words(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_words(void* p, Int v) { _mm512_storeu_si512(p, v); }
@@ -14,37 +23,31 @@ struct FloatWords {
   using Sum = Float;
   static constexpr bool kFixed = false;
   static constexpr int kWords = 16, kFloats = 1;
-  static constexpr int64_t kChunk = 2048;
+  static constexpr int64_t kSlice = kFloatWordSlice;
   static Sum zero() { return splat(0.0f); }
   static Float lanes(Sum s) { return s; }
   static Sum add(Sum s, Int x, Int w) { return fma(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), s); }
   static Int of(const Float* values, Float /*inverse*/) { return _mm512_castps_si512(values[0]); }
 };
 
-#if defined(__AVX512BF16__)
-// Subnormal numbers count as zero, as in every bfloat16 product of these instructions.
+// Where kHasBf16. Subnormal numbers count as zero, as in every bfloat16 product of these instructions.
 struct Bfloat16Words {
   using Element = int16_t;
   using Sum = Float;
   static constexpr bool kFixed = false;
   static constexpr int kWords = 32, kFloats = 2;
-  static constexpr int64_t kChunk = 4096;
+  static constexpr int64_t kSlice = kHalfWordSlice;
   static Sum zero() { return splat(0.0f); }
   static Float lanes(Sum s) { return s; }
-  // Not the intrinsic: see dot16().
-  static Sum add(Sum s, Int x, Int w) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(w), "v"(x));
-    return s;
-  }
-  static Int of(const Float* values, Float /*inverse*/) { return Int(_mm512_cvtne2ps_pbh(values[1], values[0])); }
+  static Sum add(Sum s, Int x, Int w) { return dot_bf16(s, w, x); }
+  static Int of(const Float* values, Float /*inverse*/) { return round_bf16(values[0], values[1]); }
 };
-#endif
 
 struct FixedWords : Int16Dot {
   static constexpr bool kFixed = true;
   static constexpr int kWords = 32, kFloats = 2;
-  static constexpr int64_t kChunk = 4096;
-  static_assert(kChunk / kLanes * 32767 * 127 < int64_t(1) << 31, "the sum of a lane must fit int32");
+  static constexpr int64_t kSlice = kHalfWordSlice;
+  static_assert(kSlice / kLanes * 32767 * 127 < int64_t(1) << 31, "the sum of a lane must fit int32");
   static Int of(const Float* values, Float inverse) {
     const Int a = _mm512_cvtps_epi32(_mm512_mul_ps(values[0], inverse));
     const Int b = _mm512_cvtps_epi32(_mm512_mul_ps(values[1], inverse));
@@ -54,8 +57,8 @@ struct FixedWords : Int16Dot {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// The order in which a look-up (look_up.inc) brings the columns of a block, and so x: word `lane` of vector v is column
-// LookUp::column(v, lane).
+// A look-up (register_look_up.h) gives the columns of a stretch in its own order, so x is stored in that order too:
+// word `lane` of vector v is column LookUp::column(v, lane).
 
 template <class LookUp>
 struct Order {
@@ -73,7 +76,7 @@ struct Order {
 template <class LookUp>
 constexpr Order<LookUp> kOrder;
 
-// `count` words in the order of columns -> in the order of blocks; whole blocks.
+// `count` words in the order of columns -> in the order of stretches; whole stretches.
 template <class LookUp>
 void order_words(const float* in, int64_t count, float* out) {
   for (int64_t k = 0; k < count; k += LookUp::kColumns)
@@ -86,7 +89,7 @@ void order_words(const float* in, int64_t count, float* out) {
 template <class LookUp>
 void order_words(const int16_t* in, int64_t count, int16_t* out) {
   constexpr int kWords = LookUp::Words::kWords, kVectors = LookUp::kVectors;
-  static_assert(kVectors <= 4, "a block of words of 16 bits is at most four vectors");
+  static_assert(kVectors <= 4, "a stretch of words of 16 bits is at most four vectors");
   for (int64_t k = 0; k < count; k += LookUp::kColumns) {
     Int part[4];
     LOWBIT_UNROLL for (int v = 0; v < kVectors; ++v) part[v] = load_words(in + k + v * kWords);
@@ -101,3 +104,7 @@ void order_words(const int16_t* in, int64_t count, int16_t* out) {
     }
   }
 }
+
+}  // namespace
+}  // namespace codebook
+}  // namespace lowbit

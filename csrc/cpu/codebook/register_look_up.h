@@ -1,43 +1,51 @@
-// Look-ups: packed codes -> words of weights (words.inc), a block of columns at a time, in registers.
+// Look-ups in registers: packed codes to words of weights (words.h), a stretch of kColumns columns at a time.
 //
-// A look-up says
+// A look-up has
 //   Words                       the kind of words
-//   kVectors, kColumns          vectors of a block, and columns; their order: column(v, lane)
-//   rows(m)                     rows of w that a tile takes with m rows of x: as many as registers hold
-//   kMostM                      rows of x up to which tiles look up; panels are made for more
-//   kParts                      0: a row has one table; else every 1 / kParts of a block has its own
-//   kScalesTables               whether table() multiplies a row's entries by a block's scale; else they are in memory
-//   kRegisters                  of a row's or a block's tables, in memory as Rows (linear_words.inc) makes them
-//   kPlanes                     entries of a table that is held in planes (planes.inc), else 0
+//   kVectors, kColumns          vectors of a stretch, and columns; their order: column(v, lane)
+//   rows(m)                     rows of w that a register tile takes with m rows of x: as many as registers hold
+//   kMostM                      rows of x up to which register tiles look up; panels are made for more
+//   kParts                      0: a row has one table; else every 1 / kParts of a stretch has its own
+//   kScalesTables               whether table() multiplies entries by a stretch's scale; else tables are in memory
+//   kRegisters                  of a row's or a stretch's tables, in memory as Rows (linear_words.h) makes them
+//   kPlanes                     entries of a table that is held in planes (planes.h), else 0
 //   kScaled                     whether scales are applied to what is looked up, not to the table
-//   Table table(rows, n, b)     the tables of row n and block b, held in registers
-//   Block block(rows, n, b, table), Int word(block, table, v)
-//                               the block's codes; its words, vector after vector: v = 0, 1, ...
+//   Table table(rows, n, b)     the tables of row n and stretch b, held in registers
+//   Stretch stretch(rows, n, b, table), Int word(stretch, table, v)
+//                               the stretch's codes; its words, vector after vector: v = 0, 1, ...
 //
-// `vpermw` looks words of 16 bits up with the low 5 bits of an index, `vpermps` those of 32 with the low 4. So packed
-// codes are their own index once they stand at the bottom of a lane: a lane holds several, which shifts bring there in
-// turn, and the table repeats where codes have fewer bits than an index. Bits above the code may then say which part of
-// the block, and so which of two tables or four, a lane is in.
+// `vpermw` looks up words of 16 bits by the low 5 bits of an index, `vpermps` words of 32 bits by the low 4. So a code
+// at the bottom of a lane is its own index. A lane holds several codes; shifts bring each to the bottom in turn. The
+// table repeats where codes have fewer bits than an index. Then the bits above the code can select one of two or four
+// tables: that of the part of the stretch which the lane is in.
+#pragma once
+#include "cpu/codebook/planes.h"
+#include "cpu/codebook/tables.h"
+#include "cpu/codebook/words.h"
 
-// Fetches into L2: more may be on its way there than to L1. A prefetch never faults, so what it names need not exist.
+namespace lowbit {
+namespace codebook {
+namespace {
+
+// Fetches into L2, where more fetches may be under way than into L1. A prefetch never faults, so `at` need not exist.
 LOWBIT_INLINE void prefetch_far(const uint8_t* at, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + uintptr_t(ahead)), 0, 2);
 }
 
-// 32 entries of a table; fewer repeat.
+// 32 entries of a table; a smaller table repeats.
 struct Entries {
   Float part[2];
 };
 
-// Four rows of packed codes, at the first column of a chunk.
+// Four rows of packed codes, at the first column of a slice.
 struct PackedRows {
   const uint8_t* codes;
   int64_t row_bytes;
   int64_t ahead;         // bytes from a row to what is fetched when it is read
-  int64_t count;         // columns in whole blocks, to be looked up
-  const Int* tables;     // of row n and block b: tables + (b * kRowTile + n) * kRegisters; one per row: b = 0
+  int64_t count;         // columns in whole stretches, to be looked up
+  const Int* tables;     // of row n and stretch b: tables + (b * kRowTile + n) * kRegisters; one per row: b = 0
   const Entries* entries;  // [n]
-  const float* scales;   // of row n and block b: scales + n * scale_row + b * scale_step
+  const float* scales;   // of row n and stretch b: scales + n * scale_row + b * scale_step
   int64_t scale_row, scale_step;
   const float* inverse;  // [n], of the rows' steps
   const void* rest;      // panel of the columns behind
@@ -59,7 +67,7 @@ struct Registers {
   }
 };
 
-// The tables of the parts of a block, or of a row (kParts = 0): entries times scale[p], that of part p.
+// The tables of the parts of a stretch, or of a row (kParts = 0): entries times scale[p], that of part p.
 template <class Words, int kRegisters, int kParts>
 LOWBIT_INLINE Registers<kRegisters> scaled_table(const Entries& e, const float* scale, Float inverse) {
   constexpr int kFloats = kRegisters * Words::kFloats, kScales = kParts ? kParts : 1;
@@ -86,7 +94,7 @@ LOWBIT_INLINE typename LookUp::Table table_of(const PackedRows& rows, int n, int
 // ---------------------------------------------------------------------------------------------------------
 // Tables of up to 32 entries, words of 16 bits
 
-// In which part of the block a lane is, times `step`; a word per lane.
+// The part of the stretch that each lane is in, times `step`.
 template <class LookUp, int kParts>
 inline Int parts_of_lanes(int step) {
   alignas(64) static constexpr struct Parts {
@@ -106,13 +114,13 @@ struct SmallTable {
   using Words = W;
   static constexpr int kParts = kParts_, kRegisters = kParts == 4 && kBits == 4 ? 2 : 1;
   static constexpr int rows(int) { return 4; }
-  static constexpr int64_t kMostM = 16;
+  static constexpr int64_t kMostM = kFewRows;
   static constexpr bool kNone = false, kScaled = false, kScalesTables = kScales;
   static constexpr int kPlanes = 0;
   static constexpr bool kSelects = kParts > 1;
   static constexpr int kPartStep = kParts == 4 && kBits < 4 ? 8 : 16;  // from a part's entries to the next one's
   using Table = Registers<kRegisters>;
-  struct Block {
+  struct Stretch {
     Int packed, codes;
   };
   LOWBIT_INLINE static Table table(const PackedRows& rows, int n, int64_t b) {
@@ -127,18 +135,18 @@ struct SmallTable {
 template <class W, int kParts, bool kScales = false>
 struct Nibbles : SmallTable<W, kParts, 4, kScales> {  // 4 bits
   using Base = SmallTable<W, kParts, 4, kScales>;
-  using typename Base::Block;
+  using typename Base::Stretch;
   using typename Base::Table;
   static constexpr int kVectors = 4;
   static constexpr int64_t kColumns = 128;
   static constexpr int column(int v, int lane) { return 4 * lane + v / 2 + v % 2 * 2; }
   Int mask = _mm512_set1_epi8(15), part = parts_of_lanes<Nibbles, kParts>(0x1010);
   explicit Nibbles(const Weight&) {}
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table&) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table&) const {
     const Int packed = in_register(load_bytes(rows.at(n, b * 64)));
     return {packed, packed};
   }
-  LOWBIT_INLINE Int word(Block& b, const Table& table, int v) const {
+  LOWBIT_INLINE Int word(Stretch& b, const Table& table, int v) const {
     if (v % 2 == 0) {
       b.codes = v ? _mm512_srli_epi16(b.packed, 4) : b.packed;
       if (Base::kSelects) b.codes = select_part(b.codes, mask, part);
@@ -150,25 +158,25 @@ struct Nibbles : SmallTable<W, kParts, 4, kScales> {  // 4 bits
 template <class W, int kParts>
 struct Pairs : SmallTable<W, kParts, 2> {  // 2 bits: a byte per word first
   using Base = SmallTable<W, kParts, 2>;
-  using typename Base::Block;
+  using typename Base::Stretch;
   using typename Base::Table;
   static constexpr int kVectors = 4;
   static constexpr int64_t kColumns = 128;
   static constexpr int column(int v, int lane) { return 4 * lane + v; }
   Int mask = _mm512_set1_epi16(3), part = parts_of_lanes<Pairs, kParts>(Base::kPartStep);
   explicit Pairs(const Weight&) {}
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table&) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table&) const {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.at(n, b * 32)));
     const Int codes = in_register(_mm512_cvtepu8_epi16(bytes));
     return {codes, codes};
   }
-  LOWBIT_INLINE Int word(Block& b, const Table& table, int v) const {
+  LOWBIT_INLINE Int word(Stretch& b, const Table& table, int v) const {
     const Int codes = v ? _mm512_srli_epi16(b.packed, unsigned(2 * v)) : b.packed;
     return Base::entry(table, Base::kSelects ? select_part(codes, mask, part) : codes);
   }
 };
 
-// Which bytes a lane of kLaneBits takes so that the codes of kPerLane columns are in it, and at which bit they begin.
+// The bytes that a lane of kLaneBits takes to hold the codes of kPerLane columns, and the bit at which these begin.
 template <int kLaneBits, int kPerLane>
 struct Windows {
   uint8_t spread[6][64] = {};
@@ -188,7 +196,7 @@ constexpr Windows<kLaneBits, kPerLane> kWindows;
 template <class W, int kPerLane, int kParts>
 struct Spread : SmallTable<W, kParts, kPerLane == 4 ? 3 : 5> {  // 1, 3 or 5 bits: spread over words first
   using Base = SmallTable<W, kParts, kPerLane == 4 ? 3 : 5>;
-  using typename Base::Block;
+  using typename Base::Stretch;
   using typename Base::Table;
   static constexpr int kVectors = kPerLane;
   static constexpr int64_t kColumns = 32 * kPerLane;
@@ -203,12 +211,12 @@ struct Spread : SmallTable<W, kParts, kPerLane == 4 ? 3 : 5> {  // 1, 3 or 5 bit
         mask(_mm512_set1_epi16(int16_t(entries(w) - 1))),
         bytes(kColumns / 8 * w.bits),
         words(__mmask8((1u << bytes / 8) - 1)) {}
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table&) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table&) const {
     const Int packed = _mm512_maskz_loadu_epi64(words, rows.at(n, b * bytes));
     const Int codes = _mm512_srlv_epi16(_mm512_permutexvar_epi8(spread, packed), shifts);
     return {codes, codes};
   }
-  LOWBIT_INLINE Int word(Block& b, const Table& table, int v) const {
+  LOWBIT_INLINE Int word(Stretch& b, const Table& table, int v) const {
     if (v) b.codes = _mm512_srlv_epi16(b.codes, next);
     return Base::entry(table, Base::kSelects ? select_part(b.codes, mask, part) : b.codes);
   }
@@ -222,11 +230,11 @@ struct FloatTable {
   using Words = FloatWords;
   static constexpr int kParts = kParts_, kRegisters = kRegisters_;
   static constexpr int rows(int) { return 4; }
-  static constexpr int64_t kMostM = 16;
+  static constexpr int64_t kMostM = kFewRows;
   static constexpr bool kNone = false, kScaled = false, kScalesTables = kScales;
   static constexpr int kPlanes = 0;
   using Table = Registers<kRegisters>;
-  struct Block {
+  struct Stretch {
     Int codes;
   };
   LOWBIT_INLINE static Table table(const PackedRows& rows, int n, int64_t b) {
@@ -237,16 +245,16 @@ struct FloatTable {
 template <int kParts, bool kScales>
 struct Octets : FloatTable<1, kParts, kScales> {  // 4 bits: the codes of eight columns stand in one lane
   using Base = FloatTable<1, kParts, kScales>;
-  using typename Base::Block;
+  using typename Base::Stretch;
   using typename Base::Table;
   static constexpr int kVectors = 8;
   static constexpr int64_t kColumns = 128;
   static constexpr int column(int v, int lane) { return 8 * lane + v; }
   explicit Octets(const Weight&) {}
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table&) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table&) const {
     return {in_register(load_bytes(rows.at(n, b * 64)))};
   }
-  LOWBIT_INLINE Int word(const Block& b, const Table& table, int v) const {
+  LOWBIT_INLINE Int word(const Stretch& b, const Table& table, int v) const {
     return _mm512_permutexvar_epi32(v ? _mm512_srli_epi32(b.codes, unsigned(4 * v)) : b.codes, table.v[0]);
   }
 };
@@ -254,7 +262,7 @@ struct Octets : FloatTable<1, kParts, kScales> {  // 4 bits: the codes of eight 
 template <int kRegisters, int kParts, bool kScales, bool kHalves = false>
 struct Dwords : FloatTable<kRegisters, kParts, kScales> {  // those of four columns; kHalves: 4 bits
   using Base = FloatTable<kRegisters, kParts, kScales>;
-  using typename Base::Block;
+  using typename Base::Stretch;
   using typename Base::Table;
   static constexpr int kVectors = 4;
   static constexpr int64_t kColumns = 64;
@@ -268,7 +276,7 @@ struct Dwords : FloatTable<kRegisters, kParts, kScales> {  // those of four colu
         next(splat(w.bits)),
         bytes(8 * w.bits),
         words(__mmask8((1u << (kRegisters == 1 ? 2 : 1) * w.bits) - 1)) {}
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table&) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table&) const {
     if constexpr (kHalves)
       return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.at(n, b * 32))))};
     const uint8_t* at = rows.at(n, b * bytes);
@@ -276,7 +284,7 @@ struct Dwords : FloatTable<kRegisters, kParts, kScales> {  // those of four colu
                                        : _mm512_maskz_loadu_epi64(words, at);
     return {_mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, packed), shifts)};
   }
-  LOWBIT_INLINE Int word(Block& b, const Table& table, int v) const {
+  LOWBIT_INLINE Int word(Stretch& b, const Table& table, int v) const {
     if constexpr (kHalves)
       return _mm512_permutexvar_epi32(v ? _mm512_srli_epi32(b.codes, unsigned(4 * v)) : b.codes, table.v[0]);
     if (v) b.codes = _mm512_srlv_epi32(b.codes, next);
@@ -306,14 +314,14 @@ struct WordPlanes {
   using Words = W;
   static constexpr int kParts = 0, kVectors = 2;
   static constexpr int rows(int tile_m) { return kBits == 6 && tile_m <= 2 ? 4 : kBits == 7 && tile_m == 1 ? 4 : 2; }
-  static constexpr int64_t kMostM = 4;
+  static constexpr int64_t kMostM = kFewPlaneRows;
   static constexpr bool kNone = false, kScaled = false, kScalesTables = false;
   static constexpr int kPlanes = 1 << kBits;
   static constexpr int64_t kColumns = 64;
   static constexpr int column(int v, int lane) { return lane / 8 * 16 + 8 * v + lane % 8; }
   using Table = Planes<kBits, 2>;
   static constexpr int kRegisters = Table::kRegisters;
-  struct Block {
+  struct Stretch {
     Int word[2];
   };
   Packed64<kBits> packed;
@@ -321,12 +329,12 @@ struct WordPlanes {
   LOWBIT_INLINE static Table table(const PackedRows& rows, int n, int64_t /*b*/) {
     return Table(rows.tables + n * kRegisters);
   }
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table& table) const {
-    Block out;
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table& table) const {
+    Stretch out;
     table.look_up(packed.codes(rows, n, b), out.word);
     return out;
   }
-  LOWBIT_INLINE Int word(const Block& b, const Table&, int v) const { return b.word[v]; }
+  LOWBIT_INLINE Int word(const Stretch& b, const Table&, int v) const { return b.word[v]; }
 };
 
 // float32; one table at a time.
@@ -335,14 +343,14 @@ struct FloatPlanes {
   using Words = FloatWords;
   static constexpr int kParts = 0, kVectors = 4;
   static constexpr int rows(int) { return kBits < 8 ? 2 : 1; }
-  static constexpr int64_t kMostM = 4;
+  static constexpr int64_t kMostM = kFewPlaneRows;
   static constexpr bool kNone = false, kScaled = false, kScalesTables = false;
   static constexpr int kPlanes = 1 << kBits;
   static constexpr int64_t kColumns = 64;
   static constexpr int column(int v, int lane) { return lane / 4 * 16 + 4 * v + lane % 4; }
   using Table = Planes<kBits, 4>;
   static constexpr int kRegisters = Table::kRegisters;
-  struct Block {
+  struct Stretch {
     Int word[4];
   };
   Packed64<kBits> packed;
@@ -350,25 +358,25 @@ struct FloatPlanes {
   LOWBIT_INLINE static Table table(const PackedRows& rows, int n, int64_t /*b*/) {
     return Table(rows.tables + n * kRegisters);
   }
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table& table) const {
-    Block out;
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table& table) const {
+    Stretch out;
     table.look_up(packed.codes(rows, n, b), out.word);
     return out;
   }
-  LOWBIT_INLINE Int word(const Block& b, const Table&, int v) const { return b.word[v]; }
+  LOWBIT_INLINE Int word(const Stretch& b, const Table&, int v) const { return b.word[v]; }
 };
 
 // ---------------------------------------------------------------------------------------------------------
 
-// The entries looked up as float32, then multiplied by scales: a row needs one table whatever its groups. `Entries`:
-// Dwords or FloatPlanes. Groups of 16, 32 or 64 columns, or several blocks.
+// Looks entries up as float32 and multiplies them by scales, so a row needs one table whatever its groups. `Entries`:
+// Dwords or FloatPlanes. For groups of 16, 32 or 64 columns, or of several stretches.
 template <class W, class Entries>
 struct Scaled {
   using Words = W;
   static constexpr int kParts = 0;
   static constexpr int rows(int tile_m) { return Entries::rows(tile_m) == 1 ? 1 : 2; }
   static constexpr int kRegisters = Entries::kRegisters, kVectors = 4 / Words::kFloats;
-  static constexpr int64_t kMostM = 4;
+  static constexpr int64_t kMostM = kFewPlaneRows;
   static constexpr bool kNone = false, kScaled = true, kScalesTables = false;
   static constexpr int kPlanes = Entries::kPlanes;
   static constexpr int64_t kColumns = 64;
@@ -377,11 +385,11 @@ struct Scaled {
     typename Entries::Table entries;
     Float inverse;
   };
-  struct Block {
+  struct Stretch {
     Int word[kVectors];
   };
   Entries entries;
-  Int group;  // of the columns of a lane, in the block
+  Int group;  // of the columns of a lane, in the stretch
   explicit Scaled(const Weight& w)
       : entries(w),
         group(_mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -389,22 +397,22 @@ struct Scaled {
   LOWBIT_INLINE static Table table(const PackedRows& rows, int n, int64_t b) {
     return {Entries::table(rows, n, b), splat(rows.inverse[n])};
   }
-  LOWBIT_INLINE Block block(const PackedRows& rows, int n, int64_t b, const Table& table) const {
+  LOWBIT_INLINE Stretch stretch(const PackedRows& rows, int n, int64_t b, const Table& table) const {
     const float* scales = rows.scales + n * rows.scale_row + b * rows.scale_step;
     const Float scale = _mm512_permutexvar_ps(group, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
-    typename Entries::Block at = entries.block(rows, n, b, table.entries);
+    typename Entries::Stretch at = entries.stretch(rows, n, b, table.entries);
     Float value[4];
     LOWBIT_UNROLL for (int v = 0; v < 4; ++v)
       value[v] = _mm512_mul_ps(_mm512_castsi512_ps(entries.word(at, table.entries, v)), scale);
-    Block out;
+    Stretch out;
     LOWBIT_UNROLL for (int v = 0; v < kVectors; ++v)
       out.word[v] = Words::of(value + v * Words::kFloats, table.inverse);
     return out;
   }
-  LOWBIT_INLINE Int word(const Block& b, const Table&, int v) const { return b.word[v]; }
+  LOWBIT_INLINE Int word(const Stretch& b, const Table&, int v) const { return b.word[v]; }
 };
 
-// Where nothing fits: weights are made as float32 first.
+// No look-up fits: weights are expanded as float32 first.
 template <class W>
 struct NoLookUp {
   using Words = W;
@@ -418,7 +426,7 @@ struct NoLookUp {
 
 // ---------------------------------------------------------------------------------------------------------
 
-// Tables per block of so many columns, as kParts says; -1: groups are too small for it, or odd.
+// kParts for stretches of `columns` columns: tables per stretch; -1 where groups are too small or do not divide it.
 inline int table_parts(const Weight& w, int64_t columns, int most) {
   if (w.G == 1) return 0;
   for (int parts = 1; parts <= most; parts *= 2)
@@ -426,12 +434,12 @@ inline int table_parts(const Weight& w, int64_t columns, int most) {
   return -1;
 }
 
-// Planes hold the tables of a row, or of groups of whole blocks one after the other.
+// Planes hold the tables of a row, or of groups of whole stretches one after the other.
 inline bool has_planes(const Weight& w) {
   return w.bits > 5 && (w.G == 1 || (w.tables == Weight::Tables::group && w.group_size % 64 == 0));
 }
 
-inline bool scales_blocks(const Weight& w) {
+inline bool scales_stretches(const Weight& w) {
   const int64_t g = w.group_size;
   return w.G == 1 || (w.tables != Weight::Tables::group && (g % 64 == 0 || g == 32 || g == 16));
 }
@@ -441,10 +449,10 @@ struct Type {
   using type = LookUp;
 };
 
-// Calls run(Type<LookUp>) with what fits the weight.
+// Calls run(Type<LookUp>) with the look-up for the weight.
 template <class Words, class Run>
 void with_scaled(const Weight& w, Run run) {
-  if (!scales_blocks(w)) return run(Type<NoLookUp<Words>>());
+  if (!scales_stretches(w)) return run(Type<NoLookUp<Words>>());
   switch (w.bits) {
     case 5: return run(Type<Scaled<Words, Dwords<2, 0, false>>>());
     case 6: return run(Type<Scaled<Words, FloatPlanes<6>>>());
@@ -481,7 +489,7 @@ void with_look_up(const Weight& w, int64_t /*M*/, FloatWords, Run run) {
 
 template <class Words, class Run>
 void with_look_up(const Weight& w, int64_t M, Words, Run run) {  // words of 16 bits
-  // Whether tables of blocks are looked up in once, by the only tile or for a panel.
+  // Whether each table is used once: by the only register tile, or for a panel.
   const bool once = w.tables != Weight::Tables::group && (M == 1 || M > Nibbles<Words, 2>::kMostM);
   if (w.bits == 4) switch (table_parts(w, 128, 4)) {
     case 0: return run(Type<Nibbles<Words, 0>>());
@@ -512,3 +520,7 @@ void with_look_up(const Weight& w, int64_t M, Words, Run run) {  // words of 16 
   }
   with_scaled<Words>(w, run);
 }
+
+}  // namespace
+}  // namespace codebook
+}  // namespace lowbit

@@ -1,5 +1,11 @@
 // Tables of 64, 128 or 256 entries, on AVX-512 with VBMI: looked up byte by byte, 64 codes at a time.
 // Plane p of a table is byte p of every entry.
+#pragma once
+#include "cpu/simd.h"
+
+namespace lowbit {
+namespace codebook {
+namespace {
 
 inline Int byte_offsets(int p, int bytes) {  // p, p + bytes, p + 2 * bytes, ...; an index counts modulo 128
   alignas(64) static constexpr struct Iota {
@@ -86,3 +92,7 @@ struct Planes {
     }
   }
 };
+
+}  // namespace
+}  // namespace codebook
+}  // namespace lowbit

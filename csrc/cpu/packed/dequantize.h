@@ -1,0 +1,110 @@
+// Rows of weights of the family `packed` as floats.
+#pragma once
+#include "cpu/blocks_layout.h"
+#include "cpu/outliers.h"
+#include "cpu/packed/kernel.h"
+#include "cpu/packed/tuning.h"
+#include "cpu/rows.h"
+
+namespace lowbit {
+namespace packed {
+namespace {
+
+// scale[g - g0], zero[g - g0] of row n for groups [g0, g1)
+inline void load_groups(const Weight& w, int64_t n, int64_t g0, int64_t g1, float* scale, float* zero) {
+  const int64_t row = w.per_tensor ? 0 : n, count = g1 - g0;
+  to_floats(w.scales, w.scales_dtype, row * w.scales_row + g0 * w.scales_group, w.scales_group, count, scale);
+  if (w.zeros) {
+    to_floats(w.zeros, w.zeros_dtype, row * w.zeros_row + g0 * w.zeros_group, w.zeros_group, count, zero);
+  } else {
+    for (int64_t g = 0; g < count; ++g) zero[g] = float(1 << (w.bits - 1));
+  }
+}
+
+// out[i] = (codes[i] - zero) * scale. The subtraction and the product round once each, in every variant.
+inline void dequantize_run(const uint8_t* codes, int64_t n, int bits, float zero, float scale, float* out) {
+  int64_t i = 0;
+  if constexpr (kHasAvx2) {
+    const Float z = splat(zero), s = splat(scale), table = (to_float(iota()) - z) * s;
+    const bool in_table = 1 << bits <= kLanes;  // all the values a code can take fit one register
+    const auto values = [&](const uint8_t* at) {
+      const Int c = load_codes(at);
+      return in_table ? entry(table, c) : (to_float(c) - z) * s;
+    };
+    for (; i + kLanes <= n; i += kLanes) store(out + i, values(codes + i));
+    if (kHasAvx512 && i < n) return store_some(out + i, values(codes + i), n - i);
+  }
+  for (; i < n; ++i) out[i] = (float(codes[i]) - zero) * scale;
+}
+
+// The codes of a row as bytes, in either layout. k0 is a multiple of 32; up to kUnpackSlack codes behind k1 are written
+// too.
+inline void row_codes(const Weight& w, int64_t n, int64_t k0, int64_t k1, uint8_t* out) {
+  in_block(w, n) ? block_row_codes(w, n, k0, k1, out) : unpack_row(w, n, k0, k1, out);
+}
+
+// The same as dequantize_codes() for canonical codes whose groups are whole vectors: codes stay in registers. Where
+// kHasVnni.
+template <class Unpack>
+inline void dequantize_vectors(const Weight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+  const Unpack unpack(w.bits);
+  const uint8_t* src = w.packed + n * w.row_bytes + k0 / 8 * w.bits;
+  const Float codes_in_order = to_float(iota());
+  Float scales = splat(0.0f), zeros = scales;  // of 16 groups
+  for (int64_t k = k0, g = k0 / w.group_size, i = 0; k < k1; ++g, i = (i + 1) % kLanes) {
+    if (i == 0) {
+      const int64_t row = w.per_tensor ? 0 : n, some = min64(kLanes, w.G - g);
+      scales = some_floats(w.scales, w.scales_dtype, row * w.scales_row + g * w.scales_group, w.scales_group, some);
+      zeros = w.zeros ? some_floats(w.zeros, w.zeros_dtype, row * w.zeros_row + g * w.zeros_group, w.zeros_group, some)
+                      : splat(float(1 << (w.bits - 1)));
+    }
+    const Int lane = splat(int32_t(i));
+    const Float z = entry(zeros, lane), s = entry(scales, lane);
+    const Float table = (codes_in_order - z) * s;
+    for (const int64_t end = min64((g + 1) * w.group_size, k1); k < end; k += 64, src += 8 * w.bits, out += 64) {
+      const auto codes = unpack.read(src, end - k);
+      LOWBIT_UNROLL for (int v = 0; v < 4; ++v) {
+        const Int c = codes.lanes(v);
+        const Float value = w.bits <= 4 ? entry(table, c) : (to_float(c) - z) * s;
+        const int64_t left = end - k - v * kLanes;
+        if (left > 0) store_some(out + v * kLanes, value, left);
+      }
+    }
+  }
+}
+
+// out[k - k0] = w[n, k] without its outliers, k0 <= k < k1; k0 is a multiple of 32, k1 - k0 at most kSlice
+inline void dequantize_codes(const Weight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+  if constexpr (kHasVnni)
+    if (!in_block(w, n) && (w.G == 1 || w.group_size % 64 == 0))
+      return dequantize_vectors<Unpack64>(w, n, k0, k1, out);
+  uint8_t codes[kSlice + kUnpackSlack];
+  row_codes(w, n, k0, k1, codes);
+  float scale[kGroupsAtOnce], zero[kGroupsAtOnce];
+  const int64_t g0 = k0 / w.group_size;
+  for (int64_t k = k0, g = g0; k < k1; ++g) {
+    const int64_t end = min64((g + 1) * w.group_size, k1), i = (g - g0) % kGroupsAtOnce;
+    if (i == 0) load_groups(w, n, g, min64(g + kGroupsAtOnce, w.G), scale, zero);
+    dequantize_run(codes + (k - k0), end - k, w.bits, zero[i], scale[i], out + (k - k0));
+    k = end;
+  }
+}
+
+void dequantize(const Weight& w, int64_t n, DType dtype, void* out) {
+  const Outliers& o = w.outliers;
+  int64_t next = o ? o.rows[n] : 0;
+  const int64_t end = o ? o.rows[n + 1] : 0;
+  float values[kSlice];
+  for (int64_t k0 = 0; k0 < w.K; k0 += kSlice) {
+    const int64_t k1 = min64(k0 + kSlice, w.K);
+    float* to = dtype == DType::f32 ? static_cast<float*>(out) + k0 : values;
+    dequantize_codes(w, n, k0, k1, to);
+    for (; next < end && outlier_column(o, next) < k1; ++next)
+      to[outlier_column(o, next) - k0] += outlier_value(o, next);
+    if (to == values) from_float(values, dtype, k0, k1 - k0, out);
+  }
+}
+
+}  // namespace
+}  // namespace packed
+}  // namespace lowbit
