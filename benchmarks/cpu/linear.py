@@ -26,20 +26,22 @@ MAX_COPIES = 400
 
 
 @functools.lru_cache(maxsize=1)
-def source(shape: tuple[int, int]) -> torch.Tensor:
-    """A float weight with rows of norm about 1."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / math.sqrt(shape[1])
-
-
-@functools.lru_cache(maxsize=1)
 def prepared(candidate: Candidate, shape: tuple[int, int], **needs: int) -> tuple[Prepared, list[Any]]:
     """The candidate's weight, and as many copies as are needed for each to come from memory when its turn comes."""
-    try:
-        one = candidate.prepare(source(shape), **needs)
-    except Unavailable as reason:
-        pytest.skip(str(reason))
+    one = prepare(candidate, shape, **needs)
     copies = math.ceil(machine.cold_bytes() / (one.nbytes * one.products))
     return one, one.copies(max(1, min(MAX_COPIES, copies)))
+
+
+def prepare(candidate: Candidate, shape: tuple[int, int], **needs: int) -> Prepared:
+    """Skips the test where the candidate cannot run."""
+    if not candidate.fits(*shape):
+        pytest.skip(f"{candidate} has no form for N={shape[0]}, K={shape[1]}")
+    torch.manual_seed(sum(shape))
+    try:
+        return candidate.prepare(*shape, "cpu", **needs)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def check(candidate: Candidate, one: Prepared, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cpu import ours
-from benchmarks.cpu.linear import check, source
+from benchmarks.cpu.linear import check, prepare
 from benchmarks.harness.candidate import BF16, F32, Candidate, Prepared
 
 SHAPES = [(8, 8), (768, 768)]
 
 
 def linear(dtype: torch.dtype) -> Candidate:
-    def prepare(weight: Tensor) -> Prepared:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype).eval()
-        layer.load_state_dict({"weight": weight})
+    def prepare(n: int, k: int, device: str) -> Prepared:
+        layer = nn.Linear(k, n, bias=False, dtype=dtype).eval()
         dense = layer.weight.detach().double()
         return Prepared(
             lambda layer, x: layer(x), layer, layer.weight.nbytes, dense,
@@ -40,7 +39,7 @@ CANDIDATES = [
 
 
 def test_module_call(measure: Callable[..., None], candidate: Candidate, shape: tuple[int, int], threads: int) -> None:
-    one = candidate.prepare(source(shape))
+    one = prepare(candidate, shape)
     x = torch.randn(1, shape[1]).to(one.x_dtype)
     call = one.bound(one.weight, x)
     check(candidate, one, x, call())

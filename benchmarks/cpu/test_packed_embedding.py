@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cpu import ours
-from benchmarks.harness import machine
+from benchmarks.harness import layers, machine
 from benchmarks.harness.candidate import BF16, F32, affine
 from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedEmbedding
@@ -42,10 +41,10 @@ def prepared(candidate: str, shape: tuple[int, int]) -> tuple[list[Callable[[Ten
         expanded = [t.float().repeat_interleave(GROUP, dim=1) for t in (zeros, scales)]
         dense = (codes.float() - expanded[0]) * expanded[1]
         layer = PackedEmbedding.from_weight(PackedWeight(codes, scales, zeros, bits, GROUP))
-        nbytes = ours.layer_nbytes(layer)
+        nbytes = layers.layer_nbytes(layer)
 
         def make() -> Any:
-            return ours.another(layer)
+            return layers.another(layer)
 
     copies = max(1, math.ceil(machine.cold_bytes() / nbytes))
     return [make() for _ in range(copies)], dense, nbytes // shape[0]

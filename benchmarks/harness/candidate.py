@@ -110,7 +110,7 @@ class Candidate:
     """One line of the tables: a name, and a way to prepare a weight.
 
     Args:
-        prepare: on a CPU ``(weight, **needs)``, on a GPU ``(N, K, device)``; raises where it cannot run.
+        prepare: ``(N, K, device, **needs)``; raises where it cannot run.
         facts: go into every row. Always ``family`` (``packed``, ``codebook``, ``kron``, ``dense``; a peer's name) but
             for some peers on a CPU, ``bits`` of a code. On a CPU ``who``, ``group`` (128, "row", ...),
             ``activations`` (what is multiplied: "fp32", "bf16", "int8"), ``x_group`` where groups of x have a scale
@@ -209,6 +209,12 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     parts = codes.unflatten(1, (-1, 8 // bits)).int()
     shifts = torch.arange(0, 8, bits, dtype=torch.int32)
     return (parts << shifts).sum(-1).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=1)
+def source(shape: tuple[int, int]) -> Tensor:
+    """A float weight with rows of norm about 1, for those that quantize."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / math.sqrt(shape[1])
 
 
 def random_codes(bits: int, n: int, k: int, device: str) -> Tensor:

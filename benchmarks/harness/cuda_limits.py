@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,21 +94,11 @@ def read_gb_s(timer: GpuClock) -> float:
     return COPY_BYTES / timer.in_graph([lambda: source.sum()]) / 1e3
 
 
-def _matrix_tflop_s(dtype: torch.dtype, timer: GpuClock) -> float:
+def matrix_tflop_s(dtype: torch.dtype, timer: GpuClock) -> float:
     # random numbers: zeros draw less power, and so clock higher
     a, b = (torch.randn(MATRIX, MATRIX, device="cuda").to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * MATRIX**3 / timer.in_graph([lambda: torch.mm(a, b.t(), out=out)]) / 1e6
-
-
-def bf16_tflop_s(timer: GpuClock) -> float:
-    """Of a bfloat16 matrix product by the vendor's library."""
-    return _matrix_tflop_s(torch.bfloat16, timer)
-
-
-def fp16_tflop_s(timer: GpuClock) -> float:
-    """The same in float16."""
-    return _matrix_tflop_s(torch.float16, timer)
 
 
 def int8_top_s(timer: GpuClock) -> float:
@@ -144,8 +135,8 @@ def _empty_kernel() -> Callable[[], Any]:
 LIMITS: dict[str, Callable[[GpuClock], float]] = {
     "copy_gb_s": copy_gb_s,
     "read_gb_s": read_gb_s,
-    "bf16_tflop_s": bf16_tflop_s,
-    "fp16_tflop_s": fp16_tflop_s,
+    "bf16_tflop_s": partial(matrix_tflop_s, torch.bfloat16),
+    "fp16_tflop_s": partial(matrix_tflop_s, torch.float16),
     "int8_top_s": int8_top_s,
     "launch_us_in_graph": launch_us_in_graph,
     "launch_us_eager": launch_us_eager,

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import importlib
 
-from torch import Tensor
-
-from benchmarks.harness.candidate import BF16, Candidate, Prepared, nbytes, on_gpu, random_weight, require
+from benchmarks.harness.candidate import BF16, Candidate, Prepared, nbytes, on_gpu, random_weight, require, source
 from benchmarks.peers.tolerance import gpu_tolerance
 
 NF4_GROUP = 64
 
 
-def _prepare_nf4(weight: Tensor) -> Prepared:
+def _prepare_nf4(n: int, k: int, device: str) -> Prepared:
     functional, modules = require("bitsandbytes.functional"), require("bitsandbytes.nn")
-    n, k = weight.shape
-    source = weight.bfloat16()
+    weight = source((n, k)).bfloat16()
     options = {"quant_type": "nf4", "compress_statistics": False}
 
     layer = modules.Linear4bit(k, n, bias=False, compute_dtype=BF16, **options)
-    layer.weight = modules.Params4bit(source, requires_grad=False, blocksize=NF4_GROUP, module=layer, **options)
+    layer.weight = modules.Params4bit(weight, requires_grad=False, blocksize=NF4_GROUP, module=layer, **options)
     layer = layer.to("cpu").eval()
-    codes, state = functional.quantize_4bit(source, blocksize=NF4_GROUP, **options)
+    codes, state = functional.quantize_4bit(weight, blocksize=NF4_GROUP, **options)
     exact = functional.dequantize_4bit(codes, state).double()
     return Prepared(
         lambda made, x: made(x), layer, codes.numel() + 4 * state.absmax.numel(), exact, tolerance=1e-2, x_dtype=BF16

@@ -14,10 +14,10 @@ from benchmarks.harness.candidate import (
     BYTES_PER_CALL,
     Candidate,
     Prepared,
-    Unavailable,
     expand,
     pack_bytes,
     require,
+    source,
     symmetric,
 )  # fmt: skip
 
@@ -81,13 +81,10 @@ def _bind(session: Any, x: Tensor) -> Callable[[], Tensor]:
 
 
 def matmul_nbits(bits: int) -> Candidate:
-    def prepare(weight: Tensor, threads: int) -> Prepared:
+    def prepare(n: int, k: int, device: str, threads: int) -> Prepared:
         require("onnxruntime")
         require("onnx")
-        k = weight.shape[1]
-        if k % GROUP:
-            raise Unavailable(f"onnxruntime is measured with whole groups of {GROUP}: K={k}")
-        codes, scales = symmetric(weight, bits, GROUP)
+        codes, scales = symmetric(source((n, k)), bits, GROUP)
         size = codes.numel() * bits // 8 + 4 * scales.numel()
         products = math.ceil(BYTES_PER_CALL / size)
         exact = (codes.double() - 2 ** (bits - 1)) * expand(scales, GROUP)
@@ -98,7 +95,7 @@ def matmul_nbits(bits: int) -> Candidate:
         )  # fmt: skip
 
     facts = {"who": "onnxruntime", "bits": bits, "group": GROUP, "activations": "int8"}
-    return Candidate(f"onnxruntime w{bits} g{GROUP} int8", prepare, facts, needs=("threads",))
+    return Candidate(f"onnxruntime w{bits} g{GROUP} int8", prepare, facts, ("threads",), lambda n, k: not k % GROUP)
 
 
 CANDIDATES = [matmul_nbits(bits) for bits in (2, 4, 8)]

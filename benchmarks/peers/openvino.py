@@ -14,10 +14,10 @@ from benchmarks.harness.candidate import (
     BYTES_PER_CALL,
     Candidate,
     Prepared,
-    Unavailable,
     expand,
     pack_bytes,
     require,
+    source,
     symmetric,
 )  # fmt: skip
 
@@ -101,13 +101,10 @@ def _bind(request: Any, x: Tensor) -> Callable[[], Tensor]:
 
 
 def compressed_linear(bits: int, group: int | str) -> Candidate:
-    def prepare(weight: Tensor, threads: int) -> Prepared:
+    def prepare(n: int, k: int, device: str, threads: int) -> Prepared:
         require("openvino")
-        k = weight.shape[1]
         group_size = k if group == "row" else int(group)
-        if k % group_size:
-            raise Unavailable(f"OpenVINO is measured with whole groups of {group_size}: K={k}")
-        codes, scales = symmetric(weight, bits, group_size)
+        codes, scales = symmetric(source((n, k)), bits, group_size)
         size = codes.numel() * bits // 8 + 2 * scales.numel()
         products = math.ceil(BYTES_PER_CALL / size)
         exact = (codes.double() - 2 ** (bits - 1)) * expand(scales.half(), group_size)
@@ -119,7 +116,7 @@ def compressed_linear(bits: int, group: int | str) -> Candidate:
 
     name = f"openvino w{bits} {'row' if group == 'row' else f'g{group}'} int8"
     facts = {"who": "openvino", "bits": bits, "group": group, "activations": "int8"}
-    return Candidate(name, prepare, facts, needs=("threads",))
+    return Candidate(name, prepare, facts, ("threads",), lambda n, k: group == "row" or not k % int(group))
 
 
 CANDIDATES = [compressed_linear(4, GROUP), compressed_linear(8, "row")]

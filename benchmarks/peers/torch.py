@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cpu.ours import factors, kron_facts, kron_operations, kron_tolerance
+from benchmarks.cpu.ours import kron_candidate
 from benchmarks.harness.candidate import (
     BF16,
     DTYPE_NAMES,
@@ -25,6 +25,7 @@ from benchmarks.harness.candidate import (
     on_gpu,
     random_codes,
     random_weight,
+    source,
 )  # fmt: skip
 from benchmarks.peers.tolerance import gpu_tolerance
 
@@ -35,8 +36,8 @@ INT4_GROUP = 128
 def dense(dtype: torch.dtype) -> Candidate:
     """``F.linear``: the baseline."""
 
-    def prepare(weight: Tensor) -> Prepared:
-        w = weight.to(dtype)
+    def prepare(n: int, k: int, device: str) -> Prepared:
+        w = source((n, k)).to(dtype)
         return from_tensors(F.linear, (w,), w.double(), tolerance=TOLERANCE[dtype], x_dtype=dtype)
 
     name = DTYPE_NAMES[dtype]
@@ -46,10 +47,10 @@ def dense(dtype: torch.dtype) -> Candidate:
 def prepacked(dtype: torch.dtype) -> Candidate:
     """oneDNN with the weight in its own blocked layout, chosen for M, as torch.compile's freezing makes it."""
 
-    def prepare(weight: Tensor, m: int) -> Prepared:
+    def prepare(n: int, k: int, device: str, m: int) -> Prepared:
         if not torch.backends.mkldnn.is_available():
             raise Unavailable("this torch has no oneDNN")
-        w = weight.to(dtype)
+        w = source((n, k)).to(dtype)
         make = functools.partial(torch.ops.mkldnn._reorder_linear_weight, w, m)
         return Prepared(
             lambda made, x: torch.ops.mkldnn._linear_pointwise(x, made, None, "none", [], ""),
@@ -61,11 +62,8 @@ def prepacked(dtype: torch.dtype) -> Candidate:
     return Candidate(f"torch {name} prepacked", prepare, facts, needs=("m",))
 
 
-def _prepare_int4pack(weight: Tensor) -> Prepared:
-    n, k = weight.shape
-    if n % 16 or k % INT4_GROUP:
-        raise Unavailable(f"torch int4pack needs N % 16 = 0 and K % {INT4_GROUP} = 0: N={n}, K={k}")
-    codes, scales, zeros = affine(weight, 4, INT4_GROUP)
+def _prepare_int4pack(n: int, k: int, device: str) -> Prepared:
+    codes, scales, zeros = affine(source((n, k)), 4, INT4_GROUP)
     # its own form is (code - 8) * scale + offset
     offset = (8 - zeros.float()) * scales.float()
     scale_offset = torch.stack([scales.float(), offset], dim=-1).transpose(0, 1).contiguous().bfloat16()
@@ -78,13 +76,14 @@ def _prepare_int4pack(weight: Tensor) -> Prepared:
     )  # fmt: skip
 
 
-def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _int8_rows(n: int, k: int) -> tuple[Tensor, Tensor]:
+    weight = source((n, k))
     scales = weight.abs().amax(dim=1) / 127
     return (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
-def _prepare_int8pack(weight: Tensor) -> Prepared:
-    codes, scales = _int8_rows(weight)
+def _prepare_int8pack(n: int, k: int, device: str) -> Prepared:
+    codes, scales = _int8_rows(n, k)
     scales = scales.bfloat16()
     return from_tensors(
         torch._weight_int8pack_mm,
@@ -95,11 +94,10 @@ def _prepare_int8pack(weight: Tensor) -> Prepared:
 def dynamic_int8(engine: str) -> Candidate:
     """Per-row int8 weights, activations quantized per tensor when called: coarser than per token."""
 
-    def prepare(weight: Tensor) -> Prepared:
+    def prepare(n: int, k: int, device: str) -> Prepared:
         if engine not in torch.backends.quantized.supported_engines:
             raise Unavailable(f"this torch has no quantized engine {engine!r}")
-        codes, scales = _int8_rows(weight)
-        n = len(scales)
+        codes, scales = _int8_rows(n, k)
         quantized = torch._make_per_channel_quantized_tensor(codes, scales.double(), torch.zeros(n).long(), 0)
 
         def make() -> Any:
@@ -111,18 +109,23 @@ def dynamic_int8(engine: str) -> Candidate:
             codes.numel() + 4 * n, codes.double() * scales.double()[:, None], tolerance=3e-2, make=make,
         )  # fmt: skip
 
-    return Candidate(f"torch dynamic int8 {engine}", prepare, _facts("torch", 8, "row", "int8"))
+    return Candidate(f"torch dynamic int8 {engine}", prepare, _facts(8, "row", "int8"))
 
 
-def _facts(who: str, bits: int, group: int | str, activations: str) -> dict[str, Any]:
-    return {"who": who, "bits": bits, "group": group, "activations": activations}
+def _facts(bits: int, group: int | str, activations: str) -> dict[str, Any]:
+    return {"who": "torch", "bits": bits, "group": group, "activations": activations}
 
 
 DENSE = [dense(F32), dense(BF16)]
 PREPACKED = [prepacked(F32), prepacked(BF16)]
 QUANTIZED = [
-    Candidate(f"torch int4pack g{INT4_GROUP} bf16", _prepare_int4pack, _facts("torch", 4, INT4_GROUP, "bf16")),
-    Candidate("torch int8pack row bf16", _prepare_int8pack, _facts("torch", 8, "row", "bf16")),
+    Candidate(
+        f"torch int4pack g{INT4_GROUP} bf16",
+        _prepare_int4pack,
+        _facts(4, INT4_GROUP, "bf16"),
+        fits=lambda n, k: not n % 16 and not k % INT4_GROUP,
+    ),
+    Candidate("torch int8pack row bf16", _prepare_int8pack, _facts(8, "row", "bf16")),
     dynamic_int8("onednn"),
     dynamic_int8("fbgemm"),
 ]
@@ -148,18 +151,13 @@ def _einsum(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 KRON_CALLS: dict[str, Callable[..., Tensor]] = {"B first": _b_first, "A first": _a_first, "einsum": _einsum}
 
 
-def kron(how: str, a_shape: tuple[int, int], dtype: torch.dtype) -> Candidate:
+def kron(how: str, a: tuple[int, int], dtype: torch.dtype) -> Candidate:
     """``(A ⊗ B) x`` written with torch's own products."""
 
-    def prepare(weight: Tensor) -> Prepared:
-        a, b, exact = factors(a_shape, weight, dtype)
-        return from_tensors(
-            KRON_CALLS[how], (a, b), exact, x_dtype=dtype, tolerance=kron_tolerance(dtype),
-            operations=kron_operations(a, b),
-        )  # fmt: skip
+    def prepare(first: Tensor, second: Tensor, exact: Tensor, **options: Any) -> Prepared:
+        return from_tensors(KRON_CALLS[how], (first, second), exact, x_dtype=dtype, **options)
 
-    name = f"torch {how} {a_shape[0]}x{a_shape[1]} {DTYPE_NAMES[dtype]}"
-    return Candidate(name, prepare, kron_facts(a_shape, dtype, "torch"))
+    return kron_candidate(f"torch {how}", a, dtype, prepare)
 
 
 # ----------------------------------------------------------------------------------------------------- on a GPU

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.cpu import ours
-from benchmarks.harness import machine, results
+from benchmarks.harness import layers, machine, results
 from benchmarks.harness.clock import CpuClock
-from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,19 +107,13 @@ def steps(points: Iterable[Point]) -> Iterator[str]:
 def measure(sizes: dict[str, int], activations: str, varied: str, seconds: float) -> Point:
     """The time of one call of a layer with groups of 128 (of one group, if K is smaller)."""
     m, n, k, bits, threads = (sizes[name] for name in ("M", "N", "K", "bits", "threads"))
-    group = min(128, k)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=generator)
-    scales = torch.full((n, k // group), 0.02).half()
-    zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8)
-    layer = PackedLinear.from_weight(
-        PackedWeight(codes, scales, zeros, bits, group),
-        activations="int8" if activations == "int8" else "float", dtype=ours.dtype_of(activations),
-    )  # fmt: skip
-    nbytes = ours.layer_nbytes(layer)
+    weight, _ = layers.packed_weight(n, k, bits, min(128, k), "cpu", centered=True)
+    kind = "int8" if activations == "int8" else "float"
+    layer = PackedLinear.from_weight(weight, activations=kind, dtype=ours.dtype_of(activations))
+    nbytes = layers.layer_nbytes(layer)
     copies = min(MAX_COPIES, math.ceil(machine.cold_bytes() / nbytes))
-    turn = itertools.cycle([ours.another(layer) for _ in range(copies)])
-    x = torch.randn(m, k, generator=generator).to(ours.dtype_of(activations))
+    turn = itertools.cycle([layers.another(layer) for _ in range(copies)])
+    x = torch.randn(m, k).to(ours.dtype_of(activations))
     torch.set_num_threads(threads)
     with torch.inference_mode():
         ms = 1e3 * CpuClock(threads).median(lambda: next(turn)(x), seconds)
