@@ -47,8 +47,9 @@ constexpr bool kHasBf16 = false;
 #define LOWBIT_INLINE inline __attribute__((always_inline))
 // For a whole register tile: inlines all that it calls. Otherwise GCC 12 inlines by the size of the file, and a change
 // elsewhere moves accumulators from registers to memory. Not on AVX-512 without VNNI: there it spills the int8 tiles of
-// 7 bits, which then take 1.06 times as long with 12 and 16 rows of x (Zen 4).
-#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+// 7 bits, which then take 1.06 times as long with 12 and 16 rows of x (Zen 4). Not where AddressSanitizer instruments
+// every load: there it takes too long to compile.
+#if (defined(__AVX512F__) && !defined(__AVX512VNNI__)) || defined(__SANITIZE_ADDRESS__)
 #define LOWBIT_TILE
 #else
 #define LOWBIT_TILE __attribute__((flatten))
