@@ -124,6 +124,12 @@ def test_no_module_imports_itself_in_a_circle():
     assert circle(rest) is None
 
 
+def test_benchmarks_neither_import_in_a_circle_nor_change_the_path():
+    folder = Path(__file__).parents[1] / "benchmarks"
+    assert circle(arrows_of(folder, "benchmarks")) is None
+    assert [path.name for path in folder.rglob("*.py") if "sys.path" in path.read_text(encoding="utf-8")] == []
+
+
 def test_imports_point_down():
     assert upward(ARROWS) == []
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.candidate import BF16, DTYPE_NAMES, F16, F32, Candidate, Prepared, int8_per_group
-from benchmarks.harness.layers import another, codebook_weight, from_layer, kron_factors, kron_fits, packed_weight
+from benchmarks.harness.layers import another, codebook_weight, from_layer, kron_candidate, packed_weight
 from lowbit.codebook.module import CodebookLinear
 from lowbit.kron.format import KroneckerWeight
 from lowbit.kron.module import KroneckerLinear
@@ -88,30 +88,6 @@ def codebook(bits: int, group: Group, activations: str) -> Candidate:
     form = "codebook row" if group == "row" else f"codebook g{group} scales"
     facts = _facts("codebook", bits, group, activations)
     return Candidate(f"lowbit {bits}-bit {form} {activations}", prepare, facts)
-
-
-def kron_candidate(who: str, a: tuple[int, int], dtype: torch.dtype, prepare: Callable[..., Prepared]) -> Candidate:
-    """Of a name that says whose it is, and how; ``prepare(A, B, dense, **options)``."""
-
-    def prepared(n: int, k: int, device: str) -> Prepared:
-        first, second, dense = kron_factors(n, k, a, dtype, device)
-        # two products: in bfloat16 what lies between them is rounded too
-        tolerance = 1e-5 if dtype == F32 else 8e-3
-        return prepare(first, second, dense, tolerance=tolerance, operations=kron_operations(first, second))
-
-    name = DTYPE_NAMES[dtype]
-    facts = {"who": who.split()[0], "family": "kron", "a": list(a), "activations": name}
-
-    def fits(n: int, k: int) -> bool:
-        return kron_fits(a, n, k) and (a != (64, 64) or n == k)
-
-    return Candidate(f"{who} {a[0]}x{a[1]} {name}", prepared, facts, fits=fits)
-
-
-def kron_operations(a: Tensor, b: Tensor) -> int:
-    """Per row of x, of the better order of the two products."""
-    (n1, k1), (n2, k2) = a.shape[1:], b.shape[1:]
-    return 2 * min(k1 * n2 * (k2 + n1), n1 * k2 * (k1 + n2))
 
 
 def kron(a: tuple[int, int], dtype: torch.dtype) -> Candidate:

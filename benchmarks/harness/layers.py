@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lowbit
-from benchmarks.harness.candidate import DTYPES, F16, F32, Prepared, int8_per_token, random_codes
+from benchmarks.harness.candidate import (
+    DTYPE_NAMES,
+    DTYPES,
+    F16,
+    F32,
+    Candidate,
+    Prepared,
+    int8_per_token,
+    random_codes,
+)
 from lowbit.nn.layer import Layer
 from lowbit.testing.numerics import frobenius_bound
 
@@ -85,3 +95,27 @@ def kron_factors(n: int, k: int, a: tuple[int, int], dtype: torch.dtype, device:
 
 def kron_fits(a: tuple[int, int], n: int, k: int) -> bool:
     return not n % a[0] and not k % a[1]
+
+
+def kron_candidate(who: str, a: tuple[int, int], dtype: torch.dtype, prepare: Callable[..., Prepared]) -> Candidate:
+    """On a CPU, of a name that says whose it is and how; ``prepare(A, B, dense, **options)``."""
+
+    def prepared(n: int, k: int, device: str) -> Prepared:
+        first, second, dense = kron_factors(n, k, a, dtype, device)
+        # two products: in bfloat16 what lies between them is rounded too
+        tolerance = 1e-5 if dtype == F32 else 8e-3
+        return prepare(first, second, dense, tolerance=tolerance, operations=kron_operations(first, second))
+
+    name = DTYPE_NAMES[dtype]
+    facts = {"who": who.split()[0], "family": "kron", "a": list(a), "activations": name}
+
+    def fits(n: int, k: int) -> bool:
+        return kron_fits(a, n, k) and (a != (64, 64) or n == k)
+
+    return Candidate(f"{who} {a[0]}x{a[1]} {name}", prepared, facts, fits=fits)
+
+
+def kron_operations(a: Tensor, b: Tensor) -> int:
+    """Per row of x, of the better order of the two products."""
+    (n1, k1), (n2, k2) = a.shape[1:], b.shape[1:]
+    return 2 * min(k1 * n2 * (k2 + n1), n1 * k2 * (k1 + n2))

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cpu.ours import kron_candidate
 from benchmarks.harness.candidate import (
     BF16,
     DTYPE_NAMES,
@@ -27,6 +26,7 @@ from benchmarks.harness.candidate import (
     random_weight,
     source,
 )  # fmt: skip
+from benchmarks.harness.layers import kron_candidate
 from benchmarks.peers.tolerance import gpu_tolerance
 
 TOLERANCE = {F32: 1e-5, BF16: 8e-3}
