@@ -2,11 +2,11 @@
 
 import copy
 
-import accuracy
 import pytest
 import torch
 
 import lowbit
+from benchmarks.models import accuracy
 from lowbit import Codebook, Packed
 from lowbit.nn.layer import layers
 from lowbit.testing.samples import folder, script
