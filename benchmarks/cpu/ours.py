@@ -14,7 +14,7 @@ from benchmarks.harness.layers import another, codebook_weight, from_layer, kron
 from lowbit.codebook.module import CodebookLinear
 from lowbit.kron.format import KroneckerWeight
 from lowbit.kron.module import KroneckerLinear
-from lowbit.nn.layer import LinearLayer
+from lowbit.nn.linear import LinearLayer
 from lowbit.packed.module import PackedLinear
 
 Group = int | str  # group size, or "row"

@@ -128,25 +128,30 @@ def _packed_calls(device: str) -> Iterator[Call]:
     from lowbit.packed.format import PackedFormat
     from lowbit.testing.packed_cases import random_weight
 
-    ops = torch.ops.lowbit
     for bits, dtype, int8 in ((2, torch.float16, False), (4, torch.bfloat16, True), (5, torch.float32, False)):
         format = PackedFormat(bits, 9, 70, 32, "group", "int", "float16", outliers=12, outlier_dtype="float16")
         w = random_weight(format)
-        tensors = [_to(t, device) for t in (w.packed, w.scales, w.zeros)]
-        outliers = [_to(t, device) for t in w.outliers]
-        bias = torch.randn(9, device=device, requires_grad=True)
-        name = f"packed {bits}-bit {dtype}"
-        arguments = (_x(70, dtype, device), *tensors, bias, *outliers, None, bits, 32, int8)
-        yield f"{name} linear", ops.packed_linear.default, arguments, {}
-        yield f"{name} dequantize", ops.packed_dequantize.default, (*tensors, *outliers, bits, 32, 70, dtype), {}
-        arguments = (_ids(device), *tensors, *outliers, bits, 32, 70, dtype)
-        yield f"{name} embedding", ops.packed_embedding.default, arguments, {}
+        weight = tuple(_to(value, device) for value in w.operands)
+        yield from _coded_calls("packed", weight, 70, dtype, int8, f"packed {bits}-bit {dtype}")
+
+
+def _coded_calls(
+    family: str, weight: tuple[Any, ...], k: int, dtype: torch.dtype, int8: bool, name: str
+) -> Iterator[Call]:
+    """The ops of a family of packed codes on a weight ``[9, k]``."""
+    device = weight[0].device.type
+    linear, dequantize, embedding = (
+        getattr(torch.ops.lowbit, f"{family}_{op}").default for op in ("linear", "dequantize", "embedding")
+    )
+    bias = torch.randn(9, device=device, requires_grad=True)
+    yield f"{name} linear", linear, (_x(k, dtype, device), *weight, bias, None, int8, 0), {}
+    yield f"{name} dequantize", dequantize, (*weight, k, dtype), {}
+    yield f"{name} embedding", embedding, (_ids(device), *weight, k, dtype), {}
 
 
 def _codebook_calls(device: str) -> Iterator[Call]:
     from lowbit.testing.codebook_cases import Kind, random_weight
 
-    ops = torch.ops.lowbit
     kinds = [
         (Kind(4, 9, 70, 32, "tensor", "float", outliers=12), torch.float16, False),
         (Kind(3, 9, 70, 70, "row", "none"), torch.bfloat16, False),
@@ -154,15 +159,8 @@ def _codebook_calls(device: str) -> Iterator[Call]:
     ]
     for kind, dtype, int8 in kinds:
         w = random_weight(kind)
-        tensors = [_to(t, device) for t in (w.packed, w.codebook, w.scales, *w.nested)]
-        outliers = [_to(t, device) for t in w.outliers]
-        bias = torch.randn(9, device=device, requires_grad=True)
-        numbers, name = (kind.bits, kind.group_size), f"codebook {kind} {dtype}"
-        arguments = (_x(70, dtype, device), *tensors, bias, *outliers, None, *numbers, int8, True)
-        yield f"{name} linear", ops.codebook_linear.default, arguments, {}
-        yield f"{name} dequantize", ops.codebook_dequantize.default, (*tensors, *outliers, *numbers, 70, dtype), {}
-        arguments = (_ids(device), *tensors, *outliers, *numbers, 70, dtype, True)
-        yield f"{name} embedding", ops.codebook_embedding.default, arguments, {}
+        weight = tuple(_to(value, device) for value in w.operands)
+        yield from _coded_calls("codebook", weight, kind.k, dtype, int8, f"codebook {kind} {dtype}")
 
 
 def _kron_calls(device: str) -> Iterator[Call]:

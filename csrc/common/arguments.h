@@ -11,15 +11,20 @@ namespace lowbit {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// What the ops' argument `layout` says: the numbers of lowbit/backends/layouts.py, of those that kernels here read.
+constexpr int64_t kCanonicalLayout = 0, kBlocksLayout = 2;
+
 inline void check_codes(const char* op, const Tensor& packed, int64_t min_bits, int64_t bits, int64_t group_size,
-                        int64_t K, bool blocks_too, Codes& w) {
+                        int64_t layout, int64_t K, bool blocks_too, Codes& w) {
   LOWBIT_CHECK(bits >= min_bits && bits <= 8, op, ": bits must be between ", min_bits, " and 8: got bits=", bits);
   LOWBIT_CHECK(K >= 1, op, ": in_features must be at least 1: got ", K);
   LOWBIT_CHECK(group_size >= 1 && group_size <= K, op, ": group_size must be between 1 and K: got group_size=",
                group_size, ", K=", K);
-  w.blocks = blocks_too && packed.dim() == 4;
-  LOWBIT_CHECK(w.blocks || packed.dim() == 2, op, ": packed must have two dimensions",
-               blocks_too ? " (or four: blocks)" : "", ": got shape ", shape_of(packed));
+  LOWBIT_CHECK(layout == kCanonicalLayout || (blocks_too && layout == kBlocksLayout), op,
+               ": layout must be 0 (canonical words)", blocks_too ? " or 2 (blocks)" : "", ": got layout=", layout);
+  w.blocks = layout == kBlocksLayout;
+  LOWBIT_CHECK(packed.dim() == (w.blocks ? 4 : 2), op, ": packed must have ", w.blocks ? "four" : "two",
+               " dimensions for layout=", layout, ": got shape ", shape_of(packed));
   LOWBIT_CHECK(packed.scalar_type() == ScalarType::Int, op, ": packed must be int32: got ",
                dtype_name(packed.scalar_type()));
   w.N = packed.size(0);

@@ -18,7 +18,7 @@ struct WeightArguments {
   const OptionalTensor& scales;
   NestedArguments nested;
   OutlierArguments outliers;
-  int64_t bits, group_size, K;
+  int64_t bits, group_size, layout, K;
 };
 
 inline const void* check_nested(const char* op, const char* name, const Tensor& t, int64_t count) {
@@ -29,10 +29,10 @@ inline const void* check_nested(const char* op, const char* name, const Tensor& 
 }
 
 inline Weight check_weight(const char* op, const WeightArguments& arguments) {
-  const auto& [packed, codebook, scales, nested_scales, outliers, bits, group_size, K] = arguments;
+  const auto& [packed, codebook, scales, nested_scales, outliers, bits, group_size, layout, K] = arguments;
   const auto& [scale_codebook, scale_absmax, scale_offset] = nested_scales;
   Weight w{};
-  check_codes(op, packed, 1, bits, group_size, K, /*blocks_too=*/false, w);
+  check_codes(op, packed, 1, bits, group_size, layout, K, /*blocks_too=*/false, w);
 
   check_cpu(op, "codebook", codebook);
   const int64_t entries = int64_t(1) << bits;

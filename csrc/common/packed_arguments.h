@@ -12,7 +12,7 @@ struct WeightArguments {
   const Tensor &packed, &scales;
   const OptionalTensor& zeros;
   OutlierArguments outliers;
-  int64_t bits, group_size, K;
+  int64_t bits, group_size, layout, K;
 };
 
 // Scales or zeros: [rows, G], row after row in memory or, as the layer's `prepare()` stores them, group after group.
@@ -26,9 +26,9 @@ inline void check_groups(const char* op, const char* name, const Tensor& t, int6
 }
 
 inline Weight check_weight(const char* op, const WeightArguments& arguments) {
-  const auto& [packed, scales, zeros, outliers, bits, group_size, K] = arguments;
+  const auto& [packed, scales, zeros, outliers, bits, group_size, layout, K] = arguments;
   Weight w{};
-  check_codes(op, packed, 2, bits, group_size, K, /*blocks_too=*/true, w);
+  check_codes(op, packed, 2, bits, group_size, layout, K, /*blocks_too=*/true, w);
   w.per_tensor = w.G == 1 && w.N != 1 && scales.dim() == 2 && scales.size(0) == 1;
   const int64_t rows = w.per_tensor ? 1 : w.N;
   check_groups(op, "scales", scales, rows, w.G, w.scales_row, w.scales_group);

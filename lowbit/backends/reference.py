@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.backends.layouts import CANONICAL, ROWS_TOGETHER, layout_of
+from lowbit.backends.layouts import rows_together
 from lowbit.core.family import FLOAT_DTYPES
 
 Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -50,48 +50,6 @@ def check_ids(ids: Tensor) -> None:
     torch._check(ids.dtype in _ID_DTYPES, lambda: f"ids must be int32 or int64: got {ids.dtype}")
 
 
-def check_codes(packed: Tensor, min_bits: int, bits: int, group_size: int, in_features: int) -> None:
-    """``packed`` holds ``in_features`` codes per row, in groups of ``group_size``, in any layout."""
-    torch._check(min_bits <= bits <= 8, lambda: f"bits must be between {min_bits} and 8: got bits={bits}")
-    layout = layout_of(packed)
-    torch._check(
-        layout is not None,
-        lambda: f"packed must be 2-d (or 3-d: tiles; 4-d: blocks): got shape {tuple(packed.shape)}",
-    )
-    assert layout is not None
-    torch._check(packed.dtype == torch.int32, lambda: f"packed must be int32: got {packed.dtype}")
-    shape = layout.row_shape(in_features, bits)
-    if layout is CANONICAL:
-        torch._check(
-            packed.shape[1] == shape[0],
-            lambda: f"packed must have ceil(K/32)*bits = {shape[0]} words per row "
-            f"for K={in_features}, bits={bits}: got {packed.shape[1]}",
-        )
-    torch._check(
-        tuple(packed.shape[1:]) == shape,
-        lambda: f"packed in {layout.name} must be [N, {', '.join(map(str, shape))}] for K={in_features}, bits={bits}: "
-        f"got shape {tuple(packed.shape)}",
-    )
-    torch._check(
-        1 <= group_size <= in_features,
-        lambda: f"group_size must be between 1 and K: got group_size={group_size}, K={in_features}",
-    )
-
-
-def codes_of(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """The codes, uint8 ``[N, K]``, of ``packed`` in any layout."""
-    layout = layout_of(packed)
-    assert layout is not None
-    return layout.codes(packed, bits, in_features)
-
-
-def rows_of(packed: Tensor, rows: Tensor, bits: int) -> Tensor:
-    """Some rows of ``packed``, in any order."""
-    layout = layout_of(packed)
-    assert layout is not None
-    return layout.rows(packed, rows, bits)
-
-
 def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The distinct ids, sorted, and each id's place among them; raises when one is not in ``[0, count)``."""
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
@@ -101,9 +59,10 @@ def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return unique, position
 
 
-def row_blocks(n: int, k: int) -> Iterator[slice]:
-    """Blocks of rows of an ``[n, k]`` weight that are small enough to be dequantized: packed codes may be cut there."""
-    step = max(ROWS_TOGETHER, WEIGHTS_AT_ONCE // max(k, 1) // ROWS_TOGETHER * ROWS_TOGETHER)
+def row_ranges(n: int, k: int) -> Iterator[slice]:
+    """Ranges of rows of an ``[n, k]`` weight that are small enough to be dequantized: packed codes may be cut there."""
+    whole = rows_together()
+    step = max(whole, WEIGHTS_AT_ONCE // max(k, 1) // whole * whole)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 

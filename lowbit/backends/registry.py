@@ -1,9 +1,12 @@
 """Which backend runs: torch's dispatcher picks the device, this module the backend inside it.
 
-Each family's op has a *reference* implementation (plain torch, any device), on a CPU a compiled kernel that registers
-itself with torch when the library is loaded (a call then goes from torch's dispatcher straight to C++), and on a GPU
-Triton kernels, which are imported at the first call. ``LOWBIT_BACKEND`` or :func:`use_backend` names a backend
-explicitly: it runs, or it raises with the reason. ``auto`` may fall back to the reference, and says so once.
+A :class:`Backend` runs ops on one type of device. Backends of one device form a list, the highest priority first: the
+first one that does not decline a call runs it. Every op also has a *reference* implementation (plain torch, any
+device), which runs when all decline. ``LOWBIT_BACKEND`` or :func:`use_backend` names a backend explicitly: it runs, or
+it raises with the reason. ``auto`` may fall back to the reference, and says so once.
+
+On a CPU the compiled kernels register themselves with torch when the library is loaded: as long as they come first, a
+call goes from torch's dispatcher straight to C++.
 """
 
 from __future__ import annotations
@@ -11,21 +14,88 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from lowbit.backends import invariance
-from lowbit.backends.cpu import native
+from lowbit.backends.layouts import CANONICAL, Layout
 
-BACKENDS = ("cpu", "triton", "reference")
-_NAMESPACE = "lowbit"
-# constexpr functions, and compilers whose faults the kernels do not work around, begin here
-_OLDEST_TRITON = (3, 6)
+if TYPE_CHECKING:
+    from lowbit.core.family import Format
+
+NAMESPACE = "lowbit"
+NATIVE_NAMESPACE = "lowbit_native"
+
+Implementation = Callable[..., Any]
+
+
+class Backend:
+    """Kernels for one type of device.
+
+    Args:
+        name: what ``LOWBIT_BACKEND``, :func:`use_backend` and reports call it.
+        device_type: ``"cpu"``, ``"cuda"``, … as in ``torch.device.type``.
+        priority: of several backends on one device the highest is asked first; the kernels of the package have 0.
+        ops: op name (``"packed_linear"``) → function with the op's arguments. Ops that are missing are declined.
+
+    A subclass overrides what it has to say. Reasons are short texts for messages; ``None`` means yes.
+    """
+
+    def __init__(
+        self, name: str, device_type: str, *, priority: int = 0, ops: Mapping[str, Implementation] | None = None
+    ) -> None:
+        self.name, self.device_type, self.priority = name, device_type, priority
+        self.ops: dict[str, Implementation] = dict(ops or {})
+
+    def initialize(self) -> None:
+        """What ``import lowbit`` does for this backend. Never raises, asks no device anything."""
+
+    def why_not(self, device: torch.device | None = None) -> str | None:
+        """Why it cannot run on ``device`` (``None``: on this machine)."""
+        return None
+
+    def can_run(self, op: str, *args: Any) -> str | None:
+        """Why it declines this call, though it can run here: formats, shapes or dtypes that it has no kernel for."""
+        return None if op in self.ops else f"it has no {op}"
+
+    def run(self, op: str, *args: Any) -> Any:
+        return self.ops[op](*args)
+
+    def layouts(self, format: Format, kind: str) -> tuple[Layout, ...]:
+        """The layouts in which it reads the codes of a format, the best first; ``kind``: linear or embedding."""
+        return (CANONICAL,)
+
+    def settle(self, packed: Tensor, layout: Layout) -> None:
+        """What it does once with codes that it will read, where they are now: advice about their memory, say."""
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether layers on ``device`` hold their codes for this backend."""
+        return active_backend(device.type) == self.name
+
+    def also_runs_on(self, device_type: str) -> bool:
+        """Whether it runs on a second type of device where it is named: an emulator does."""
+        return False
+
+    def details(self) -> dict[str, Any]:
+        """For :func:`backends`: what it runs on. A ``RuntimeError`` makes it unavailable, with that reason."""
+        return {}
+
+
+class _Reference(Backend):
+    """Plain torch: the definition of every op, and what runs where no kernel does."""
+
+    def settle(self, packed: Tensor, layout: Layout) -> None:
+        """What it does once with codes that it will read, where they are now: advice about their memory, say."""
+
+    def serves(self, device: torch.device) -> bool:
+        return False
+
+    def details(self) -> dict[str, Any]:
+        return {"runs on": "any device"}
 
 
 @dataclass
@@ -42,83 +112,95 @@ class BackendStatus:
         return f"{self.name}: {'available' if self.available else 'unavailable'}" + (f" ({details})" if details else "")
 
 
-_references: dict[str, Callable[..., Any]] = {}
-_triton: dict[str, Callable[..., Any]] = {}
+_reference = _Reference("reference", "any")
+_references = _reference.ops
+_backends: list[Backend] = [_reference]  # in the order in which they are listed; the reference last
 _override: torch.library.Library | None = None
 _forced = "auto"
-_unavailable: str | None = "the compiled library has not been loaded yet"
 _fallback_announced = False
 
 
-def register_reference(library: torch.library.Library, op: str, reference: Callable[..., Any]) -> None:
-    """Make ``reference`` the implementation of ``lowbit::op`` on every device that has no kernel of its own."""
+def register(backend: Backend) -> Backend:
+    """Make a backend known; raises ``ValueError`` where one of its name is."""
+    if backend.name == "auto" or any(known.name == backend.name for known in _backends):
+        raise ValueError(f"a backend needs a name of its own: got name={backend.name!r}, known: {', '.join(names())}")
+    _backends.insert(-1, backend)
+    _route()
+    return backend
+
+
+def unregister(name: str) -> None:
+    """Forget the backend ``name``; raises ``ValueError`` where there is none, or where it is in use."""
+    if name == _reference.name or name == _forced or name not in names():
+        raise ValueError(f"name must be that of a backend that is not in use: got name={name!r}")
+    _backends.remove(_named(name))
+    _route()
+
+
+def names() -> tuple[str, ...]:
+    """The names of all backends."""
+    return tuple(backend.name for backend in _backends)
+
+
+def _named(name: str) -> Backend:
+    return next(backend for backend in _backends if backend.name == name)
+
+
+# ------------------------------------------------------------------------------------------------------------- ops
+
+
+def register_op(library: torch.library.Library, op: str, reference: Implementation) -> None:
+    """Let calls of ``lowbit::op`` find their backend; ``reference`` is its definition in plain torch."""
     _references[op] = reference
 
-    def fallback(*args: Any) -> Any:
-        _announce_fallback(_unavailable or "no kernel for this device")
-        return reference(*args)
+    def call(*args: Any) -> Any:
+        return _call(op, *args)
 
-    library.impl(op, fallback, "CompositeExplicitAutograd")
+    library.impl(op, call, "CompositeExplicitAutograd")
+    library.impl(op, call, "CUDA")
 
 
-def register_triton(library: torch.library.Library, op: str, module: str, function: str) -> None:
-    """Make ``function`` of ``module``, imported at the first call, the Triton implementation of ``lowbit::op``."""
+def implement(backend: str, op: str, module: str, function: str) -> None:
+    """Make ``function`` of ``module``, which is imported at the first call, what ``backend`` runs for ``op``."""
 
-    def kernel(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)
 
-    def on_gpu(*args: Any) -> Any:
-        device = next(a.device for a in args if isinstance(a, torch.Tensor))
-        reason = _why_not_on_gpu(device)
-        if reason is None:
-            here = device.index in (None, torch.cuda.current_device())
-            with nullcontext() if here else torch.cuda.device(device):
-                return kernel(*args)
-        if _forced not in ("auto", "reference"):
-            raise RuntimeError(f"LOWBIT_BACKEND={_forced} cannot run on {device}: {reason}")
-        _announce_fallback(reason)
-        return _references[op](*args)
-
-    _triton[op] = kernel
-    library.impl(op, on_gpu, "CUDA")
+    _named(backend).ops[op] = run
 
 
-def _why_not_on_gpu(device: torch.device) -> str | None:
-    """``None`` when the Triton kernels run on this GPU now, else the reason."""
-    if _forced not in ("auto", "triton"):
+def _candidates(device_type: str) -> list[Backend]:
+    """The backends of a type of device in the order in which they are asked, the reference not among them."""
+
+    def runs(backend: Backend) -> bool:
+        return backend.device_type == device_type or (backend.name == _forced and backend.also_runs_on(device_type))
+
+    return sorted(filter(runs, _backends), key=lambda backend: -backend.priority)
+
+
+def _declines(backend: Backend, device: torch.device) -> str | None:
+    """Why ``backend`` runs nothing on ``device`` now."""
+    if _forced not in ("auto", backend.name):
         return f"the backend {_forced!r} was asked for"
-    return _why_no_triton() or _why_not_device(device)
+    return backend.why_not(device)
 
 
-@cache
-def _why_no_triton() -> str | None:
-    try:
-        import triton
-    except Exception as error:  # whatever keeps it from being imported is the reason
-        return f"triton cannot be imported: {error}"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
-        return f"triton must be at least {'.'.join(map(str, _OLDEST_TRITON))}: got {triton.__version__}"
-    return None
-
-
-@cache
-def _why_not_device(device: torch.device) -> str | None:
-    if torch.version.hip:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        return f"the Triton kernels need compute capability 8.0: {found}"
-    return None
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on the CPU."""
-    if _why_no_triton() is not None:
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+def _call(op: str, *args: Any) -> Any:
+    """Run ``op`` on the first backend that does not decline."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    reasons: dict[str, str] = {}
+    for backend in _candidates(device.type) if _forced != "reference" else ():
+        reason = _declines(backend, device) or backend.can_run(op, *args)
+        if reason is None:
+            return backend.run(op, *args)
+        reasons[backend.name] = reason
+    if _forced not in ("auto", "reference"):
+        unknown = why_unavailable(_forced) if _forced not in names() else None
+        reason = unknown or reasons.get(_forced) or next(iter(reasons.values()), f"it does not run on {device}")
+        where = "" if device.type == "cpu" else f" on {device}"
+        raise RuntimeError(f"LOWBIT_BACKEND={_forced} cannot run{where}: {reason}")
+    _announce_fallback("; ".join(reasons.values()) or "no kernel for this device")
+    return _references[op](*args)
 
 
 def _announce_fallback(reason: str) -> None:
@@ -126,61 +208,58 @@ def _announce_fallback(reason: str) -> None:
     if not _fallback_announced and _forced == "auto":
         _fallback_announced = True
         warnings.warn(
-            f"lowbit runs its slow torch reference: {reason} (see `lowbit doctor`)", RuntimeWarning, stacklevel=4
+            f"lowbit runs its slow torch reference: {reason} (see `lowbit doctor`)", RuntimeWarning, stacklevel=5
         )
 
 
+def _route() -> None:
+    """Send calls on a CPU through :func:`_call`, unless compiled kernels come first there: torch finds these by itself.
+
+    No device is asked for anything: this also happens at import.
+    """
+    global _override
+    if _override is not None:
+        _override._destroy()
+        _override = None
+    candidates = _candidates("cpu")
+    first = candidates[0] if candidates else None
+    straight = first is not None and first.name == "cpu" and _declines(first, torch.device("cpu")) is None
+    if straight or (_forced == "auto" and len(candidates) < 2):  # else what every device falls back to is enough
+        return
+    _override = torch.library.Library(NAMESPACE, "IMPL", "CPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        for op, reference in _references.items():
+            _override.impl(op, reference if _forced == "reference" else _caller(op))
+
+
+def _caller(op: str) -> Implementation:
+    return lambda *args: _call(op, *args)
+
+
+# ---------------------------------------------------------------------------------------------------- what to run
+
+
 def initialize() -> None:
-    """Load the compiled kernels and apply the environment; called once by ``import lowbit``. Never raises."""
-    global _unavailable
-    _unavailable = native.load()
-    if _unavailable is None:
-        invariance.initialize()
-    requested = os.environ.get("LOWBIT_BACKEND", "auto") or "auto"
-    _force(requested)
+    """Initialize every backend and apply the environment; called once by ``import lowbit``. Never raises."""
+    for backend in _backends:
+        backend.initialize()
+    _force(os.environ.get("LOWBIT_BACKEND", "auto") or "auto")
 
 
 def why_unavailable(backend: str) -> str | None:
     """``None`` when ``backend`` can run here, else the reason."""
-    if backend in ("auto", "reference"):
+    if backend == "auto":
         return None
-    if backend == "cpu":
-        return _unavailable
-    if backend == "triton":
-        if (reason := _why_no_triton()) is not None or interpreting():
-            return reason
-        if not torch.cuda.is_available():
-            return "torch finds no GPU (torch.cuda.is_available() is False)"
-        return _why_not_device(torch.device("cuda", torch.cuda.current_device()))
-    return f"unknown backend {backend!r}: choose from auto, {', '.join(BACKENDS)}"
+    if backend not in names():
+        return f"unknown backend {backend!r}: choose from auto, {', '.join(names())}"
+    return _named(backend).why_not()
 
 
 def _force(backend: str) -> None:
-    """Override the CPU key: with the reference, with Triton's interpreter, or with an error when the backend cannot
-    run there. No device is asked for anything yet: this also happens at import."""
-    global _override, _forced
-    if _override is not None:
-        _override._destroy()
-        _override = None
+    global _forced
     _forced = backend
-    if backend != "reference" and backend != "triton" and why_unavailable(backend) is None:
-        return
-    _override = torch.library.Library(_NAMESPACE, "IMPL", "CPU")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        for op, reference in _references.items():
-            implementation = reference if backend == "reference" else _forced_on_cpu(backend, op)
-            _override.impl(op, implementation)
-
-
-def _forced_on_cpu(backend: str, op: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        if backend == "triton" and op in _triton and interpreting():
-            return _triton[op](*args)
-        reason = why_unavailable(backend) or "its kernels run on a GPU: got a tensor on the CPU"
-        raise RuntimeError(f"LOWBIT_BACKEND={backend} cannot run: {reason}")
-
-    return run
+    _route()
 
 
 @contextmanager
@@ -188,9 +267,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops of every family on the backend ``name`` inside a ``with`` block (process-wide).
 
     Args:
-        name: ``"auto"``, ``"cpu"`` (the compiled kernels), ``"triton"`` (a GPU, or Triton's interpreter) or
-            ``"reference"`` (plain torch, any device). A backend that is named does not fall back: tensors on a device
-            that it does not serve are an error.
+        name: ``"auto"``, ``"cpu"`` (the compiled kernels), ``"triton"`` (a GPU, or Triton's interpreter),
+            ``"reference"`` (plain torch, any device) or a backend of your own. A backend that is named does not fall
+            back: tensors on a device that it does not serve are an error.
 
     Raises:
         RuntimeError: the backend is unknown or cannot run on this machine; the message says why.
@@ -207,36 +286,44 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def active_backend(device_type: str = "cpu") -> str:
-    """The backend that an op on ``device_type`` uses now, one of :data:`BACKENDS`."""
-    if device_type == "cpu":
-        if _forced == "triton" and interpreting():
-            return "triton"
-        return "cpu" if _forced != "reference" and _unavailable is None else "reference"
-    if device_type == "cuda" and _forced in ("auto", "triton") and why_unavailable("triton") is None:
-        return "triton"
-    return "reference"
+    """The name of the backend that ops on ``device_type`` go to first now, as far as their arguments allow."""
+    for backend in _candidates(device_type):
+        elsewhere = None if backend.device_type == device_type else torch.device(device_type)
+        if _forced in ("auto", backend.name) and backend.why_not(elsewhere) is None:
+            return backend.name
+    return _reference.name
+
+
+def able_on(device_type: str) -> tuple[str, ...]:
+    """The names of the backends that run on a type of device where they are named: emulators, too."""
+    here = torch.device(device_type)
+    able = (b.name for b in _backends if b.device_type == device_type or b.also_runs_on(device_type))
+    return tuple(name for name in able if _named(name).why_not(here) is None)
+
+
+def layouts(device: torch.device, format: Format, kind: str) -> tuple[Layout, ...]:
+    """The layouts to hold the codes of a format in on ``device``, the best first."""
+    serving = next((backend for backend in _backends if backend.serves(device)), None)
+    return (CANONICAL,) if serving is None else serving.layouts(format, kind)
+
+
+def settle(packed: Tensor, layout: Layout) -> None:
+    """Tell the backend that codes are where it will read them."""
+    for backend in _backends:
+        if backend.serves(packed.device):
+            backend.settle(packed, layout)
 
 
 def backends() -> list[BackendStatus]:
     """Every backend, whether it can run here, and if not, why not."""
-    rows = [BackendStatus("cpu", _unavailable is None, _unavailable or "")]
-    if _unavailable is None:
-        try:
-            rows[0].details = {"isa": native.isa(), "isas": ", ".join(native.isas())}
-        except RuntimeError as error:  # LOWBIT_ISA names what this machine cannot run
-            rows[0].available, rows[0].reason = False, str(error).splitlines()[0]
-    rows.append(_triton_status())
-    rows.append(BackendStatus("reference", True, details={"runs on": "any device"}))
+    rows = []
+    for backend in _backends:
+        reason = backend.why_not()
+        row = BackendStatus(backend.name, reason is None, reason or "")
+        if reason is None:
+            try:
+                row.details = backend.details()
+            except RuntimeError as error:
+                row.available, row.reason = False, str(error).splitlines()[0]
+        rows.append(row)
     return rows
-
-
-def _triton_status() -> BackendStatus:
-    reason = why_unavailable("triton")
-    row = BackendStatus("triton", reason is None, reason or "")
-    if reason is None:
-        import triton
-
-        devices = range(0 if interpreting() else torch.cuda.device_count())
-        names = [torch.cuda.get_device_name(i) for i in devices] or ["Triton's interpreter, on the CPU"]
-        row.details = {"runs on": ", ".join(dict.fromkeys(names)), "triton": triton.__version__}
-    return row

@@ -23,7 +23,7 @@ from torch import nn
 from lowbit.core.family import FLOAT_DTYPES, dtype_name
 from lowbit.core.version import VERSION
 from lowbit.model import sources
-from lowbit.model.surgery import put, share_storage
+from lowbit.model.surgery import put
 from lowbit.nn.layer import Layer, build, layers, storage_of
 
 FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
@@ -83,15 +83,10 @@ class Metadata:
         )
 
 
-def _stored(layer: Layer) -> dict[str, Any]:
-    # the scale of static activations depends on what a layer is fed: tied layers each have their own
-    return {name: spec for name, spec in layer.format.tensors().items() if name != "x_scale"}
-
-
 def shared_tensors(first: Layer, second: Layer) -> list[str]:
     """Names of the stored tensors that two tied layers have in common."""
-    others = _stored(second)
-    return [name for name, spec in _stored(first).items() if others.get(name) == spec]
+    others = second.format.weight_tensors()
+    return [name for name, spec in first.format.weight_tensors().items() if others.get(name) == spec]
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
@@ -245,9 +240,9 @@ def apply(
         replacements[where] = built[name] if where == name else sources.wrap(module, built[name])
     for first, *others in metadata.tied:
         for other in others:
-            if shared_tensors(built[first], built[other]) != list(_stored(built[first])):
+            if shared_tensors(built[first], built[other]) != list(built[first].format.weight_tensors()):
                 raise ValueError(f"tied layers must have the same format: {first!r} and {other!r} differ")
-            share_storage(built[first], built[other])
+            built[other].share_weight(built[first])
     for where, replacement in replacements.items():
         model = put(model, where, replacement)
     model.lowbit_skipped = dict(metadata.skipped)  # type: ignore[assignment]

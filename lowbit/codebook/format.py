@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lowbit.core.bitpack import pack, words_per_row
 from lowbit.core.family import (
-    ACTIVATIONS,
     FLOAT_DTYPES,
     GRANULARITIES,
     Activations,
@@ -105,7 +104,7 @@ class Codebook(Spec):
         if not is_integer(self.bits) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 1 and 8: got bits={self.bits!r}")
         choice("quantizer", self.quantizer, names("codebook"))
-        choice("activations", self.activations, ACTIVATIONS)
+        self.activation.check(None)
         check_size("iterations", self.iterations)
         check_seed(self.seed)
         if self.table is not None:
@@ -250,7 +249,11 @@ class CodebookFormat(Format):
         rows = 1 if self.granularity == "tensor" else self.out_features
         return rows, self.groups if self.granularity == "group" else 1, 1 << self.bits
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.bits, self.group_size
+
+    def weight_tensors(self) -> dict[str, TensorSpec]:
         n, k = self.out_features, self.in_features
         spec: dict[str, TensorSpec] = {
             "packed": ((n, words_per_row(k, self.bits)), torch.int32),
@@ -263,10 +266,7 @@ class CodebookFormat(Format):
             spec["scale_offset"] = ((1,), torch.float32)
         elif self.scales != "none":
             spec["scales"] = ((n, self.groups), FLOAT_DTYPES[self.scales])
-        spec |= outlier_tensors(n, k, self.outliers, self.outlier_dtype)
-        if self.activations == "int8_static":
-            spec["x_scale"] = ((1,), torch.float32)
-        return spec
+        return spec | outlier_tensors(n, k, self.outliers, self.outlier_dtype)
 
     def describe(self) -> str:
         """One short line for tables, such as ``3-bit codebook per row, 0.5 % outliers``."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.codebook.format import CodebookFormat
-from lowbit.nn.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, require_outliers, require_x_scale, run
+from lowbit.codebook.gradient import with_mean_gradient
+from lowbit.codebook.operands import CodebookOperands
+from lowbit.nn.coded import CodedLayer
+from lowbit.nn.embedding import EmbeddingLayer
+from lowbit.nn.linear import LinearLayer
+from lowbit.nn.validate import require_finite, require_outliers, require_x_scale
 
-_LINEAR, _EMBEDDING = torch.ops.lowbit.codebook_linear.default, torch.ops.lowbit.codebook_embedding.default
 
-
-class CodebookLayer(Layer):
+class CodebookLayer(CodedLayer):
     """Tensors and checks common to the linear and the embedding of family ``codebook``.
 
     To fine-tune the centroids: ``layer.codebook.requires_grad_()``. ``centroid_gradient`` says what their gradient is:
@@ -24,9 +28,8 @@ class CodebookLayer(Layer):
 
     family = "codebook"
     format_class = CodebookFormat
-    code_tensors = ("packed",)
+    operands_class = CodebookOperands
     format: CodebookFormat
-    packed: nn.Parameter
     codebook: nn.Parameter
     scales: nn.Parameter | None
     scale_codebook: nn.Parameter | None
@@ -42,27 +45,14 @@ class CodebookLayer(Layer):
             raise ValueError(f"centroid_gradient must be 'mean' or 'sum': got {value!r}")
         super().__setattr__(name, value)
 
-    @classmethod
-    def optional_tensors(cls) -> tuple[str, ...]:
-        return (
-            "scales", "scale_codebook", "scale_absmax", "scale_offset",
-            "outlier_values", "outlier_columns", "outlier_rows", "x_scale",
-        )  # fmt: skip
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight ``[N, K]``: ``codebook[code] * scale`` in float32, plus outliers, rounded to ``dtype``."""
-        weight: Tensor = torch.ops.lowbit.codebook_dequantize(
-            *self._tensors(), self.format.bits, self.format.group_size, self.format.in_features, dtype or self.dtype
-        )
-        return weight
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        """The weight's tensors in the order of the ops."""
-        t = self.operands()
-        return (
-            t["packed"], t["codebook"], t["scales"], t["scale_codebook"], t["scale_absmax"], t["scale_offset"],
-            t["outlier_values"], t["outlier_columns"], t["outlier_rows"],
-        )  # fmt: skip
+    def operands(self) -> Mapping[str, Tensor | None]:
+        t = self._parameters if not self._is_replica else super().operands()
+        trained = t["codebook"].requires_grad and torch.is_grad_enabled()  # type: ignore[union-attr]
+        if not trained or self.centroid_gradient == "sum":
+            return t
+        weight = {name: t[name] for name in CodebookOperands.tensor_names()}
+        operands = CodebookOperands.of([*weight.values(), *self._numbers])
+        return {**t, "codebook": with_mean_gradient(operands, self.format.in_features).codebook}
 
     def validate_values(self, name: str) -> None:
         for tensor in ("codebook", "scales", "scale_codebook", "scale_absmax", "scale_offset"):
@@ -82,22 +72,6 @@ class CodebookLinear(CodebookLayer, LinearLayer):
     :class:`CodebookWeight`), optional CSR outliers, optional ``x_scale``.
     """
 
-    def multiply(self, input: Tensor) -> Tensor:
-        t, format = self.operands(), self.format
-        return run(
-            _LINEAR, input, t["packed"], t["codebook"], t["scales"],
-            t["scale_codebook"], t["scale_absmax"], t["scale_offset"], t["bias"],
-            t["outlier_values"], t["outlier_columns"], t["outlier_rows"], t["x_scale"],
-            format.bits, format.group_size, format.activations != "float", self.centroid_gradient == "mean",
-        )  # fmt: skip
-
 
 class CodebookEmbedding(CodebookLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`CodebookLinear`."""
-
-    def gather(self, ids: Tensor) -> Tensor:
-        format = self.format
-        return run(
-            _EMBEDDING, ids, *self._tensors(), format.bits, format.group_size, format.in_features, self.dtype,
-            self.centroid_gradient == "mean",
-        )  # fmt: skip

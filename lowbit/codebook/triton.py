@@ -17,13 +17,15 @@ idle. No product is fused with a sum: weights, scales and T are those of the def
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.backends.reference import Outliers, check_activations, check_ids
+from lowbit.backends.operands import Activation
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.activations import (
     INT8_COLUMNS,
@@ -47,8 +49,9 @@ from lowbit.backends.triton.codes import (
     plane_width,
 )  # fmt: skip
 from lowbit.backends.triton.launch import Launch, Target, run, target_of
-from lowbit.backends.triton.tiles import tiles_of, tiles_per_row
-from lowbit.codebook.op import check_weight
+from lowbit.backends.triton.tiles import TILES, tiles_of, tiles_per_row
+from lowbit.codebook.op import OPS
+from lowbit.codebook.operands import CodebookOperands
 from lowbit.core.family import dtype_name
 
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scales, scale_codebook, _absmax, _offset
@@ -502,13 +505,17 @@ def _kernel_name(codebook: Tensor, scales: Scales, group_size: int, k: int, int8
     return "codebook_linear" if fast else "codebook_linear_odd_groups"
 
 
+def _scales(weight: CodebookOperands) -> Scales:
+    return weight.scales, weight.scale_codebook, weight.scale_absmax, weight.scale_offset
+
+
 def _scale_pointers(scales: Scales) -> dict[str, Tensor | None]:
     names = ("scales_ptr", "scale_codebook_ptr", "scale_absmax_ptr", "scale_offset_ptr")
     return dict(zip(names, scales, strict=True))
 
 
 def steps_launch(codebook: Tensor, scales: Scales, n: int, tabled: bool) -> tuple[Launch, Tensor, Tensor | None]:
-    """(launch, steps, T) of weights ``[n, K]`` for int8 activations; steps float32 ``[N]``, or ``[1]`` for all rows.
+    """(launch, steps float32 ``[N]`` or, for all rows, ``[1]``, T) of weights ``[n, K]`` that meet int8 activations.
 
     ``tabled``, for no more than one scale per row: T is an int16 codebook; else None.
     """
@@ -527,18 +534,14 @@ def linear_launches(
     target: Target,
     config: tuning.Config,
     x: Tensor,
-    tiles: Tensor,
-    codebook: Tensor,
-    scales: Scales,
+    weight: CodebookOperands,
     bias: Tensor | None,
-    outliers: Outliers,
-    x_scale: Tensor | None,
-    bits: int,
-    group_size: int,
-    int8: bool,
+    activation: Activation,
     y: Tensor,
 ) -> list[Launch]:
-    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it."""
+    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles."""
+    tiles, codebook, scales, outliers = weight.packed, weight.codebook, _scales(weight), weight.outliers
+    bits, group_size, int8, x_scale = weight.bits, weight.group_size, activation.int8, activation.x_scale
     (m, k), n = x.shape, tiles.shape[0]
     launches: list[Launch] = []
     operand, inverse, steps, x_sums = x, None, None, None
@@ -594,21 +597,13 @@ def linear_launches(
     return launches
 
 
-def rows_launches(
-    target: Target,
-    ids: Tensor | None,
-    tiles: Tensor,
-    codebook: Tensor,
-    scales: Scales,
-    outliers: Outliers,
-    bits: int,
-    group_size: int,
-    y: Tensor,
-) -> list[Launch]:
+def rows_launches(target: Target, ids: Tensor | None, weight: CodebookOperands, y: Tensor) -> list[Launch]:
     """The launches of ``y [rows, K] = W[ids]``, or of all of W where ids is None."""
+    tiles, codebook, scales, outliers = weight.packed, weight.codebook, _scales(weight), weight.outliers
+    bits, group_size = weight.bits, weight.group_size
     count, k = y.shape
     words, octets = views(tiles)
-    weight = dict(
+    shared = dict(
         ids_ptr=ids, tiles16_ptr=words, tiles8_ptr=octets, codebook_ptr=codebook, **_scale_pointers(scales), y_ptr=y,
         n_size=tiles.shape[0], k_size=k, tiles=tiles.shape[1], groups=_groups(codebook, scales),
     )  # fmt: skip
@@ -616,7 +611,7 @@ def rows_launches(
     block = 16
     launches = [
         Launch(
-            codebook_rows_kernel, (-(-count // block), tiles.shape[1]), {**weight, "rows": count},
+            codebook_rows_kernel, (-(-count // block), tiles.shape[1]), {**shared, "rows": count},
             {**constants, "BLOCK": block, "PTX": target.inline_ptx}, fuse=False,
         )
     ]  # fmt: skip
@@ -625,172 +620,110 @@ def rows_launches(
         sparse = dict(outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers)
         launches.append(
             Launch(
-                codebook_outlier_rows_kernel, (count,), {**weight, **sparse}, {**constants, "BLOCK": 32}, 1, fuse=False
+                codebook_outlier_rows_kernel, (count,), {**shared, **sparse}, {**constants, "BLOCK": 32}, 1, fuse=False
             )
         )
     return launches
 
 
-def _check(
-    device: torch.device,
-    packed: Tensor,
-    codebook: Tensor,
-    all_scales: tuple[Tensor | None, ...],
-    outliers: Outliers,
-    bias: Tensor | None = None,
-) -> None:
-    values, columns, rows = outliers
-    scales, scale_codebook, scale_absmax, scale_offset = all_scales
-    check_outliers(values, columns, rows, packed.shape[0])
-    check_tensors(
-        device, packed=packed, codebook=codebook, scales=scales, scale_codebook=scale_codebook,
-        scale_absmax=scale_absmax, scale_offset=scale_offset, bias=bias, outlier_values=values,
-        outlier_columns=columns, outlier_rows=rows,
-    )  # fmt: skip
+def _prepared(
+    device: torch.device, weight: CodebookOperands, k: int, bias: Tensor | None = None, *, quiet: bool = False
+) -> CodebookOperands:
+    """The weight as the kernels read it, checked: codes in tiles."""
+    check_outliers(*weight.outliers, weight.out_features)
+    tensors = {name: getattr(weight, name) for name in weight.tensor_names()}
+    check_tensors(device, **tensors, bias=bias)
+    tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
+    return replace(weight, packed=tiles, layout=TILES.number)
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    scale_codebook: Tensor | None,
-    scale_absmax: Tensor | None,
-    scale_offset: Tensor | None,
-    bias: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    x_scale: Tensor | None,
-    bits: int,
-    group_size: int,
-    int8: bool,
-    mean_gradient: bool,
-) -> Tensor:
+def linear(x: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::codebook_linear`` on a GPU."""
-    check_activations(x)
-    n, k = packed.shape[0], x.shape[-1]
-    all_scales = (scales, scale_codebook, scale_absmax, scale_offset)
-    check_weight(bits, group_size, k, packed, codebook, *all_scales)
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    _check(x.device, packed, codebook, all_scales, outliers, bias)
+    weight, bias, activation = OPS.linear_arguments(x, *arguments)
+    n, k = weight.out_features, x.shape[-1]
+    weight = _prepared(x.device, weight, k, bias)
     check_bias(bias, n)
-    check_x_scale(x_scale, int8)
+    check_x_scale(activation.x_scale, activation.int8)
     flat = aligned_rows(x.reshape(-1, k))
     m = flat.shape[0]
     target = target_of(x.device)
-    tiles = tiles_of(packed, bits, k)
-    kernel = _kernel_name(codebook, all_scales, group_size, k, int8)
-    config = tuning.choose(target, kernel, torch.int8 if int8 else x.dtype, bits, m, n, k)
+    kernel = _kernel_name(weight.codebook, _scales(weight), weight.group_size, k, activation.int8)
+    config = tuning.choose(target, kernel, torch.int8 if activation.int8 else x.dtype, weight.bits, m, n, k)
     if config.dense:
 
         def weight_rows(ids: Tensor | None) -> Tensor:
             rows = torch.empty(n if ids is None else len(ids), k, dtype=x.dtype, device=x.device)
-            run(rows_launches(target, ids, tiles, codebook, all_scales, outliers, bits, group_size, rows))
+            run(rows_launches(target, ids, weight, rows))
             return rows
 
         return library_product(x, weight_rows, n, bias)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    run(
-        linear_launches(
-            target, config, flat, tiles, codebook, all_scales, bias, outliers, x_scale, bits, group_size, int8, y
-        )
-    )
+    run(linear_launches(target, config, flat, weight, bias, activation, y))
     return y.view(*x.shape[:-1], n)
 
 
-def dequantize(
-    packed: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    scale_codebook: Tensor | None,
-    scale_absmax: Tensor | None,
-    scale_offset: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*arguments: Any) -> Tensor:
     """``lowbit::codebook_dequantize`` on a GPU."""
-    all_scales = (scales, scale_codebook, scale_absmax, scale_offset)
-    check_weight(bits, group_size, in_features, packed, codebook, *all_scales)
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    _check(packed.device, packed, codebook, all_scales, outliers)
-    y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
-    tiles = tiles_of(packed, bits, in_features, quiet=True)
-    run(rows_launches(target_of(y.device), None, tiles, codebook, all_scales, outliers, bits, group_size, y))
+    weight, k, dtype = OPS.row_arguments(*arguments)
+    weight = _prepared(weight.device, weight, k, quiet=True)
+    y = torch.empty(weight.out_features, k, dtype=dtype, device=weight.device)
+    run(rows_launches(target_of(y.device), None, weight, y))
     return y
 
 
-def embedding(
-    ids: Tensor,
-    packed: Tensor,
-    codebook: Tensor,
-    scales: Tensor | None,
-    scale_codebook: Tensor | None,
-    scale_absmax: Tensor | None,
-    scale_offset: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    bits: int,
-    group_size: int,
-    embedding_dim: int,
-    dtype: torch.dtype,
-    mean_gradient: bool,
-) -> Tensor:
+def embedding(ids: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::codebook_embedding`` on a GPU. An id out of range gives NaN: checking would wait for the GPU."""
-    check_ids(ids)
-    all_scales = (scales, scale_codebook, scale_absmax, scale_offset)
-    check_weight(bits, group_size, embedding_dim, packed, codebook, *all_scales)
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    _check(ids.device, packed, codebook, all_scales, outliers)
-    y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
-    tiles, flat = tiles_of(packed, bits, embedding_dim), ids.reshape(-1).contiguous()
-    run(rows_launches(target_of(y.device), flat, tiles, codebook, all_scales, outliers, bits, group_size, y))
-    return y.view(*ids.shape, embedding_dim)
+    weight, k, dtype = OPS.embedding_arguments(ids, *arguments)
+    weight = _prepared(ids.device, weight, k)
+    y = torch.empty(ids.numel(), k, dtype=dtype, device=weight.device)
+    run(rows_launches(target_of(y.device), ids.reshape(-1).contiguous(), weight, y))
+    return y.view(*ids.shape, k)
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
     """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights."""
     n = 4096
-    none = (None, None, None)
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weight(bits: int, tables: str, scales: str, group_size: int, k: int) -> tuple[Tensor, Tensor, Scales]:
+    def weight(
+        bits: int, tables: str, scales: str, group_size: int, k: int, outliers: bool = False
+    ) -> CodebookOperands:
         groups = -(-k // group_size)
         shape = {"tensor": (1, 1), "row": (n, 1), "group": (n, groups)}[tables]
         nested = (empty((256,), torch.float32), empty((-(-n * groups // 256),), torch.float32))
         of_weights: dict[str, Scales] = {
-            "none": (None, *none),
-            "float": (empty((n, groups)), *none),
+            "none": (None, None, None, None),
+            "float": (empty((n, groups)), None, None, None),
             "nested": (empty((n, groups), torch.uint8), *nested, empty((1,), torch.float32)),
         }
         tiles = empty((n, tiles_per_row(k), 8 * bits), torch.int32)
         # a table per tensor is float32 by default
         table_dtype = torch.float32 if tables == "tensor" else torch.float16
-        return tiles, empty((*shape, 1 << bits), table_dtype), of_weights[scales]
+        names = ("scales", "scale_codebook", "scale_absmax", "scale_offset")
+        return CodebookOperands(
+            packed=tiles, codebook=empty((*shape, 1 << bits), table_dtype),
+            **dict(zip(names, of_weights[scales], strict=True)),
+            outlier_values=empty((64,)) if outliers else None,
+            outlier_columns=empty((64,), torch.int16) if outliers else None,
+            outlier_rows=empty((n + 1,), torch.int32) if outliers else None,
+            bits=bits, group_size=group_size, layout=TILES.number,
+        )  # fmt: skip
 
     def linears(
         name: str, bits: int, dtype: torch.dtype, tables: str, scales: str, group_size: int, k: int = n,
         outliers: bool = False,
     ) -> Iterator[tuple[str, list[Launch]]]:  # fmt: skip
         int8 = dtype == torch.int8
-        sparse: Outliers = (empty((64,)), empty((64,), torch.int16), empty((n + 1,), torch.int32)) if outliers else none
-        of_weights = weight(bits, tables, scales, group_size, k)
-        kernel = _kernel_name(of_weights[1], of_weights[2], group_size, k, int8)
+        of_weights = weight(bits, tables, scales, group_size, k, outliers)
+        kernel = _kernel_name(of_weights.codebook, _scales(of_weights), group_size, k, int8)
         for m in tuning.regimes(target, kernel, dtype, bits):
             config = tuning.choose(target, kernel, dtype, bits, m, n, k)
             if not config.dense:
                 x = empty((m, k), torch.float16 if int8 else dtype)
-                y = empty((m, n), x.dtype)
-                operands = (*of_weights, None, sparse, None, bits, group_size, int8)
-                launches = linear_launches(target, config, x, *operands, y)
+                activation, y = Activation(x_scale=None, int8=int8, x_group=0), empty((m, n), x.dtype)
+                launches = linear_launches(target, config, x, of_weights, None, activation, y)
                 yield f"codebook_linear {bits}-bit {name} {dtype_name(dtype)} M={m}", launches
 
     for bits in range(1, 9):
@@ -801,7 +734,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                 yield from linears("tensor, group 64", bits, dtype, "tensor", "float", 64)
         ids, y = empty((64,), torch.int64), empty((64, n))
         of_weights = weight(bits, "row", "none", n, n)
-        yield f"codebook_embedding {bits}-bit", rows_launches(target, ids, *of_weights, none, bits, n, y)
+        yield f"codebook_embedding {bits}-bit", rows_launches(target, ids, of_weights, y)
     for dtype in (torch.float16, torch.int8):
         yield from linears("group", 4, dtype, "group", "none", 64)
         yield from linears("nested", 4, dtype, "tensor", "nested", 64)

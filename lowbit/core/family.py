@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Literal, SupportsIndex
 import torch
 from torch import Tensor
 
+from lowbit.core.activations import ACTIVATIONS as ACTIVATIONS
+from lowbit.core.activations import Activations as Activations
+from lowbit.core.activations import ActivationSpec
 from lowbit.core.quantizer import Quantizer, Statistics, find
 
-Activations = Literal["float", "int8", "int8_static"]
 Granularity = Literal["tensor", "row", "group"]
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
-ACTIVATIONS = ("float", "int8", "int8_static")
 GRANULARITIES = ("tensor", "row", "group")
 MAX_INT16_COLUMNS = 1 << 15
 
@@ -43,7 +44,11 @@ class Spec(ABC):
     family: ClassVar[str]
     quantizer: Any  # the name of one: a field of most specs
     activations: Activations
-    activation_group_size: int | None = None  # a field of the specs of families that have such kernels
+
+    @property
+    def activation(self) -> ActivationSpec:
+        """How x is to be held."""
+        return ActivationSpec.of(self)
 
     @abstractmethod
     def problem(self, n: int, k: int) -> str | None:
@@ -74,7 +79,7 @@ class Spec(ABC):
         """What calibration must measure: field of :class:`Statistics` -> the argument that requires it, as in code."""
         method = self.method
         needs = dict.fromkeys(sorted(method.needs_for(self)), method.argument(self))
-        return needs | ({"x_scale": "activations='int8_static'"} if self.activations == "int8_static" else {})
+        return needs | self.activation.needs
 
     @property
     def statistics(self) -> set[str]:
@@ -117,21 +122,32 @@ class Format(ABC):
     out_features: int
     in_features: int
     activations: Activations
-    activation_group_size: int | None = None  # a field of the formats of families that have such kernels
+
+    @property
+    def activation(self) -> ActivationSpec:
+        """How x is held."""
+        return ActivationSpec.of(self)
 
     @abstractmethod
+    def weight_tensors(self) -> dict[str, TensorSpec]:
+        """Name -> (shape, dtype) of every tensor of the weight: what layers that share a weight share."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[int, ...]:
+        """The integers of the weight that the ops take, in their order, the layout not among them."""
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Name -> (shape, dtype) of every stored tensor except the bias."""
+        return {**self.weight_tensors(), **self.activation.tensors()}
 
     @abstractmethod
     def describe(self) -> str:
         """One short line for tables."""
 
-    def with_activation_groups(self, size: int) -> Format:
-        """The same form for int8 activations in groups of ``size`` columns; raises ``ValueError`` where it has none."""
-        raise ValueError(
-            f"activation_group_size is for the family packed: got activation_group_size={size}, family={self.family!r}"
-        )
+    def with_activation(self, activation: ActivationSpec) -> Any:
+        """The same form for x held in another way; raises ``ValueError`` where the family has no such kernels."""
+        return replace(self, **activation.fields_of(self))  # type: ignore[type-var]
 
     @property
     def nbytes(self) -> int:
@@ -228,33 +244,11 @@ def check_coded_format(format: Any, min_bits: int) -> None:
         raise ValueError(f"a weight needs N, K >= 1: got N={n}, K={k}")
     choice("granularity", format.granularity, GRANULARITIES)
     choice("outlier_dtype", format.outlier_dtype, FLOAT_DTYPES)
-    choice("activations", format.activations, format.supported_activations)
+    in_groups = format.group_size if format.granularity == "group" else None
+    format.activation.check(in_groups, format.supported_activations)
     check_group_size(format.group_size, k)
     if not 0 <= format.outliers <= n * k:
         raise ValueError(f"outliers must be between 0 and N*K: got outliers={format.outliers}")
-
-
-def check_activation_groups(size: int | None, activations: Activations, group_size: int | None) -> None:
-    """Raise ``ValueError`` unless x can be quantized in groups of ``size`` columns (None: per token).
-
-    ``group_size`` is that of the weight, None for one scale per row or tensor.
-    """
-    if size is None:
-        return
-    if not is_integer(size) or size < 1 or size % 32:
-        raise ValueError(
-            f"activation_group_size must be a positive multiple of 32 or None: got activation_group_size={size!r}"
-        )
-    if activations != "int8":
-        raise ValueError(
-            "activation_group_size goes with activations='int8' and only with it: "
-            f"got activation_group_size={size}, activations={activations!r}"
-        )
-    if group_size is not None and group_size % size and size % group_size:
-        raise ValueError(
-            "activation_group_size must divide group_size or be a multiple of it: "
-            f"got activation_group_size={size}, group_size={group_size}"
-        )
 
 
 def check_outlier_fraction(outliers: float) -> None:
@@ -283,8 +277,4 @@ def describe_extras(format: Any) -> str:
     text = ""
     if format.outliers:
         text += f", {100 * format.outliers / (format.out_features * format.in_features):.2g} % outliers"
-    if format.activations != "float":
-        text += ", int8 activations" if format.activations == "int8" else ", static int8 activations"
-    if format.activation_group_size is not None:
-        text += f" per {format.activation_group_size}"
-    return text
+    return text + str(format.activation.describe())

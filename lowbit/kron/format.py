@@ -9,7 +9,6 @@ with A ``[R, N1, K1]`` and B ``[R, N2, K2]``, each dense or itself in the ``pack
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ class Kronecker(Spec):
                 raise ValueError("dtype is that of dense factors: leave it out with factors=Packed(...)")
         check_float_dtype("dtype", self.dtype)
         choice("svd", self.svd, names("kron"))
-        choice("activations", self.activations, KroneckerFormat.supported_activations)
+        self.activation.check(None, KroneckerFormat.supported_activations)
 
     @property
     def method(self) -> Any:
@@ -177,7 +176,7 @@ class KroneckerFormat(Format):
         for name in ("input_permutation", "output_permutation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false: got {name}={getattr(self, name)!r}")
-        choice("activations", self.activations, self.supported_activations)
+        self.activation.check(None, self.supported_activations)
         for name, factor, n, k in (("a", self.a, self.n1, self.k1), ("b", self.b, self.n2, self.k2)):
             if factor is None:
                 continue
@@ -199,13 +198,13 @@ class KroneckerFormat(Format):
     def in_features(self) -> int:  # type: ignore[override]
         return self.k1 * self.k2
 
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
+    @property
+    def numbers(self) -> tuple[int, ...]:
         """The integers that the ops take: R, N1, K1, N2, K2, then bits (0: dense) and group size of A and of B."""
         packed = [(0, 0) if factor is None else (factor.bits, factor.group_size) for factor in (self.a, self.b)]
         return self.rank, self.n1, self.k1, self.n2, self.k2, *packed[0], *packed[1]
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    def weight_tensors(self) -> dict[str, TensorSpec]:
         spec: dict[str, TensorSpec] = {}
         shapes = {"a": (self.rank, self.n1, self.k1), "b": (self.rank, self.n2, self.k2)}
         for name, shape in shapes.items():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit.kron.format import KroneckerFormat
-from lowbit.nn.layer import EmbeddingLayer, Layer, LinearLayer, require_finite, run
-from lowbit.packed.module import require_zeros
-
-_LINEAR, _EMBEDDING = torch.ops.lowbit.kron_linear.default, torch.ops.lowbit.kron_embedding.default
+from lowbit.kron.operands import KronOperands
+from lowbit.nn.embedding import EmbeddingLayer
+from lowbit.nn.layer import Layer
+from lowbit.nn.linear import LinearLayer
+from lowbit.nn.validate import require_finite, require_zeros
 
 
 class KroneckerLayer(Layer):
@@ -17,6 +18,7 @@ class KroneckerLayer(Layer):
 
     family = "kron"
     format_class = KroneckerFormat
+    operands_class = KronOperands
     format: KroneckerFormat
     a: nn.Parameter
     a_scales: nn.Parameter | None
@@ -26,22 +28,6 @@ class KroneckerLayer(Layer):
     b_zeros: nn.Parameter | None
     input_permutation: nn.Parameter | None
     output_permutation: nn.Parameter | None
-
-    @classmethod
-    def optional_tensors(cls) -> tuple[str, ...]:
-        return ("a_scales", "a_zeros", "b_scales", "b_zeros", "input_permutation", "output_permutation")
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight ``[N, K]``: the sum of products in float32, rounded to ``dtype``."""
-        weight: Tensor = torch.ops.lowbit.kron_dequantize(
-            *self._factors(), self.input_permutation, self.output_permutation, *self.format.sizes, dtype or self.dtype
-        )
-        return weight
-
-    def _factors(self) -> tuple[Tensor | None, ...]:
-        """The factors' tensors in the order of the ops."""
-        t = self.operands()
-        return t["a"], t["a_scales"], t["a_zeros"], t["b"], t["b_scales"], t["b_zeros"]
 
     def validate_values(self, name: str) -> None:
         for part, factor in (("a", self.format.a), ("b", self.format.b)):
@@ -72,20 +58,6 @@ class KroneckerLinear(KroneckerLayer, LinearLayer):
     ``W[n, k] = (sum_r A_r ⊗ B_r)[output_permutation[n], input_permutation[k]]``.
     """
 
-    def multiply(self, input: Tensor) -> Tensor:
-        t = self.operands()
-        return run(
-            _LINEAR, input, t["a"], t["a_scales"], t["a_zeros"], t["b"], t["b_scales"], t["b_zeros"], t["bias"],
-            t["input_permutation"], t["output_permutation"], *self.format.sizes,
-        )  # fmt: skip
-
 
 class KroneckerEmbedding(KroneckerLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`KroneckerLinear`: row i of A ⊗ B for each id i."""
-
-    def gather(self, ids: Tensor) -> Tensor:
-        t = self.operands()
-        return run(
-            _EMBEDDING, ids, *self._factors(), t["input_permutation"], t["output_permutation"], *self.format.sizes,
-            self.dtype,
-        )  # fmt: skip

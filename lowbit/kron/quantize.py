@@ -20,12 +20,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit.backends.layouts import CANONICAL
 from lowbit.core.family import FLOAT_DTYPES, as_integer, check_size, choice, dtype_name
 from lowbit.core.quantizer import Quantizer, Statistics, find, names, register
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.kron.shapes import shape_problem
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
-from lowbit.packed.op import dequantize_rows
+from lowbit.packed.operands import PackedOperands
 from lowbit.packed.quantize import quantize
 
 __all__ = ["decompose", "factor_shapes", "nearest_kronecker", "predicted_format"]
@@ -305,11 +306,12 @@ def _values(stored: Tensor | PackedWeight, rank: int) -> Tensor:
     if isinstance(stored, Tensor):
         return stored.double().flatten(1)
     format, parts = stored.format(), stored.tensors()
-    rows = dequantize_rows(
-        parts["packed"], parts["scales"], parts.get("zeros"), None, None, None,
-        format.bits, format.group_size, format.in_features,
+    operands = PackedOperands(
+        packed=parts["packed"], scales=parts["scales"], zeros=parts.get("zeros"), outlier_values=None,
+        outlier_columns=None, outlier_rows=None, bits=format.bits, group_size=format.group_size,
+        layout=CANONICAL.number,
     )  # fmt: skip
-    return rows.double().view(rank, -1)
+    return operands.dense(format.in_features).double().view(rank, -1)
 
 
 def _packed_format(spec: Kronecker, n: int, k: int, dtype: torch.dtype) -> PackedFormat | None:

@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.backends.reference import check_ids
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.activations import aligned_rows
 from lowbit.backends.triton.checks import check_tensors
 from lowbit.backends.triton.float32_dot import PIECES, dot_pieces
 from lowbit.backends.triton.launch import Launch, Target, run, target_of
-from lowbit.kron.op import _Factor, _linear_arguments, _Weight, _weight
+from lowbit.kron.op import OPS
+from lowbit.kron.operands import Factor, KronOperands, Product
 
 # ---------------------------------------------------------------------------------------------------- on the device
 
@@ -346,8 +346,8 @@ def _block(size: int, least: int, most: int) -> int:
     return min(max(least, 1 << (size - 1).bit_length()), most)
 
 
-def _dtype(factor: _Factor) -> torch.dtype:
-    """The dtype that the kernels' arithmetic takes the factor's values for."""
+def _dtype(factor: Factor) -> torch.dtype:
+    """What the kernels' arithmetic takes the factor's values for."""
     return torch.float32 if factor.bits else factor.values.dtype
 
 
@@ -356,8 +356,8 @@ def _pieces(left: torch.dtype, right: torch.dtype) -> tuple[int, int]:
     return (0, 0) if left == right else (PIECES[left], PIECES[right])
 
 
-def _arguments(name: str, factor: _Factor) -> dict[str, Any]:
-    """The kernels' arguments of a factor: those that begin with ``name``."""
+def _arguments(name: str, factor: Factor) -> dict[str, Any]:
+    """The kernels' arguments of a factor, those that begin with ``name``."""
     words = groups = 0
     if factor.scales is not None:
         words = factor.values.shape[1]
@@ -373,8 +373,8 @@ def _arguments(name: str, factor: _Factor) -> dict[str, Any]:
 class _Order(NamedTuple):
     """Which factor comes first, and the strides of ``kp, kq`` in a row of x and of ``np, nq`` in one of y."""
 
-    q: _Factor
-    p: _Factor
+    q: Factor
+    p: Factor
     strides: dict[str, int]
 
     @property
@@ -395,8 +395,8 @@ class _Order(NamedTuple):
         return self.p.k * self.q.n * (self.q.k + self.p.n) * (1 if self.fused else 4)
 
 
-def _order(w: _Weight) -> _Order:
-    """The cheaper of the two orders."""
+def _order(w: Product) -> _Order:
+    """The cheaper of the two."""
     a, b = w.a, w.b
     b_first = _Order(b, a, dict(x_p=b.k, x_q=1, y_p=b.n, y_q=1))
     a_first = _Order(a, b, dict(x_p=1, x_q=b.k, y_p=1, y_q=b.n))
@@ -413,38 +413,14 @@ def _inverse(permutation: Tensor | None, launches: list[Launch]) -> Tensor | Non
     return inverse
 
 
-def linear_launches(
-    target: Target,
-    x: Tensor,
-    a: Tensor,
-    a_scales: Tensor | None,
-    a_zeros: Tensor | None,
-    b: Tensor,
-    b_scales: Tensor | None,
-    b_zeros: Tensor | None,
-    bias: Tensor | None,
-    input_permutation: Tensor | None,
-    output_permutation: Tensor | None,
-    rank: int,
-    n1: int,
-    k1: int,
-    n2: int,
-    k2: int,
-    a_bits: int,
-    a_group_size: int,
-    b_bits: int,
-    b_group_size: int,
-    y: Tensor,
-) -> list[Launch]:
+def linear_launches(target: Target, x: Tensor, w: Product, bias: Tensor | None, y: Tensor) -> list[Launch]:
     """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; the rows of x and of y are contiguous."""
-    sizes = (rank, n1, k1, n2, k2, a_bits, a_group_size, b_bits, b_group_size)
-    w = _weight(a, a_scales, a_zeros, b, b_scales, b_zeros, input_permutation, output_permutation, *sizes)
     m = x.shape[0]
     launches: list[Launch] = []
     if m == 0:
         return launches
-    source = _inverse(input_permutation, launches)
-    destination = _inverse(output_permutation, launches)
+    source = _inverse(w.input_permutation, launches)
+    destination = _inverse(w.output_permutation, launches)
     order = _order(w)
     q, p = order.q, order.p
     first = _pieces(_dtype(q), x.dtype)
@@ -477,7 +453,7 @@ def _pieces_rows(target: Target) -> int:
     return 64 if target.backend == "hip" or target.arch in (90, 100) else 32
 
 
-def _tile(target: Target, q: _Factor, x: torch.dtype, m: int, width: int) -> _Tile:
+def _tile(target: Target, q: Factor, x: torch.dtype, m: int, width: int) -> _Tile:
     """Sizes that were found, by compiling, to need no more registers and shared memory than there are; for m rows of
     x with ``width`` columns each."""
     columns = tuning.rows_for_launches(m) * width
@@ -563,7 +539,7 @@ def _two_launches(
 
 
 def _product_launch(
-    target: Target, q: _Factor, width: int, sums: tuple[int, int], arguments: dict[str, Any], constants: dict[str, Any]
+    target: Target, q: Factor, width: int, sums: tuple[int, int], arguments: dict[str, Any], constants: dict[str, Any]
 ) -> Launch:
     """One product, with ``width`` columns for each row of x; ``sums``: how many sums, and of how many terms each."""
     columns = arguments["m_size"] * width
@@ -574,8 +550,8 @@ def _product_launch(
     return Launch(kron_product_kernel, grid, arguments, constants, tile.warps, tile.stages)
 
 
-def _rows_launches(ids: Tensor | None, w: _Weight, y: Tensor) -> list[Launch]:
-    """``y [rows, K] = W[ids]``, or all of W where ids is None."""
+def rows_launches(ids: Tensor | None, w: Product, y: Tensor) -> list[Launch]:
+    """The launches of ``y [rows, K] = W[ids]``, or of all of W where ids is None."""
     arguments = dict(
         ids_ptr=ids, input_permutation_ptr=w.input_permutation, output_permutation_ptr=w.output_permutation, y_ptr=y,
         m_size=y.shape[0], **_arguments("a", w.a), **_arguments("b", w.b),
@@ -587,19 +563,7 @@ def _rows_launches(ids: Tensor | None, w: _Weight, y: Tensor) -> list[Launch]:
     return [Launch(kron_rows_kernel, grid, arguments, constants, fuse=False)]
 
 
-def embedding_launches(target: Target, ids: Tensor, *args: Any) -> list[Launch]:
-    """The launches of ``y [rows, K] = W[ids]`` for ids ``[rows]``; ``args``: those of the weight, then y."""
-    *arguments, y = args
-    return _rows_launches(ids, _weight(*arguments), y)
-
-
-def dequantize_launches(target: Target, *args: Any) -> list[Launch]:
-    """The launches of ``y [N, K] = W``; ``args``: those of the weight, then y."""
-    *arguments, y = args
-    return _rows_launches(None, _weight(*arguments), y)
-
-
-def _check(device: torch.device, weight: _Weight, bias: Tensor | None = None) -> None:
+def _check(device: torch.device, weight: Product, bias: Tensor | None = None) -> None:
     a, b = weight.a, weight.b
     check_tensors(
         device, a=a.values, a_scales=a.scales, a_zeros=a.zeros, b=b.values, b_scales=b.scales, b_zeros=b.zeros,
@@ -607,38 +571,36 @@ def _check(device: torch.device, weight: _Weight, bias: Tensor | None = None) ->
     )  # fmt: skip
 
 
-def linear(x: Tensor, *args: Any) -> Tensor:
+def linear(x: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::kron_linear`` on a GPU. Permutations are not checked: that would wait for the GPU."""
-    weight, bias = _linear_arguments(x, *args)
-    _check(x.device, weight, bias)
-    rows = x.reshape(-1, weight.k)
-    y = torch.empty(rows.shape[0], weight.n, dtype=x.dtype, device=x.device)
+    weight, bias, _ = OPS.linear_arguments(x, *arguments)
+    product = weight.product
+    _check(x.device, product, bias)
+    rows = x.reshape(-1, product.k)
+    y = torch.empty(rows.shape[0], product.n, dtype=x.dtype, device=x.device)
     if len(rows):
-        run(linear_launches(target_of(x.device), aligned_rows(rows), *args, y))  # type: ignore[call-arg]
-    return y.view(*x.shape[:-1], weight.n)
+        run(linear_launches(target_of(x.device), aligned_rows(rows), product, bias, y))
+    return y.view(*x.shape[:-1], product.n)
 
 
-def embedding(ids: Tensor, *args: Any) -> Tensor:
+def embedding(ids: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::kron_embedding`` on a GPU. An id out of range gives a row of NaN: checking would wait for the GPU."""
-    *arguments, dtype = args
-    check_ids(ids)
-    weight = _weight(*arguments)
-    weight.check()
-    _check(ids.device, weight)
-    y = torch.empty(ids.numel(), weight.k, dtype=dtype, device=ids.device)
+    weight, k, dtype = OPS.embedding_arguments(ids, *arguments)
+    product = weight.product
+    _check(ids.device, product)
+    y = torch.empty(ids.numel(), k, dtype=dtype, device=ids.device)
     if len(y):
-        run(embedding_launches(target_of(ids.device), ids.reshape(-1).contiguous(), *arguments, y))
-    return y.view(*ids.shape, weight.k)
+        run(rows_launches(ids.reshape(-1).contiguous(), product, y))
+    return y.view(*ids.shape, k)
 
 
-def dequantize(*args: Any) -> Tensor:
+def dequantize(*arguments: Any) -> Tensor:
     """``lowbit::kron_dequantize`` on a GPU."""
-    *arguments, dtype = args
-    weight = _weight(*arguments)
-    weight.check()
-    _check(weight.a.values.device, weight)
-    y = torch.empty(weight.n, weight.k, dtype=dtype, device=weight.a.values.device)
-    run(dequantize_launches(target_of(y.device), *arguments, y))
+    weight, k, dtype = OPS.row_arguments(*arguments)
+    product = weight.product
+    _check(weight.device, product)
+    y = torch.empty(product.n, k, dtype=dtype, device=weight.device)
+    run(rows_launches(None, product, y))
     return y
 
 
@@ -658,26 +620,26 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
         for x_name, x_dtype in dtypes.items():
             for bits in (0, 4) if x_dtype == torch.float16 else (0,):
                 for m in (1, 4096):
-                    arguments = _example(shape, x_dtype, bits, permuted=shape[0] == 2)
+                    product = _example(shape, x_dtype, bits, permuted=shape[0] == 2)
                     x = torch.empty(m, shape[2] * shape[4], dtype=x_dtype, device="meta")
                     y = torch.empty(m, shape[1] * shape[3], dtype=x_dtype, device="meta")
                     bias = torch.empty(y.shape[1], dtype=x_dtype, device="meta")
-                    plan = linear_launches(target, x, *arguments[:6], bias, *arguments[6:], y)  # type: ignore[call-arg]
+                    launches = linear_launches(target, x, product, bias, y)
                     factors = f"{bits}-bit factors" if bits else "dense factors"
-                    yield f"linear {shape_name}, {x_name}, {factors}, M={m}", plan
+                    yield f"linear {shape_name}, {x_name}, {factors}, M={m}", launches
     for name, dtype in dtypes.items():
         for bits in (0, 4):
-            arguments = _example(shapes["50257x384 x 1x2"], dtype, bits, permuted=False)
+            product = _example(shapes["50257x384 x 1x2"], dtype, bits, permuted=False)
             y = torch.empty(4096, 768, dtype=dtype, device="meta")
             ids = torch.empty(4096, dtype=torch.int64, device="meta")
             factors = f"{bits}-bit factors" if bits else "dense factors"
-            yield f"embedding {name}, {factors}", embedding_launches(target, ids, *arguments, y)
+            yield f"embedding {name}, {factors}", rows_launches(ids, product, y)
             y = torch.empty(50257, 768, dtype=dtype, device="meta")
-            yield f"dequantize {name}, {factors}", dequantize_launches(target, *arguments, y)
+            yield f"dequantize {name}, {factors}", rows_launches(None, product, y)
 
 
-def _example(shape: tuple[int, ...], dtype: torch.dtype, bits: int, permuted: bool) -> tuple[Any, ...]:
-    """The arguments of a weight without memory, in the order of the ops."""
+def _example(shape: tuple[int, ...], dtype: torch.dtype, bits: int, permuted: bool) -> Product:
+    """A weight without memory."""
 
     def empty(*size: int, of: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=of, device="meta")
@@ -692,4 +654,5 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, bits: int, permuted: bo
     rank, n1, k1, n2, k2 = shape
     permutations = [empty(size, of=torch.int32) if permuted else None for size in (k1 * k2, n1 * n2)]
     groups = (min(k1, 128), min(k2, 128)) if bits else (0, 0)
-    return *factor(n1, k1), *factor(n2, k2), *permutations, *shape, bits, groups[0], bits, groups[1]
+    arguments = (*factor(n1, k1), *factor(n2, k2), *permutations, *shape, bits, groups[0], bits, groups[1])
+    return KronOperands.of(arguments).product

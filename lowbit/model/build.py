@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
 from lowbit.model.plan import Plan, Swap
 from lowbit.model.report import Row
-from lowbit.model.surgery import carry_over, share_storage
+from lowbit.model.surgery import carry_over
 from lowbit.nn.layer import Layer, layer_class
 
 _PROGRESS_FROM = 1 << 26  # weights; below that a conversion takes less than a few seconds
@@ -75,8 +75,7 @@ def build_group(
         else:
             layer = cls.from_weight(
                 stored, swap.bias(),
-                activations=spec.activations, activation_group_size=spec.activation_group_size,
-                x_scale=measured[swap.name].x_scale, dtype=weight.dtype,
+                **asdict(spec.activation), x_scale=measured[swap.name].x_scale, dtype=weight.dtype,
             )  # fmt: skip
         made.append((swap, layer))
     weight_error = relative_error(weight, made[0][1])
@@ -99,7 +98,7 @@ def _share(layers: list[tuple[Swap, Layer]]) -> dict[str, nn.Module]:
     """Make the layers of one group hold the very same Parameters."""
     source = layers[0][1]
     for _, layer in layers[1:]:
-        share_storage(source, layer)
+        layer.share_weight(source)
         layer.prepare()
     return {swap.name: carry_over(swap.module, layer) for swap, layer in layers}
 

@@ -64,13 +64,6 @@ def _is_observer_hook(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in names and hook.__module__ == "torch.ao.quantization.quantize"
 
 
-def share_storage(source: Layer, layer: Layer) -> None:
-    """Let ``layer`` use the Parameters of ``source``: every stored tensor that both formats have."""
-    for name in source.format.tensors():
-        if name != "x_scale" and name in layer.format.tensors():
-            layer._parameters[name] = source._parameters[name]
-
-
 def float_modules(layers: dict[str, Layer]) -> dict[str, nn.Module]:
     """A plain torch module with the dequantized weight for every layer, by name.
 

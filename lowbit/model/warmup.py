@@ -14,7 +14,8 @@ from lowbit.backends import registry
 from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.tuning import Config, Question
 from lowbit.core.family import dtype_name
-from lowbit.nn.layer import EmbeddingLayer, Layer, layers
+from lowbit.nn.embedding import EmbeddingLayer
+from lowbit.nn.layer import Layer, layers
 
 # Beyond _EVERY_M_UP_TO rows, launches depend on M only through multiples of this.
 _ROWS = 16

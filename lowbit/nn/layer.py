@@ -5,39 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, cast
-from weakref import ref
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowbit.backends.layouts import BLOCKS, CANONICAL, Layout, ask_for_huge_pages, by_group, change, layout_of, read_on
-from lowbit.backends.reference import csr_row_indices
-from lowbit.core.family import FLOAT_DTYPES, Activations, Format, Spec, Weight
-
-
-def run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
-    """``op(*args)``, past the Python code of its gradient where none is wanted: that would cost as much as the call."""
-    if not _CAN_SKIP or _is_compiling() or (_is_grad_enabled() and _any_requires_grad(*args)):
-        return op(*args)  # type: ignore[no-any-return]
-    if _is_excluded(_AUTOGRAD):  # as in inference mode
-        return op._op(*args)  # type: ignore[no-any-return]
-    _exclude(_AUTOGRAD, True)
-    try:
-        return op._op(*args)  # type: ignore[no-any-return]
-    finally:
-        _exclude(_AUTOGRAD, False)
-
-
-_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-# Not public: a torch without one of them makes the plain call.
-_AUTOGRAD = getattr(torch._C.DispatchKey, "AutogradFunctionality", None)
-_is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
-_exclude: Any = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
-_any_requires_grad: Any = getattr(torch._C, "_any_requires_grad", None)
-_CAN_SKIP = None not in (_AUTOGRAD, _is_excluded, _exclude, _any_requires_grad)
-
+from lowbit.backends.operands import Operands
+from lowbit.core.family import FLOAT_DTYPES, Format
+from lowbit.nn.call import call_of
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
 _CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
@@ -46,7 +21,7 @@ _CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
 class Layer(nn.Module):
     """Base of the packed layers: the tensors of ``format`` as frozen Parameters, plus an optional float bias.
 
-    Subclasses set ``family`` and ``kind`` and are found by them when a saved model is rebuilt.
+    Subclasses set ``family``, ``kind`` and what these consist of, and are found by them when a saved model is rebuilt.
 
     Attributes:
         format: the stored form; shapes and dtypes of all tensors follow from it.
@@ -59,8 +34,10 @@ class Layer(nn.Module):
     family: ClassVar[str]
     kind: ClassVar[str]
     format_class: ClassVar[type[Format]]
-    code_tensors: ClassVar[tuple[str, ...]] = ()  # packed codes, held in the layout that a device's kernels read
-    group_tensors: ClassVar[tuple[str, ...]] = ()  # [N, G] or [1, 1]: beside blocks, group after group in memory
+    operands_class: ClassVar[type[Operands]]
+    _op: ClassVar[Any]
+    _call: ClassVar[Callable[..., Tensor]]
+    _numbers: tuple[int, ...]  # the weight's, in the ops' order
     _is_replica = False  # torch's nn.DataParallel sets it
     format: Any  # of type format_class
     bias: nn.Parameter | None
@@ -71,6 +48,8 @@ class Layer(nn.Module):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "family") and hasattr(cls, "kind"):
             _registry[cls.family, cls.kind] = cls
+            cls._op = getattr(torch.ops.lowbit, f"{cls.family}_{cls.kind}").default
+            cls._call = staticmethod(call_of(cls._op, cls.operands_class, cls.kind))
 
     def __init__(
         self,
@@ -81,6 +60,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.format = format
+        self._numbers = format.numbers
         self.dtype = dtype or torch.get_default_dtype()
         self.weight_error = None
         self.note = None
@@ -97,7 +77,8 @@ class Layer(nn.Module):
     @classmethod
     def optional_tensors(cls) -> tuple[str, ...]:
         """Names of tensors that some formats of the family do not have; they are then ``None``."""
-        return ()
+        optional = [name for name, type in cls.operands_class.types().items() if type == "Tensor?"]
+        return (*optional, *(["x_scale"] if cls.operands_class.with_activation else []))
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the format (not the bias), by name."""
@@ -109,6 +90,19 @@ class Layer(nn.Module):
         A replica in ``nn.DataParallel`` has its tensors as attributes only.
         """
         return self._parameters if not self._is_replica else {**self.__dict__, **self._parameters}
+
+    def weight_arguments(self, t: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
+        """The weight's part of the ops' arguments, from :meth:`operands`."""
+        self._is_outdated()
+        return (*[t[name] for name in self.operands_class.tensor_names()], *self._numbers)
+
+    def _is_outdated(self) -> bool:
+        """Whether the tensors are no longer held as they were; how they are is then known again."""
+        return False
+
+    def size_arguments(self) -> tuple[int, ...]:
+        """``in_features`` for the ops that have no x to take it from, where the family's ops take it."""
+        return (self.format.in_features,) if self.operands_class.sized else ()
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +121,10 @@ class Layer(nn.Module):
         return view
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight ``[out_features, in_features]`` that this layer multiplies by."""
-        raise NotImplementedError
+        """The float weight ``[out_features, in_features]`` that this layer multiplies by, rounded once to ``dtype``."""
+        op = getattr(torch.ops.lowbit, f"{self.family}_dequantize")
+        weight: Tensor = op(*self.weight_arguments(self.operands()), *self.size_arguments(), dtype or self.dtype)
+        return weight
 
     def to_float(self) -> nn.Module:
         """A plain torch layer with the dequantized weight."""
@@ -171,40 +167,33 @@ class Layer(nn.Module):
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
 
-    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
-        """The layouts that this layer's codes may stay in on ``device``; the first one is the best."""
-        return read_on(device, self.cpu_layouts())
-
-    def cpu_layouts(self) -> tuple[Layout, ...]:
-        """:meth:`layouts` on a CPU with compiled kernels."""
-        return (CANONICAL,)
+    def share_weight(self, source: Layer) -> None:
+        """Hold the very Parameters of ``source``: every tensor of the weight that both formats have."""
+        for name in source.format.weight_tensors():
+            if name in self.format.weight_tensors():
+                self._parameters[name] = source._parameters[name]
 
     def prepare(self, *, owned: bool = False) -> Layer:
-        """Bring the codes into the layout that the kernels on this device read (:mod:`lowbit.backends.layouts`).
+        """Bring the tensors into the form that the kernels on this device read; here they are in it.
 
         Moving, converting and loading do it by themselves. The Parameters stay the same, and it is bit for bit both
-        ways; ``state_dict()`` always gives the canonical order. ``owned``: the memory of the tensors is nobody else's,
-        and may be rearranged where it is.
+        ways. ``owned``: the memory of the tensors is nobody else's, and may be rearranged where it is.
         """
-        self._arrange(self.layouts(self.device), owned)
-        for name in self.code_tensors:
-            parameter = self._parameters[name]
-            if parameter is not None:
-                ask_for_huge_pages(parameter.data)
         return self
 
-    def _arrange(self, layouts: tuple[Layout, ...], owned: bool = False) -> None:
-        """Bring codes that are in none of ``layouts`` into the first one, for all who share them."""
-        for name in self.code_tensors:
-            parameter = self._parameters[name]
-            if parameter is not None and layout_of(parameter) not in layouts:
-                parameter.data = change(parameter.data, layouts[0], self.format.bits, self.format.in_features, owned)
-        for name in self.group_tensors:
-            parameter = self._parameters[name]
-            if parameter is not None and layouts[0] is BLOCKS:
-                parameter.data = by_group(parameter.data)
-            elif parameter is not None and BLOCKS not in layouts:
-                parameter.data = parameter.data.contiguous()
+    def _prepare_to_move(self, device: torch.device) -> None:
+        """Before the tensors go to ``device``."""
+
+    def _held_shape(self, tensor_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which a tensor is held here, of the one that the format says."""
+        return shape
+
+    def _as_held(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A ``state_dict`` with the tensors as they are held here."""
+        return state_dict
+
+    def _as_saved(self, state: dict[str, Any], prefix: str) -> None:
+        """Give ``state`` the tensors in the canonical order."""
 
     def validate(self, name: str = "layer") -> None:
         """Check every tensor against the format and its values against their ranges.
@@ -214,9 +203,7 @@ class Layer(nn.Module):
         """
         for tensor_name, (shape, dtype) in self.format.tensors().items():
             tensor = self._parameters[tensor_name]
-            layout = layout_of(tensor) if tensor_name in self.code_tensors and tensor is not None else None
-            if layout is not None:
-                shape = (shape[0], *layout.row_shape(self.format.in_features, self.format.bits))
+            shape = self._held_shape(tensor_name, shape)
             self.check_tensor(name, tensor_name, tensor, shape, dtype)
         if self.bias is not None and tuple(self.bias.shape) != (self.format.out_features,):
             raise ValueError(
@@ -251,7 +238,7 @@ class Layer(nn.Module):
         if dtype not in FLOAT_DTYPES.values():
             raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
         self.dtype = dtype
-        self._arrange((CANONICAL, *self.layouts(probe.device)))
+        self._prepare_to_move(probe.device)
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -261,10 +248,6 @@ class Layer(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self.prepare()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.prepare()  # unpickled where other kernels run
 
     def _load_from_state_dict(
         self,
@@ -295,13 +278,7 @@ class Layer(nn.Module):
         if problems:
             error_msgs.extend(problems)
             return
-        for code_name in self.code_tensors:
-            key, parameter = prefix + code_name, self._parameters[code_name]
-            layout = None if parameter is None else layout_of(parameter)
-            if key in state_dict and parameter is not None and layout is not None and layout is not CANONICAL:
-                canonical = state_dict[key].to(parameter.device)
-                codes = change(canonical, layout, self.format.bits, self.format.in_features)
-                state_dict = {**state_dict, key: codes}
+        state_dict = self._as_held(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -319,253 +296,10 @@ class Layer(nn.Module):
         )
 
 
-class LinearLayer(Layer):
-    """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
-
-    kind = "linear"
-
-    @property
-    def in_features(self) -> int:
-        return cast(int, self.format.in_features)
-
-    @property
-    def out_features(self) -> int:
-        return cast(int, self.format.out_features)
-
-    @classmethod
-    def from_float(
-        cls,
-        weight: Tensor,
-        spec: Spec,
-        bias: Tensor | None = None,
-        *,
-        hessian: Tensor | None = None,
-        x_scale: Tensor | None = None,
-    ) -> Any:
-        """Quantize a float weight ``[N, K]`` with ``spec``; the bias is kept as it is.
-
-        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given.
-        """
-        if problem := spec.problem(*weight.shape):
-            raise ValueError(problem)
-        return cls.from_weight(
-            spec.quantize(weight, hessian=hessian), bias,
-            activations=spec.activations, activation_group_size=spec.activation_group_size, x_scale=x_scale,
-            dtype=weight.dtype,
-        )  # fmt: skip
-
-    @classmethod
-    def from_weight(
-        cls,
-        weight: Weight,
-        bias: Tensor | None = None,
-        *,
-        activations: Activations = "float",
-        activation_group_size: int | None = None,
-        x_scale: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Any:
-        """A layer that holds ``weight`` as it is; nothing is rounded again."""
-        format = weight.format(activations)
-        if activation_group_size is not None:
-            format = format.with_activation_groups(activation_group_size)
-        layer = cls(format, bias is not None, dtype, "meta")
-        layer.store(weight.tensors())
-        if activations == "int8_static":
-            if x_scale is None:
-                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
-            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
-        if bias is not None:
-            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        layer.validate()
-        return layer.prepare()
-
-    def forward(self, input: Tensor) -> Tensor:
-        shape = input.shape
-        if not shape or shape[-1] != self.format.in_features:
-            raise ValueError(
-                f"input must have in_features={self.format.in_features} as its last size: got shape {tuple(shape)}"
-            )
-        return self.multiply(input)
-
-    def multiply(self, input: Tensor) -> Tensor:
-        """The family's op on an input of the right size."""
-        raise NotImplementedError
-
-    def to_float(self) -> nn.Linear:
-        """``nn.Linear`` with the dequantized weight and the same bias."""
-        linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.dtype)
-        linear.weight = nn.Parameter(self.dequantize())
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
-
-
-class EmbeddingLayer(Layer):
-    """``y = W[ids] * output_scale``: ``[..., embedding_dim]`` in ``dtype``.
-
-    ``output_scale`` serves scaled word embeddings (BART, MBART); it is 1.0 otherwise. Raises ``RuntimeError`` for an
-    id outside ``[0, num_embeddings)``.
-    """
-
-    kind = "embedding"
-
-    def __init__(
-        self,
-        format: Format,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        *,
-        padding_idx: int | None = None,
-        output_scale: float = 1.0,
-    ) -> None:
-        if bias:
-            raise ValueError("an embedding has no bias: got bias=True")
-        super().__init__(format, False, dtype, device)
-        self.padding_idx = padding_idx
-        self.output_scale = output_scale
-
-    @property
-    def num_embeddings(self) -> int:
-        return cast(int, self.format.out_features)
-
-    @property
-    def embedding_dim(self) -> int:
-        return cast(int, self.format.in_features)
-
-    @classmethod
-    def from_weight(
-        cls,
-        weight: Weight,
-        *,
-        dtype: torch.dtype | None = None,
-        padding_idx: int | None = None,
-        output_scale: float = 1.0,
-    ) -> Any:
-        """A layer that holds ``weight`` ``[num_embeddings, embedding_dim]`` as it is."""
-        layer = cls(weight.format(), False, dtype, "meta", padding_idx=padding_idx, output_scale=output_scale)
-        layer.store(weight.tensors())
-        layer.validate()
-        return layer.prepare()
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.gather(input)
-        return y if self.output_scale == 1.0 else y * self.output_scale
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """The family's op: rows of the weight."""
-        raise NotImplementedError
-
-    def to_float(self) -> nn.Module:
-        """``nn.Embedding`` with the dequantized weight (followed by the scale where ``output_scale`` is not 1)."""
-        weight = nn.Parameter(self.dequantize())
-        if self.output_scale != 1.0:
-            return ScaledEmbedding(weight, self.padding_idx, self.output_scale).train(self.training)
-        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight.data)
-        embedding.weight = weight
-        return embedding.train(self.training)
-
-    def config(self) -> dict[str, Any]:
-        config = super().config()
-        if self.padding_idx is not None:
-            config["padding_idx"] = self.padding_idx
-        if self.output_scale != 1.0:
-            config["output_scale"] = self.output_scale
-        return config
-
-    @classmethod
-    def _from_fields(
-        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
-    ) -> Layer:
-        padding_idx, output_scale = extras.pop("padding_idx", None), extras.pop("output_scale", 1.0)
-        if extras:
-            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} embedding")
-        if padding_idx is not None and not isinstance(padding_idx, int):
-            raise ValueError(f"padding_idx must be an integer: got padding_idx={padding_idx!r}")
-        if not isinstance(output_scale, (int, float)) or isinstance(output_scale, bool):
-            raise ValueError(f"output_scale must be a number: got output_scale={output_scale!r}")
-        return cls(format, bias, dtype, device, padding_idx=padding_idx, output_scale=float(output_scale))
-
-    def extra_repr(self) -> str:
-        text = f"{self.num_embeddings}, {self.embedding_dim}, {self.format.describe()}"
-        return text if self.output_scale == 1.0 else text + f", output_scale={self.output_scale}"
-
-
-class ScaledEmbedding(nn.Embedding):
-    """``F.embedding(ids, weight) * output_scale``: what a scaled embedding layer dequantizes to."""
-
-    def __init__(self, weight: nn.Parameter, padding_idx: int | None, output_scale: float) -> None:
-        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight.data)
-        self.weight = weight
-        self.output_scale = output_scale
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids) * self.output_scale
-
-
-def require_finite(name: str, tensor_name: str, tensor: Tensor | None) -> None:
-    """Raise ``ValueError`` where a stored float tensor holds NaN or infinity."""
-    if tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name}.{tensor_name} must be finite: got NaN or infinity")
-
-
-def require_x_scale(name: str, x_scale: Tensor | None) -> None:
-    """Raise ``ValueError`` unless the scale of static activations, if any, is finite and positive."""
-    if x_scale is not None and not (bool(torch.isfinite(x_scale).all()) and float(x_scale) > 0):
-        raise ValueError(f"{name}.x_scale must be finite and positive: got {float(x_scale)}")
-
-
-def require_outliers(name: str, layer: Layer) -> None:
-    """Raise ``ValueError`` unless the layer's outliers, if any, are finite and a well-formed CSR matrix."""
-    values, columns, rows = (layer._parameters.get(f"outlier_{part}") for part in ("values", "columns", "rows"))
-    if values is None or columns is None or rows is None:
-        return
-    require_finite(name, "outlier_values", values)
-    pointers = rows.to(torch.int64)
-    counts = pointers[1:] - pointers[:-1]
-    if int(pointers[0]) != 0 or int(pointers[-1]) != len(values) or bool((counts < 0).any()):
-        raise ValueError(
-            f"{name}.outlier_rows must rise from 0 to the number of outliers {len(values)}: "
-            f"got first {int(pointers[0])}, last {int(pointers[-1])}, smallest step {int(counts.min())}"
-        )
-    column, k = columns.to(torch.int64), layer.format.in_features
-    if bool((column < 0).any()) or bool((column >= k).any()):
-        raise ValueError(
-            f"{name}.outlier_columns must be in [0, {k}): got values in [{int(column.min())}, {int(column.max())}]"
-        )
-    position = csr_row_indices(pointers) * k + column
-    if bool((position[1:] <= position[:-1]).any()):
-        raise ValueError(f"{name}.outlier_columns must increase within each row: they do not")
-
-
-# What state_dict() made of tensors that are held in another order, as long as somebody holds it: tied layers give one
-# tensor.
-_canonical = WeakTensorKeyDictionary()
-
-
 def _finish_state_dict(layer: Layer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """Tensors in the canonical order, and the format, for who loads them."""
     local_metadata["lowbit_format"] = layer.format.to_dict()
-    for name in (*layer.code_tensors, *layer.group_tensors):
-        parameter, key = layer._parameters[name], prefix + name
-        if parameter is None or key not in state:
-            continue
-        if name in layer.group_tensors:
-            if not parameter.is_contiguous() and state[key] is not parameter:  # keep_vars wants what is trained
-                state[key] = _canonical_form(parameter, Tensor.contiguous)
-        elif layout_of(parameter) is not CANONICAL:
-            sizes = layer.format.bits, layer.format.in_features
-            state[key] = _canonical_form(parameter, lambda packed: change(packed, CANONICAL, *sizes))  # noqa: B023
-
-
-def _canonical_form(parameter: nn.Parameter, form: Callable[[Tensor], Tensor]) -> Tensor:
-    contents = parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
-    known, made_of = _canonical.get(parameter, (lambda: None, None))
-    canonical: Tensor | None = known()
-    if canonical is None or made_of != contents:
-        canonical = form(parameter.detach())
-        _canonical[parameter] = ref(canonical), contents
-    return canonical
+    layer._as_saved(state, prefix)
 
 
 def layer_class(family: str, kind: str) -> Any:
@@ -596,4 +330,4 @@ def layers(model: nn.Module, *, duplicates: bool = False) -> dict[str, Layer]:
 
 def storage_of(layer: Layer) -> tuple[int, ...]:
     """What tied layers have in common: every stored tensor of the weight. A factor or a table alone does not tie."""
-    return tuple(id(tensor) for name, tensor in layer.named_tensors().items() if name != "x_scale")
+    return tuple(id(layer._parameters[name]) for name in layer.format.weight_tensors())

@@ -9,15 +9,15 @@ Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lowbit.core.activations import ActivationSpec
 from lowbit.core.bitpack import pack, words_per_row
 from lowbit.core.family import (
-    ACTIVATIONS,
     FLOAT_DTYPES,
     GRANULARITIES,
     Activations,
@@ -27,7 +27,6 @@ from lowbit.core.family import (
     TensorSpec,
     Weight,
     as_integer,
-    check_activation_groups,
     check_coded_format,
     check_float_dtype,
     check_group_size,
@@ -98,7 +97,6 @@ class Packed(Spec):
             object.__setattr__(self, "granularity", "row" if self.group_size is None else "group")
         choice("granularity", self.granularity, GRANULARITIES)
         choice("quantizer", self.quantizer, names("packed"))
-        choice("activations", self.activations, ACTIVATIONS)
         choice("zeros", self.zeros, ("int", "float"))
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(
@@ -107,7 +105,7 @@ class Packed(Spec):
             )
         if self.group_size is not None:
             check_size("group_size", self.group_size)
-        check_activation_groups(self.activation_group_size, self.activations, self.group_size)
+        self.activation.check(self.group_size)
         if self.quantizer == "mean" and not self.symmetric:
             raise ValueError("quantizer='mean' clips symmetrically: it requires symmetric=True")
         if self.symmetric and self.zeros == "float":
@@ -134,8 +132,7 @@ class Packed(Spec):
             zeros="none" if self.symmetric else self.zeros,
             scale_dtype=dtype_name(self.resolve_scale_dtype()),
             outliers=round(self.outliers * n * k),
-            activations=self.activations if kind == "linear" else "float",
-            activation_group_size=self.activation_group_size if kind == "linear" else None,
+            **asdict(self.activation if kind == "linear" else ActivationSpec()),
         )
 
     def resolve_group_size(self, k: int) -> int:
@@ -179,8 +176,6 @@ class PackedFormat(Format):
 
     def __post_init__(self) -> None:
         check_coded_format(self, min_bits=2)
-        in_groups = self.group_size if self.granularity == "group" else None
-        check_activation_groups(self.activation_group_size, self.activations, in_groups)
         choice("zeros", self.zeros, ("none", "int", "float"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
         if self.granularity != "group" and self.group_size != self.in_features:
@@ -189,8 +184,9 @@ class PackedFormat(Format):
                 f"got group_size={self.group_size}, K={self.in_features}"
             )
 
-    def with_activation_groups(self, size: int) -> PackedFormat:
-        return replace(self, activation_group_size=size)
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.bits, self.group_size
 
     @property
     def groups(self) -> int:
@@ -202,7 +198,7 @@ class PackedFormat(Format):
         """``[N, G]``, or ``[1, 1]`` per tensor."""
         return (1, 1) if self.granularity == "tensor" else (self.out_features, self.groups)
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    def weight_tensors(self) -> dict[str, TensorSpec]:
         scale_dtype = FLOAT_DTYPES[self.scale_dtype]
         spec: dict[str, TensorSpec] = {
             "packed": ((self.out_features, words_per_row(self.in_features, self.bits)), torch.int32),
@@ -210,10 +206,7 @@ class PackedFormat(Format):
         }
         if self.zeros != "none":
             spec["zeros"] = (self.scale_shape, torch.uint8 if self.zeros == "int" else scale_dtype)
-        spec |= outlier_tensors(self.out_features, self.in_features, self.outliers, self.outlier_dtype)
-        if self.activations == "int8_static":
-            spec["x_scale"] = ((1,), torch.float32)
-        return spec
+        return spec | outlier_tensors(self.out_features, self.in_features, self.outliers, self.outlier_dtype)
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric, int8 activations``."""

@@ -12,14 +12,16 @@ into bfloat16 pieces, exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import overload
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.backends.reference import check_ids, dequantize_activations, quantize_activations
+from lowbit.backends.operands import Activation
+from lowbit.backends.reference import dequantize_activations, quantize_activations
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.activations import (
     INT8_COLUMNS,
@@ -46,11 +48,12 @@ from lowbit.backends.triton.codes import (
     plane_width,
 )  # fmt: skip
 from lowbit.backends.triton.launch import Launch, Target, run, target_of
-from lowbit.backends.triton.tiles import tiles_of, tiles_per_row
+from lowbit.backends.triton.tiles import TILES, tiles_of, tiles_per_row
 from lowbit.core.family import dtype_name
-from lowbit.packed.op import check_linear, check_weight
+from lowbit.packed.op import OPS
+from lowbit.packed.operands import PackedOperands
 
-_NONE = (None, None, None)
+_FLOAT = Activation(x_scale=None, int8=False, x_group=0)
 
 
 @triton.jit
@@ -252,48 +255,37 @@ def packed_outlier_rows_kernel(
 # ------------------------------------------------------------------------------------------------------- on the host
 
 
-@overload
-def _row_after_row(values: Tensor) -> Tensor: ...
-@overload
-def _row_after_row(values: None) -> None: ...
-def _row_after_row(values: Tensor | None) -> Tensor | None:
-    """Scales or zeros row after row, as the kernels read them; beside blocks they are stored group after group."""
-    transposed = values is not None and values.dim() == 2 and values.t().is_contiguous()
-    return values.contiguous() if values is not None and transposed else values
+def _prepared(
+    device: torch.device, weight: PackedOperands, k: int, bias: Tensor | None = None, *, quiet: bool = False
+) -> PackedOperands:
+    """The weight as the kernels read it, checked: codes in tiles, scales and zeros row after row."""
 
+    def row_after_row(values: Tensor) -> Tensor:  # they may stand group after group, as beside blocks
+        return values.contiguous() if values.t().is_contiguous() else values
 
-def _check(
-    device: torch.device,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bias: Tensor | None = None,
-) -> None:
-    values, columns, rows = outliers
-    check_outliers(values, columns, rows, packed.shape[0])
+    zeros = None if weight.zeros is None else row_after_row(weight.zeros)
+    weight = replace(weight, scales=row_after_row(weight.scales), zeros=zeros)
+    check_outliers(*weight.outliers, weight.out_features)
     check_tensors(
-        device, packed=packed, scales=scales, zeros=zeros, bias=bias, outlier_values=values, outlier_columns=columns,
-        outlier_rows=rows,
+        device, packed=weight.packed, scales=weight.scales, zeros=zeros, bias=bias,
+        outlier_values=weight.outlier_values, outlier_columns=weight.outlier_columns, outlier_rows=weight.outlier_rows,
     )  # fmt: skip
+    tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
+    return replace(weight, packed=tiles, layout=TILES.number)
 
 
 def linear_launches(
     target: Target,
     config: tuning.Config,
     x: Tensor,
-    tiles: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
+    weight: PackedOperands,
     bias: Tensor | None,
-    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    x_scale: Tensor | None,
-    bits: int,
-    group_size: int,
-    int8: bool,
+    activation: Activation,
     y: Tensor,
 ) -> list[Launch]:
-    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it."""
+    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles."""
+    tiles, scales, zeros, outliers = weight.packed, weight.scales, weight.zeros, weight.outliers
+    bits, group_size, int8, x_scale = weight.bits, weight.group_size, activation.int8, activation.x_scale
     (m, k), n = x.shape, tiles.shape[0]
     launches: list[Launch] = []
     operand, inverse, x_sums = x, None, None
@@ -340,21 +332,13 @@ def linear_launches(
     return launches
 
 
-def rows_launches(
-    target: Target,
-    ids: Tensor | None,
-    tiles: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bits: int,
-    group_size: int,
-    y: Tensor,
-) -> list[Launch]:
+def rows_launches(target: Target, ids: Tensor | None, weight: PackedOperands, y: Tensor) -> list[Launch]:
     """The launches of ``y [rows, K] = W[ids]``, or of all of W where ids is None."""
+    tiles, scales, zeros, outliers = weight.packed, weight.scales, weight.zeros, weight.outliers
+    bits, group_size = weight.bits, weight.group_size
     (count, k), n = y.shape, tiles.shape[0]
     words, octets = views(tiles)
-    weight = dict(
+    shared = dict(
         ids_ptr=ids, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros, y_ptr=y, n_size=n,
         k_size=k, tiles=tiles.shape[1], groups=scales.shape[1],
     )  # fmt: skip
@@ -362,7 +346,7 @@ def rows_launches(
     block = 16
     launches = [
         Launch(
-            packed_rows_kernel, (-(-count // block), tiles.shape[1]), {**weight, "rows": count},
+            packed_rows_kernel, (-(-count // block), tiles.shape[1]), {**shared, "rows": count},
             {**constants, "BLOCK": block, "PTX": target.inline_ptx}, fuse=False,
         )
     ]  # fmt: skip
@@ -371,130 +355,68 @@ def rows_launches(
         sparse = dict(outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers)
         launches.append(
             Launch(
-                packed_outlier_rows_kernel, (count,), {**weight, **sparse}, {**constants, "BLOCK": 32}, 1, fuse=False
+                packed_outlier_rows_kernel, (count,), {**shared, **sparse}, {**constants, "BLOCK": 32}, 1, fuse=False
             )
         )
     return launches
 
 
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    x_scale: Tensor | None,
-    bits: int,
-    group_size: int,
-    int8: bool,
-    x_group: int = 0,
-) -> Tensor:
+def linear(x: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::packed_linear`` on a GPU."""
-    check_linear(x, packed, scales, zeros, x_scale, bits, group_size, int8, x_group)
-    n, k = packed.shape[0], x.shape[-1]
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    if 0 < x_group < k:  # else one group is the row
-        return _linear_in_groups(x, packed, scales, zeros, bias, outliers, bits, group_size, x_group)
-    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
-    _check(x.device, packed, scales, zeros, outliers, bias)
+    weight, bias, activation = OPS.linear_arguments(x, *arguments)
+    n, k = weight.out_features, x.shape[-1]
+    if 0 < activation.x_group < k:  # else one group is the row
+        return _linear_in_groups(x, weight, bias, activation)
+    weight = _prepared(x.device, weight, k, bias)
     check_bias(bias, n)
-    check_x_scale(x_scale, int8)
+    check_x_scale(activation.x_scale, activation.int8)
     flat = aligned_rows(x.reshape(-1, k))
     m = flat.shape[0]
     target = target_of(x.device)
-    tiles = tiles_of(packed, bits, k)
-    name = "packed_linear" if scale_period(group_size, k) >= 0 else "packed_linear_odd_groups"
-    config = tuning.choose(target, name, torch.int8 if int8 else x.dtype, bits, m, n, k)
+    name = "packed_linear" if scale_period(weight.group_size, k) >= 0 else "packed_linear_odd_groups"
+    config = tuning.choose(target, name, torch.int8 if activation.int8 else x.dtype, weight.bits, m, n, k)
     if config.dense:
 
         def weight_rows(ids: Tensor | None) -> Tensor:
             rows = torch.empty(n if ids is None else len(ids), k, dtype=x.dtype, device=x.device)
-            run(rows_launches(target, ids, tiles, scales, zeros, outliers, bits, group_size, rows))
+            run(rows_launches(target, ids, weight, rows))
             return rows
 
         return library_product(x, weight_rows, n, bias)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    run(linear_launches(target, config, flat, tiles, scales, zeros, bias, outliers, x_scale, bits, group_size, int8, y))
+    run(linear_launches(target, config, flat, weight, bias, activation, y))
     return y.view(*x.shape[:-1], n)
 
 
-def _linear_in_groups(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    outliers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    bits: int,
-    group_size: int,
-    x_group: int,
-) -> Tensor:
-    """:func:`linear` with int8 activations in groups: the kernel for float32 multiplies the values they stand for.
-
-    Outliers are multiplied with x as it is, in a second launch with weights whose scales are 0.
-    """
-    flat = x.reshape(-1, x.shape[-1])
+def _linear_in_groups(x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: Activation) -> Tensor:
+    """:func:`linear` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x
+    as it is, beside weights whose scales are 0."""
+    flat, x_group = x.reshape(-1, x.shape[-1]), activation.x_group
     rounded = dequantize_activations(*quantize_activations(flat, None, x_group), x_group).view(x.shape)
-    y = linear(rounded, packed, scales, zeros, bias, *_NONE, None, bits, group_size, False)
-    if outliers[0] is not None:
-        nothing = torch.zeros_like(scales)
-        y = y + linear(x.float(), packed, nothing, zeros, None, *outliers, None, bits, group_size, False)
+    coded = replace(weight, outlier_values=None, outlier_columns=None, outlier_rows=None)
+    y = linear(rounded, *coded, bias, *_FLOAT)
+    if weight.outlier_values is not None:
+        outliers = replace(weight, scales=torch.zeros_like(weight.scales))
+        y = y + linear(x.float(), *outliers, None, *_FLOAT)
     return y.to(x.dtype)
 
 
-def dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*arguments: Any) -> Tensor:
     """``lowbit::packed_dequantize`` on a GPU."""
-    check_weight(packed, scales, zeros, bits, group_size, in_features)
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
-    _check(packed.device, packed, scales, zeros, outliers)
-    y = torch.empty(packed.shape[0], in_features, dtype=dtype, device=packed.device)
-    tiles = tiles_of(packed, bits, in_features, quiet=True)
-    run(rows_launches(target_of(y.device), None, tiles, scales, zeros, outliers, bits, group_size, y))
+    weight, k, dtype = OPS.row_arguments(*arguments)
+    weight = _prepared(weight.device, weight, k, quiet=True)
+    y = torch.empty(weight.out_features, k, dtype=dtype, device=weight.device)
+    run(rows_launches(target_of(y.device), None, weight, y))
     return y
 
 
-def embedding(
-    ids: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_values: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_rows: Tensor | None,
-    bits: int,
-    group_size: int,
-    embedding_dim: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def embedding(ids: Tensor, *arguments: Any) -> Tensor:
     """``lowbit::packed_embedding`` on a GPU. An id out of range gives a row of NaN: checking would wait for the GPU."""
-    check_ids(ids)
-    check_weight(packed, scales, zeros, bits, group_size, embedding_dim)
-    outliers = (outlier_values, outlier_columns, outlier_rows)
-    scales, zeros = _row_after_row(scales), _row_after_row(zeros)
-    _check(ids.device, packed, scales, zeros, outliers)
-    y = torch.empty(ids.numel(), embedding_dim, dtype=dtype, device=packed.device)
-    tiles = tiles_of(packed, bits, embedding_dim)
-    run(
-        rows_launches(
-            target_of(y.device), ids.reshape(-1).contiguous(), tiles, scales, zeros, outliers, bits, group_size, y
-        )
-    )
-    return y.view(*ids.shape, embedding_dim)
+    weight, k, dtype = OPS.embedding_arguments(ids, *arguments)
+    weight = _prepared(ids.device, weight, k)
+    y = torch.empty(ids.numel(), k, dtype=dtype, device=weight.device)
+    run(rows_launches(target_of(y.device), ids.reshape(-1).contiguous(), weight, y))
+    return y.view(*ids.shape, k)
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
@@ -507,17 +429,22 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weight(bits: int, group_size: int, zeros: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def weight(bits: int, group_size: int, zeros: torch.dtype | None, outliers: bool = False) -> PackedOperands:
         shape = (n, -(-k // group_size))
-        tiles = empty((n, tiles_per_row(k), 8 * bits), torch.int32)
-        return tiles, empty(shape, torch.float16), None if zeros is None else empty(shape, zeros)
+        return PackedOperands(
+            packed=empty((n, tiles_per_row(k), 8 * bits), torch.int32), scales=empty(shape, torch.float16),
+            zeros=None if zeros is None else empty(shape, zeros),
+            outlier_values=empty((64,), torch.float16) if outliers else None,
+            outlier_columns=empty((64,), torch.int16) if outliers else None,
+            outlier_rows=empty((n + 1,), torch.int32) if outliers else None,
+            bits=bits, group_size=group_size, layout=TILES.number,
+        )  # fmt: skip
 
     def linears(
         name: str, bits: int, dtype: torch.dtype, group_size: int, zeros: torch.dtype | None, outliers: bool = False,
         kernel: str = "packed_linear",
     ) -> Iterator[tuple[str, list[Launch]]]:  # fmt: skip
         int8 = dtype == torch.int8
-        sparse = (empty((64,), torch.float16), empty((64,), torch.int16), empty((n + 1,), torch.int32))
         for m in tuning.regimes(target, kernel, dtype, bits):
             config = tuning.choose(target, kernel, dtype, bits, m, n, k)
             if not config.dense:
@@ -525,18 +452,16 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                 yield (
                     f"packed_linear {bits}-bit {name} {dtype_name(dtype)} M={m}",
                     linear_launches(
-                        target, config, x, *weight(bits, group_size, zeros), None,
-                        sparse if outliers else (None, None, None), None, bits, group_size, int8,
-                        empty((m, n), x.dtype),
+                        target, config, x, weight(bits, group_size, zeros, outliers), None,
+                        Activation(x_scale=None, int8=int8, x_group=0), empty((m, n), x.dtype),
                     ),
                 )  # fmt: skip
 
     for bits in range(2, 9):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
             yield from linears("group 128", bits, dtype, 128, torch.uint8)
-        tiles, scales, zeros = weight(bits, 128, torch.uint8)
         ids, y = empty((64,), torch.int64), empty((64, k), torch.float16)
-        yield f"packed_embedding {bits}-bit", rows_launches(target, ids, tiles, scales, zeros, _NONE, bits, 128, y)
+        yield f"packed_embedding {bits}-bit", rows_launches(target, ids, weight(bits, 128, torch.uint8), y)
     for dtype in (torch.float16, torch.int8):
         yield from linears("per row", 4, dtype, k, None)
         yield from linears("group 128, float zeros", 4, dtype, 128, torch.float16)

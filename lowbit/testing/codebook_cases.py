@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.backends import layouts
+from lowbit.codebook.gradient import with_mean_gradient
+from lowbit.codebook.operands import CodebookOperands
 from lowbit.core.bitpack import pack
 from lowbit.testing.packed_cases import DTYPES
 from lowbit.testing.packed_cases import SHAPES as PACKED_SHAPES
@@ -75,24 +79,33 @@ class Weight:
         x_scale: Tensor | None = None,
         mean_gradient: bool = False,
     ) -> Tensor:
-        return call(
-            torch.ops.lowbit.codebook_linear,
-            x, self.packed, self.codebook, self.scales, *self.nested, bias, *self.outliers, x_scale, self.kind.bits,
-            self.kind.group_size, int8, mean_gradient,
-        )  # fmt: skip
+        arguments = self.arguments
+        if mean_gradient:
+            arguments["codebook"] = with_mean_gradient(CodebookOperands(**arguments), self.kind.k).codebook
+        activation = dict(x_scale=x_scale, int8=int8, x_group=0)
+        return call(torch.ops.lowbit.codebook_linear, x, **arguments, bias=bias, **activation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return call(
-            torch.ops.lowbit.codebook_dequantize,
-            self.packed, self.codebook, self.scales, *self.nested, *self.outliers, self.kind.bits,
-            self.kind.group_size, self.kind.k, dtype,
-        )  # fmt: skip
+        return call(torch.ops.lowbit.codebook_dequantize, **self.arguments, in_features=self.kind.k, dtype=dtype)
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return call(
-            torch.ops.lowbit.codebook_embedding,
-            ids, self.packed, self.codebook, self.scales, *self.nested, *self.outliers, self.kind.bits,
-            self.kind.group_size, self.kind.k, dtype, True,
+        return call(torch.ops.lowbit.codebook_embedding, ids, **self.arguments, in_features=self.kind.k, dtype=dtype)
+
+    @property
+    def operands(self) -> CodebookOperands:
+        """:attr:`arguments` in one."""
+        return CodebookOperands(**self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The weight's part of the ops' arguments, by name; ``packed`` may have been put into another layout."""
+        kind, (values, columns, rows) = self.kind, self.outliers
+        layout = layouts.fitting(self.packed, kind.k, kind.bits)
+        nested = zip(("scale_codebook", "scale_absmax", "scale_offset"), self.nested, strict=True)
+        return dict(
+            packed=self.packed, outlier_values=values, outlier_columns=columns, outlier_rows=rows,
+            codebook=self.codebook, scales=self.scales, **dict(nested), bits=kind.bits, group_size=kind.group_size,
+            layout=0 if layout is None else layout.number,
         )  # fmt: skip
 
     def scale(self) -> Tensor | None:

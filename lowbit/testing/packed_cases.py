@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.backends import layouts
 from lowbit.core.bitpack import pack
 from lowbit.core.family import FLOAT_DTYPES
 from lowbit.packed.format import PackedFormat
+from lowbit.packed.operands import PackedOperands
 from lowbit.testing.where import call
 
 DTYPES = tuple(FLOAT_DTYPES.values())
@@ -64,50 +67,31 @@ class Weight:
         x_scale: Tensor | None = None,
         x_group: int = 0,
     ) -> Tensor:
-        f = self.format
-        return call(
-            torch.ops.lowbit.packed_linear,
-            x,
-            self.packed,
-            self.scales,
-            self.zeros,
-            bias,
-            *self.outliers,
-            x_scale,
-            f.bits,
-            f.group_size,
-            int8,
-            x_group,
-        )
+        activation = dict(x_scale=x_scale, int8=int8, x_group=x_group)
+        return call(torch.ops.lowbit.packed_linear, x, **self.arguments, bias=bias, **activation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        f = self.format
-        return call(
-            torch.ops.lowbit.packed_dequantize,
-            self.packed,
-            self.scales,
-            self.zeros,
-            *self.outliers,
-            f.bits,
-            f.group_size,
-            f.in_features,
-            dtype,
-        )
+        k = self.format.in_features
+        return call(torch.ops.lowbit.packed_dequantize, **self.arguments, in_features=k, dtype=dtype)
 
     def embedding(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        f = self.format
-        return call(
-            torch.ops.lowbit.packed_embedding,
-            ids,
-            self.packed,
-            self.scales,
-            self.zeros,
-            *self.outliers,
-            f.bits,
-            f.group_size,
-            f.in_features,
-            dtype,
-        )
+        k = self.format.in_features
+        return call(torch.ops.lowbit.packed_embedding, ids, **self.arguments, in_features=k, dtype=dtype)
+
+    @property
+    def operands(self) -> PackedOperands:
+        """:attr:`arguments` in one."""
+        return PackedOperands(**self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The weight's part of the ops' arguments, by name; ``packed`` may have been put into another layout."""
+        f, (values, columns, rows) = self.format, self.outliers
+        layout = layouts.fitting(self.packed, f.in_features, f.bits)
+        return dict(
+            packed=self.packed, outlier_values=values, outlier_columns=columns, outlier_rows=rows, scales=self.scales,
+            zeros=self.zeros, bits=f.bits, group_size=f.group_size, layout=0 if layout is None else layout.number,
+        )  # fmt: skip
 
     def dense(self, outliers: bool = True) -> Tensor:
         """The float64 holding of the weight by the format's definition, written independently of the package."""

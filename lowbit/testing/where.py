@@ -29,13 +29,19 @@ class Where:
 
 
 def everywhere(interpreter: bool = True) -> list[Where]:
-    """The reference, every ISA this machine can run (or the one that LOWBIT_ISA forces), and, unless it is not wanted,
-    Triton in its interpreter where there is no GPU. With LOWBIT_TEST_DEVICE=cuda, what runs on a GPU and nothing else.
+    """The reference and every backend that runs on a CPU, the compiled one with every ISA of this machine (or the one
+    that LOWBIT_ISA forces); Triton in its interpreter, unless that is not wanted or there is a GPU. With
+    LOWBIT_TEST_DEVICE=cuda, what runs on a GPU and nothing else.
     """
     if os.environ.get("LOWBIT_TEST_DEVICE") == "cuda":
         return [Where("triton", device="cuda"), Where("reference", device="cuda")]
-    compiled = [] if registry.why_unavailable("cpu") else [Where("cpu", isa) for isa in native.isas()]
-    return [Where("reference"), *compiled, *([Where("triton")] if interpreter and registry.interpreting() else [])]
+    found = [Where("reference")]
+    for name in registry.able_on("cpu"):
+        if name == "cpu":
+            found += [Where(name, isa) for isa in native.isas()]
+        elif name != "triton" or interpreter:
+            found.append(Where(name))
+    return found
 
 
 Case = TypeVar("Case")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lowbit.backends import registry
-from lowbit.backends.layouts import ask_for_huge_pages
+from lowbit.backends.cpu.backend import CpuBackend
+from lowbit.backends.layouts import CANONICAL
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.launch import target_of
@@ -317,11 +318,11 @@ def test_huge_pages_are_asked_for_under_canonical_codes(monkeypatch):
         pytest.skip("only the compiled kernels ask")
     packed = torch.randint(-(2**31), 2**31, (2048, 1024), dtype=torch.int32)  # several pages of 2 MiB
     place, copy = packed.data_ptr(), packed.clone()
-    ask_for_huge_pages(packed)
+    registry.settle(packed, CANONICAL)
     assert packed.data_ptr() == place
     assert_bitwise_equal(packed, copy)
     asked = []
-    monkeypatch.setattr("lowbit.nn.layer.ask_for_huge_pages", lambda codes: asked.append(codes.data_ptr()))
+    monkeypatch.setattr(CpuBackend, "settle", lambda self, codes, layout: asked.append(codes.data_ptr()))
     layer = CodebookLinear(CodebookFormat(4, 64, 64, 64, "row", "float16", "none"), device="cpu")
     layer.prepare()
     assert asked == [layer.packed.data_ptr()]

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from lowbit.backends import reference
-from lowbit.backends.reference import row_blocks
+from lowbit.backends.reference import row_ranges
 from lowbit.codebook.format import CodebookWeight
+from lowbit.codebook.gradient import with_mean_gradient
 from lowbit.codebook.module import CodebookLinear
+from lowbit.codebook.operands import CodebookOperands
 from lowbit.core.bitpack import pack
 from lowbit.testing.codebook_cases import Kind, Weight, random_weight
 from lowbit.testing.numerics import assert_bitwise_equal
@@ -31,10 +33,6 @@ def where(request):
     """The reference, and the compiled kernels on this machine's best ISA."""
     with running(request.param):
         yield request.param
-
-
-def arguments(w: Weight) -> tuple:
-    return w.packed, w.codebook, w.scales, *w.nested
 
 
 def trainable(w: Weight, *names: str) -> dict[str, nn.Parameter]:
@@ -78,18 +76,17 @@ def test_opcheck(where, kind):
     trainable(w, "codebook", "scales", "outlier_values")
     torch.library.opcheck(
         torch.ops.lowbit.codebook_linear.default,
-        (x, *arguments(w), bias, *w.outliers, None, kind.bits, kind.group_size, int8, True),
+        (x, *w.operands, bias, None, int8, 0),
     )
     w = random_weight(kind)
     torch.library.opcheck(
         torch.ops.lowbit.codebook_dequantize.default,
-        (*arguments(w), *w.outliers, kind.bits, kind.group_size, kind.k, torch.float16),
+        (*w.operands, kind.k, torch.float16),
     )
     torch.library.opcheck(
         torch.ops.lowbit.codebook_embedding.default,
-        (torch.tensor([[1, 0], [7, 7]]), *arguments(w), *w.outliers, kind.bits, kind.group_size, kind.k,
-         torch.bfloat16, True),
-    )  # fmt: skip
+        (torch.tensor([[1, 0], [7, 7]]), *w.operands, kind.k, torch.bfloat16),
+    )
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
@@ -116,7 +113,7 @@ def test_a_large_weight_is_worked_on_in_blocks(where, kind, monkeypatch):
     dy = activations(5, kind.n, torch.float32, seed=2)
     y, rows = w.linear(x), w.dequantize()
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * kind.k)
-    assert len(list(row_blocks(kind.n, kind.k))) == 3
+    assert len(list(row_ranges(kind.n, kind.k))) == 3
     assert_bitwise_equal(w.dequantize(), rows)
     assert close(w.linear(x), y, 1e-6)
     assert close(w.linear(x, int8=True), y, 0.05)
@@ -210,26 +207,24 @@ class Model(nn.Module):
         super().__init__()
         embedding = Kind(4, 20, 70, 35, "row", "float")
         self.kinds = {"embedding": embedding, "linear": kind}
-        for name, w in (("embedding", random_weight(embedding)), ("linear", random_weight(kind))):
-            for i, tensor in enumerate((*arguments(w), *w.outliers)):
-                setattr(self, f"{name}{i}", None if tensor is None else nn.Buffer(tensor))
-        self.codebook = nn.Parameter(self.linear1.float())
+        for part, w in (("embedding", random_weight(embedding)), ("linear", random_weight(kind))):
+            for name in CodebookOperands.tensor_names():
+                tensor = getattr(w.operands, name)
+                setattr(self, f"{part}_{name}", None if tensor is None else nn.Buffer(tensor))
+        self.codebook = nn.Parameter(self.linear_codebook.float())
         self.bias = nn.Parameter(torch.randn(kind.n))
 
-    def forward(self, ids):
-        def tensors(name):
-            return [getattr(self, f"{name}{i}") for i in range(9)]
+    def operands(self, part):
+        kind, names = self.kinds[part], CodebookOperands.tensor_names()
+        tensors = {name: getattr(self, f"{part}_{name}") for name in names}
+        return CodebookOperands(**tensors, bits=kind.bits, group_size=kind.group_size, layout=0)
 
-        kind = self.kinds["embedding"]
-        x = torch.ops.lowbit.codebook_embedding(
-            ids, *tensors("embedding"), kind.bits, kind.group_size, kind.k, torch.float32, True
-        )
-        packed, _, *scales = tensors("linear")[:6]
-        kind = self.kinds["linear"]
-        y = torch.ops.lowbit.codebook_linear(
-            x, packed, self.codebook, *scales, self.bias, *tensors("linear")[6:], None, kind.bits, kind.group_size,
-            False, True,
-        )  # fmt: skip
+    def forward(self, ids):
+        embedding = self.operands("embedding")
+        x = torch.ops.lowbit.codebook_embedding(ids, *embedding, self.kinds["embedding"].k, torch.float32)
+        linear = replace(self.operands("linear"), codebook=self.codebook)
+        linear = with_mean_gradient(linear, self.kinds["linear"].k)
+        y = torch.ops.lowbit.codebook_linear(x, *linear, self.bias, None, False, 0)
         return torch.relu(y) + 1
 
 
@@ -329,9 +324,10 @@ def test_a_fake_refuses_what_the_kernel_refuses(name):
     w = random_weight(KINDS[1])
     change, message = FAKE_MALFORMED[name]
     w = replace(w, **change(w))
-    meta = [None if t is None else t.to("meta") for t in (*arguments(w), *w.outliers)]
+    given = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in w.arguments.items()}
+    given["layout"] = 0
     x = torch.empty(2, 70, device="meta")
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lowbit.codebook_linear(x, *meta[:6], None, *meta[6:], None, 4, 16, False, False)
+        torch.ops.lowbit.codebook_linear(x, **given, bias=None, x_scale=None, int8=False, x_group=0)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lowbit.codebook_dequantize(*meta, 4, 16, 70, torch.float32)
+        torch.ops.lowbit.codebook_dequantize(**given, in_features=70, dtype=torch.float32)

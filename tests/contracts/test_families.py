@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.core.family import Spec
-from lowbit.nn.layer import Layer, LinearLayer, build, layer_class, layer_classes, layers
+from lowbit.nn.layer import Layer, build, layer_class, layer_classes, layers
+from lowbit.nn.linear import LinearLayer
 from lowbit.testing.numerics import assert_bitwise_equal, frobenius_bound
 from lowbit.testing.packed_cases import DTYPES
 from lowbit.testing.where import call, everywhere, running

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.backends import reference
+from lowbit.backends.reference import quantize_activations
 from lowbit.packed.module import PackedLinear
-from lowbit.packed.op import quantize_activations
 from lowbit.testing import samples
 from lowbit.testing.numerics import HELD, assert_bitwise_equal, assert_linear_close
 from lowbit.testing.where import everywhere, running

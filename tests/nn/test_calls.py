@@ -154,6 +154,6 @@ def test_a_torch_without_the_names_that_are_not_public_makes_the_plain_call(monk
     x = torch.randn(3, 64)
     with torch.no_grad():
         expected = layer(x)
-        monkeypatch.setattr("lowbit.nn.layer._CAN_SKIP", False)
-        monkeypatch.setattr("lowbit.nn.layer._any_requires_grad", None)
+        monkeypatch.setattr("lowbit.nn.call._CAN_SKIP", False)
+        monkeypatch.setattr("lowbit.nn.call._any_requires_grad", None)
         assert torch.equal(layer(x), expected)

@@ -511,17 +511,14 @@ MALFORMED = {
 def test_malformed_arguments_are_refused(where, name):
     weight = random_weight(grouped(4, 8, 96, 32))
     change, message = MALFORMED[name]
-    arguments = {"packed": weight.packed, "scales": weight.scales, "zeros": None, "bits": 4, "group_size": 32}
-    arguments.update(change(weight))
+    arguments = {**weight.arguments, "zeros": None, **change(weight)}
     with pytest.raises((RuntimeError, ValueError), match=message):
         call(
             torch.ops.lowbit.packed_linear,
-            torch.randn(2, 96), arguments["packed"], arguments["scales"], arguments["zeros"],
-            None, None, None, None, None, arguments["bits"], arguments["group_size"], False,
+            torch.randn(2, 96), **arguments, bias=None, x_scale=None, int8=False, x_group=0,
         )  # fmt: skip
     with pytest.raises((RuntimeError, ValueError), match=message):
         call(
             torch.ops.lowbit.packed_dequantize,
-            arguments["packed"], arguments["scales"], arguments["zeros"], None, None, None,
-            arguments["bits"], arguments["group_size"], 96, torch.float32,
+            **arguments, in_features=96, dtype=torch.float32,
         )  # fmt: skip

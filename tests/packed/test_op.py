@@ -11,9 +11,10 @@ from torch import nn
 
 from lowbit.backends import reference, registry
 from lowbit.backends.cpu import native
-from lowbit.backends.reference import row_blocks
+from lowbit.backends.reference import row_ranges
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.packed.operands import PackedOperands
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES, activations, random_weight
 from lowbit.testing.where import everywhere, running
@@ -58,22 +59,21 @@ def test_opcheck(where, format, int8):
     bias = torch.randn(f.out_features, requires_grad=True)
     torch.library.opcheck(
         torch.ops.lowbit.packed_linear.default,
-        (x, w.packed, w.scales, w.zeros, bias, *w.outliers, None, f.bits, f.group_size, int8),
+        (x, *w.operands, bias, None, int8, 0),
         # finite differences of a rounded input say nothing: gradients are checked against formulas below
     )
     torch.library.opcheck(
         torch.ops.lowbit.packed_linear.default,
-        (x, w.packed, w.scales, w.zeros, bias, *w.outliers, None, f.bits, f.group_size, True, 32),
+        (x, *w.operands, bias, None, True, 32),
     )
     torch.library.opcheck(
         torch.ops.lowbit.packed_dequantize.default,
-        (w.packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size, f.in_features, torch.float16),
+        (*w.operands, f.in_features, torch.float16),
     )
     torch.library.opcheck(
         torch.ops.lowbit.packed_embedding.default,
-        (torch.tensor([[1, 0], [7, 7]]), w.packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size,
-         f.in_features, torch.bfloat16),
-    )  # fmt: skip
+        (torch.tensor([[1, 0], [7, 7]]), *w.operands, f.in_features, torch.bfloat16),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +94,7 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
 def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
     layer = layer_of(replace(format, out_features=137))
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * format.in_features)
-    assert len(list(row_blocks(137, format.in_features))) == 3
+    assert len(list(row_ranges(137, format.in_features))) == 3
     x = activations(5, format.in_features, torch.float32).requires_grad_()
     dy = activations(5, 137, torch.float32, seed=2)
     layer(x).backward(dy)
@@ -123,10 +123,9 @@ def test_gradients_of_scales_zeros_and_outliers(where, format):
     }
     x, dy = activations(4, format.in_features, torch.float32), activations(4, format.out_features, torch.float32, 3)
     t = {**layer.named_tensors(), **trainable}
-    y = torch.ops.lowbit.packed_linear(
-        x, t["packed"], t["scales"], t.get("zeros"), None, t.get("outlier_values"), t.get("outlier_columns"),
-        t.get("outlier_rows"), None, format.bits, format.group_size, False,
-    )  # fmt: skip
+    weight = {name: t.get(name) for name in PackedOperands.tensor_names()}
+    numbers = dict(bits=format.bits, group_size=format.group_size, layout=0)
+    y = torch.ops.lowbit.packed_linear(x, **weight, **numbers, bias=None, x_scale=None, int8=False, x_group=0)
     grads = torch.autograd.grad(y, list(trainable.values()), dy)
 
     from lowbit.core.bitpack import unpack

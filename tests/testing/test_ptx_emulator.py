@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowbit.backends.operands import Activation
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton.launch import TARGETS, Launch, Target
 from lowbit.backends.triton.tiles import tile
@@ -629,11 +630,9 @@ class Packed:
         self.weight = random_weight(possible[bits % len(possible)], bits)
         self.x = activations(rows, k, DTYPES[bits % 3])
         self.y = torch.full((rows, n), math.nan, dtype=self.x.dtype)
-        packed, scales, zero_points = tile(self.weight.packed, bits, k), self.weight.scales, self.weight.zeros
-        self.launches = linear_launches(
-            target, config, self.x, packed, scales, zero_points, None, self.weight.outliers, None, bits,
-            self.weight.format.group_size, self.int8, self.y,
-        )  # fmt: skip
+        self.weight.packed = tile(self.weight.packed, bits, k)
+        activation = Activation(x_scale=None, int8=self.int8, x_group=0)
+        self.launches = linear_launches(target, config, self.x, self.weight.operands, None, activation, self.y)
 
     def check(self, compiled: list[Compiled]) -> Statistics:
         total = Statistics()

@@ -22,39 +22,42 @@ inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t
 namespace {
 
 // y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
-Tensor linear_cpu(Tensor x, Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
-                  OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor bias,
-                  OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
-                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, bool /*mean_gradient*/) {
+Tensor linear_cpu(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                  OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                  OptionalTensor scale_absmax, OptionalTensor scale_offset, int64_t bits, int64_t group_size,
+                  int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const char* op = "codebook_linear";
   const int64_t K = check_activations(op, x);
   Linear a{};
   a.weight = check_weight(op, {packed, codebook, scales, {scale_codebook, scale_absmax, scale_offset},
-                               {outlier_values, outlier_columns, outlier_rows}, bits, group_size, K});
-  check_call(op, bias, {int8, x_scale, /*x_group=*/0}, a);
+                               {outlier_values, outlier_columns, outlier_rows}, bits, group_size, layout, K});
+  LOWBIT_CHECK(x_group == 0, op, ": x_group must be 0 for a codebook: got x_group=", x_group);
+  check_call(op, bias, {int8, x_scale, x_group}, a);
   return run_linear(a, x, cpu_kernel(current_isa()));
 }
 
 // w, [N, K] of `dtype`
-Tensor dequantize_cpu(Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
-                      OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor outlier_values,
-                      OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
-                      int64_t in_features, ScalarType dtype) {
+Tensor dequantize_cpu(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                      OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales,
+                      OptionalTensor scale_codebook, OptionalTensor scale_absmax, OptionalTensor scale_offset,
+                      int64_t bits, int64_t group_size, int64_t layout, int64_t in_features, ScalarType dtype) {
   const char* op = "codebook_dequantize";
   const Weight w = check_weight(op, {packed, codebook, scales, {scale_codebook, scale_absmax, scale_offset},
-                                     {outlier_values, outlier_columns, outlier_rows}, bits, group_size, in_features});
+                                     {outlier_values, outlier_columns, outlier_rows}, bits, group_size, layout,
+                                     in_features});
   return run_dequantize(op, w, dtype, cpu_kernel(current_isa()));
 }
 
 // w[ids], [..., K] of `dtype`
-Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
-                     OptionalTensor scale_absmax, OptionalTensor scale_offset, OptionalTensor outlier_values,
-                     OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
-                     int64_t embedding_dim, ScalarType dtype, bool /*mean_gradient*/) {
+Tensor embedding_cpu(Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                     OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                     OptionalTensor scale_absmax, OptionalTensor scale_offset, int64_t bits, int64_t group_size,
+                     int64_t layout, int64_t in_features, ScalarType dtype) {
   const char* op = "codebook_embedding";
   check_ids(op, ids);
   const Weight w = check_weight(op, {packed, codebook, scales, {scale_codebook, scale_absmax, scale_offset},
-                                     {outlier_values, outlier_columns, outlier_rows}, bits, group_size, embedding_dim});
+                                     {outlier_values, outlier_columns, outlier_rows}, bits, group_size, layout,
+                                     in_features});
   return run_embedding(op, w, ids, dtype, cpu_kernel(current_isa()));
 }
 

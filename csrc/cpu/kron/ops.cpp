@@ -39,10 +39,9 @@ lowbit::CpuKernel<Weight> rows_kernel() {
 
 // y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
 Tensor linear_cpu(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_zeros, Tensor b,
-                  OptionalTensor b_scales, OptionalTensor b_zeros, OptionalTensor bias,
-                  OptionalTensor input_permutation, OptionalTensor output_permutation, int64_t rank, int64_t n1,
-                  int64_t k1, int64_t n2, int64_t k2, int64_t a_bits, int64_t a_group_size, int64_t b_bits,
-                  int64_t b_group_size) {
+                  OptionalTensor b_scales, OptionalTensor b_zeros, OptionalTensor input_permutation,
+                  OptionalTensor output_permutation, int64_t rank, int64_t n1, int64_t k1, int64_t n2, int64_t k2,
+                  int64_t a_bits, int64_t a_group_size, int64_t b_bits, int64_t b_group_size, OptionalTensor bias) {
   const char* op = "kron_linear";
   check_cpu(op, "x", x);
   const DType dtype = check_float(op, "x", x.scalar_type());

@@ -22,38 +22,38 @@ inline __attribute__((always_inline)) void prefetch_row(const Weight& w, int64_t
 namespace {
 
 // y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
-Tensor linear_cpu(Tensor x, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor bias,
-                  OptionalTensor outlier_values, OptionalTensor outlier_columns, OptionalTensor outlier_rows,
-                  OptionalTensor x_scale, int64_t bits, int64_t group_size, bool int8, int64_t x_group) {
+Tensor linear_cpu(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                  OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+                  int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const char* op = "packed_linear";
   const int64_t K = check_activations(op, x);
   const ActivationArguments activations{int8, x_scale, x_group};
   Linear a{};
   a.weight = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
-                               group_size, K});
+                               group_size, layout, K});
   check_x_group(op, activations, a.weight);
   check_call(op, bias, activations, a);
   return run_linear(a, x, cpu_kernel(current_isa()));
 }
 
 // w, [N, K] of `dtype`
-Tensor dequantize_cpu(Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor outlier_values,
-                      OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
-                      int64_t in_features, ScalarType dtype) {
+Tensor dequantize_cpu(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                      OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits,
+                      int64_t group_size, int64_t layout, int64_t in_features, ScalarType dtype) {
   const char* op = "packed_dequantize";
   const Weight w = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
-                                     group_size, in_features});
+                                     group_size, layout, in_features});
   return run_dequantize(op, w, dtype, cpu_kernel(current_isa()));
 }
 
 // w[ids], [..., K] of `dtype`
-Tensor embedding_cpu(Tensor ids, Tensor packed, Tensor scales, OptionalTensor zeros, OptionalTensor outlier_values,
-                     OptionalTensor outlier_columns, OptionalTensor outlier_rows, int64_t bits, int64_t group_size,
-                     int64_t embedding_dim, ScalarType dtype) {
+Tensor embedding_cpu(Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                     OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+                     int64_t layout, int64_t in_features, ScalarType dtype) {
   const char* op = "packed_embedding";
   check_ids(op, ids);
   const Weight w = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
-                                     group_size, embedding_dim});
+                                     group_size, layout, in_features});
   return run_embedding(op, w, ids, dtype, cpu_kernel(current_isa()));
 }
 

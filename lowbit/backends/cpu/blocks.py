@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.backends import registry
+from lowbit.backends import layouts, registry
 from lowbit.core.bitpack import CODES_PER_BLOCK as UNIT
 from lowbit.core.bitpack import PLANES, pack, unpack
 
@@ -34,11 +34,6 @@ _CODES_AT_ONCE = 1 << 22
 def used_on(device: torch.device) -> bool:
     """Whether the compiled kernels run on ``device``: those of packed linears read blocks, others make them."""
     return device.type == "cpu" and registry.active_backend("cpu") == "cpu"
-
-
-def is_blocked(packed: Tensor) -> bool:
-    """Whether a tensor of packed codes is in blocks (4-d) rather than in canonical words (2-d)."""
-    return packed.dim() == 4
 
 
 def block(packed: Tensor, bits: int) -> Tensor:
@@ -147,3 +142,19 @@ def _codes(vectors: Tensor, bits: int) -> Tensor:
         quads |= fields.flatten(2) << low
         low += width
     return quads.view(torch.uint8).flatten(1)
+
+
+BLOCKS = layouts.register(
+    layouts.Layout(
+        "blocks",
+        2,
+        row_shape=lambda k, bits: (-(-k // UNIT), bits, 1),
+        from_canonical=lambda packed, bits, k: block(packed, bits),
+        to_canonical=lambda packed, bits, k: unblock(packed, bits),
+        codes=lambda packed, bits, k: codes_of_blocks(packed, bits)[:, :k],
+        rows=rows_of_blocks,
+        in_place=lambda packed, bits, k: block_in_place(packed, bits),
+        rows_together=PANEL,
+        values_by_group=True,
+    )
+)

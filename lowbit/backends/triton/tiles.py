@@ -20,8 +20,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lowbit.backends import registry
-from lowbit.backends.cpu.blocks import is_blocked, unblock
+from lowbit.backends import layouts, registry
 from lowbit.core.bitpack import PLANES, pack, unpack
 
 TILE = 256  # codes of one tile
@@ -42,15 +41,10 @@ def used_on(device: torch.device) -> bool:
     return device.type == "cuda" and registry.active_backend("cuda") == "triton"
 
 
-def is_tiled(packed: Tensor) -> bool:
-    """Whether a tensor of packed codes is in tiles (3-d) rather than in canonical words (2-d)."""
-    return packed.dim() == 3
-
-
-def tiles_of(packed: Tensor, bits: int, in_features: int, *, quiet: bool = False) -> Tensor:
+def tiles_of(packed: Tensor, layout: int, bits: int, in_features: int, *, quiet: bool = False) -> Tensor:
     """Tiles as they are; others rearranged, which on a GPU costs every call as much again: said once."""
     global _rearranging_announced
-    if is_tiled(packed):
+    if layout == TILES.number:
         return packed
     if packed.device.type == "cuda" and not quiet and not _rearranging_announced:
         _rearranging_announced = True
@@ -58,7 +52,9 @@ def tiles_of(packed: Tensor, bits: int, in_features: int, *, quiet: bool = False
             "packed codes that are not in tiles are rearranged at every call on a GPU: call layer.prepare() once "
             "(moving, converting and loading do)", RuntimeWarning, stacklevel=4,
         )  # fmt: skip
-    return tile(unblock(packed, bits) if is_blocked(packed) else packed, bits, in_features)
+    now = layouts.numbered(layout)
+    assert now is not None  # the op's check has seen it
+    return layouts.change(packed, now, TILES, bits, in_features)
 
 
 def tile(packed: Tensor, bits: int, in_features: int) -> Tensor:
@@ -127,3 +123,15 @@ def tile_codes(tiles: Tensor, bits: int) -> Tensor:
         codes |= values.view(n, count, CHUNKS, LANES) << low
         low, first = low + width, first + LANES * width
     return codes.view(n, count * TILE).to(torch.uint8)
+
+
+TILES = layouts.register(
+    layouts.Layout(
+        "tiles",
+        1,
+        row_shape=lambda k, bits: (tiles_per_row(k), CHUNKS * bits),
+        from_canonical=tile,
+        to_canonical=untile,
+        codes=lambda packed, bits, k: tile_codes(packed, bits)[:, :k],
+    )
+)

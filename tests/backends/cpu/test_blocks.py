@@ -19,8 +19,10 @@ from torch import nn
 import lowbit
 from lowbit.backends import reference, registry
 from lowbit.backends.cpu import blocks
-from lowbit.backends.layouts import BLOCKS, CANONICAL, TILES, change
+from lowbit.backends.cpu.blocks import BLOCKS
+from lowbit.backends.layouts import CANONICAL, change
 from lowbit.backends.triton import tiles
+from lowbit.backends.triton.tiles import TILES
 from lowbit.core.bitpack import pack
 from lowbit.nn.layer import layers
 from lowbit.packed.format import PackedFormat
@@ -90,10 +92,10 @@ def test_there_and_back(bits, n, k, seed):
         rows = torch.randint(0, n, (9,), generator=torch.Generator().manual_seed(seed))
         assert_bitwise_equal(blocks.rows_of_blocks(results[0], rows, bits), words[rows])
     for to in (TILES, CANONICAL, BLOCKS):
-        there = change(results[0], to, bits, k)
+        there = change(results[0], BLOCKS, to, bits, k)
         assert there.shape == (n, *to.row_shape(k, bits))
         assert_bitwise_equal(to.codes(there, bits, k), codes)
-        assert_bitwise_equal(change(there, BLOCKS, bits, k), results[0])
+        assert_bitwise_equal(change(there, to, BLOCKS, bits, k), results[0])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -187,19 +189,15 @@ def test_ops_read_blocks(where, format):
     results = []
     for packed in (w.packed, blocks.block(w.packed, f.bits)):
         found = []
-        rest = (scales, w.zeros if f.zeros != "float" else w.zeros.float())
+        zeros = w.zeros if f.zeros != "float" else w.zeros.float()
+        weight = replace(w, packed=packed, scales=scales, zeros=zeros).arguments
         with running(where):
             for int8 in (False, True):
-                y = torch.ops.lowbit.packed_linear(
-                    x, packed, *rest, None, *w.outliers, None, f.bits, f.group_size, int8
-                )
+                y = torch.ops.lowbit.packed_linear(x, **weight, bias=None, x_scale=None, int8=int8, x_group=0)
                 found += [*torch.autograd.grad(y, [x, scales], dy), *([] if where.backend == "cpu" else [y.detach()])]
-            found.append(torch.ops.lowbit.packed_dequantize(
-                packed, *rest, *w.outliers, f.bits, f.group_size, f.in_features, torch.float32
-            ).detach())  # fmt: skip
-            y = torch.ops.lowbit.packed_embedding(
-                ids, packed, *rest, *w.outliers, f.bits, f.group_size, f.in_features, torch.float32
-            )
+            sizes = dict(in_features=f.in_features, dtype=torch.float32)
+            found.append(torch.ops.lowbit.packed_dequantize(**weight, **sizes).detach())
+            y = torch.ops.lowbit.packed_embedding(ids, **weight, **sizes)
             found += [y.detach(), *torch.autograd.grad(y.square().sum(), [scales])]
         results.append(found)
     for canonical, blocked in zip(*results, strict=True):
@@ -210,22 +208,17 @@ def test_ops_read_blocks(where, format):
 @pytest.mark.parametrize("where", [w for w in WHERE if w.backend != "triton"][:2], ids=str)
 def test_opcheck(where, format):
     w, f = random_weight(format), format
-    packed = blocks.block(w.packed, f.bits)
+    weight = tuple(replace(w, packed=blocks.block(w.packed, f.bits)).operands)
     x = activations(3, f.in_features, torch.float32).requires_grad_()
     with running(where):
+        torch.library.opcheck(torch.ops.lowbit.packed_linear.default, (x, *weight, None, None, False, 0))
         torch.library.opcheck(
-            torch.ops.lowbit.packed_linear.default,
-            (x, packed, w.scales, w.zeros, None, *w.outliers, None, f.bits, f.group_size, False),
-        )
-        torch.library.opcheck(
-            torch.ops.lowbit.packed_dequantize.default,
-            (packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size, f.in_features, torch.float16),
+            torch.ops.lowbit.packed_dequantize.default, (*weight, f.in_features, torch.float16)
         )
         torch.library.opcheck(
             torch.ops.lowbit.packed_embedding.default,
-            (torch.tensor([[1, 0], [15, 15]]), packed, w.scales, w.zeros, *w.outliers, f.bits, f.group_size,
-             f.in_features, torch.bfloat16),
-        )  # fmt: skip
+            (torch.tensor([[1, 0], [15, 15]]), *weight, f.in_features, torch.bfloat16),
+        )
 
 
 @pytest.mark.parametrize("outliers", [0, 20])
@@ -237,7 +230,7 @@ def test_the_input_gradient_cuts_blocks_whole(outliers, monkeypatch):
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * 70)
     with registry.use_backend("reference"):
         for packed in (w.packed, blocks.block(w.packed, 4)):
-            y = torch.ops.lowbit.packed_linear(x, packed, w.scales, w.zeros, None, *w.outliers, None, 4, 16, False)
+            y = torch.ops.lowbit.packed_linear(x, *replace(w, packed=packed).operands, None, None, False, 0)
             (dx,) = torch.autograd.grad(y, x, dy)
             exact = dy.double() @ w.dense().double()
             assert float((dx.double() - exact).norm() / exact.norm()) < 1e-6
@@ -246,11 +239,11 @@ def test_the_input_gradient_cuts_blocks_whole(outliers, monkeypatch):
 def test_blocks_of_a_wrong_shape_are_refused():
     w = random_weight(FORMATS[1])
     packed = blocks.block(w.packed, 3)
-    rest = (w.scales, w.zeros, None, None, None, 3, 70, 70, torch.float32)
+    arguments = {**w.arguments, "layout": BLOCKS.number, "in_features": 70, "dtype": torch.float32}
     with registry.use_backend("reference"):
         for bad in (packed[:, :1], packed.view(37, 3, 1, 3), packed.expand(-1, -1, -1, 2)):
             with pytest.raises(RuntimeError, match=r"packed in blocks must be \[N, 3, 3, 1\] for K=70, bits=3"):
-                torch.ops.lowbit.packed_dequantize(bad, *rest)
+                torch.ops.lowbit.packed_dequantize(**{**arguments, "packed": bad})
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -395,6 +388,8 @@ def test_from_tiles_to_blocks_and_back(kernels, monkeypatch):
     before = snapshot(m)
     gpu = {"on": True}
     monkeypatch.setattr(tiles, "used_on", lambda device: gpu["on"])
+    on_cpu = blocks.used_on
+    monkeypatch.setattr(blocks, "used_on", lambda device: not gpu["on"] and on_cpu(device))
     check(m.to("cpu"), before, 3)
     gpu["on"] = False
     check(m.to("cpu"), before)
@@ -425,7 +420,7 @@ def test_a_state_dict_of_another_shape_is_refused(kernels):
         layer.validate()
 
 
-@pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
+@pytest.mark.skipif("triton" not in registry.able_on("cpu"), reason="Triton's interpreter is not on")
 def test_triton_takes_blocks(kernels):
     layer = PackedLinear.from_float(torch.randn(20, 300), lowbit.Packed(bits=5, group_size=64))
     assert layer.packed.dim() == 4

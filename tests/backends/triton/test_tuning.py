@@ -15,7 +15,7 @@ import torch
 
 import lowbit
 from lowbit.backends import registry
-from lowbit.backends.triton import launch, tuning
+from lowbit.backends.triton import backend, launch, tuning
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.model.warmup import _sizes, candidates
 from lowbit.testing.numerics import assert_bitwise_equal
@@ -24,7 +24,7 @@ from lowbit.testing.where import Where, running
 ROOT = Path(__file__).resolve().parents[3]
 H200 = TARGETS["sm_90"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
-needs_interpreter = pytest.mark.skipif(not registry.interpreting(), reason="Triton's interpreter is not on")
+needs_interpreter = pytest.mark.skipif("triton" not in registry.able_on("cpu"), reason="Triton's interpreter is not on")
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +250,9 @@ import torch
 from benchmarks.tools.compiling import compile_launch, compiling_for
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.launch import TARGETS
+from lowbit.backends.operands import Activation
 from lowbit.packed import triton as kernels
+from lowbit.packed.operands import PackedOperands
 target = TARGETS["sm_90"]
 signatures, kernel = set(), kernels.packed_linear_kernel
 for m in (1, 2, 16, 17, 48):
@@ -258,10 +260,12 @@ for m in (1, 2, 16, 17, 48):
         x, y = (torch.empty(m, s, dtype=torch.float16) for s in (k, 64))
         tiles, scales = torch.zeros(64, -(-k // 256), 32, dtype=torch.int32), torch.ones(64, 1, dtype=torch.float16)
         config = tuning.Config(64, 16, 4, 2, 1)
-        none = (None, None, None)
-        plan = kernels.linear_launches(
-            target, config, x, tiles, scales, None, None, none, None, 4, k, False, y
+        weight = PackedOperands(
+            packed=tiles, scales=scales, zeros=None, outlier_values=None, outlier_columns=None, outlier_rows=None,
+            bits=4, group_size=k, layout=1,
         )
+        activation = Activation(x_scale=None, int8=False, x_group=0)
+        plan = kernels.linear_launches(target, config, x, weight, None, activation, y)
         for launch in plan:
             signatures.add(launch.signature)
             compile_launch(launch, target)
@@ -286,7 +290,7 @@ def test_a_signature_is_what_triton_compiles_by():
 
 def test_the_backends_are_listed_with_reasons():
     rows = {status.name: status for status in lowbit.backends()}
-    assert tuple(rows) == registry.BACKENDS
+    assert tuple(rows) == registry.names()
     assert rows["triton"].available == (registry.why_unavailable("triton") is None)
     assert rows["triton"].available or rows["triton"].reason
 
@@ -311,7 +315,8 @@ except RuntimeError as error:
     ]
     forced = {**environment, "LOWBIT_BACKEND": "triton"}
     code = "import sys, torch, lowbit; print('triton' in sys.modules, flush=True); torch.ops.lowbit.packed_dequantize("
-    code += "torch.zeros(8, 8, dtype=torch.int32), torch.ones(8, 1), None, None, None, None, 4, 64, 64, torch.float32)"
+    code += "torch.zeros(8, 8, dtype=torch.int32), None, None, None, torch.ones(8, 1), None, 4, 64, 0, 64, "
+    code += "torch.float32)"
     done = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True)
     assert done.stdout.strip() == "False", "importing lowbit imports no triton"
     assert "LOWBIT_BACKEND=triton cannot run: torch finds no GPU" in done.stderr
@@ -320,15 +325,16 @@ except RuntimeError as error:
 def test_a_gpu_that_another_backend_was_forced_for(monkeypatch):
     """On a GPU tensor: the reference runs where it was asked for, and the CPU's kernels are refused."""
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(registry, "_why_no_triton", lambda: None)
-    monkeypatch.setattr(registry, "_why_not_device", lambda device: None)
-    assert registry._why_not_on_gpu(device) is None
+    monkeypatch.setattr(backend, "why_no_triton", lambda: None)
+    monkeypatch.setattr(backend, "_why_not_device", lambda device: None)
+    (triton,) = registry._candidates("cuda")
+    assert registry._declines(triton, device) is None
     for name in ("cpu", "reference"):
         monkeypatch.setattr(registry, "_forced", name)
-        assert registry._why_not_on_gpu(device) == f"the backend {name!r} was asked for"
+        assert registry._declines(triton, device) == f"the backend {name!r} was asked for"
     monkeypatch.setattr(registry, "_forced", "auto")
-    monkeypatch.setattr(registry, "_why_no_triton", lambda: "triton cannot be imported: gone")
-    assert registry._why_not_on_gpu(device) == "triton cannot be imported: gone"
+    monkeypatch.setattr(backend, "why_no_triton", lambda: "triton cannot be imported: gone")
+    assert registry._declines(triton, device) == "triton cannot be imported: gone"
 
 
 @needs_interpreter
@@ -338,6 +344,6 @@ def test_forcing_triton_leaves_no_way_around(monkeypatch):
     with registry.use_backend("triton"):
         assert registry.active_backend("cpu") == "triton"
         assert lowbit.report(layer).rows[0].backend == "triton"
-        monkeypatch.setattr(registry, "interpreting", lambda: False)
+        monkeypatch.setattr(backend, "interpreting", lambda: False)
         with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=triton cannot run: "):
             layer(x)

@@ -1,0 +1,334 @@
+"""Operands: the arguments of a family's ops that belong together, and what the reference does with them.
+
+A family says by its :class:`Operands` what a weight is to its ops: the tensors and integers, their checks, the dense
+form, the products and the gradients. :mod:`lowbit.backends.ops` makes the ops of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lowbit.backends import layouts
+from lowbit.backends.reference import (
+    Outliers,
+    add_outlier_products,
+    add_outlier_rows,
+    add_outliers,
+    csr_row_indices,
+    embedding_weight_gradient,
+    outliers_of,
+    quantize_activations,
+    row_ranges,
+    unique_ids,
+    without_autocast,
+)
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
+_Self = TypeVar("_Self", bound="_Arguments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arguments:
+    """Fields that are consecutive arguments of an op: tensors first, then numbers, each in the order of the fields."""
+
+    @classmethod
+    @cache
+    def types(cls) -> dict[str, str]:
+        """Argument name → its type in torch's schema language."""
+        hints = get_type_hints(cls)
+        types = {field.name: _SCHEMA_TYPES[hints[field.name]] for field in fields(cls)}
+        return dict(sorted(types.items(), key=lambda item: not item[1].startswith("Tensor")))
+
+    @classmethod
+    @cache
+    def tensor_names(cls) -> tuple[str, ...]:
+        return tuple(name for name, type in cls.types().items() if type.startswith("Tensor"))
+
+    @classmethod
+    def of(cls: type[_Self], arguments: Collection[Any]) -> _Self:
+        """From arguments in the order of :meth:`types`."""
+        return cls(**dict(zip(cls.types(), arguments, strict=True)))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, name) for name in self.types())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(_Arguments):
+    """How x is held while it meets codes: as it is, or as int8.
+
+    ``int8``: static where ``x_scale`` (float32 ``[1]``) is given, else quantized in each call with a scale per row, or
+    per row and ``x_group`` columns where that is not 0 (:func:`lowbit.backends.reference.quantize_activations`).
+    """
+
+    x_scale: Tensor | None
+    int8: bool
+    x_group: int
+
+    def check(self, group_size: int, k: int) -> None:
+        """``group_size``: that of the weight. Raises through ``torch._check``."""
+        x_group = self.x_group
+        if x_group == 0:
+            return
+        torch._check(
+            x_group > 0 and x_group % 32 == 0,
+            lambda: f"x_group must be 0 (one scale per row of x) or a positive multiple of 32: got x_group={x_group}",
+        )
+        torch._check(
+            self.int8 and self.x_scale is None,
+            lambda: "x_group is for int8 activations quantized when called: "
+            f"got x_group={x_group} with {'x_scale' if self.int8 else 'int8=False'}",
+        )
+        torch._check(
+            group_size >= k or group_size % x_group == 0 or x_group % group_size == 0,
+            lambda: "x_group must divide group_size or be a multiple of it: "
+            f"got x_group={x_group}, group_size={group_size}",
+        )
+
+
+class Operands(_Arguments, ABC):
+    """A weight ``[N, K]`` as a family's ops take it. Subclasses are frozen dataclasses of tensors and integers.
+
+    Where :attr:`sized`, dequantize and embedding take ``in_features`` besides; ``linear`` has K from x. Where
+    :attr:`with_activation`, ``linear`` takes the fields of :class:`Activation`.
+    """
+
+    family: ClassVar[str]
+    sized: ClassVar[bool] = True
+    with_activation: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def check(self, k: int) -> None:
+        """Shapes and dtypes that must agree for ``in_features=k``; raises through ``torch._check``."""
+
+    def check_linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
+        """:meth:`check`, and what is multiplied."""
+        self.check(x.shape[-1])
+        if activation is not None:
+            activation.check(getattr(self, "group_size", x.shape[-1]), x.shape[-1])
+
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+        """``F.linear(x, W, bias)`` in the dtype of x: the reference."""
+
+    @abstractmethod
+    def dequantize(self, k: int, dtype: torch.dtype) -> Tensor:
+        """W: the reference."""
+
+    @abstractmethod
+    def embedding(self, ids: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        """``F.embedding(ids, W)``: the reference."""
+
+    @abstractmethod
+    def input_gradient(self, grad: Tensor, k: int) -> Tensor:
+        """``dY @ W`` ``[..., K]``; for int8 activations this is the straight-through estimator."""
+
+    @abstractmethod
+    def weight_gradients(self, x: Tensor, dy: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """The gradients of tensors by name, from x ``[M, K]`` and dY ``[M, N]``."""
+
+    @abstractmethod
+    def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """The gradients of tensors by name, from those of gathered rows ``[..., K]``."""
+
+
+Coded = TypeVar("Coded", bound="CodedOperands")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedOperands(Operands):
+    """A weight of packed codes, with optional outliers in CSR form. What the codes mean is the subclass's part.
+
+    ``packed``: int32, in the layout whose number is ``layout``; ``outlier_values`` ``[nnz]``, ``outlier_columns``
+    ``[nnz]`` (rising in a row), ``outlier_rows`` ``[N + 1]``.
+    """
+
+    packed: Tensor
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_rows: Tensor | None
+    bits: int
+    group_size: int
+    layout: int
+
+    min_bits: ClassVar[int]
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def outliers(self) -> Outliers:
+        return self.outlier_values, self.outlier_columns, self.outlier_rows
+
+    # ---- what a subclass adds
+
+    def decoded(self: Coded) -> Coded:
+        """The same weight in a form whose tensors can be cut at any row."""
+        return self
+
+    @abstractmethod
+    def _values_at(self, rows: slice | Tensor) -> dict[str, Any]:
+        """The fields beside codes and outliers of some rows."""
+
+    @abstractmethod
+    def coded_part(self, k: int) -> Tensor:
+        """float32 ``[N, K]`` without outliers: the definition of the format."""
+
+    @abstractmethod
+    def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
+        """float32 ``[M, N]`` without outliers, from exact integer sums of ``q [M, K]``; x ~ q / inverse."""
+
+    @abstractmethod
+    def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """The gradients of the subclass's tensors from D ``[N, K]``, the float32 gradient of W."""
+
+    # ---- what all of them share
+
+    def check_codes(self, k: int) -> None:
+        """``packed`` holds k codes per row, in groups of ``group_size``, in the layout it says."""
+        bits, packed, group_size = self.bits, self.packed, self.group_size
+        torch._check(
+            self.min_bits <= bits <= 8, lambda: f"bits must be between {self.min_bits} and 8: got bits={bits}"
+        )
+        layout = layouts.numbered(self.layout)
+        torch._check(layout is not None, lambda: f"layout must be the number of a layout: got layout={self.layout}")
+        assert layout is not None
+        shape = layout.row_shape(k, bits)
+        torch._check(
+            packed.dim() == layout.dim,
+            lambda: f"packed must be {layout.dim}-d ({layout.name}): got shape {tuple(packed.shape)}",
+        )
+        torch._check(packed.dtype == torch.int32, lambda: f"packed must be int32: got {packed.dtype}")
+        if layout is layouts.CANONICAL:
+            torch._check(
+                packed.shape[1] == shape[0],
+                lambda: f"packed must have ceil(K/32)*bits = {shape[0]} words per row "
+                f"for K={k}, bits={bits}: got {packed.shape[1]}",
+            )
+        torch._check(
+            tuple(packed.shape[1:]) == shape,
+            lambda: f"packed in {layout.name} must be [N, {', '.join(map(str, shape))}] for K={k}, bits={bits}: "
+            f"got shape {tuple(packed.shape)}",
+        )
+        torch._check(
+            1 <= group_size <= k,
+            lambda: f"group_size must be between 1 and K: got group_size={group_size}, K={k}",
+        )
+
+    def codes(self, k: int) -> Tensor:
+        """The codes, uint8 ``[N, K]``."""
+        return self._layout().codes(self.packed, self.bits, k)
+
+    def _layout(self) -> layouts.Layout:
+        layout = layouts.numbered(self.layout)
+        assert layout is not None
+        return layout
+
+    def groups(self, k: int) -> Tensor:
+        """The group of each column."""
+        return torch.arange(k, device=self.device) // self.group_size
+
+    def rows(self: Coded, rows: slice) -> Coded:
+        """A range of rows; it begins at a multiple of :func:`lowbit.backends.layouts.rows_together`."""
+        values, columns, pointers = outliers_of(self.outliers, rows)
+        return replace(
+            self, packed=self.packed[rows], outlier_values=values, outlier_columns=columns, outlier_rows=pointers,
+            **self._values_at(rows),
+        )  # fmt: skip
+
+    def gathered(self: Coded, rows: Tensor) -> Coded:
+        """Some rows in any order, without their outliers."""
+        layout, packed = self._layout(), self.packed
+        words = packed[rows] if layout.rows is None else layout.rows(packed, rows, self.bits)
+        number = self.layout if layout.rows is None else layouts.CANONICAL.number
+        return replace(
+            self, packed=words, outlier_values=None, outlier_columns=None, outlier_rows=None, layout=number,
+            **self._values_at(rows),
+        )  # fmt: skip
+
+    def dense(self, k: int) -> Tensor:
+        """The float32 weight ``[N, K]``."""
+        weight = self.coded_part(k)
+        add_outliers(weight, self.outliers)
+        return weight
+
+    def linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+        assert activation is not None
+        n, k = self.out_features, x.shape[-1]
+        activation = replace(activation, x_group=activation.x_group if activation.x_group < k else 0)
+        rows_x = x.reshape(-1, k).float().contiguous()
+        y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
+        q = quantize_activations(rows_x, activation.x_scale, activation.x_group) if activation.int8 else None
+        whole = self.decoded()
+        for rows in row_ranges(n, k):
+            part = whole.rows(rows)
+            with without_autocast(x.device):
+                if q is not None:
+                    products = part.int8_products(*q, activation)
+                    add_outlier_products(products, rows_x, part.outliers)
+                else:
+                    products = rows_x @ part.dense(k).t()
+            if bias is not None:
+                products += bias[rows].float()
+            y[:, rows] = products.to(x.dtype)
+        return y.view(*x.shape[:-1], n)
+
+    def dequantize(self, k: int, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.out_features, k, dtype=dtype, device=self.device)
+        whole = self.decoded()
+        for rows in row_ranges(*out.shape):
+            out[rows] = whole.rows(rows).dense(k).to(dtype)
+        return out
+
+    def embedding(self, ids: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+        unique, position = unique_ids(ids, self.out_features)
+        dense = self.decoded().gathered(unique).coded_part(k)
+        add_outlier_rows(dense, unique, self.outliers)
+        return dense.to(dtype)[position].view(*ids.shape, k)
+
+    def input_gradient(self, grad: Tensor, k: int) -> Tensor:
+        """In ranges of rows of W, so that a large dense weight never exists as a whole; with outliers in one range,
+        because cutting a CSR matrix reads its row pointers, which a compiled backward cannot."""
+        n, whole = self.out_features, self.decoded()
+        dy = grad.reshape(-1, n)
+        dx = torch.zeros(dy.shape[0], k, dtype=torch.float32, device=dy.device)
+        dequantize = getattr(torch.ops.lowbit, f"{self.family}_dequantize")
+        for rows in row_ranges(n, k) if self.outlier_rows is None else [slice(0, n)]:
+            part = whole.rows(rows) if self.outlier_rows is None else whole
+            dx += dy[:, rows].float() @ dequantize(*part, k, torch.float32)
+        return dx.to(grad.dtype).view(*grad.shape[:-1], k)
+
+    def weight_gradients(self, x: Tensor, dy: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        return self._all_gradients(dy.float().t() @ x.float(), wanted)
+
+    def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        return self._all_gradients(embedding_weight_gradient(ids, grad, self.out_features), wanted)
+
+    def _all_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        found = self.gradients(d, wanted)
+        if "outlier_values" in wanted:
+            values, columns, rows = self.outliers
+            assert values is not None and columns is not None and rows is not None
+            found["outlier_values"] = d[csr_row_indices(rows), columns.to(torch.int64)].to(values.dtype)
+        return found

@@ -1,0 +1,171 @@
+"""A weight of family ``codebook`` as its ops take it, and the reference of what they do.
+
+    w[n, k] = codebook[tn, tg, code[n, k]] (* scale[n, g]) (+ outlier S[n, k]),    g = k // group_size
+
+The weight is float32: the product is rounded once, the sum with an outlier once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.operands import Activation, CodedOperands
+from lowbit.core.family import FLOAT_DTYPES
+
+_LARGEST_FIXED = 32767  # int8 activations meet weights of 16 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookOperands(CodedOperands):
+    """With G = ceil(K / group_size):
+
+    * ``codebook`` float: one table per tensor ``[1, 1, 2**bits]``, row ``[N, 1, 2**bits]`` or group
+      ``[N, G, 2**bits]``.
+    * ``scales`` float ``[N, G]``, optional. Or nested, as in bitsandbytes' double quantization: ``scales`` is uint8
+      and, with ``scale_codebook`` ``[256]``, ``scale_absmax`` ``[ceil(N*G/256)]`` and ``scale_offset`` ``[1]``, all
+      float32, ``scale[n, g] = scale_codebook[scales[n, g]] * scale_absmax[(n*G + g) // 256] + scale_offset``.
+    """
+
+    codebook: Tensor
+    scales: Tensor | None
+    scale_codebook: Tensor | None
+    scale_absmax: Tensor | None
+    scale_offset: Tensor | None
+
+    family = "codebook"
+    min_bits = 1
+
+    def check(self, k: int) -> None:
+        self.check_codes(k)
+        codebook, scales, bits, group_size = self.codebook, self.scales, self.bits, self.group_size
+        n, groups, entries = self.out_features, -(-k // group_size), 1 << bits
+        torch._check(
+            codebook.dim() == 3
+            and codebook.shape[2] == entries
+            and (codebook.shape[1] == 1 or codebook.shape[1] == groups)
+            and (codebook.shape[0] == n or (codebook.shape[0] == 1 and codebook.shape[1] == 1)),
+            lambda: f"codebook must be [1, 1, {entries}], [N, 1, {entries}] or [N, {groups}, {entries}] for "
+            f"bits={bits}, N={n}, K={k}, group_size={group_size}: got shape {tuple(codebook.shape)}",
+        )
+        torch._check(
+            codebook.dtype in FLOAT_DTYPES.values(),
+            lambda: f"codebook must be float32, float16 or bfloat16: got {codebook.dtype}",
+        )
+        given = sum(t is not None for t in (self.scale_codebook, self.scale_absmax, self.scale_offset))
+        torch._check(given in (0, 3), lambda: "scale_codebook, scale_absmax and scale_offset must be given together")
+        torch._check(
+            scales is not None or not given,
+            lambda: "scales must be given with scale_codebook, scale_absmax and scale_offset",
+        )
+        if scales is None:
+            return
+        torch._check(
+            scales.dim() == 2 and scales.shape[0] == n and scales.shape[1] == groups,
+            lambda: f"scales must be [N, {groups}] for N={n}, K={k}, group_size={group_size}: "
+            f"got shape {tuple(scales.shape)}",
+        )
+        if not given:
+            torch._check(
+                scales.dtype in FLOAT_DTYPES.values(),
+                lambda: f"scales must be float32, float16 or bfloat16 without scale_codebook: got {scales.dtype}",
+            )
+            return
+        torch._check(
+            scales.dtype == torch.uint8, lambda: f"scales must be uint8 with scale_codebook: got {scales.dtype}"
+        )
+        _check_nested("scale_codebook", self.scale_codebook, 256)
+        _check_nested("scale_absmax", self.scale_absmax, (n * groups + 255) // 256)
+        _check_nested("scale_offset", self.scale_offset, 1)
+
+    def check_linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
+        super().check_linear(x, bias, activation)
+        assert activation is not None
+        x_group = activation.x_group
+        torch._check(x_group == 0, lambda: f"x_group must be 0 for a codebook: got x_group={x_group}")
+
+    def decoded(self) -> CodebookOperands:
+        """Nested scales as float32 ``[N, G]``: the definition of the nested form."""
+        scales, table, absmax, offset = self.scales, self.scale_codebook, self.scale_absmax, self.scale_offset
+        if scales is None:
+            return self
+        if table is None or absmax is None or offset is None:
+            return replace(self, scales=scales.float())
+        block = torch.arange(scales.numel(), device=scales.device) // 256
+        product = table[scales.reshape(-1).to(torch.int64)] * absmax[block]
+        values = (product + offset).view(scales.shape)
+        return replace(self, scales=values, scale_codebook=None, scale_absmax=None, scale_offset=None)
+
+    def _values_at(self, rows: slice | Tensor) -> dict[str, Any]:
+        return {
+            "codebook": self.codebook if self.codebook.shape[0] == 1 else self.codebook[rows],
+            "scales": None if self.scales is None else self.scales[rows],
+        }
+
+    def coded_part(self, k: int) -> Tensor:
+        weight = self._table_values(self._entry(k))
+        return weight if self.scales is None else weight * self.scales[:, self.groups(k)]
+
+    def _entry(self, k: int) -> Tensor:
+        """The entry of each weight among those of its row's tables, int64 ``[N, K]``."""
+        codes = self.codes(k).to(torch.int64)
+        return codes if self.codebook.shape[1] == 1 else codes + (self.groups(k) << self.bits)
+
+    def _table_values(self, entry: Tensor) -> Tensor:
+        tables = self.codebook.float().flatten(1)
+        return tables.expand(entry.shape[0], -1).gather(1, entry)
+
+    def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
+        fixed, step = self._fixed_point(self.coded_part(q.shape[-1]))
+        sums = q.double() @ fixed.double().t()  # exact
+        return sums.float() * step.t() / inverse
+
+    def _fixed_point(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``weight`` as integers in -32767..32767 (held as float32) and the float32 step ``[N, 1]`` of each row.
+
+        ``step = (max_g |scale| * max |entry of the row's tables|) / 32767``, 1 where that is below ``2**-126``;
+        ``T = round(weight * (1 / step))``, halves to even.
+        """
+        peak = self.codebook.float().abs().amax((1, 2)).expand(weight.shape[0])
+        if self.scales is not None:
+            peak = self.scales.abs().amax(1) * peak
+        step = (peak / _LARGEST_FIXED).unsqueeze(1)
+        step = torch.where(step < 2.0**-126, 1.0, step)
+        return (weight * step.reciprocal()).round().clamp(-_LARGEST_FIXED, _LARGEST_FIXED), step
+
+    def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """d codebook: the sum of D·scale over the weights of an entry; ``d scale = sum_group D·codebook[code]``."""
+        found: dict[str, Tensor | None] = {}
+        k = d.shape[1]
+        group, entry = self.groups(k), self._entry(k)
+        if "codebook" in wanted:
+            scale = self.decoded().scales
+            scaled = d if scale is None else d * scale[:, group]
+            found["codebook"] = self._per_entry(scaled, entry).to(self.codebook.dtype)
+        if "scales" in wanted and self.scales is not None:
+            product = d * self._table_values(entry)
+            sums = torch.zeros_like(self.scales, dtype=torch.float32).index_add_(1, group, product)
+            found["scales"] = sums.to(self.scales.dtype)
+        return found
+
+    def _per_entry(self, t: Tensor, entry: Tensor) -> Tensor:
+        """``t [N, K]`` summed over the weights that use an entry, in the shape of the codebook."""
+        sums = t.new_zeros(t.shape[0], self.codebook.shape[1] * self.codebook.shape[2]).scatter_add_(1, entry, t)
+        return (sums.sum(0, keepdim=True) if self.codebook.shape[0] == 1 else sums).view(self.codebook.shape)
+
+    def uses(self, k: int) -> Tensor:
+        """How many weights use each entry, float32 in the shape of the codebook."""
+        entry = self._entry(k)
+        return self._per_entry(torch.ones(entry.shape, device=entry.device), entry)
+
+
+def _check_nested(name: str, t: Tensor | None, size: int) -> None:
+    if t is not None:
+        torch._check(
+            t.dim() == 1 and t.shape[0] == size, lambda: f"{name} must be of shape [{size}]: got {tuple(t.shape)}"
+        )
+        torch._check(t.dtype == torch.float32, lambda: f"{name} must be float32: got {t.dtype}")

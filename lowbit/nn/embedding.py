@@ -1,0 +1,119 @@
+"""What the embeddings of every family share."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.family import Format, Weight
+from lowbit.nn.layer import Layer
+
+
+class EmbeddingLayer(Layer):
+    """``y = W[ids] * output_scale``: ``[..., embedding_dim]`` in ``dtype``.
+
+    ``output_scale`` serves scaled word embeddings (BART, MBART); it is 1.0 otherwise. Raises ``RuntimeError`` for an
+    id outside ``[0, num_embeddings)``.
+    """
+
+    kind = "embedding"
+
+    def __init__(
+        self,
+        format: Format,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+    ) -> None:
+        if bias:
+            raise ValueError("an embedding has no bias: got bias=True")
+        super().__init__(format, False, dtype, device)
+        self.padding_idx = padding_idx
+        self.output_scale = output_scale
+
+    @property
+    def num_embeddings(self) -> int:
+        return cast(int, self.format.out_features)
+
+    @property
+    def embedding_dim(self) -> int:
+        return cast(int, self.format.in_features)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Weight,
+        *,
+        dtype: torch.dtype | None = None,
+        padding_idx: int | None = None,
+        output_scale: float = 1.0,
+    ) -> Any:
+        """A layer that holds ``weight`` ``[num_embeddings, embedding_dim]`` as it is."""
+        layer = cls(weight.format(), False, dtype, "meta", padding_idx=padding_idx, output_scale=output_scale)
+        layer.store(weight.tensors())
+        layer.validate()
+        return layer.prepare()
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self._gather(input)
+        return y if self.output_scale == 1.0 else y * self.output_scale
+
+    def _gather(self, ids: Tensor) -> Tensor:
+        sizes = (*self.size_arguments(), self.dtype)
+        try:
+            return self._call(ids, self.operands(), self._numbers, sizes)
+        except RuntimeError:
+            if not self._is_outdated():
+                raise
+        return self._call(ids, self.operands(), self._numbers, sizes)
+
+    def to_float(self) -> nn.Module:
+        """``nn.Embedding`` with the dequantized weight (followed by the scale where ``output_scale`` is not 1)."""
+        weight = nn.Parameter(self.dequantize())
+        if self.output_scale != 1.0:
+            return ScaledEmbedding(weight, self.padding_idx, self.output_scale).train(self.training)
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight.data)
+        embedding.weight = weight
+        return embedding.train(self.training)
+
+    def config(self) -> dict[str, Any]:
+        config = super().config()
+        if self.padding_idx is not None:
+            config["padding_idx"] = self.padding_idx
+        if self.output_scale != 1.0:
+            config["output_scale"] = self.output_scale
+        return config
+
+    @classmethod
+    def _from_fields(
+        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
+    ) -> Layer:
+        padding_idx, output_scale = extras.pop("padding_idx", None), extras.pop("output_scale", 1.0)
+        if extras:
+            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} embedding")
+        if padding_idx is not None and not isinstance(padding_idx, int):
+            raise ValueError(f"padding_idx must be an integer: got padding_idx={padding_idx!r}")
+        if not isinstance(output_scale, (int, float)) or isinstance(output_scale, bool):
+            raise ValueError(f"output_scale must be a number: got output_scale={output_scale!r}")
+        return cls(format, bias, dtype, device, padding_idx=padding_idx, output_scale=float(output_scale))
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}, {self.format.describe()}"
+        return text if self.output_scale == 1.0 else text + f", output_scale={self.output_scale}"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """``F.embedding(ids, weight) * output_scale``: what a scaled embedding layer dequantizes to."""
+
+    def __init__(self, weight: nn.Parameter, padding_idx: int | None, output_scale: float) -> None:
+        super().__init__(weight.shape[0], weight.shape[1], padding_idx, _weight=weight.data)
+        self.weight = weight
+        self.output_scale = output_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.output_scale

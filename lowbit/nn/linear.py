@@ -1,0 +1,102 @@
+"""What the linear layers of every family share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core.activations import ActivationSpec
+from lowbit.core.family import Format, Spec, Weight
+from lowbit.nn.layer import Layer
+
+
+class LinearLayer(Layer):
+    """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
+
+    kind = "linear"
+    _activation: tuple[bool, int]  # the activation's numbers, in the op's order
+
+    def __init__(
+        self,
+        format: Format,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(format, bias, dtype, device)
+        self._activation, self._in_features = format.activation.op_arguments(), format.in_features
+
+    @property
+    def in_features(self) -> int:
+        return cast(int, self.format.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return cast(int, self.format.out_features)
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        spec: Spec,
+        bias: Tensor | None = None,
+        *,
+        hessian: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> Any:
+        """Quantize a float weight ``[N, K]`` with ``spec``; the bias is kept as it is.
+
+        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given.
+        """
+        if problem := spec.problem(*weight.shape):
+            raise ValueError(problem)
+        stored = spec.quantize(weight, hessian=hessian)
+        return cls.from_weight(stored, bias, **asdict(spec.activation), x_scale=x_scale, dtype=weight.dtype)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        **activation: Any,
+    ) -> Any:
+        """A layer that holds ``weight`` as it is; nothing is rounded again.
+
+        ``activation``: the fields of :class:`lowbit.core.activations.ActivationSpec`. ``activations="int8_static"``
+        needs ``x_scale``, the calibrated scale of the input.
+        """
+        format = weight.format().with_activation(ActivationSpec(**activation))
+        layer = cls(format, bias is not None, dtype, "meta")
+        layer.store(weight.tensors())
+        if "x_scale" in format.tensors():
+            if x_scale is None:
+                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
+            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        layer.validate()
+        return layer.prepare()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.dim() or input.size(-1) != self._in_features:
+            found = tuple(input.shape)
+            raise ValueError(f"input must have in_features={self.in_features} as its last size: got shape {found}")
+        try:
+            return self._call(input, self.operands(), self._numbers, self._activation)
+        except RuntimeError:
+            if not self._is_outdated():
+                raise
+        return self._call(input, self.operands(), self._numbers, self._activation)
+
+    def to_float(self) -> nn.Linear:
+        """``nn.Linear`` with the dequantized weight and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta", dtype=self.dtype)
+        linear.weight = nn.Parameter(self.dequantize())
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
