@@ -31,10 +31,9 @@ class FamilyOps:
 
     Args:
         operands: the weight's part of the arguments.
-        implementations: backend → module whose functions ``linear``, ``dequantize`` and ``embedding`` run there.
     """
 
-    def __init__(self, operands: type[Operands], implementations: dict[str, str]) -> None:
+    def __init__(self, operands: type[Operands]) -> None:
         self.operands, self.family = operands, operands.family
         weight = operands.types()
         sized = {"in_features": "int"} if operands.sized else {}
@@ -53,8 +52,6 @@ class FamilyOps:
             _library.define(schema)
             _native.define(schema)
             registry.register_op(_library, op, references[name])
-            for backend, module in implementations.items():
-                registry.implement(backend, op, module, name)
             torch.library.register_fake(f"{registry.NAMESPACE}::{op}", fakes[name], lib=_library)
         for name, save, gradients in (
             ("linear", self._save_linear, self._linear_gradients),
@@ -63,6 +60,15 @@ class FamilyOps:
             torch.library.register_autograd(
                 f"{registry.NAMESPACE}::{self.family}_{name}", gradients, setup_context=save, lib=_library
             )
+
+    def implement(self, backend: str, module: str) -> None:
+        """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``.
+
+        The module is imported at the first call. It may import this object: whoever names it here must not be
+        imported by it.
+        """
+        for name in self._arguments:
+            registry.implement(backend, f"{self.family}_{name}", module, name)
 
     # ---- arguments
 

@@ -2,3 +2,5 @@
 
 from lowbit.codebook import op as op  # registers the ops
 from lowbit.codebook import quantize as quantize  # registers the quantizers
+
+op.OPS.implement("triton", "lowbit.codebook.triton")

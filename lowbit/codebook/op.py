@@ -6,4 +6,4 @@ from __future__ import annotations
 from lowbit.backends.ops import FamilyOps
 from lowbit.codebook.operands import CodebookOperands
 
-OPS = FamilyOps(CodebookOperands, {"triton": "lowbit.codebook.triton"})
+OPS = FamilyOps(CodebookOperands)

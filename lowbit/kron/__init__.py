@@ -2,3 +2,5 @@
 
 from lowbit.kron import op as op  # registers the ops
 from lowbit.kron import quantize as quantize  # registers the quantizers
+
+op.OPS.implement("triton", "lowbit.kron.triton")

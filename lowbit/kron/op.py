@@ -5,4 +5,4 @@ from __future__ import annotations
 from lowbit.backends.ops import FamilyOps
 from lowbit.kron.operands import KronOperands
 
-OPS = FamilyOps(KronOperands, {"triton": "lowbit.kron.triton"})
+OPS = FamilyOps(KronOperands)

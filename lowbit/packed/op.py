@@ -5,4 +5,4 @@ from __future__ import annotations
 from lowbit.backends.ops import FamilyOps
 from lowbit.packed.operands import PackedOperands
 
-OPS = FamilyOps(PackedOperands, {"triton": "lowbit.packed.triton"})
+OPS = FamilyOps(PackedOperands)
