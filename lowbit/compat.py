@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from lowbit.core import quantizer
+
 _MOVED = {
     "bitpack": "core.bitpack",
     "blocks": "backends.cpu.blocks",
@@ -65,3 +67,5 @@ def install() -> None:
     for old, names in _LEFT.items():
         for name, (new, name_now) in names.items():
             setattr(sys.modules[f"lowbit.{old}"], name, getattr(importlib.import_module(f"lowbit.{new}"), name_now))
+    for family, constant in (("codebook", "QUANTIZERS"), ("kron", "SVDS"), ("packed", "QUANTIZERS")):
+        setattr(sys.modules[f"lowbit.{family}.format"], constant, quantizer.names(family))
