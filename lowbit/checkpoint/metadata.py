@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.core.family import FLOAT_DTYPES, dtype_name
 from lowbit.core.version import VERSION
 from lowbit.model import sources
 from lowbit.model.surgery import put
-from lowbit.nn.layer import Layer, build, layers, storage_of
+from lowbit.nn.layer import Layer, LayerConfig, layers, storage_of
 
 FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
@@ -32,9 +31,9 @@ _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes"
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a description says: layer name -> ``Layer.config()``, and the rest by layer name."""
+    """What a description says, by layer name."""
 
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, LayerConfig]
     tied: tuple[tuple[str, ...], ...] = ()
     weight_error: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -46,7 +45,7 @@ class Metadata:
         found = layers(model, duplicates=True)
         errors = {name: layer.weight_error for name, layer in found.items() if layer.weight_error is not None}
         return cls(
-            {name: layer.config() for name, layer in found.items()},
+            {name: LayerConfig.of(layer) for name, layer in found.items()},
             tuple(map(tuple, tied_groups(model))),
             {name: float(f"{error:.6g}") for name, error in errors.items()},
             {name: layer.note for name, layer in found.items() if layer.note is not None},
@@ -56,7 +55,8 @@ class Metadata:
     def to_dict(self) -> dict[str, Any]:
         """The JSON-ready description; :func:`parse` is the inverse."""
         groups: dict[str, dict[str, Any]] = {}
-        for name, config in self.layers.items():
+        for name, layer in self.layers.items():
+            config = layer.to_dict()
             groups.setdefault(json.dumps(config, sort_keys=True), {**config, "names": []})["names"].append(name)
         description: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
@@ -130,14 +130,13 @@ def parse(description: dict[str, Any]) -> Metadata:
     entries = description.get("layers")
     _check(isinstance(entries, list), "layers", "a list of objects", entries)
     assert isinstance(entries, list)
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, LayerConfig] = {}
     for entry in entries:
         _check(isinstance(entry, dict), "layers", "a list of objects", entry)
         names = entry.get("names")
         _check(_is_names(names) and bool(names), "layers: names", "a list of layer names", names)
-        config = {key: value for key, value in entry.items() if key != "names"}
         try:
-            build(config, "meta")
+            config = LayerConfig.parse({key: value for key, value in entry.items() if key != "names"})
         except (ValueError, TypeError) as error:
             raise ValueError(f"lowbit metadata: layer {names[0]!r}: {error}") from None
         for name in names:
@@ -211,27 +210,24 @@ def apply(
         if where is None:
             raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
         module = modules[where]
-        dtype = dtype_of(name, FLOAT_DTYPES[config["dtype"]])
-        known = dtype in FLOAT_DTYPES.values()
-        layer = build({**config, "dtype": dtype_name(dtype)} if known else config, "meta")
-        shape = (layer.format.out_features, layer.format.in_features)
+        shape = (config.format.out_features, config.format.in_features)
+        kind = config.layer_class.kind
         found = _shape_of(module)
         is_embedding = isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
         # a trained module's class need not tell what it is
         untold = found is None and sources.is_source(module)
-        if (found is not None and found != shape) or (is_embedding != (layer.kind == "embedding") and not untold):
+        if (found is not None and found != shape) or (is_embedding != (kind == "embedding") and not untold):
             raise ValueError(
-                f"layer {name!r} was saved from a float {layer.kind} of shape {list(shape)}: "
+                f"layer {name!r} was saved from a float {kind} of shape {list(shape)}: "
                 f"this model has {repr(module)[:200]} there"
             )
-        if isinstance(module, nn.Linear) and (layer.bias is None) != (module.bias is None):
+        if isinstance(module, nn.Linear) and config.bias != (module.bias is not None):
             raise ValueError(
-                f"layer {name!r} was saved {'without' if layer.bias is None else 'with'} a bias: "
+                f"layer {name!r} was saved {'with' if config.bias else 'without'} a bias: "
                 f"this model has {module!r} there"
             )
         if id(module) not in by_module:
-            if not known:
-                layer.to(dtype=dtype)  # says what is wrong with it
+            layer = config.build(dtype_of(name, config.dtype))
             layer.weight_error = metadata.weight_error.get(name)
             layer.note = metadata.notes.get(name)
             layer.train(module.training)

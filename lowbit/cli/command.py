@@ -35,7 +35,7 @@ from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
 from lowbit.core.quantizer import names
 from lowbit.model.report import Report, Row
-from lowbit.nn.layer import Layer, build, layer_class
+from lowbit.nn.layer import Layer, layer_class
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
 BENCH_SECONDS = 0.2
@@ -170,7 +170,7 @@ def open_folder(path: Path) -> Folder:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     checkpoint = Checkpoint.of_folder(path)
-    layers = {name: build(config) for name, config in metadata.layers.items()}
+    layers = {name: config.build() for name, config in metadata.layers.items()}
     storage = {name: group[0] for group in metadata.tied for name in group}
     for name, layer in layers.items():
         for tensor, (shape, dtype) in layer.format.tensors().items():

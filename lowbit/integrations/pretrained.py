@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.checkpoint import libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors
 from lowbit.checkpoint.reader import Checkpoint, read_json
+from lowbit.core.activations import ActivationSpec
 from lowbit.model.convert import convert, dequantize
-from lowbit.nn.layer import Layer, layers
+from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
 
 METHOD = "lowbit"
 
@@ -407,14 +408,15 @@ def _with_tied_partners(model: Any, described: Metadata) -> Metadata:
             continue
         (partner,) = (name for name in names if name not in known)
         module = model.get_submodule(partner)
-        config = {key: configs[known[0]][key] for key in ("family", "dtype")}
-        config["format"] = {**configs[known[0]]["format"], "activations": "float"}
-        config["format"].pop("activation_group_size", None)
-        if isinstance(module, nn.Embedding):
-            config.update(kind="embedding", bias=False, padding_idx=module.padding_idx)
-            config["output_scale"] = float(getattr(module, "embed_scale", 1.0))
-        else:
-            config.update(kind="linear", bias=module.bias is not None)
+        like = configs[known[0]]
+        is_embedding = isinstance(module, nn.Embedding)
+        made = layer_class(like.layer_class.family, "embedding" if is_embedding else "linear")
+        bias = not is_embedding and module.bias is not None
+        extras = {}
+        if is_embedding:
+            extras = {"padding_idx": module.padding_idx, "output_scale": getattr(module, "embed_scale", 1.0)}
+        extras = made.check_extras(bias, extras)
+        config = LayerConfig(made, like.format.with_activation(ActivationSpec()), bias, like.dtype, extras)
         configs[partner] = config
         group = next((group for group in tied if known[0] in group), None)
         if group is None:

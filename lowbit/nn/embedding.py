@@ -81,18 +81,11 @@ class EmbeddingLayer(Layer):
         embedding.weight = weight
         return embedding.train(self.training)
 
-    def config(self) -> dict[str, Any]:
-        config = super().config()
-        if self.padding_idx is not None:
-            config["padding_idx"] = self.padding_idx
-        if self.output_scale != 1.0:
-            config["output_scale"] = self.output_scale
-        return config
+    def extras(self) -> dict[str, Any]:
+        return _without_defaults(self.padding_idx, self.output_scale)
 
     @classmethod
-    def _from_fields(
-        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
-    ) -> Layer:
+    def check_extras(cls, bias: bool, extras: dict[str, Any]) -> dict[str, Any]:
         padding_idx, output_scale = extras.pop("padding_idx", None), extras.pop("output_scale", 1.0)
         if extras:
             raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} embedding")
@@ -100,11 +93,18 @@ class EmbeddingLayer(Layer):
             raise ValueError(f"padding_idx must be an integer: got padding_idx={padding_idx!r}")
         if not isinstance(output_scale, (int, float)) or isinstance(output_scale, bool):
             raise ValueError(f"output_scale must be a number: got output_scale={output_scale!r}")
-        return cls(format, bias, dtype, device, padding_idx=padding_idx, output_scale=float(output_scale))
+        if bias:
+            raise ValueError("an embedding has no bias: got bias=True")
+        return _without_defaults(padding_idx, float(output_scale))
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}, {self.format.describe()}"
         return text if self.output_scale == 1.0 else text + f", output_scale={self.output_scale}"
+
+
+def _without_defaults(padding_idx: int | None, output_scale: float) -> dict[str, Any]:
+    extras: dict[str, Any] = {} if padding_idx is None else {"padding_idx": padding_idx}
+    return extras if output_scale == 1.0 else {**extras, "output_scale": output_scale}
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.backends.operands import Operands
-from lowbit.core.family import FLOAT_DTYPES, Format
+from lowbit.core.family import FLOAT_DTYPES, Format, dtype_name
 from lowbit.nn.call import call_of
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
@@ -130,37 +131,31 @@ class Layer(nn.Module):
         """A plain torch layer with the dequantized weight."""
         raise NotImplementedError
 
+    def extras(self) -> dict[str, Any]:
+        """What the constructor was given beyond format, bias, dtype and device, where that is not the default."""
+        return {}
+
+    @classmethod
+    def check_extras(cls, bias: bool, extras: dict[str, Any]) -> dict[str, Any]:
+        """:meth:`extras` as a file gives them, checked; raises ``ValueError`` naming a field."""
+        if extras:
+            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} {cls.kind}")
+        return {}
+
+    @classmethod
+    def check_dtype(cls, dtype: torch.dtype) -> None:
+        """Raise ``ValueError`` unless this is a compute dtype."""
+        if dtype not in FLOAT_DTYPES.values():
+            raise ValueError(f"a {cls.__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
+
     def config(self) -> dict[str, Any]:
         """JSON-ready description from which :func:`build` makes an empty layer of the same shape."""
-        return {
-            "family": self.family,
-            "kind": self.kind,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "bias": self.bias is not None,
-            "format": self.format.to_dict(),
-        }
+        return LayerConfig.of(self).to_dict()
 
     @classmethod
     def from_config(cls, config: dict[str, Any], device: torch.device | str = "meta") -> Layer:
-        """The inverse of :meth:`config`; tensors are empty. Raises ``ValueError`` naming a bad field."""
-        extras = dict(config)
-        fields = {key: extras.pop(key, None) for key in _CONFIG_FIELDS}
-        if fields["dtype"] not in FLOAT_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}: got dtype={fields['dtype']!r}")
-        if not isinstance(fields["bias"], bool):
-            raise ValueError(f"bias must be true or false: got bias={fields['bias']!r}")
-        if not isinstance(fields["format"], dict):
-            raise ValueError(f"format must be an object: got format={fields['format']!r}")
-        format = cls.format_class.from_dict(fields["format"])
-        return cls._from_fields(format, fields["bias"], FLOAT_DTYPES[fields["dtype"]], device, extras)
-
-    @classmethod
-    def _from_fields(
-        cls, format: Format, bias: bool, dtype: torch.dtype, device: Any, extras: dict[str, Any]
-    ) -> Layer:
-        if extras:
-            raise ValueError(f"unknown field {sorted(extras)[0]!r} for a {cls.family} {cls.kind}")
-        return cls(format, bias, dtype, device)
+        """:func:`build`."""
+        return build(config, device)
 
     def store(self, tensors: dict[str, Tensor]) -> None:
         """Replace the (meta) parameters by these tensors."""
@@ -235,8 +230,7 @@ class Layer(nn.Module):
         stored = {id(tensor) for tensor in (*tensors, *(t.grad for t in tensors)) if tensor is not None}
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         dtype = probe.dtype
-        if dtype not in FLOAT_DTYPES.values():
-            raise ValueError(f"a {type(self).__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
+        self.check_dtype(dtype)
         self.dtype = dtype
         self._prepare_to_move(probe.device)
 
@@ -312,14 +306,60 @@ def layer_classes() -> dict[tuple[str, str], type[Layer]]:
     return dict(_registry)
 
 
+@dataclass(frozen=True)
+class LayerConfig:
+    """What makes an empty layer; :meth:`to_dict` is what a saved folder records of it."""
+
+    layer_class: type[Layer]
+    format: Format
+    bias: bool
+    dtype: torch.dtype
+    extras: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: Layer) -> LayerConfig:
+        return cls(type(layer), layer.format, layer.bias is not None, layer.dtype, layer.extras())
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> LayerConfig:
+        """The inverse of :meth:`to_dict`; raises ``ValueError`` naming an unknown or invalid field."""
+        extras = dict(config)
+        fields = {key: extras.pop(key, None) for key in _CONFIG_FIELDS}
+        family, kind = fields["family"], fields["kind"]
+        made = _registry.get((family, kind))
+        if made is None:
+            known = ", ".join(f"{family}/{kind}" for family, kind in sorted(_registry))
+            raise ValueError(f"family/kind must be one of {known}: got family={family!r}, kind={kind!r}")
+        if fields["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}: got dtype={fields['dtype']!r}")
+        if not isinstance(fields["bias"], bool):
+            raise ValueError(f"bias must be true or false: got bias={fields['bias']!r}")
+        if not isinstance(fields["format"], dict):
+            raise ValueError(f"format must be an object: got format={fields['format']!r}")
+        format = made.format_class.from_dict(fields["format"])
+        extras = made.check_extras(fields["bias"], extras)
+        return cls(made, format, fields["bias"], FLOAT_DTYPES[fields["dtype"]], extras)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; :meth:`parse` is the inverse."""
+        return {
+            "family": self.layer_class.family,
+            "kind": self.layer_class.kind,
+            "dtype": dtype_name(self.dtype),
+            "bias": self.bias,
+            "format": self.format.to_dict(),
+            **self.extras,
+        }
+
+    def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "meta") -> Layer:
+        """An empty layer, in its own compute dtype or another one."""
+        self.layer_class.check_dtype(dtype or self.dtype)
+        return self.layer_class(self.format, self.bias, dtype or self.dtype, device, **self.extras)
+
+
 def build(config: dict[str, Any], device: torch.device | str = "meta") -> Layer:
     """An empty layer from :meth:`Layer.config`; raises ``ValueError`` naming an unknown or invalid field."""
-    key = (config.get("family"), config.get("kind"))
-    cls = _registry.get(key)  # type: ignore[arg-type]
-    if cls is None:
-        known = ", ".join(f"{family}/{kind}" for family, kind in sorted(_registry))
-        raise ValueError(f"family/kind must be one of {known}: got family={key[0]!r}, kind={key[1]!r}")
-    return cls.from_config(config, device)
+    return LayerConfig.parse(config).build(device=device)
 
 
 def layers(model: nn.Module, *, duplicates: bool = False) -> dict[str, Layer]:

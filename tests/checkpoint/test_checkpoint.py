@@ -15,7 +15,7 @@ from lowbit.checkpoint import folder as folders
 from lowbit.checkpoint import metadata
 from lowbit.checkpoint.reader import DTYPES, Checkpoint
 from lowbit.checkpoint.stream import empty_parameters
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import LayerConfig, layers
 
 
 class Net(nn.Module):
@@ -244,7 +244,8 @@ def test_description_groups_equal_layers():
     assert len(description["layers"]) == 1
     assert description["layers"][0]["names"] == [str(i) for i in range(50)]
     parsed = metadata.parse(json.loads(json.dumps(description)))
-    assert parsed.layers == {name: layer.config() for name, layer in layers(model).items()}
+    assert parsed.layers == {name: LayerConfig.of(layer) for name, layer in layers(model).items()}
+    assert parsed.to_dict() == {**description, "weight_error": parsed.weight_error}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

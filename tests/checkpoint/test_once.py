@@ -1,4 +1,4 @@
-"""Loading does everything once: a description is parsed, names are tied, a layer is validated and prepared."""
+"""Loading does everything once: a description is parsed, names are tied; a layer is built, validated, prepared."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import lowbit
 from lowbit.checkpoint import folder, metadata
-from lowbit.nn.layer import Layer, layers
+from lowbit.nn.layer import layer_classes, layers
 
 
 @pytest.fixture
@@ -25,8 +25,9 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(owner, name, counting)
 
-    for name in ("prepare", "validate", "_apply"):
-        count(Layer, name, lambda layer, *_: id(layer))
+    for made in layer_classes().values():
+        for name in ("__init__", "prepare", "validate", "_apply"):
+            count(made, name, lambda layer, *_: id(layer))
     count(metadata, "parse")
     try:
         from lowbit.integrations import pretrained
@@ -39,7 +40,8 @@ def calls(monkeypatch):
 
 def check(calls: Counter, model: nn.Module, retied: int) -> None:
     found = layers(model)
-    expected = Counter({(name, id(layer)): 1 for name in ("prepare", "validate") for layer in found.values()})
+    once = ("__init__", "prepare", "validate")
+    expected = Counter({(name, id(layer)): 1 for name in once for layer in found.values()})
     expected["parse", None] = 1
     if retied:
         expected["retie", None] = retied
