@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from lowbit.core.family import Format, Weight
 from lowbit.nn.layer import Layer
 
+_is_compiling = torch.compiler.is_compiling
+
 
 class EmbeddingLayer(Layer):
     """``y = W[ids] * output_scale``: ``[..., embedding_dim]`` in ``dtype``.
@@ -65,6 +67,8 @@ class EmbeddingLayer(Layer):
 
     def _gather(self, ids: Tensor) -> Tensor:
         sizes = (*self.size_arguments(), self.dtype)
+        if _is_compiling():
+            self._is_outdated()  # while a graph is made, no error can be caught
         try:
             return self._call(ids, self.operands(), self._numbers, sizes)
         except RuntimeError:

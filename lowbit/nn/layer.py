@@ -107,7 +107,8 @@ class Layer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.named_tensors().values())).device
+        # the tensors of the format come first; asking it for them would break a graph that is being made
+        return next(tensor for tensor in self._parameters.values() if tensor is not None).device
 
     @property
     def weight(self) -> Tensor:
