@@ -157,7 +157,7 @@ def write_ninja(folder: Path, library: str) -> list[str]:
     mode, link = ["-O3", "-g0"], []
     if sanitize:
         link = [f"-fsanitize={sanitize}"]
-        mode = ["-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
+        mode = ["-Og", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
     root = Path(torch.__file__).parent
     includes = ["-isystem", str(root / "include"), "-isystem", str(root / "include/torch/csrc/api/include")]
     link += [f"-L{root / 'lib'}", *environment_flags("LDFLAGS"), "-ltorch_cpu", "-ltorch"]
