@@ -28,7 +28,7 @@ from lowbit.testing.where import Where, everywhere, running, share
 WHERE = everywhere()
 
 
-@pytest.fixture(params=where_params(WHERE, "lowbit.codebook.op", "lowbit.codebook.triton"), ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.backends", "lowbit.codebook.op", "lowbit.codebook.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

@@ -19,7 +19,7 @@ from lowbit.testing.where import Where, everywhere, running, share
 WHERE = everywhere()
 
 
-@pytest.fixture(params=where_params(WHERE, "lowbit.kron.op", "lowbit.kron.triton"), ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.backends", "lowbit.kron.op", "lowbit.kron.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

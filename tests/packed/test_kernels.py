@@ -23,7 +23,7 @@ from lowbit.testing.where import call, everywhere, running, share
 WHERE = everywhere()
 
 
-@pytest.fixture(params=where_params(WHERE, "lowbit.packed.op", "lowbit.packed.triton"), ids=str)
+@pytest.fixture(params=where_params(WHERE, "lowbit.backends", "lowbit.packed.op", "lowbit.packed.triton"), ids=str)
 def where(request):
     with running(request.param):
         yield request.param

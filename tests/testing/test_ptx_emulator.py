@@ -32,7 +32,7 @@ from lowbit.testing.ptx_emulator import Compiled, Fault, Statistics, execute, ru
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-pytestmark = pytest.mark.recorded("lowbit.packed.triton")
+pytestmark = pytest.mark.recorded("lowbit.backends", "lowbit.packed.triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90")

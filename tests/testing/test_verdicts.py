@@ -237,14 +237,15 @@ def test_only_the_interpreters_parameters_are_marked() -> None:
 
 # ---------------------------------------------------------------------------------------------- what ours depend on
 
-BELOW = ("backends/registry.py", "backends/reference.py", "backends/layouts.py", "core/bitpack.py")
+BELOW = ("backends/__init__.py", "backends/ops.py", "backends/triton/backend.py", "backends/cpu/backend.py")
+BELOW += ("backends/registry.py", "backends/reference.py", "backends/layouts.py", "core/bitpack.py")
 TRITON = ("launch.py", "tuning.py", "tuned.json", "tiles.py", "checks.py", "activations.py")
 ORACLE = ("numerics.py", "packed_cases.py", "where.py", "interpreter.py")
 
 
 @pytest.mark.parametrize("family", ["packed", "codebook", "kron"])
 def test_verdicts_of_kernels_depend_on_all_below_them(family: str) -> None:
-    modules = [f"lowbit.{family}.op", f"lowbit.{family}.triton"]
+    modules = ["lowbit.backends", f"lowbit.{family}.op", f"lowbit.{family}.triton"]
     found = Sources(ROOT).of(ROOT / f"tests/{family}/test_kernels.py", modules)
     names = {str(path.relative_to(ROOT)) for path in found}
     wanted = [*BELOW, f"{family}/op.py", f"{family}/triton.py", f"testing/{family}_cases.py"]

@@ -49,7 +49,8 @@ def check_rows_alone(family: str, bits: int, kind: torch.dtype, scales: str, *, 
 
 
 PACKED, CODEBOOK, KRON = (f"lowbit.{family}.triton" for family in ("packed", "codebook", "kron"))
-pytestmark = pytest.mark.recorded(PACKED, CODEBOOK, KRON, "lowbit.packed.op", "lowbit.codebook.op", "lowbit.kron.op")
+OPS = ("lowbit.packed.op", "lowbit.codebook.op", "lowbit.kron.op")
+pytestmark = pytest.mark.recorded("lowbit.backends", PACKED, CODEBOOK, KRON, *OPS)
 needs_triton = pytest.mark.skipif(not WHERE, reason="the backend triton runs neither here nor in its interpreter")
 
 

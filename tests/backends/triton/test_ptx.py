@@ -32,7 +32,8 @@ from lowbit.testing.ptx_emulator import Compiled, Statistics, run_launch
 from lowbit.testing.ptx_sample import ARCHITECTURES, NAMES
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.recorded("lowbit.packed.triton", "lowbit.codebook.triton", "lowbit.kron.triton")
+FAMILIES = ("packed", "codebook", "kron")
+pytestmark = pytest.mark.recorded("lowbit.backends", *(f"lowbit.{family}.triton" for family in FAMILIES))
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = 5
