@@ -144,7 +144,8 @@ def _coded_calls(
         getattr(torch.ops.lowbit, f"{family}_{op}").default for op in ("linear", "dequantize", "embedding")
     )
     bias = torch.randn(9, device=device, requires_grad=True)
-    yield f"{name} linear", linear, (_x(k, dtype, device), *weight, bias, None, int8, 0), {}
+    activation = (None, int8, 0) if family == "packed" else (None, int8)
+    yield f"{name} linear", linear, (_x(k, dtype, device), *weight, bias, *activation), {}
     yield f"{name} dequantize", dequantize, (*weight, k, dtype), {}
     yield f"{name} embedding", embedding, (_ids(device), *weight, k, dtype), {}
 

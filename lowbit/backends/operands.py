@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import cache
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from lowbit.backends.reference import (
     unique_ids,
     without_autocast,
 )
+from lowbit.core.activations import ActivationSpec
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
 _Self = TypeVar("_Self", bound="_Arguments")
@@ -38,71 +38,58 @@ _Self = TypeVar("_Self", bound="_Arguments")
 class _Arguments:
     """Fields that are consecutive arguments of an op: tensors first, then numbers, each in the order of the fields."""
 
-    @classmethod
-    @cache
-    def types(cls) -> dict[str, str]:
-        """Argument name → its type in torch's schema language."""
-        hints = get_type_hints(cls)
-        types = {field.name: _SCHEMA_TYPES[hints[field.name]] for field in fields(cls)}
-        return dict(sorted(types.items(), key=lambda item: not item[1].startswith("Tensor")))
+    types: ClassVar[dict[str, str]] = {}  # argument name -> its type in torch's schema language
+    tensor_names: ClassVar[tuple[str, ...]] = ()
 
-    @classmethod
-    @cache
-    def tensor_names(cls) -> tuple[str, ...]:
-        return tuple(name for name, type in cls.types().items() if type.startswith("Tensor"))
+    def __init_subclass__(cls) -> None:
+        hints = {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
+        types = {name: _SCHEMA_TYPES[hint] for name, hint in hints.items()}
+        cls.types = dict(sorted(types.items(), key=lambda item: not item[1].startswith("Tensor")))
+        cls.tensor_names = tuple(name for name, type in cls.types.items() if type.startswith("Tensor"))
 
     @classmethod
     def of(cls: type[_Self], arguments: Collection[Any]) -> _Self:
-        """From arguments in the order of :meth:`types`."""
-        return cls(**dict(zip(cls.types(), arguments, strict=True)))
+        """From arguments in the order of :attr:`types`."""
+        return cls(**dict(zip(cls.types, arguments, strict=True)))
 
     def __iter__(self) -> Iterator[Any]:
-        return (getattr(self, name) for name in self.types())
+        return (getattr(self, name) for name in self.types)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(_Arguments):
-    """How x is held while it meets codes: as it is, or as int8.
+    """How x is held while it meets codes: as it is, or as int8. A family with more kernels has more fields.
 
-    ``int8``: static where ``x_scale`` (float32 ``[1]``) is given, else quantized in each call with a scale per row, or
-    per row and ``x_group`` columns where that is not 0 (:func:`lowbit.backends.reference.quantize_activations`).
+    ``int8``: static where ``x_scale`` (float32 ``[1]``) is given, else quantized in each call with a scale per row
+    (:func:`lowbit.backends.reference.quantize_activations`).
     """
 
-    x_scale: Tensor | None
-    int8: bool
-    x_group: int
+    x_scale: Tensor | None = None
+    int8: bool = False
+
+    @classmethod
+    def numbers_of(cls, spec: ActivationSpec) -> tuple[Any, ...]:
+        """The numbers, not the tensors, for x as ``spec`` has it, in the op's order."""
+        return (spec.activations != "float",)
 
     def check(self, group_size: int, k: int) -> None:
         """``group_size``: that of the weight. Raises through ``torch._check``."""
-        x_group = self.x_group
-        if x_group == 0:
-            return
-        torch._check(
-            x_group > 0 and x_group % 32 == 0,
-            lambda: f"x_group must be 0 (one scale per row of x) or a positive multiple of 32: got x_group={x_group}",
-        )
-        torch._check(
-            self.int8 and self.x_scale is None,
-            lambda: "x_group is for int8 activations quantized when called: "
-            f"got x_group={x_group} with {'x_scale' if self.int8 else 'int8=False'}",
-        )
-        torch._check(
-            group_size >= k or group_size % x_group == 0 or x_group % group_size == 0,
-            lambda: "x_group must divide group_size or be a multiple of it: "
-            f"got x_group={x_group}, group_size={group_size}",
-        )
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float ``[M, K]`` to (q, inverse scales), ``x ~ q / inverse``."""
+        return quantize_activations(x, self.x_scale)
 
 
 class Operands(_Arguments, ABC):
     """A weight ``[N, K]`` as a family's ops take it. Subclasses are frozen dataclasses of tensors and integers.
 
-    Where :attr:`sized`, dequantize and embedding take ``in_features`` besides; ``linear`` has K from x. Where
-    :attr:`with_activation`, ``linear`` takes the fields of :class:`Activation`.
+    Where :attr:`sized`, dequantize and embedding take ``in_features`` besides; ``linear`` has K from x. ``linear``
+    takes the fields of :attr:`activation`, if there is one.
     """
 
     family: ClassVar[str]
     sized: ClassVar[bool] = True
-    with_activation: ClassVar[bool] = True
+    activation: ClassVar[type[Activation] | None] = None
 
     @property
     @abstractmethod
@@ -168,6 +155,7 @@ class CodedOperands(Operands):
     layout: int
 
     min_bits: ClassVar[int]
+    activation = Activation
 
     @property
     def out_features(self) -> int:
@@ -276,10 +264,9 @@ class CodedOperands(Operands):
     def linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
         assert activation is not None
         n, k = self.out_features, x.shape[-1]
-        activation = replace(activation, x_group=activation.x_group if activation.x_group < k else 0)
         rows_x = x.reshape(-1, k).float().contiguous()
         y = torch.empty(rows_x.shape[0], n, dtype=x.dtype, device=x.device)
-        q = quantize_activations(rows_x, activation.x_scale, activation.x_group) if activation.int8 else None
+        q = activation.quantize(rows_x) if activation.int8 else None
         whole = self.decoded()
         for rows in row_ranges(n, k):
             part = whole.rows(rows)

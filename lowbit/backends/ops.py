@@ -5,7 +5,7 @@
     <family>_embedding(ids, *weight, in_features, dtype)  equals  F.embedding(ids, W)
 
 ``weight`` stands for the fields of the family's :class:`~lowbit.backends.operands.Operands`, ``activation`` for those
-of :class:`~lowbit.backends.operands.Activation`; a family may do without it, and without ``in_features``.
+of its :class:`~lowbit.backends.operands.Activation`; a family may do without it, and without ``in_features``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class FamilyOps:
 
     def __init__(self, operands: type[Operands]) -> None:
         self.operands, self.family = operands, operands.family
-        weight = operands.types()
+        weight = operands.types
         sized = {"in_features": "int"} if operands.sized else {}
-        activation = Activation.types() if operands.with_activation else {}
+        activation = {} if operands.activation is None else operands.activation.types
         self._weight = len(weight)
         self._arguments: dict[str, dict[str, str]] = {
             "linear": {"x": "Tensor", **weight, "bias": "Tensor?", **activation},
@@ -94,8 +94,8 @@ class FamilyOps:
 
     def _split(self, arguments: tuple[Any, ...]) -> tuple[Any, Tensor | None, Activation | None]:
         weight = self.operands.of(arguments[: self._weight])
-        rest = arguments[self._weight + 1 :]
-        return weight, arguments[self._weight], Activation.of(rest) if self.operands.with_activation else None
+        bias, *rest = arguments[self._weight :]
+        return weight, bias, None if self.operands.activation is None else self.operands.activation.of(rest)
 
     # ---- references and fakes
 
@@ -128,7 +128,7 @@ class FamilyOps:
     def _save_linear(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *arguments = inputs
         weight, bias, _activation = self._split(tuple(arguments))
-        trained = self._wanted(ctx, "linear", weight.tensor_names())
+        trained = self._wanted(ctx, "linear", weight.tensor_names)
         self._save(ctx, x if trained else None, weight)
         ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
 
@@ -162,7 +162,7 @@ class FamilyOps:
 
     def _save(self, ctx: Any, first: Tensor | None, weight: Operands) -> None:
         values = list(weight)
-        count = len(weight.tensor_names())
+        count = len(weight.tensor_names)
         ctx.save_for_backward(first, *values[:count])
         ctx.numbers = values[count:]
 

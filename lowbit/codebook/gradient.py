@@ -28,7 +28,7 @@ class _MeanGradient(torch.autograd.Function):
 
 
 def _uses(codebook: Tensor, packed: Tensor, bits: int, group_size: int, layout: int, k: int) -> Tensor:
-    nothing: dict[str, Any] = dict.fromkeys(CodebookOperands.tensor_names())
+    nothing: dict[str, Any] = dict.fromkeys(CodebookOperands.tensor_names)
     tensors = {**nothing, "codebook": codebook, "packed": packed}
     return CodebookOperands(**tensors, bits=bits, group_size=group_size, layout=layout).uses(k)
 

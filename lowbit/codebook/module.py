@@ -50,7 +50,7 @@ class CodebookLayer(CodedLayer):
         trained = t["codebook"].requires_grad and torch.is_grad_enabled()  # type: ignore[union-attr]
         if not trained or self.centroid_gradient == "sum":
             return t
-        weight = {name: t[name] for name in CodebookOperands.tensor_names()}
+        weight = {name: t[name] for name in CodebookOperands.tensor_names}
         operands = CodebookOperands.of([*weight.values(), *self._numbers])
         return {**t, "codebook": with_mean_gradient(operands, self.format.in_features).codebook}
 

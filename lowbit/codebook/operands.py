@@ -82,12 +82,6 @@ class CodebookOperands(CodedOperands):
         _check_nested("scale_absmax", self.scale_absmax, (n * groups + 255) // 256)
         _check_nested("scale_offset", self.scale_offset, 1)
 
-    def check_linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
-        super().check_linear(x, bias, activation)
-        assert activation is not None
-        x_group = activation.x_group
-        torch._check(x_group == 0, lambda: f"x_group must be 0 for a codebook: got x_group={x_group}")
-
     def decoded(self) -> CodebookOperands:
         """Nested scales as float32 ``[N, G]``: the definition of the nested form."""
         scales, table, absmax, offset = self.scales, self.scale_codebook, self.scale_absmax, self.scale_offset

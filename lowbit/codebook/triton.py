@@ -631,7 +631,7 @@ def _prepared(
 ) -> CodebookOperands:
     """The weight as the kernels read it, checked: codes in tiles."""
     check_outliers(*weight.outliers, weight.out_features)
-    tensors = {name: getattr(weight, name) for name in weight.tensor_names()}
+    tensors = {name: getattr(weight, name) for name in weight.tensor_names}
     check_tensors(device, **tensors, bias=bias)
     tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
     return replace(weight, packed=tiles, layout=TILES.number)
@@ -722,7 +722,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             config = tuning.choose(target, kernel, dtype, bits, m, n, k)
             if not config.dense:
                 x = empty((m, k), torch.float16 if int8 else dtype)
-                activation, y = Activation(x_scale=None, int8=int8, x_group=0), empty((m, n), x.dtype)
+                activation, y = Activation(int8=int8), empty((m, n), x.dtype)
                 launches = linear_launches(target, config, x, of_weights, None, activation, y)
                 yield f"codebook_linear {bits}-bit {name} {dtype_name(dtype)} M={m}", launches
 

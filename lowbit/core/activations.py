@@ -79,10 +79,6 @@ class ActivationSpec:
         """Name -> (shape, dtype) of what a layer stores for its input: it belongs to the layer, not to the weight."""
         return {"x_scale": ((1,), torch.float32)} if self.activations == "int8_static" else {}
 
-    def op_arguments(self) -> tuple[bool, int]:
-        """``int8, x_group``: the numbers that the ops take (:class:`lowbit.backends.operands.Activation`)."""
-        return self.activations != "float", self.activation_group_size or 0
-
     def describe(self) -> str:
         """``, int8 activations per 32``: what it adds to the description of a format."""
         text = {"float": "", "int8": ", int8 activations"}.get(self.activations, ", static int8 activations")

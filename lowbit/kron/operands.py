@@ -235,7 +235,6 @@ class KronOperands(Operands):
 
     family = "kron"
     sized = False
-    with_activation = False
 
     @property
     def out_features(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.backends.operands import Activation, Operands
+from lowbit.backends.operands import Operands
 
 
 def _run(op: torch._ops.OpOverload, *args: Any) -> Tensor:
@@ -51,15 +51,15 @@ def call_of(op: torch._ops.OpOverload, operands: type[Operands], kind: str) -> C
     For a linear: ``(x, tensors by name, numbers of the weight, numbers of the activation) -> y``; for an embedding:
     ``(ids, tensors by name, numbers of the weight, other numbers) -> y``.
     """
-    tensors = operands.tensor_names()
+    tensors = operands.tensor_names
     arguments = [f"t[{name!r}]" for name in tensors]
-    arguments += [f"n[{i}]" for i in range(len(operands.types()) - len(tensors))]
+    arguments += [f"n[{i}]" for i in range(len(operands.types) - len(tensors))]
     if kind == "linear":
         arguments += ["t['bias']"]
-        if operands.with_activation:
-            own = Activation.tensor_names()
+        if operands.activation is not None:
+            own = operands.activation.tensor_names
             arguments += [f"t[{name!r}]" for name in own]
-            arguments += [f"a[{i}]" for i in range(len(Activation.types()) - len(own))]
+            arguments += [f"a[{i}]" for i in range(len(operands.activation.types) - len(own))]
     else:
         arguments += ["*a"]
     made: dict[str, Any] = {}

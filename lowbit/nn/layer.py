@@ -78,8 +78,9 @@ class Layer(nn.Module):
     @classmethod
     def optional_tensors(cls) -> tuple[str, ...]:
         """Names of tensors that some formats of the family do not have; they are then ``None``."""
-        optional = [name for name, type in cls.operands_class.types().items() if type == "Tensor?"]
-        return (*optional, *(["x_scale"] if cls.operands_class.with_activation else []))
+        optional = [name for name, type in cls.operands_class.types.items() if type == "Tensor?"]
+        activation = cls.operands_class.activation
+        return (*optional, *(() if activation is None else activation.tensor_names))
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the format (not the bias), by name."""
@@ -95,7 +96,7 @@ class Layer(nn.Module):
     def weight_arguments(self, t: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
         """The weight's part of the ops' arguments, from :meth:`operands`."""
         self._is_outdated()
-        return (*[t[name] for name in self.operands_class.tensor_names()], *self._numbers)
+        return (*[t[name] for name in self.operands_class.tensor_names], *self._numbers)
 
     def _is_outdated(self) -> bool:
         """Whether the tensors are no longer held as they were; how they are is then known again."""

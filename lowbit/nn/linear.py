@@ -19,7 +19,7 @@ class LinearLayer(Layer):
     """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
 
     kind = "linear"
-    _activation: tuple[bool, int]  # the activation's numbers, in the op's order
+    _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
 
     def __init__(
         self,
@@ -29,7 +29,9 @@ class LinearLayer(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(format, bias, dtype, device)
-        self._activation, self._in_features = format.activation.op_arguments(), format.in_features
+        activation = self.operands_class.activation
+        self._activation = () if activation is None else activation.numbers_of(format.activation)
+        self._in_features = format.in_features
 
     @property
     def in_features(self) -> int:

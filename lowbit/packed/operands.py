@@ -16,7 +16,41 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.operands import Activation, CodedOperands
-from lowbit.backends.reference import sum_per_scale
+from lowbit.backends.reference import quantize_activations, sum_per_scale
+from lowbit.core.activations import ActivationSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedActivation(Activation):
+    """``x_group``: of dynamic int8 activations, columns that share a scale with their row; 0: the whole row."""
+
+    x_group: int = 0
+
+    @classmethod
+    def numbers_of(cls, spec: ActivationSpec) -> tuple[Any, ...]:
+        return (*super().numbers_of(spec), spec.activation_group_size or 0)
+
+    def check(self, group_size: int, k: int) -> None:
+        x_group = self.x_group
+        if x_group == 0:
+            return
+        torch._check(
+            x_group > 0 and x_group % 32 == 0,
+            lambda: f"x_group must be 0 (one scale per row of x) or a positive multiple of 32: got x_group={x_group}",
+        )
+        torch._check(
+            self.int8 and self.x_scale is None,
+            lambda: "x_group is for int8 activations quantized when called: "
+            f"got x_group={x_group} with {'x_scale' if self.int8 else 'int8=False'}",
+        )
+        torch._check(
+            group_size >= k or group_size % x_group == 0 or x_group % group_size == 0,
+            lambda: "x_group must divide group_size or be a multiple of it: "
+            f"got x_group={x_group}, group_size={group_size}",
+        )
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_activations(x, self.x_scale, self.x_group if self.x_group < x.shape[1] else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +63,7 @@ class PackedOperands(CodedOperands):
 
     family = "packed"
     min_bits = 2
+    activation = PackedActivation
 
     def check(self, k: int) -> None:
         self.check_codes(k)
@@ -65,7 +100,8 @@ class PackedOperands(CodedOperands):
     def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
         """Integer dot products (exact in float64) of each run of columns that share a scale of the weight and one of x,
         then ``sum_runs dot * scale / inverse`` in float32; where x has one scale, it divides the sum."""
-        q, k, x_group = q.double(), q.shape[-1], activation.x_group
+        q, k = q.double(), q.shape[-1]
+        x_group = activation.x_group if isinstance(activation, PackedActivation) and activation.x_group < k else 0
         codes = self.codes(k).double()
         y = torch.zeros(q.shape[0], self.out_features, dtype=torch.float32, device=q.device)
         size = min(self.group_size, x_group or k)

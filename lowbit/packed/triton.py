@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.backends.operands import Activation
 from lowbit.backends.reference import dequantize_activations, quantize_activations
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.activations import (
@@ -51,9 +50,9 @@ from lowbit.backends.triton.launch import Launch, Target, run, target_of
 from lowbit.backends.triton.tiles import TILES, tiles_of, tiles_per_row
 from lowbit.core.family import dtype_name
 from lowbit.packed.op import OPS
-from lowbit.packed.operands import PackedOperands
+from lowbit.packed.operands import PackedActivation, PackedOperands
 
-_FLOAT = Activation(x_scale=None, int8=False, x_group=0)
+_FLOAT = PackedActivation()
 
 
 @triton.jit
@@ -280,7 +279,7 @@ def linear_launches(
     x: Tensor,
     weight: PackedOperands,
     bias: Tensor | None,
-    activation: Activation,
+    activation: PackedActivation,
     y: Tensor,
 ) -> list[Launch]:
     """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles."""
@@ -388,7 +387,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     return y.view(*x.shape[:-1], n)
 
 
-def _linear_in_groups(x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: Activation) -> Tensor:
+def _linear_in_groups(x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: PackedActivation) -> Tensor:
     """:func:`linear` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x
     as it is, beside weights whose scales are 0."""
     flat, x_group = x.reshape(-1, x.shape[-1]), activation.x_group
@@ -453,7 +452,7 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                     f"packed_linear {bits}-bit {name} {dtype_name(dtype)} M={m}",
                     linear_launches(
                         target, config, x, weight(bits, group_size, zeros, outliers), None,
-                        Activation(x_scale=None, int8=int8, x_group=0), empty((m, n), x.dtype),
+                        PackedActivation(int8=int8), empty((m, n), x.dtype),
                     ),
                 )  # fmt: skip
 

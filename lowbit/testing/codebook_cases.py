@@ -82,7 +82,7 @@ class Weight:
         arguments = self.arguments
         if mean_gradient:
             arguments["codebook"] = with_mean_gradient(CodebookOperands(**arguments), self.kind.k).codebook
-        activation = dict(x_scale=x_scale, int8=int8, x_group=0)
+        activation = dict(x_scale=x_scale, int8=int8)
         return call(torch.ops.lowbit.codebook_linear, x, **arguments, bias=bias, **activation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

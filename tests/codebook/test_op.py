@@ -76,7 +76,7 @@ def test_opcheck(where, kind):
     trainable(w, "codebook", "scales", "outlier_values")
     torch.library.opcheck(
         torch.ops.lowbit.codebook_linear.default,
-        (x, *w.operands, bias, None, int8, 0),
+        (x, *w.operands, bias, None, int8),
     )
     w = random_weight(kind)
     torch.library.opcheck(
@@ -208,14 +208,14 @@ class Model(nn.Module):
         embedding = Kind(4, 20, 70, 35, "row", "float")
         self.kinds = {"embedding": embedding, "linear": kind}
         for part, w in (("embedding", random_weight(embedding)), ("linear", random_weight(kind))):
-            for name in CodebookOperands.tensor_names():
+            for name in CodebookOperands.tensor_names:
                 tensor = getattr(w.operands, name)
                 setattr(self, f"{part}_{name}", None if tensor is None else nn.Buffer(tensor))
         self.codebook = nn.Parameter(self.linear_codebook.float())
         self.bias = nn.Parameter(torch.randn(kind.n))
 
     def operands(self, part):
-        kind, names = self.kinds[part], CodebookOperands.tensor_names()
+        kind, names = self.kinds[part], CodebookOperands.tensor_names
         tensors = {name: getattr(self, f"{part}_{name}") for name in names}
         return CodebookOperands(**tensors, bits=kind.bits, group_size=kind.group_size, layout=0)
 
@@ -224,7 +224,7 @@ class Model(nn.Module):
         x = torch.ops.lowbit.codebook_embedding(ids, *embedding, self.kinds["embedding"].k, torch.float32)
         linear = replace(self.operands("linear"), codebook=self.codebook)
         linear = with_mean_gradient(linear, self.kinds["linear"].k)
-        y = torch.ops.lowbit.codebook_linear(x, *linear, self.bias, None, False, 0)
+        y = torch.ops.lowbit.codebook_linear(x, *linear, self.bias, None, False)
         return torch.relu(y) + 1
 
 
@@ -328,6 +328,6 @@ def test_a_fake_refuses_what_the_kernel_refuses(name):
     given["layout"] = 0
     x = torch.empty(2, 70, device="meta")
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lowbit.codebook_linear(x, **given, bias=None, x_scale=None, int8=False, x_group=0)
+        torch.ops.lowbit.codebook_linear(x, **given, bias=None, x_scale=None, int8=False)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lowbit.codebook_dequantize(**given, in_features=70, dtype=torch.float32)

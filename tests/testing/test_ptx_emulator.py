@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.backends.operands import Activation
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton.launch import TARGETS, Launch, Target
 from lowbit.backends.triton.tiles import tile
@@ -620,6 +619,7 @@ class Packed:
     """A packed linear layer; bits decide on N, K, groups, zeros, rows, dtype, outliers, configuration and int8."""
 
     def __init__(self, target: Target, bits: int, zeros: str = "") -> None:
+        from lowbit.packed.operands import PackedActivation
         from lowbit.packed.triton import linear_launches
 
         n, k, group_size = ((96, 512, None), (66, 320, 64), (70, 512, 128), (40, 172, 7))[bits % 4]
@@ -631,7 +631,7 @@ class Packed:
         self.x = activations(rows, k, DTYPES[bits % 3])
         self.y = torch.full((rows, n), math.nan, dtype=self.x.dtype)
         self.weight.packed = tile(self.weight.packed, bits, k)
-        activation = Activation(x_scale=None, int8=self.int8, x_group=0)
+        activation = PackedActivation(int8=self.int8)
         self.launches = linear_launches(target, config, self.x, self.weight.operands, None, activation, self.y)
 
     def check(self, compiled: list[Compiled]) -> Statistics:

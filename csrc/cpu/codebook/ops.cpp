@@ -25,14 +25,13 @@ namespace {
 Tensor linear_cpu(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
                   OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
                   OptionalTensor scale_absmax, OptionalTensor scale_offset, int64_t bits, int64_t group_size,
-                  int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
+                  int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8) {
   const char* op = "codebook_linear";
   const int64_t K = check_activations(op, x);
   Linear a{};
   a.weight = check_weight(op, {packed, codebook, scales, {scale_codebook, scale_absmax, scale_offset},
                                {outlier_values, outlier_columns, outlier_rows}, bits, group_size, layout, K});
-  LOWBIT_CHECK(x_group == 0, op, ": x_group must be 0 for a codebook: got x_group=", x_group);
-  check_call(op, bias, {int8, x_scale, x_group}, a);
+  check_call(op, bias, {int8, x_scale, /*x_group=*/0}, a);
   return run_linear(a, x, cpu_kernel(current_isa()));
 }
 

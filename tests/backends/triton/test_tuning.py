@@ -250,9 +250,8 @@ import torch
 from benchmarks.tools.compiling import compile_launch, compiling_for
 from lowbit.backends.triton import tuning
 from lowbit.backends.triton.launch import TARGETS
-from lowbit.backends.operands import Activation
 from lowbit.packed import triton as kernels
-from lowbit.packed.operands import PackedOperands
+from lowbit.packed.operands import PackedActivation, PackedOperands
 target = TARGETS["sm_90"]
 signatures, kernel = set(), kernels.packed_linear_kernel
 for m in (1, 2, 16, 17, 48):
@@ -264,8 +263,7 @@ for m in (1, 2, 16, 17, 48):
             packed=tiles, scales=scales, zeros=None, outlier_values=None, outlier_columns=None, outlier_rows=None,
             bits=4, group_size=k, layout=1,
         )
-        activation = Activation(x_scale=None, int8=False, x_group=0)
-        plan = kernels.linear_launches(target, config, x, weight, None, activation, y)
+        plan = kernels.linear_launches(target, config, x, weight, None, PackedActivation(), y)
         for launch in plan:
             signatures.add(launch.signature)
             compile_launch(launch, target)
