@@ -34,9 +34,12 @@ _CAN_SKIP = None not in (_AUTOGRAD, _is_excluded, _exclude, _any_requires_grad)
 # Its arguments are written out one by one, and what is not needed is not looked at.
 _CALL = """
 def make(op, inner):
-    def call(x, t, n, a):
+    def call(layer, x, t, a):
         if not _CAN_SKIP or _is_compiling():
+            layer._is_outdated()  # while a graph is made, no error can be caught
+            n = layer._numbers
             return op(x, {arguments})
+        n = layer._numbers
         if _is_excluded(_AUTOGRAD):
             return inner(x, {arguments})
         return _run(op, x, {arguments})
@@ -48,8 +51,8 @@ def call_of(op: torch._ops.OpOverload, operands: type[Operands], kind: str) -> C
     """A function that calls ``op`` with the arguments of a layer, past the Python code of its gradient where none is
     wanted.
 
-    For a linear: ``(x, tensors by name, numbers of the weight, numbers of the activation) -> y``; for an embedding:
-    ``(ids, tensors by name, numbers of the weight, other numbers) -> y``.
+    For a linear: ``(layer, x, tensors by name, numbers of the activation) -> y``; for an embedding: ``(layer, ids,
+    tensors by name, other numbers) -> y``.
     """
     tensors = operands.tensor_names
     arguments = [f"t[{name!r}]" for name in tensors]

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from lowbit.core.family import Format, Weight
 from lowbit.nn.layer import Layer
 
-_is_compiling = torch.compiler.is_compiling
-
 
 class EmbeddingLayer(Layer):
     """``y = W[ids] * output_scale``: ``[..., embedding_dim]`` in ``dtype``.
@@ -67,14 +65,12 @@ class EmbeddingLayer(Layer):
 
     def _gather(self, ids: Tensor) -> Tensor:
         sizes = (*self.size_arguments(), self.dtype)
-        if _is_compiling():
-            self._is_outdated()  # while a graph is made, no error can be caught
         try:
-            return self._call(ids, self.operands(), self._numbers, sizes)
+            return self._call(ids, self.operands(), sizes)
         except RuntimeError:
             if not self._is_outdated():
                 raise
-        return self._call(ids, self.operands(), self._numbers, sizes)
+        return self._call(ids, self.operands(), sizes)
 
     def to_float(self) -> nn.Module:
         """``nn.Embedding`` with the dequantized weight (followed by the scale where ``output_scale`` is not 1)."""

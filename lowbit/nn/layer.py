@@ -50,7 +50,7 @@ class Layer(nn.Module):
         if hasattr(cls, "family") and hasattr(cls, "kind"):
             _registry[cls.family, cls.kind] = cls
             cls._op = getattr(torch.ops.lowbit, f"{cls.family}_{cls.kind}").default
-            cls._call = staticmethod(call_of(cls._op, cls.operands_class, cls.kind))
+            cls._call = call_of(cls._op, cls.operands_class, cls.kind)
 
     def __init__(
         self,

@@ -12,8 +12,6 @@ from lowbit.core.activations import ActivationSpec
 from lowbit.core.family import Format, Spec, Weight
 from lowbit.nn.layer import Layer
 
-_is_compiling = torch.compiler.is_compiling
-
 
 class LinearLayer(Layer):
     """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
@@ -91,14 +89,12 @@ class LinearLayer(Layer):
         if not input.dim() or input.size(-1) != self._in_features:
             found = tuple(input.shape)
             raise ValueError(f"input must have in_features={self.in_features} as its last size: got shape {found}")
-        if _is_compiling():
-            self._is_outdated()  # while a graph is made, no error can be caught
         try:
-            return self._call(input, self.operands(), self._numbers, self._activation)
+            return self._call(input, self.operands(), self._activation)
         except RuntimeError:
             if not self._is_outdated():
                 raise
-        return self._call(input, self.operands(), self._numbers, self._activation)
+        return self._call(input, self.operands(), self._activation)
 
     def to_float(self) -> nn.Linear:
         """``nn.Linear`` with the dequantized weight and the same bias."""
