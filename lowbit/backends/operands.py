@@ -30,7 +30,7 @@ from lowbit.backends.reference import (
 )
 from lowbit.core.activations import ActivationSpec
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
 _Self = TypeVar("_Self", bound="_Arguments")
 
 

@@ -163,9 +163,8 @@ class Format(ABC):
         """JSON-ready fields; :meth:`from_dict` is the inverse. Without what older versions do not know, where it is not
         used: they read it then."""
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        if values.get("activation_group_size", 0) is None:
-            del values["activation_group_size"]
-        return values
+        unused = [field.name for field in fields(ActivationSpec) if field.default is None]
+        return {name: value for name, value in values.items() if value is not None or name not in unused}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
