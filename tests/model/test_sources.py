@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.backends import reference
 from lowbit.backends.reference import quantize_activations
 from lowbit.packed.module import PackedLinear
 from lowbit.testing import samples
@@ -37,7 +36,7 @@ N, K = 24, 64
 
 
 def codes_of(layer: Any) -> Tensor:
-    return reference.codes_of(layer.packed, layer.format.bits, layer.format.in_features)
+    return layer.layout.codes(layer.packed, layer.format.bits, layer.format.in_features)
 
 
 def fake_quantize(observer: Any, low: int, high: int, qscheme: Any, dtype: Any = torch.qint8, **kwargs: Any) -> Any:
