@@ -23,6 +23,7 @@ from torch import Tensor
 from lowbit.backends.reference import quantize_activations
 from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.launch import TARGETS, Launch
+from lowbit.kron.operands import KronOperands
 from lowbit.packed.format import PackedFormat
 from lowbit.testing import codebook_cases, kron_cases
 from lowbit.testing.numerics import assert_linear_close
@@ -75,9 +76,7 @@ class Case:
         bits, dtype, int8 = self._configured("packed_linear", target, label, stack)
         weight = random_weight(PackedFormat(bits, 70, 512, 128, "group", "int", "float16"), bits)
         x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
-        y = module.linear(
-            x, weight.packed, weight.scales, weight.zeros, None, None, None, None, None, bits, 128, int8
-        )
+        y = module.linear(x, *weight.operands, None, None, int8, 0)
         q, inverse = quantize_activations(x, None)
         return y, lambda y: assert_linear_close(y, q.double() / inverse.double() if int8 else x, weight.dense())
 
@@ -88,10 +87,7 @@ class Case:
         kind = codebook_cases.Kind(bits, 70, 512, group, tables, scales, table_dtype, torch.float16)
         weight = codebook_cases.random_weight(kind, bits)
         x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
-        y = module.linear(
-            x, weight.packed, weight.codebook, weight.scales, *weight.nested, None, None, None, None, None, bits,
-            group, int8, True,
-        )  # fmt: skip
+        y = module.linear(x, *weight.operands, None, None, int8)
         if int8:
             q, inverse = quantize_activations(x, None)
             fixed, step = weight.fixed_point()
@@ -105,9 +101,7 @@ class Case:
         dtype = getattr(torch, label.split(", ")[1])
         weight = kron_cases.random_weight(shape, kron_cases.Kind(dtype), kron_cases.Kind(dtype))
         x = activations(3, weight.k, dtype)
-        arguments = weight.arguments
-        tensors = [arguments.pop(n) for n in ("a", "a_scales", "a_zeros", "b", "b_scales", "b_zeros")]
-        y = module.linear(x, *tensors, None, *arguments.values())
+        y = module.linear(x, *KronOperands(**weight.arguments), None)
         return y, lambda y: weight.assert_close(y, x)
 
 
