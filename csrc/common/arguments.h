@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 
 #include "common/checks.h"
@@ -61,15 +62,16 @@ inline Outliers check_outliers(const char* op, const OutlierArguments& given_ten
                ": outlier_values, outlier_columns and outlier_rows must be given together");
   if (!given || outlier_values->numel() == 0) return o;
   const int64_t nnz = outlier_values->numel();
+  const ScalarType columns = outlier_columns->scalar_type();
+  const bool pairs = columns == ScalarType::Byte;
   check_stored(op, "outlier_values", *outlier_values, nnz);
-  check_stored(op, "outlier_columns", *outlier_columns, nnz);
+  check_stored(op, "outlier_columns", *outlier_columns, nnz, pairs ? 2 : -1);
   check_stored(op, "outlier_rows", *outlier_rows, N + 1);
   o.dtype = check_float(op, "outlier_values", outlier_values->scalar_type());
   o.values = outlier_values->const_data_ptr();
-  const ScalarType columns = outlier_columns->scalar_type();
   LOWBIT_CHECK(columns == ScalarType::Int || (columns == ScalarType::Short && K <= 32768) ||
-                   (columns == ScalarType::UInt16 && K <= 65536),
-               op, ": outlier_columns must be int16 (K <= 32768), uint16 (K <= 65536) or int32: got ",
+                   ((pairs || columns == ScalarType::UInt16) && K <= 65536),
+               op, ": outlier_columns must be int16 (K <= 32768), uint16 or pairs of uint8 (K <= 65536), or int32: got ",
                dtype_name(columns), ", K=", K);
   o.wide = columns == ScalarType::Int;
   o.columns = outlier_columns->const_data_ptr();
@@ -81,22 +83,19 @@ inline Outliers check_outliers(const char* op, const OutlierArguments& given_ten
   bool ordered = o.rows[0] == 0 && o.rows[N] == nnz;
   for (int64_t n = 0; n < N; ++n) ordered &= o.rows[n] <= o.rows[n + 1];
   LOWBIT_CHECK(ordered, op, ": outlier_rows must rise from 0 to the number of outliers (", nnz, ")");
-  uint32_t largest = 0;  // read as unsigned, a negative column is a large one
-  if (o.wide) {
-    const uint32_t* c = static_cast<const uint32_t*>(o.columns);
-    for (int64_t i = 0; i < nnz; ++i) largest = std::max(largest, c[i]);
-  } else {
-    const uint16_t* c = static_cast<const uint16_t*>(o.columns);
-    for (int64_t i = 0; i < nnz; ++i) largest = std::max<uint32_t>(largest, c[i]);
-  }
-  LOWBIT_CHECK(int64_t(largest) < K, op, ": outlier_columns must be between 0 and K - 1: got ",
-               o.wide                          ? int64_t(int32_t(largest))
-               : columns == ScalarType::UInt16 ? int64_t(largest)
-                                               : int64_t(int16_t(largest)),
-               ", K=", K);
-  const auto column = [&](int64_t i) -> int64_t {
-    return o.wide ? static_cast<const int32_t*>(o.columns)[i] : static_cast<const uint16_t*>(o.columns)[i];
+  const auto column = [&o](int64_t i) -> uint32_t {  // read as unsigned, a negative column is a large one
+    if (o.wide) return static_cast<const uint32_t*>(o.columns)[i];
+    uint16_t narrow;
+    std::memcpy(&narrow, static_cast<const uint8_t*>(o.columns) + 2 * i, 2);
+    return narrow;
   };
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < nnz; ++i) largest = std::max(largest, column(i));
+  LOWBIT_CHECK(int64_t(largest) < K, op, ": outlier_columns must be between 0 and K - 1: got ",
+               o.wide                         ? int64_t(int32_t(largest))
+               : columns == ScalarType::Short ? int64_t(int16_t(largest))
+                                              : int64_t(largest),
+               ", K=", K);
   bool rising = true;
   for (int64_t n = 0; n < N; ++n)
     for (int64_t i = o.rows[n] + 1; i < o.rows[n + 1]; ++i) rising &= column(i - 1) < column(i);

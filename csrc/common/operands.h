@@ -10,7 +10,7 @@ namespace lowbit {
 struct Outliers {
   const void* values;  // null: none
   DType dtype;
-  const void* columns;  // uint16 (or int16, never negative); int32 when wide; rising in a row
+  const void* columns;  // uint16 (or int16, never negative) at any address; int32 when wide; rising in a row
   bool wide;
   const int32_t* rows;  // [N + 1]
   explicit operator bool() const { return values != nullptr; }

@@ -7,7 +7,10 @@ namespace lowbit {
 namespace {
 
 inline int64_t outlier_column(const Outliers& o, int64_t i) {
-  return o.wide ? static_cast<const int32_t*>(o.columns)[i] : static_cast<const uint16_t*>(o.columns)[i];
+  if (o.wide) return static_cast<const int32_t*>(o.columns)[i];
+  uint16_t column;
+  std::memcpy(&column, static_cast<const uint8_t*>(o.columns) + 2 * i, 2);
+  return column;
 }
 
 inline float outlier_value(const Outliers& o, int64_t i) {

@@ -29,6 +29,7 @@ from lowbit.backends.reference import (
     without_autocast,
 )
 from lowbit.core.activations import ActivationSpec
+from lowbit.core.outliers import column_indices
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
 _Self = TypeVar("_Self", bound="_Arguments")
@@ -143,7 +144,7 @@ class CodedOperands(Operands):
     """A weight of packed codes, with optional outliers in CSR form. What the codes mean is the subclass's part.
 
     ``packed``: int32, in the layout whose number is ``layout``; ``outlier_values`` ``[nnz]``, ``outlier_columns``
-    ``[nnz]`` (rising in a row), ``outlier_rows`` ``[N + 1]``.
+    ``[nnz]`` or, as pairs of bytes, uint8 ``[nnz, 2]`` (rising in a row), ``outlier_rows`` ``[N + 1]``.
     """
 
     packed: Tensor
@@ -317,5 +318,5 @@ class CodedOperands(Operands):
         if "outlier_values" in wanted:
             values, columns, rows = self.outliers
             assert values is not None and columns is not None and rows is not None
-            found["outlier_values"] = d[csr_row_indices(rows), columns.to(torch.int64)].to(values.dtype)
+            found["outlier_values"] = d[csr_row_indices(rows), column_indices(columns)].to(values.dtype)
         return found

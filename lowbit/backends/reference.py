@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.backends.layouts import rows_together
 from lowbit.core.family import FLOAT_DTYPES
+from lowbit.core.outliers import column_indices
 
 Outliers = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -76,7 +77,7 @@ def csr_row_indices(pointers: Tensor) -> Tensor:
 def outlier_matrix(values: Tensor, columns: Tensor, pointers: Tensor, in_features: int) -> Tensor:
     """The dense float32 ``[rows, K]`` form of a CSR matrix."""
     dense = torch.zeros(len(pointers) - 1, in_features, dtype=torch.float32, device=values.device)
-    return dense.index_put_((csr_row_indices(pointers), columns.to(torch.int64)), values.float())
+    return dense.index_put_((csr_row_indices(pointers), column_indices(columns)), values.float())
 
 
 def outliers_of(outliers: Outliers, rows: slice) -> Outliers:
@@ -110,7 +111,7 @@ def add_outlier_rows(dense: Tensor, rows: Tensor, outliers: Outliers) -> None:
         return
     for i, row in enumerate(rows.tolist()):
         entry = slice(int(pointers[row]), int(pointers[row + 1]))
-        dense[i, columns[entry].to(torch.int64)] += values[entry].float()
+        dense[i, column_indices(columns[entry])] += values[entry].float()
 
 
 def quantize_activations(x: Tensor, x_scale: Tensor | None, group_size: int = 0) -> tuple[Tensor, Tensor]:

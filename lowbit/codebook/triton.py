@@ -37,7 +37,7 @@ from lowbit.backends.triton.activations import (
     sum_launch,
     views,
 )  # fmt: skip
-from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
+from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale, column_numbers
 from lowbit.backends.triton.codes import (
     chunk_codes,
     dot_float32,
@@ -634,7 +634,7 @@ def _prepared(
     tensors = {name: getattr(weight, name) for name in weight.tensor_names}
     check_tensors(device, **tensors, bias=bias)
     tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
-    return replace(weight, packed=tiles, layout=TILES.number)
+    return replace(weight, packed=tiles, layout=TILES.number, outlier_columns=column_numbers(weight.outlier_columns))
 
 
 def linear(x: Tensor, *arguments: Any) -> Tensor:

@@ -13,10 +13,23 @@ from torch import Tensor
 
 from lowbit.core.family import MAX_INT16_COLUMNS
 
-__all__ = ["CSR", "Chunks", "choose_outliers", "float16_holds", "float_chunks", "sparse_rest"]
+__all__ = ["CSR", "Chunks", "choose_outliers", "column_indices", "float16_holds", "float_chunks", "sparse_rest"]
 
 Chunks = Callable[[], Iterator[tuple[Tensor, slice]]]
 CSR = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]  # values, columns, row pointers
+
+
+def column_indices(columns: Tensor) -> Tensor:
+    """int64 ``[nnz]``: the columns of a CSR matrix, whatever holds them: ``uint8 [nnz, 2]`` is the two bytes of each,
+    the low one first."""
+    if columns.dtype != torch.uint8:
+        return columns.to(torch.int64)
+    torch._check(
+        columns.dim() == 2 and columns.shape[1] == 2,
+        lambda: f"outlier_columns of uint8 must be of shape [nnz, 2]: got {list(columns.shape)}",
+    )
+    low, high = columns.to(torch.int64).unbind(1)
+    return low | high << 8
 
 
 def float_chunks(weight: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.reference import csr_row_indices
+from lowbit.core.outliers import column_indices
 
 if TYPE_CHECKING:
     from lowbit.nn.layer import Layer
@@ -38,7 +39,7 @@ def require_outliers(name: str, layer: Layer) -> None:
             f"{name}.outlier_rows must rise from 0 to the number of outliers {len(values)}: "
             f"got first {int(pointers[0])}, last {int(pointers[-1])}, smallest step {int(counts.min())}"
         )
-    column, k = columns.to(torch.int64), layer.format.in_features
+    column, k = column_indices(columns), layer.format.in_features
     if bool((column < 0).any()) or bool((column >= k).any()):
         raise ValueError(
             f"{name}.outlier_columns must be in [0, {k}): got values in [{int(column.min())}, {int(column.max())}]"

@@ -33,7 +33,7 @@ from lowbit.backends.triton.activations import (
     sum_launch,
     views,
 )  # fmt: skip
-from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale
+from lowbit.backends.triton.checks import check_bias, check_outliers, check_tensors, check_x_scale, column_numbers
 from lowbit.backends.triton.codes import (
     centered,
     chunk_codes,
@@ -270,7 +270,7 @@ def _prepared(
         outlier_values=weight.outlier_values, outlier_columns=weight.outlier_columns, outlier_rows=weight.outlier_rows,
     )  # fmt: skip
     tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
-    return replace(weight, packed=tiles, layout=TILES.number)
+    return replace(weight, packed=tiles, layout=TILES.number, outlier_columns=column_numbers(weight.outlier_columns))
 
 
 def linear_launches(

@@ -144,5 +144,10 @@ def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = F
     return Weight(format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows))
 
 
+def byte_pairs(columns: Tensor) -> Tensor:
+    """Columns of outliers as ``uint8 [nnz, 2]``, the low byte first."""
+    return torch.stack([columns & 255, columns >> 8], 1).to(torch.uint8)
+
+
 def activations(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)

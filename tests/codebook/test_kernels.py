@@ -21,7 +21,7 @@ from lowbit.codebook.module import CodebookLinear
 from lowbit.core.bitpack import pack, words_per_row
 from lowbit.testing.codebook_cases import BITS, SHAPES, Kind, Weight, kinds, random_bias, random_weight
 from lowbit.testing.numerics import U, assert_bitwise_equal, assert_linear_close, frobenius_bound
-from lowbit.testing.packed_cases import DTYPES, ROWS, activations
+from lowbit.testing.packed_cases import DTYPES, ROWS, activations, byte_pairs
 from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import Where, everywhere, running, share
 
@@ -437,6 +437,9 @@ UNSAFE = {
     "rows of another dtype": (lambda v, c, r: (v, c, r.long()), "outlier_rows must be int32"),
     "too few rows": (lambda v, c, r: (v, c, r[:-1]), "outlier_rows must be of shape"),
     "too few columns": (lambda v, c, r: (v, c[:-1], r), "outlier_columns must be of shape"),
+    "pairs that are singles": (lambda v, c, r: (v, c.byte(), r), "outlier_columns must be of shape .*11, 2]"),
+    "too few pairs": (lambda v, c, r: (v, byte_pairs(c)[:-1], r), "outlier_columns must be of shape .*11, 2]"),
+    "bytes in threes": (lambda v, c, r: (v, c.byte()[:, None].expand(-1, 3), r), "outlier_columns must be of shape"),
     "values alone": (lambda v, c, r: (v, None, None), "must be given together"),
 }
 
@@ -454,6 +457,20 @@ def test_malformed_outliers_are_refused(where, name):
     for call in (lambda: weight.linear(x), weight.dequantize, lambda: weight.embedding(ids)):
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_columns_of_outliers_as_pairs_of_bytes(where, int8):
+    """Bit for bit what other integers give, also beyond int16."""
+    for k in (96, 700, 40000):
+        weight = random_weight(Kind(2, 3, k, 32, outliers=40))
+        values, columns, rows = weight.outliers
+        columns[-1] = k - 1
+        paired = replace(weight, outliers=(values, byte_pairs(columns.int()), rows))
+        x = activations(2, k, torch.float32)
+        assert_bitwise_equal(paired.linear(x, int8=int8), weight.linear(x, int8=int8))
+        assert_bitwise_equal(paired.dequantize(), weight.dequantize())
+        assert_bitwise_equal(paired.embedding(torch.tensor([2, 0])), weight.embedding(torch.tensor([2, 0])))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-45])

@@ -4,6 +4,7 @@ Also what the sanitizer build runs, so nothing here compiles or needs more than 
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,17 @@ from lowbit.backends.reference import quantize_activations
 from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
 from lowbit.testing.numerics import HELD, assert_bitwise_equal, assert_linear_close
-from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, SHAPES, Weight, activations, formats, random_weight
+from lowbit.testing.packed_cases import (
+    BITS,
+    DTYPES,
+    ROWS,
+    SHAPES,
+    Weight,
+    activations,
+    byte_pairs,
+    formats,
+    random_weight,
+)
 from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import call, everywhere, running, share
 
@@ -354,6 +365,20 @@ def test_many_rows_are_multiplied_in_several_passes(where, mode):
     y = weight.linear(x, **mode_of(mode, None))
     for row in (0, 1, 383, 384, 767, 768, 1151, 1152, 1199):
         assert_bitwise_equal(weight.linear(x[row : row + 1], **mode_of(mode, None)), y[row : row + 1])
+
+
+def test_columns_of_outliers_as_pairs_of_bytes(where):
+    """Bit for bit what other integers give; at any address."""
+    weight = random_weight(grouped(4, 20, 700, 64, outliers=40))
+    values, columns, rows = weight.outliers
+    columns[-1] = 699
+    spaced = torch.zeros(81, dtype=torch.uint8)
+    pairs = spaced[where.backend == "cpu" :][:80].view(40, 2).copy_(byte_pairs(columns))
+    paired = replace(weight, outliers=(values, pairs, rows))
+    x = activations(2, 700, torch.float32)
+    assert_bitwise_equal(paired.linear(x), weight.linear(x))
+    assert_bitwise_equal(paired.dequantize(), weight.dequantize())
+    assert_bitwise_equal(paired.embedding(torch.tensor([19, 0])), weight.embedding(torch.tensor([19, 0])))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -48,17 +48,23 @@ def check_outliers(values: Tensor | None, columns: Tensor | None, rows: Tensor |
         lambda: f"outlier_values must be float32, float16 or bfloat16 [nnz]: got {values.dtype} {list(values.shape)}",
     )
     torch._check(
-        columns.shape == values.shape,
-        lambda: f"outlier_columns must be of shape {list(values.shape)}: got {list(columns.shape)}",
+        columns.dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32),
+        lambda: f"outlier_columns must be int16, uint16, pairs of uint8, or int32: got {columns.dtype}",
     )
+    shape = [len(values), 2] if columns.dtype == torch.uint8 else [len(values)]
     torch._check(
-        columns.dtype in (torch.int16, torch.int32),
-        lambda: f"outlier_columns must be int16 or int32: got {columns.dtype}",
+        list(columns.shape) == shape,
+        lambda: f"outlier_columns must be of shape {shape}: got {list(columns.shape)} of {columns.dtype}",
     )
     torch._check(
         tuple(rows.shape) == (n + 1,), lambda: f"outlier_rows must be of shape [{n + 1}]: got {list(rows.shape)}"
     )
     torch._check(rows.dtype == torch.int32, lambda: f"outlier_rows must be int32: got {rows.dtype}")
+
+
+def column_numbers(columns: Tensor | None) -> Tensor | None:
+    """Columns of outliers as kernels load them: pairs of bytes are uint16."""
+    return columns.view(torch.uint16) if columns is not None and columns.dtype == torch.uint8 else columns
 
 
 def check_x_scale(x_scale: Tensor | None, int8: bool) -> None:
