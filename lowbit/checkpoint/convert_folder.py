@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowbit.checkpoint import stream
-from lowbit.checkpoint.folder import save
+from lowbit.checkpoint import foreign, stream
+from lowbit.checkpoint.folder import DESCRIPTION_FILE, save
 from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lowbit.model.build import build_group
@@ -52,15 +52,28 @@ def convert_folder(
 
     Raises:
         FileNotFoundError, FileExistsError: ``src`` is not a model folder; ``dst`` is not empty.
-        ValueError: as :func:`lowbit.convert`, and for a malformed checkpoint.
+        ValueError: as :func:`lowbit.convert`; for a malformed checkpoint; and naming format, file and layer for a
+            model that another library quantized, or that is packed already.
     """
     src, dst = Path(src), Path(dst)
+    if not src.is_dir():
+        raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")
+    if (src / DESCRIPTION_FILE).is_file() or foreign.is_packed(src):
+        raise ValueError(f"{src} is a lowbit folder already: lowbit.load reads it, lowbit.dequantize makes it float")
+    declared = foreign.declared(src)
+    importer = None if declared is None else foreign.importers.get(declared.format)
+    if declared is not None and importer is None:
+        raise declared.error()
     library = library_of(src)
     if library is None:
         raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} must not exist, or be an empty folder")
-    model = None if calibration is not None or loss is not None else _convert_streaming(library, src, spec, skip)
+    model = None
+    if importer is not None:
+        model = importer(src, spec, skip)
+    elif calibration is None and loss is None:
+        model = _convert_streaming(library, src, spec, skip)
     if model is None:
         model = convert(library.load_float(src), spec, skip=skip, calibration=calibration, loss=loss)
     dst.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        raise FileNotFoundError(f"{folder} is not a folder{' but a file' if folder.exists() else ''}")
     if not (folder / DESCRIPTION_FILE).is_file():
         library = libraries.library_of(folder)
         if library is None:

@@ -6,6 +6,8 @@ Names inside transformers that this file depends on were checked with 5.23.
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint import libraries, stream
+from lowbit.checkpoint import foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors
-from lowbit.checkpoint.reader import Checkpoint, read_json
+from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
 from lowbit.model.convert import convert, dequantize
 from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
@@ -95,10 +97,13 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _install_dtype()
-        if not self.pre_quantized:
-            return model
         # files of another kind than safetensors have no header to check; transformers 5 does not write any
         self._files = [Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")]
+        if not self.pre_quantized:
+            declared = foreign.declared(self._files[0].parent) if self._files else None
+            if declared is not None:
+                raise declared.error()
+            return model
         assert self.quantization_config.metadata is not None
         _apply(model, self.quantization_config.metadata)
         retie(model)
@@ -111,7 +116,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if self._files:
             checkpoint = Checkpoint(self._files)
-            check(model, checkpoint, match(model, checkpoint, conversions))
+            found = match(model, checkpoint, conversions)
+            if self.pre_quantized:
+                check(model, checkpoint, found)
+            else:
+                check_float(model, checkpoint.entries, found)
         return conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -282,15 +291,16 @@ class Match:
     Attributes:
         names: name in the model's state_dict -> name in the checkpoint.
         unexpected: what the model has no place for: the model's name it would have -> name in the checkpoint.
-        transformed: model names that transformers computes from several tensors or by an operation.
+        transformed: model names that transformers computes from several tensors or by an operation -> the names of
+            those in the checkpoint.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     unexpected: dict[str, str] = field(default_factory=dict)
-    transformed: set[str] = field(default_factory=set)
+    transformed: dict[str, list[str]] = field(default_factory=dict)
 
 
-def match(model: Any, checkpoint: Checkpoint, conversions: list[Any] | None = None) -> Match:
+def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None = None) -> Match:
     """Match names as transformers' loader does: its renamings, the base model's prefix added or removed."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -308,7 +318,7 @@ def match(model: Any, checkpoint: Checkpoint, conversions: list[Any] | None = No
         if name not in state:
             found.unexpected[name] = key
         elif operation is not None:
-            found.transformed.add(name)
+            found.transformed.setdefault(name, []).append(key)
         else:
             found.names[name] = key
     return found
@@ -321,7 +331,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
     well; another class (a base model, another head) may leave tensors out or start new ones, as in
     transformers.
     """
-    provided = set(found.names) | found.transformed
+    provided = set(found.names) | set(found.transformed)
     tied = {**model.all_tied_weights_keys}
     for target, source in tied.items():
         if {target, source} & provided:
@@ -337,7 +347,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
         mandatory = (owner in packed and not is_new) or (same_class and re.search(ignored, name) is None)
         if mandatory and name not in provided:
             raise ValueError(f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required")
-    ignored = "|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)"
+    ignored = _left_out(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
         if name.rpartition(".")[0] in packed:
@@ -345,6 +355,64 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
         if same_class and re.search(ignored, name) is None:
             raise ValueError(f"{file}: tensor {key!r} belongs to no module of {type(model).__name__}")
     stream.check_shapes(model, checkpoint, found.names)
+
+
+def _left_out(model: Any) -> str:
+    """A pattern of the names of tensors that transformers leaves out without a word, as its loader has it."""
+    buffers = [name for name, _ in model.named_buffers()]
+    more = {  # those that are no longer saved, and may have another owner than in the files
+        r"rotary_emb\.inv_freq": any(name.endswith("rotary_emb.inv_freq") for name in buffers),
+        r"(^|\.)position_ids$": any(name.endswith("position_ids") for name in buffers),
+    }
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *(p for p, wanted in more.items() if wanted)]
+    return "|".join(f"({pattern})" for pattern in patterns) or "(?!)"
+
+
+def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
+    """Check the headers of a *float* model: a tensor that no module takes may belong to a quantized format.
+
+    What transformers leaves out without a word is left out. So is what belongs to a module that ``model`` does not
+    have, such as a head, with a warning.
+
+    Raises:
+        ValueError: naming file, tensor and format: a tensor beside the weight of a module that does not take it, one
+            in the model's layers with the name of a scale or of codes, or a weight that is not stored in float16,
+            bfloat16, float32 or float64.
+    """
+    state, cls, prefix = model.state_dict(), type(model).__name__, model.base_model_prefix + "."
+    buffers = {name for name, _ in model.named_buffers()}
+    children = {name for name, _ in model.named_children()}
+    owners = {name for name, m in model.named_modules(remove_duplicate=False) if m._parameters and name} | set(state)
+    ignored, left_out = _left_out(model), []
+    for name, key in found.unexpected.items():
+        names = (name, name.removeprefix(prefix), prefix + name)  # a base model's file, or a file of a base model
+        if re.search(ignored, name) or buffers.intersection(names):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        sign = foreign.sign_of(leaf)
+        beside = any(n.rpartition(".")[0] in owners or any(n.startswith(f"{t}_") for t in state) for n in names)
+        if beside or (sign is not None and any(n.partition(".")[0] in children for n in names[:2])):
+            kind = f", as {sign} has it" if sign else ""
+            raise ValueError(
+                f"{entries[key].file}: tensor {key!r} ({_dtype(entries[key])}) of layer "
+                f"{owner.removesuffix('.weight')!r} belongs to no module of {cls}: the folder is not a plain float "
+                f"model{kind}. lowbit does not read other quantized formats: give the float model"
+            )
+        left_out.append(key)
+    for name, keys in [*((name, [key]) for name, key in found.names.items()), *found.transformed.items()]:
+        for key in keys:
+            if state[name].is_floating_point() and entries[key].dtype not in foreign.FLOATS:
+                raise ValueError(
+                    f"{entries[key].file}: tensor {key!r} is stored as {_dtype(entries[key])}: {cls} has a float "
+                    "tensor there. lowbit does not read quantized formats of other libraries: give the float model"
+                )
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(f"left out, {cls} has no module for it: {', '.join(left_out[:5])}{more}", stacklevel=2)
+
+
+def _dtype(entry: Entry) -> str:
+    return str(entry.dtype).removeprefix("torch.")
 
 
 def _same_class(model: Any) -> bool:
@@ -447,7 +515,15 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     import transformers
 
     file = folder / "config.json"
+    declared = foreign.declared(folder)
+    if declared is not None:
+        raise declared.error()
     description = read_json(file).get("quantization_config")
+    if not description:
+        raise ValueError(
+            f"{folder} holds a float model: {file.name} has no quantization_config with quant_method 'lowbit'. "
+            "lowbit.convert_folder converts it; or load it with from_pretrained and call lowbit.convert"
+        )
     if not isinstance(description, dict) or description.get("quant_method") != METHOD:
         raise ValueError(f"{file}: quantization_config must have quant_method 'lowbit': got {description!r:.200}")
     try:
@@ -504,7 +580,13 @@ def load_float(folder: Path) -> Any:
     cls = getattr(transformers, name, None)
     if cls is None:
         raise ValueError(f"{folder / 'config.json'}: architectures must name a class of transformers: got {name!r}")
-    return cls.from_pretrained(folder, dtype="auto")
+    model, entries = skeleton(folder), foreign.headers(folder)
+    check_float(model, entries, match(model, entries))
+    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder}: tensor {missing[0]!r} of {name} is missing ({len(missing)} in all)")
+    return model
 
 
 def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
@@ -515,6 +597,7 @@ def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
     found = match(model, checkpoint)
     if found.transformed:
         return None
+    check_float(model, checkpoint.entries, found)
     for target, source in model.all_tied_weights_keys.items():
         key = found.names.get(source) or found.names.get(target)
         if key is not None:

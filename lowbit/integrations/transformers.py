@@ -54,6 +54,7 @@ def register() -> None:
 
     And let converting, saving and loading know what is special about transformers models.
     """
+    hooks.before_convert.register(check_loaded)
     hooks.after_convert.register(attach)
     hooks.after_dequantize.register(detach)
     libraries.register(Transformers())
@@ -76,6 +77,22 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if is_pretrained(module) and not any(not outer or name.startswith(outer + ".") for outer in found):
             found.append(name)
             yield name, module
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a quantized model that transformers loaded without its quantizer: it is random then."""
+    for name, inner in model.named_modules():
+        if not is_pretrained(inner):
+            continue
+        config: Any = getattr(inner.config, "quantization_config", None)
+        fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+        loaded = getattr(inner, "hf_quantizer", None) is not None or getattr(inner.config, "_is_quantized", False)
+        if fields and not loaded:
+            raise ValueError(
+                f"{name or type(inner).__name__}: config.quantization_config names the format "
+                f"{fields.get('quant_method')!r}, which transformers did not load: the weights may be random. Load the "
+                "float model, or set config.quantization_config = None if the weights are right"
+            )
 
 
 def attach(model: nn.Module) -> None:

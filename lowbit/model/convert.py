@@ -52,6 +52,7 @@ def convert(
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before.
     """
+    hooks.before_convert(model)
     plan = make_plan(model, spec, skip or ())
     batches = None if calibration is None else list(calibration)
     check_calibration(plan, batches, loss)

@@ -1,4 +1,4 @@
-"""What integrations do to a model after its layers were swapped: they register it here."""
+"""What integrations do with a model before and after its layers are swapped: they register it here."""
 
 from __future__ import annotations
 
@@ -25,5 +25,6 @@ class Hooks:
             function(model)
 
 
+before_convert = Hooks()  # may raise: nothing has changed
 after_convert = Hooks()
 after_dequantize = Hooks()

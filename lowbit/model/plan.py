@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import FLOAT_DTYPES, Spec
-from lowbit.model import sources
+from lowbit.model import foreign, sources
 from lowbit.nn.layer import Layer, layers
 
 Specs = Spec | Mapping[str, Spec | None]
@@ -62,11 +62,17 @@ def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) ->
     _check_arguments(spec, skip)
     candidates, skipped = _candidates(model)
     problems: list[str] = []
+    quantized: list[str] = []
     for name, reason in list(skipped.items()):
         if _matching(skip, [name]):
             skipped[name] = "skipped by the caller"
         elif isinstance(spec, Mapping) and any(pattern == name for pattern in spec):
             problems.append(f"{name}: cannot be converted: {reason}")
+        elif reason.startswith(foreign.QUANTIZED) and (isinstance(spec, Spec) or _matching(spec or (), [name])):
+            quantized.append(name)
+    if quantized:  # what is left would be half a model: it is to be asked for
+        listed = ", ".join(quantized[:3]) + (f" and {len(quantized) - 3} more" if len(quantized) > 3 else "")
+        problems.append(f"{listed}: {skipped[quantized[0]]}. Load the float model, or leave them as they are by skip=")
     groups = _assign(candidates, spec, skip, skipped, problems)
     unfit = {s.name: problem for group in groups for s in group if (problem := problem_of(s)) is not None}
     if unfit:
@@ -127,6 +133,8 @@ def _examine(name: str, module: nn.Module) -> tuple[Swap | None, str | None]:
         if isinstance(source, str):
             return None, source
         return Swap([name], module, source.kind, source=source), None
+    if not isinstance(module, Layer) and (reason := foreign.why_foreign(module)) is not None:
+        return None, reason
     kind, transposed = "linear", False
     extras: dict[str, Any] = {}
     if _is_conv1d(module):

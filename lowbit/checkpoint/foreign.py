@@ -1,0 +1,172 @@
+"""Folders in a quantized format of another library: told by their config files and headers, before a weight is read.
+
+Reading such a folder as a float one would give garbage: its scales belong to no module of the float model. Until an
+importer is registered for a format, a folder in it is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, Entry, read_json
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Where libraries other than transformers say how they quantized: the file, and the format where it does not name it.
+_OWN_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+    "quantization_config.json": "auto-round",
+}
+_SECTIONS = ("quantization_config", "compression_config")
+_DETAILS = ("format", "fmt", "checkpoint_format", "packing_format", "quant_type", "quant_algo", "version")
+# The last part of a tensor's name -> whose tensor that is. The first that fits counts.
+_SIGNS = {
+    r"^qweight$|^qzeros$|^g_idx$": "GPTQ or AWQ",
+    r"^weight_packed$|^weight_shape$|^weight_zero_point$|^weight_g_idx$|^weight_global_scale$": "compressed-tensors",
+    r"scale_inv$": "FP8 in blocks",
+    r"_(blocks|scales)$": "MXFP4",
+    r"absmax|quant_map|quant_state|bitsandbytes": "bitsandbytes, 4 bits",
+    r"^SCB$|^weight_format$": "bitsandbytes, 8 bits",
+    r"qdata": "torchao",
+    r"^W_q$": "HQQ",
+    r"^_(data|scale|shift)$": "quanto",
+    r"^code(book)?s$": "AQLM",
+    r"scale|zero_?(point)?s?$|amax": "",
+}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What a folder says of its format.
+
+    Attributes:
+        format: the name of the format, as the library writes it: a key of :data:`importers`.
+        file: the file that says so.
+        detail: the format's variant, where the file names one.
+    """
+
+    format: str
+    file: Path
+    detail: str = ""
+
+    def error(self) -> ValueError:
+        """What to tell who gave this folder, with a layer in this format and its file."""
+        example = _example(self.file.parent)
+        detail = f" ({self.detail})" if self.detail else ""
+        return ValueError(
+            f"{self.file}: the model is quantized in the format {self.format!r}{detail}, which lowbit does not read"
+            f"{f': {example}' if example else ''}. Give the float model that it was made from"
+        )
+
+
+Importer = Callable[[Path, Any, Any], nn.Module]
+# Format -> a function of folder, spec and skip that gives the packed model: what is stored as it is, the rest by the
+# spec. Empty: no format is read yet.
+importers: dict[str, Importer] = {}
+
+
+def declared(folder: Path) -> Foreign | None:
+    """The foreign format that a config file of ``folder`` names, or that its only weights are in."""
+    config = folder / "config.json"
+    if config.is_file():
+        for section in _sections(read_json(config)):
+            if section.get("quant_method") != "lowbit":
+                return _foreign(section, config, "unknown")
+    for name, format in _OWN_FILES.items():
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            return _foreign({**content, **content.get("quantization", {})}, folder / name, format)
+    files = sorted(folder.glob("*.gguf"))
+    if files and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)) and not _pickles(folder):
+        return Foreign("gguf", files[0])
+    return None
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether ``config.json`` of ``folder`` says that lowbit saved the model."""
+    config = folder / "config.json"
+    return config.is_file() and any(s.get("quant_method") == "lowbit" for s in _sections(read_json(config)))
+
+
+def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every ``quantization_config`` of a configuration and of those nested in it."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            if key in _SECTIONS:
+                yield value
+            else:
+                yield from _sections(value)
+
+
+def _foreign(section: dict[str, Any], file: Path, default: str) -> Foreign:
+    method = section.get("quant_method") or default
+    if method == "unknown" and section.get("quant_algo"):
+        method = "modelopt"
+    details = [section[name] for name in _DETAILS if isinstance(section.get(name), str) and section[name] != method]
+    bits = section.get("bits", section.get("w_bit"))
+    return Foreign(str(method), file, ", ".join([*details[:2], *([f"{bits} bits"] if isinstance(bits, int) else [])]))
+
+
+def _example(folder: Path) -> str:
+    """One layer in the folder that is not stored as floats, and the file it is in."""
+    try:
+        entries = headers(folder)
+    except (FileNotFoundError, ValueError):
+        return ""  # dtypes that only this format has, or files of another kind
+    for name, entry in entries.items():
+        layer, _, leaf = name.rpartition(".")
+        if (leaf.startswith("weight") and entry.dtype not in FLOATS) or sign_of(leaf) is not None:
+            layer = layer.removesuffix(".weight")
+            mine = [n for n in entries if n.startswith(layer + ".")]
+            stored = ", ".join(f"{n.removeprefix(layer + '.')} {_dtype(entries[n])}" for n in mine[:4])
+            return f"layer {layer!r} in {entry.file.name} holds {stored}"
+    return ""
+
+
+def _dtype(entry: Entry) -> str:
+    return str(entry.dtype).removeprefix("torch.")
+
+
+def sign_of(leaf: str) -> str | None:
+    """Whose quantized tensors are called ``leaf``: a format, ``""`` where several do, ``None`` where none does."""
+    return next((format for pattern, format in _SIGNS.items() if re.search(pattern, leaf)), None)
+
+
+def headers(folder: Path) -> dict[str, Entry]:
+    """The tensors in the files of ``folder`` by name, without their values; of pickled files too.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: naming a file that cannot be read.
+    """
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return Checkpoint.of_folder(folder).entries
+    files = _pickles(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no weights: neither {SINGLE_FILE}, {INDEX_FILE} nor pytorch_model.bin")
+    return dict(_pickled(files))
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _pickled(files: Iterable[Path]) -> Iterator[tuple[str, Entry]]:
+    for file in files:
+        try:
+            content = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read as plain tensors: {str(error)[:200]}") from None
+        for name, tensor in content.items():
+            if isinstance(tensor, torch.Tensor):
+                yield name, Entry(file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
