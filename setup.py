@@ -1,7 +1,7 @@
 """Builds the native library lowbit/_C.abi3.so. Everything else about the package is in pyproject.toml.
 
 Environment:
-    LOWBIT_NO_NATIVE=1                    install pure Python, whatever is available
+    LOWBIT_NO_NATIVE=1                    install pure Python: a slow reference runs instead of the kernels
     LOWBIT_SANITIZE=address,undefined     build an instrumented library (see tests/sanitize.py)
     MAX_JOBS                              how many compilers run at a time (default: one per core)
     CXX, CXXFLAGS, LDFLAGS                as usual; NVCC and NVCCFLAGS for csrc/cuda
@@ -9,7 +9,7 @@ Environment:
 This file writes build/native/build.ninja, and ninja builds what has changed. The objects stay in that folder.
 
 The library uses torch's stable ABI and no Python API: one build serves Python >= 3.10 and torch >= 2.10.
-Without torch, a compiler or ninja the package is installed as pure Python, and says so.
+Without torch, a compiler or ninja the build fails and names the remedy. Metadata and sdists need none of these.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -46,6 +47,7 @@ OBJECTS: dict[str, tuple[str, list[str]]] = {
 OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
 OBJECTS |= {
     "library": ("csrc/library.cpp", []),
+    "older_runtimes": ("csrc/older_runtimes.cpp", []),
     "blocks_layout_ops": ("csrc/cpu/blocks_layout_ops.cpp", []),
     "codebook_quantize_ops": ("csrc/cpu/codebook/quantize_ops.cpp", []),
     "codebook_kmeans": ("csrc/cpu/codebook/kmeans.cpp", []),
@@ -99,22 +101,25 @@ def ninja() -> str | None:
     return str(Path(ninja.BIN_DIR, "ninja"))
 
 
-def why_not() -> str | None:
-    """Why the native library cannot be built here, or None."""
-    if os.environ.get("LOWBIT_NO_NATIVE", "0") not in ("", "0"):
-        return "LOWBIT_NO_NATIVE is set"
-    if sys.platform == "win32":
-        return "the native library is not built on Windows yet"
+# Windows has no kernels yet.
+PURE_PYTHON = os.environ.get("LOWBIT_NO_NATIVE", "0") not in ("", "0") or sys.platform == "win32"
+BUILD_HERE = "pip install torch ninja 'setuptools>=77' wheel, then: pip install --no-build-isolation ."
+
+
+def missing() -> str | None:
+    """What the native library cannot be built without here, and the remedy; or None."""
     if not compiler():
-        return "no C++ compiler found (tried CXX, c++, g++, clang++)"
+        return "no C++ compiler was found (tried CXX, c++, g++, clang++): install g++, or name yours in CXX"
     if not ninja():
-        return "no ninja found (pip install ninja)"
+        return f"ninja was not found: {BUILD_HERE}"
     try:
         import torch
     except ImportError:
-        return "torch is not importable in the build environment (use --no-build-isolation)"
+        return f"torch cannot be imported where the build runs. pip hides it by build isolation: {BUILD_HERE}"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return None if version >= (2, 10) else f"torch >= 2.10 is needed to build: found {torch.__version__}"
+    if version < (2, 10):
+        return f"torch >= 2.10 is needed: found {torch.__version__}. pip install 'torch>=2.10', then again"
+    return None
 
 
 def environment_flags(name: str) -> list[str]:
@@ -195,11 +200,20 @@ class Build(build_ext):
         self.native_temp = Path(self.build_temp or "build/native")
         super().finalize_options()
 
+    def run(self) -> None:
+        lacks = missing() if self.extensions else None
+        if lacks:
+            raise SystemExit(
+                f"lowbit: the kernels cannot be compiled: {lacks}\n"
+                "(LOWBIT_NO_NATIVE=1 installs pure Python: a slow reference in torch)"
+            )
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         self.made = write_ninja(self.native_temp, output.name)
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-        if subprocess.run([ninja(), "-f", self.native_temp / "build.ninja", f"-j{jobs}"]).returncode:
+        if run_ninja([ninja(), "-f", str(self.native_temp / "build.ninja"), f"-j{jobs}"]):
             raise SystemExit("lowbit: the native library does not build: see above")
         output.parent.mkdir(parents=True, exist_ok=True)
         for library in self.made:
@@ -210,6 +224,29 @@ class Build(build_ext):
             replace(Path(self.build_lib, "lowbit", library), Path("lowbit", library))
 
 
+def hidden_from() -> TextIO | None:
+    """The terminal of the user from whom pip hides what a build prints; None where it is shown, or where none is."""
+    if sys.stdout.isatty():
+        return None
+    try:
+        return open("/dev/tty", "w")
+    except OSError:
+        return None
+
+
+def run_ninja(command: list[str]) -> int:
+    """Runs ninja; its exit status. What it does is seen on the terminal, too, while pip keeps its output to itself."""
+    terminal = hidden_from()
+    if terminal is None:
+        return subprocess.run(command).returncode
+    with terminal, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("["):  # [5/21] compile build/native/packed_avx2.o
+                print(f"  lowbit: {line}", end="", file=terminal, flush=True)
+    return process.returncode
+
+
 def replace(source: Path, target: Path) -> None:
     """Copies; whoever has the old ``target`` loaded keeps it."""
     temporary = target.with_name(f".{target.name}.new")
@@ -218,9 +255,8 @@ def replace(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-reason = why_not()
-if reason:
-    print(f"lowbit: building without native kernels ({reason}): the reference will run", file=sys.stderr)
+if PURE_PYTHON:
+    print("lowbit: building without native kernels: the reference will run", file=sys.stderr)
     setup()
 else:
     setup(

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -35,9 +37,17 @@ def test_the_library_uses_only_torchs_stable_abi():
     assert "STABLE" in done.stdout and "Min torch:   2.10" in done.stdout
 
 
-def run_in(target: Path, code: str) -> subprocess.CompletedProcess:
-    """Python that imports the lowbit unpacked in ``target``, from another folder than the checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONNOUSERSITE": "1"}
+@needs_library
+@pytest.mark.parametrize(("name", "newest"), [("GLIBC", (2, 28)), ("GLIBCXX", (3, 4, 24)), ("CXXABI", (1, 3, 11))])
+def test_the_library_runs_on_manylinux_2_28(name, newest):
+    found = re.findall(rf"\0{name}_([0-9.]+)\0".encode(), native.path().read_bytes())
+    assert found and max(tuple(map(int, version.decode().split("."))) for version in found) <= newest
+
+
+def run_in(target: Path, code: str, *others: Path) -> subprocess.CompletedProcess:
+    """Python that imports the lowbit in ``target``, from another folder than the checkout."""
+    path = os.pathsep.join(map(str, (target, *others)))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONNOUSERSITE": "1"}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=target, capture_output=True, text=True, timeout=120
     )
@@ -75,9 +85,68 @@ def test_the_wheel_works(tmp_path, native_build):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     assert (target / "lowbit" / "py.typed").is_file()
+    assert {path.name for path in target.iterdir()} == {"lowbit", f"lowbit-{lowbit.__version__}.dist-info"}
+    assert not (target / "lowbit" / "testing").exists()
     used = run_in(target, USE)
     assert used.returncode == 0, used.stderr
     where, backend, *shape = used.stdout.split(" ", 2)
     assert Path(where).is_relative_to(target) and shape == ["(2, 32)\n"]
     assert backend == ("cpu" if native_build else "reference")
     assert ("slow torch reference" in used.stderr) is not native_build
+
+
+def setup_py(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    """setup.py where the modules in ``folder`` come before installed ones."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "LOWBIT_NO_NATIVE": "0", **variables}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("torch", "variables", "said"),
+    [
+        ("raise ImportError", {}, "build isolation"),
+        ("__version__ = '2.9.1+cpu'", {}, "torch >= 2.10 is needed: found 2.9.1+cpu"),
+        ("__version__ = '2.10.0'", {"PATH": "", "CXX": ""}, "no C++ compiler"),
+    ],
+    ids=["no torch", "old torch", "no compiler"],
+)
+def test_a_build_without_what_it_needs_fails_with_the_remedy(tmp_path, torch, variables, said):
+    (tmp_path / "torch.py").write_text(torch)
+    folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    done = setup_py(tmp_path, "build_ext", *folders, **variables)
+    assert done.returncode != 0
+    assert said in done.stderr and "LOWBIT_NO_NATIVE=1" in done.stderr, done.stderr
+    assert ("--no-build-isolation" in done.stderr) is (torch == "raise ImportError")
+
+
+@needs_source
+def test_what_needs_no_kernels_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    assert setup_py(tmp_path, "egg_info", "--egg-base", str(tmp_path)).returncode == 0
+    folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    assert setup_py(tmp_path, "build_ext", *folders, LOWBIT_NO_NATIVE="1").returncode == 0
+
+
+@needs_library
+@needs_source
+def test_a_clone_runs_the_library_of_an_installation_from_the_same_sources(tmp_path):
+    clone, installed = tmp_path / "clone", tmp_path / "site-packages"
+    shutil.copytree(ROOT / "lowbit", clone / "lowbit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(clone / "lowbit", installed / "lowbit")
+    shutil.copy(native.path(), installed / "lowbit" / "_C.abi3.so")
+    description = installed / f"lowbit-{lowbit.__version__}.dist-info" / "METADATA"
+    description.parent.mkdir()
+    description.write_text(f"Metadata-Version: 2.1\nName: lowbit\nVersion: {lowbit.__version__}\n")
+    used = run_in(clone, USE, installed)
+    where, backend, _ = used.stdout.split(" ", 2)
+    assert Path(where).is_relative_to(clone) and backend == "cpu" and not used.stderr
+
+    with (clone / "lowbit" / "packed" / "op.py").open("a") as file:
+        file.write("# another schema\n")
+    used = run_in(clone, USE, installed)
+    assert used.stdout.split(" ", 2)[1] == "reference"
+    (line,) = [line for line in used.stderr.splitlines() if "slow torch reference" in line]
+    assert "belongs to other sources" in line and "pip install -e . --no-build-isolation" in line

@@ -11,23 +11,50 @@ Environment:
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import threading
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
-_FILE = Path(__file__).parents[2] / "_C.abi3.so"
+_PACKAGE = Path(__file__).parents[2]
+_NAME = "_C.abi3.so"
+_CALLERS = ("core", "backends", "nn", "packed", "codebook", "kron")  # they define and call the ops
 _lock = threading.Lock()
 _tried = False
 _reason: str | None = None
 
 
 def path() -> Path:
-    """The library's file: LOWBIT_LIBRARY, else the one built into the package (which may not exist)."""
+    """The library's file: LOWBIT_LIBRARY, else the one built into the package (which may not exist).
+
+    A source folder without one takes that of an installed lowbit, if the Python that calls its ops is the same.
+    """
     override = os.environ.get("LOWBIT_LIBRARY")
-    return Path(override) if override else _FILE
+    if override:
+        return Path(override)
+    own = _PACKAGE / _NAME
+    return own if own.is_file() else next(filter(_fits, _installed()), own)
+
+
+def _installed() -> list[Path]:
+    """The compiled libraries of other installations that this Python would find."""
+    found = (Path(str(each.locate_file(f"lowbit/{_NAME}"))) for each in distributions(name="lowbit"))
+    return [file for file in dict.fromkeys(found) if file.is_file()]
+
+
+def _fits(library: Path) -> bool:
+    """Whether the files beside ``library`` that define and call its ops are those of this package."""
+
+    def files(package: Path) -> set[Path]:
+        return {file.relative_to(package) for name in _CALLERS for file in (package / name).rglob("*.py")}
+
+    here = files(_PACKAGE)
+    same = (filecmp.cmp(_PACKAGE / file, library.parent / file, shallow=False) for file in here)
+    return here == files(library.parent) and all(same)
 
 
 def load() -> str | None:
@@ -45,7 +72,9 @@ def load() -> str | None:
 
 def _load(file: Path) -> str | None:
     if not file.is_file():
-        return f"not compiled: there is no {file} (build it: pip install -e . --no-build-isolation)"
+        others = _installed() if file == _PACKAGE / _NAME else []
+        other = "".join(f"; {each} belongs to other sources" for each in others)
+        return f"not compiled: there is no {file}{other} (build it: pip install -e . --no-build-isolation)"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         return f"the native library needs torch >= 2.10: found {torch.__version__}"
