@@ -32,7 +32,7 @@ import lowbit
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec
+from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean
 from lowbit.core.quantizer import names
 from lowbit.model.report import Report, Row
 from lowbit.nn.layer import Layer, layer_class
@@ -49,7 +49,7 @@ CALIBRATION_LENGTH = 512  # tokens of one calibration sample
 
 _SPECS: dict[str, type[Spec]] = {cls.__name__: cls for cls in (lowbit.Packed, lowbit.Codebook, lowbit.Kronecker)}
 # "Codebook(bits=3)", or "*.mlp.*=Codebook(bits=3)"
-_SPEC_TEXT = re.compile(rf"(?:(?P<pattern>[^=()]+)=)?(?P<spec>(?:{'|'.join(_SPECS)})\(.*\)|None)", re.DOTALL)
+_SPEC_TEXT = re.compile(r"(?:(?P<pattern>[^=()]+)=)?(?P<spec>\s*[\w.]+\s*\(.*\)|\s*None)", re.DOTALL)
 
 
 def parse_spec(text: str) -> Spec | None:
@@ -59,8 +59,10 @@ def parse_spec(text: str) -> Spec | None:
     """
     try:
         spec = _spec_value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError) as error:
+    except SyntaxError as error:
         raise ValueError(f"{text!r} is not a spec: {error}") from None
+    except TypeError as error:  # an argument that it does not have
+        raise ValueError(str(error)) from None
     if spec is not None and not isinstance(spec, Spec):
         raise ValueError(f"{text!r} is not a spec: write one of {', '.join(f'{n}(...)' for n in _SPECS)}, or None")
     return spec
@@ -68,19 +70,28 @@ def parse_spec(text: str) -> Spec | None:
 
 def _spec_value(node: ast.expr) -> Any:
     if not isinstance(node, ast.Call):
-        try:
-            value = ast.literal_eval(node)
-        except ValueError:
-            raise ValueError(
-                f"{ast.unparse(node)!r} is not a value: write a literal, or the name of a dtype such as 'float16'"
-            ) from None
-        return FLOAT_DTYPES.get(value, value) if isinstance(value, str) else value
-    if not isinstance(node.func, ast.Name) or node.func.id not in _SPECS or node.args:
-        raise ValueError(f"{ast.unparse(node)!r} is not a spec: write {' or '.join(_SPECS)} with named arguments")
+        return _literal(node)
+    written = ast.unparse(node.func)
+    name = written.removeprefix("lowbit.")
+    if name not in _SPECS:
+        raise ValueError(f"{written!r} is not a spec{did_you_mean(name.rpartition('.')[2], _SPECS)}")
     arguments = {keyword.arg: _spec_value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
-    if len(arguments) < len(node.keywords):
+    if node.args or len(arguments) < len(node.keywords):
         raise ValueError(f"{ast.unparse(node)!r} is not a spec: name every argument, each once")
-    return _SPECS[node.func.id](**arguments)
+    return _SPECS[name](**arguments)
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal's value; the dtype that ``'float16'`` or ``torch.float16`` names."""
+    written = ast.unparse(node)
+    if written.startswith("torch.") and written.removeprefix("torch.") in FLOAT_DTYPES:
+        return FLOAT_DTYPES[written.removeprefix("torch.")]
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        hint = f"text stands in quotes, '{written}'" if isinstance(node, ast.Name) else "write a literal"
+        raise ValueError(f"{written!r} is not a value: {hint}, or name a dtype such as 'float16'") from None
+    return FLOAT_DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 def _specs(options: argparse.Namespace) -> Spec | dict[str, Spec | None]:

@@ -4,6 +4,7 @@ the shapes and dtypes of its tensors) and a *weight* (tensors in that form, not 
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -44,6 +45,14 @@ class Spec(ABC):
     family: ClassVar[str]
     quantizer: Any  # the name of one: a field of most specs
     activations: Activations
+
+    def __new__(cls, *_: Any, **arguments: Any) -> Any:
+        """Raises ``TypeError`` for an argument that the spec does not have: it names the nearest one."""
+        known = getattr(cls, "__dataclass_fields__", arguments)
+        for name in arguments:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{did_you_mean(name, known)}")
+        return super().__new__(cls)
 
     @property
     def activation(self) -> ActivationSpec:
@@ -197,6 +206,15 @@ class Weight(ABC):
 
 
 # ------------------------------------------------------------------------------------- checks and parts in common
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``: did you mean 'bits'?`` of the known name that is nearest, else ``: choose from 'bits', ...``."""
+    by_letters = {each.lower().replace("_", ""): each for each in known}
+    near = difflib.get_close_matches(name.lower().replace("_", ""), by_letters, 1)
+    if near:
+        return f": did you mean {by_letters[near[0]]!r}?"
+    return f": choose from {', '.join(map(repr, by_letters.values()))}"
 
 
 def choice(argument: str, value: object, allowed: Iterable[str]) -> None:

@@ -190,6 +190,9 @@ def test_convert_then_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path
         ("Kronecker(compression=4, rank=2)", lowbit.Kronecker(compression=4, rank=2)),
         ("Kronecker(shape=(2, 1), factors=Packed(bits=4))",
          lowbit.Kronecker(shape=(2, 1), factors=lowbit.Packed(bits=4))),
+        ("lowbit.Packed(bits=2, group_size=16)", lowbit.Packed(bits=2, group_size=16)),
+        ("Packed(group_size=32, scale_dtype=torch.bfloat16)",
+         lowbit.Packed(group_size=32, scale_dtype=torch.bfloat16)),
         ("None", None),
     ],
 )  # fmt: skip
@@ -199,10 +202,10 @@ def test_a_spec_reads_as_in_python(text: str, spec: object) -> None:
 
 @pytest.mark.parametrize(
     "text", ["Linear(3)", "Packed(4)", "3", "__import__('os')", "Codebook(bits=", "Packed(**{})", "Packed(bits=1+1)",
-             "Packed(colour='red')", "Packed(bits=99)", "lowbit.Packed()"]
+             "Packed(colour='red')", "Packed(bits=99)", "other.Packed()", "lowbit.lowbit.Packed()"]
 )  # fmt: skip
 def test_anything_else_is_not_a_spec(text: str) -> None:
-    with pytest.raises(ValueError, match="spec|bits must be|is not a value"):
+    with pytest.raises(ValueError, match="spec|bits must be|is not a value|has no argument"):
         cli.parse_spec(text)
 
 
@@ -229,7 +232,14 @@ def test_convert_with_specs_by_pattern(
         (["--spec", "*.mlp.*:Codebook(bits=4)"], "--spec must be SPEC or PATTERN=SPEC"),
         (["--spec", "Codebook(bits=9)"], "bits must be an integer between 1 and 8: got bits=9"),
         (["--spec", "Codebook(sensitivity=True)"], "sensitivity=True needs --calibration-text FILE"),
-        (["--spec", "Codebook(codebook_dtype=torch.float16)"], "'torch.float16' is not a value: write a literal, or"),
+        (["--spec", "Codebook(codebook_dtype=torch.int8)"], "'torch.int8' is not a value: write a literal, or"),
+        (["--spec", "Packed(quantizer=mse)"], "'mse' is not a value: text stands in quotes, 'mse', or"),
+        (["--spec", "Packed(groupsize=32)"], "Packed has no argument 'groupsize': did you mean 'group_size'?"),
+        (["--spec", "*.mlp.*=lowbit.Codebook(bit=3)"], "Codebook has no argument 'bit': did you mean 'bits'?"),
+        (["--spec", "Kronecker(factors=Packed(colour=1))"], "Packed has no argument 'colour': choose from 'bits', "),
+        (["--spec", "lowbit.CodeBok(bits=3)"], "'lowbit.CodeBok' is not a spec: did you mean 'Codebook'?"),
+        (["--spec", "*.mlp.*=packed(bits=3)"], "'packed' is not a spec: did you mean 'Packed'?"),
+        (["--spec", "Linear(bits=3)"], "'Linear' is not a spec: choose from 'Packed', 'Codebook', 'Kronecker'"),
         (["--spec", "Codebook(bits=3, bits=4)"], "name every argument, each once"),
         (["--spec", "Codebook()", "--spec", "Kronecker()"], "--spec must give each pattern once: got '*' again"),
         (["--spec", "nothing.*=Codebook()"], "spec pattern 'nothing.*': matches no layer"),
@@ -250,7 +260,7 @@ def test_convert_refuses_bad_specs(
         (["--quantizer", "gptq"], "--quantizer gptq needs --calibration-text FILE"),
         (["--activations", "int8_static"], "--activations int8_static needs --calibration-text FILE"),
         (["--activations", "int8", "--activation-group-size", "48"], "activation_group_size must be a positive mult"),
-        (["--spec", "Codebook(activation_group_size=32)"], "unexpected keyword argument 'activation_group_size'"),
+        (["--spec", "Codebook(activation_group_size=32)"], "Codebook has no argument 'activation_group_size'"),
         (["--skip", "no.such.layer"], "no.such.layer"),
         (["--group-size", "4096"], "group_size"),
     ],
