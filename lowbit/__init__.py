@@ -18,6 +18,7 @@ from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
 from lowbit.integrations import bitsandbytes as _bitsandbytes
+from lowbit.integrations import savers as _savers
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
@@ -40,6 +41,7 @@ __all__ = [
 
 registry.initialize()
 _bitsandbytes.register()
+_savers.register()
 _torch_ao.register()
 _transformers.register()
 compat.install()

@@ -49,7 +49,7 @@ class Metadata:
             tuple(map(tuple, tied_groups(model))),
             {name: float(f"{error:.6g}") for name, error in errors.items()},
             {name: layer.note for name, layer in found.items() if layer.note is not None},
-            dict(getattr(model, "lowbit_skipped", None) or {}),
+            skipped_in(model),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +81,16 @@ class Metadata:
             {names[name]: note for name, note in self.notes.items() if name in names},
             self.skipped,
         )
+
+
+def skipped_in(model: nn.Module) -> dict[str, str]:
+    """What conversions of ``model`` and of parts of it left float, by name in ``model``, each with its reason."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for name, reason in (module.__dict__.get("lowbit_skipped") or {}).items():
+            found.setdefault(".".join(part for part in (prefix, name) if part), reason)
+    packed = layers(model, duplicates=True)
+    return {name: reason for name, reason in found.items() if name not in packed}
 
 
 def shared_tensors(first: Layer, second: Layer) -> list[str]:

@@ -6,8 +6,10 @@ Names inside transformers that this file depends on were checked with 5.23.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import foreign, libraries, stream
-from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors
+from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
 from lowbit.model.convert import convert, dequantize
+from lowbit.model.foreign import why_foreign
 from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
 
 METHOD = "lowbit"
@@ -96,7 +99,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        _install_dtype()
+        install()
         # files of another kind than safetensors have no header to check; transformers 5 does not write any
         self._files = [Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")]
         if not self.pre_quantized:
@@ -106,7 +109,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             return model
         assert self.quantization_config.metadata is not None
         _apply(model, self.quantization_config.metadata)
-        retie(model)
+        retie(model, held=False)
         for name, layer in layers(model, duplicates=True).items():
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
         return model
@@ -173,7 +176,7 @@ def attach(model: nn.Module) -> None:
 
 def _mark(model: nn.Module) -> None:
     """:func:`attach` of a model whose packed tensors are tied by name already."""
-    _install_dtype()
+    install()
     config = LowbitConfig.of(model)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
@@ -182,6 +185,70 @@ def _mark(model: nn.Module) -> None:
         model.__dict__.pop(f"is_loaded_in_{bits}bit", None)
     model.quantization_method = METHOD  # type: ignore[assignment]
     _assign_is_quantized(model)
+    skipped = config.description.get("skipped", {})
+    for name, part in _submodels(model):
+        if name and part.config is not model.config and _is_ours(part.config):
+            del part.config.quantization_config  # a part that was converted on its own: the outer one says it now
+        if name:  # so that a part knows it too when it is saved alone
+            mine = {n.removeprefix(name + "."): why for n, why in skipped.items() if n.startswith(name + ".")}
+            part.lowbit_skipped = mine
+
+
+def _is_ours(config: Any) -> bool:
+    section = getattr(config, "quantization_config", None)
+    return isinstance(section, LowbitConfig) or (isinstance(section, dict) and section.get("quant_method") == METHOD)
+
+
+@contextmanager
+def _saving(model: Any) -> Iterator[None]:
+    """Inside, ``model`` and its config say what it holds now, wherever its layers were converted or put in.
+
+    A part may share its config with the model around it: that one's description is put back.
+    """
+    config, quantizer = model.config, model.__dict__.get("hf_quantizer")
+    is_own, around = isinstance(quantizer, LowbitQuantizer), _is_ours(config)
+    before = config.quantization_config if around and not is_own else None
+    if layers(model):
+        _check_others(model, quantizer)
+        _restore_conv1d(model)
+        attach(model)
+    elif is_own:  # every packed layer was taken out
+        detach(model)
+    elif around:
+        config.quantization_config = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.quantization_config = before
+
+
+def _check_others(model: nn.Module, quantizer: Any) -> None:
+    if quantizer is None or isinstance(quantizer, LowbitQuantizer):
+        return
+    for name, module in model.named_modules():
+        reason = None if isinstance(module, Layer) else why_foreign(module)
+        if reason is not None:
+            raise ValueError(
+                f"a model with packed layers and with layers of another library cannot be saved: {name} is {reason}"
+            )
+
+
+def install() -> None:
+    """Teach ``PreTrainedModel`` what packed layers need, once: its ``dtype``, and saving."""
+    _install_dtype()
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+    if original.__module__ == __name__:
+        return
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _saving(self):
+            return original(self, *args, **kwargs)
+
+    save_pretrained.__doc__, save_pretrained.__wrapped__ = original.__doc__, original  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_pretrained
 
 
 def detach(model: nn.Module) -> None:
@@ -205,6 +272,9 @@ def _restore_conv1d(model: Any) -> None:
     # GPT-2's Conv1D saves its weight as [in, out]: an nn.Linear in its place would be saved transposed
     from transformers.pytorch_utils import Conv1D
 
+    has_conv = hasattr(sys.modules[type(model).__module__], "Conv1D")
+    if not has_conv or not any(type(module) is nn.Linear for module in model.modules()):
+        return
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     for name, module in skeleton.named_modules():
@@ -248,28 +318,41 @@ def _install_dtype() -> None:
     ModuleUtilsMixin.dtype = property(dtype, doc=original.__doc__)
 
 
-def retie(model: nn.Module) -> None:
+def retie(model: Any, *, held: bool = True) -> None:
     """Rewrite the tied names from ``x.weight`` to the packed tensors of ``x``, in ``model`` and its submodels.
 
-    A pair of which only one side was packed is no longer tied: each side is saved. transformers reads the
+    A pair of which only one side is packed is not tied: each side is saved. ``held``: the tensors are what they will
+    be, and names whose tensors differ are not tied; otherwise float ones are still to be read. transformers reads the
     names from ``_tied_weights_keys`` when it saves and from ``all_tied_weights_keys`` when it loads.
     """
+    declared = {**(_declared(model) if held else {}), **getattr(model, "all_tied_weights_keys", {})}
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     tied: dict[str, str] = {}
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+    for target, source in declared.items():
         (first, leaf), (second, source_leaf) = target.rpartition(".")[::2], source.rpartition(".")[::2]
-        mine, other = model.get_submodule(first), model.get_submodule(second)
+        mine, other = modules.get(first), modules.get(second)
+        if mine is None or other is None:
+            continue
         packed = [
             isinstance(mine, Layer) and leaf != "bias",
             isinstance(other, Layer) and source_leaf != "bias",
         ]
         if not any(packed):
-            tied[target] = source
+            tensor = mine._parameters.get(leaf)
+            if not held or (tensor is not None and tensor is other._parameters.get(source_leaf)):
+                tied[target] = source
         elif all(packed) and mine is not other:
             assert isinstance(mine, Layer)
             assert isinstance(other, Layer)
             theirs = other.named_tensors()
             names = [n for n in shared_tensors(mine, other) if mine.named_tensors()[n] is theirs[n]]
             tied.update({f"{first}.{name}": f"{second}.{name}" for name in names})
+    for group in tied_groups(model):  # and those that only lowbit tied
+        root = next((name for name in group if not any(t.startswith(name + ".") for t in tied)), group[0])
+        for other in group:
+            if other != root and not any(t.startswith(other + ".") for t in tied):
+                names = shared_tensors(modules[root], modules[other])
+                tied.update({f"{other}.{name}": f"{root}.{name}" for name in names})
     for name, part in _submodels(model):
         prefix = f"{name}." if name else ""
         inside = {
@@ -279,6 +362,17 @@ def retie(model: nn.Module) -> None:
         }
         part.all_tied_weights_keys = dict(inside)
         part._tied_weights_keys = inside
+
+
+def _declared(model: Any) -> dict[str, str]:
+    """The ties that the classes declare, as far as their names are those of parameters now."""
+    for _, part in _submodels(model):
+        part.__dict__.pop("_tied_weights_keys", None)
+    try:
+        declared: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    except ValueError:  # a pattern for float weights only, all of which are packed
+        return {}
+    return declared
 
 
 # -------------------------------------------------------------------------------------------- names and files
@@ -456,7 +550,8 @@ def _names_in(model: Any, described: Metadata) -> dict[str, str]:
         elif _same_class(model) or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
             missing.append(name)
     has_base = hasattr(model, model.base_model_prefix)
-    if not missing and not any(name.startswith(prefix) or not has_base for name in names.values()):
+    is_related = _same_class(model) or not has_base or not any("." in name for name in described.layers)
+    if not missing and not is_related and not any(name.startswith(prefix) for name in names.values()):
         missing = list(described.layers)[:1]
     if missing:
         raise ValueError(
@@ -541,7 +636,7 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
             "a model with code of its own is loaded by from_pretrained"
         )
     _apply(model, described)
-    retie(model)
+    retie(model, held=False)
     found = match(model, checkpoint)
     if found.transformed and given:
         raise ValueError(f"{folder}: its tensors do not map one to one to {type(model).__name__}")
@@ -620,7 +715,7 @@ class FloatFolder(libraries.FloatFolder):
         return _kept_dtype(self._kept, name) or self._dtypes[name]
 
     def retie(self) -> None:
-        retie(self.model)
+        retie(self.model, held=False)
 
     def finish(self) -> nn.Module:
         self.model.tie_weights(recompute_mapping=False)

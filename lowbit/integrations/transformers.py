@@ -7,13 +7,9 @@ Importing this costs nothing and works without transformers; what needs it is in
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,31 +18,10 @@ from torch import nn
 from lowbit.checkpoint import libraries
 from lowbit.checkpoint.libraries import FloatFolder
 from lowbit.checkpoint.reader import Checkpoint
+from lowbit.integrations.after_import import after_import
 from lowbit.model import hooks
 
-_TRIGGER = "transformers.quantizers.auto"  # the module with the registry of quantization methods
 _OURS = "lowbit.integrations.pretrained"
-
-
-class _AfterImport(MetaPathFinder):
-    """Imports ``_OURS`` right after ``_TRIGGER`` is imported: importing that eagerly would cost seconds."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _TRIGGER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                importlib.import_module(_OURS)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 def register() -> None:
@@ -58,10 +33,9 @@ def register() -> None:
     hooks.after_convert.register(attach)
     hooks.after_dequantize.register(detach)
     libraries.register(Transformers())
-    if _TRIGGER in sys.modules:
-        importlib.import_module(_OURS)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    # the registry of quantization methods, and PreTrainedModel, whose module imports it
+    after_import("transformers.quantizers.auto", lambda module: _pretrained())
+    after_import("transformers.modeling_utils", lambda module: _pretrained().install())
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -97,12 +71,7 @@ def check_loaded(model: nn.Module) -> None:
 
 def attach(model: nn.Module) -> None:
     """After a conversion: let every transformers model in ``model`` save, load and tie its packed layers."""
-    for name, inner in _outermost(model):
-        reasons: Any = getattr(model, "lowbit_skipped", {})
-        if inner is not model:
-            prefix = name + "."
-            skipped: Any = {n.removeprefix(prefix): r for n, r in reasons.items() if n.startswith(prefix)}
-            inner.lowbit_skipped = skipped
+    for _, inner in _outermost(model):
         _pretrained().attach(inner)
 
 
