@@ -12,9 +12,12 @@ from tqdm import tqdm
 
 from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
-from lowbit.model.plan import Plan, Swap
-from lowbit.model.report import Row
+from lowbit.model.candidates import Swap
+from lowbit.model.plan import Plan
+from lowbit.model.report import Report, Row, rows_of
+from lowbit.model.storage import Ledger
 from lowbit.model.surgery import carry_over
+from lowbit.nn.coded import CodedLayer
 from lowbit.nn.layer import Layer, layer_class
 
 _PROGRESS_FROM = 1 << 26  # weights; below that a conversion takes less than a few seconds
@@ -30,23 +33,54 @@ def build(plan: Plan) -> dict[str, nn.Module]:
     return built
 
 
-def predicted_rows(plan: Plan) -> list[Row]:
-    """What :func:`build` would make, as rows of the report: only trained modules are read, nothing is quantized."""
-    return [row for group in plan.groups for row in _predicted_rows(group)]
+def predicted(model: nn.Module, plan: Plan) -> Report:
+    """The report of what :func:`build` would make: only trained modules are read, nothing is quantized."""
+    rows: list[Row] = []
+    ledger = ledger_of(model, plan)
+    for i, group in enumerate(plan.groups):
+        if group[0].source is not None:
+            made = build_group(group)
+        else:
+            made = _share([(swap, _as_prepared(_empty(swap), swap.weight().device)) for swap in group])
+        ledger.enter(i, made.values())
+        rows += rows_of({swap.name: _layer_in(made[swap.name]) for swap in group})
+    settle(ledger, plan, {row.name: row for row in rows})
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: order[row.name])
+    packed = [swap.module for swap in plan.swaps()]
+    return Report.of(model, rows, packed, plan.skipped, ledger.before, ledger.after)
 
 
-def _predicted_rows(group: list[Swap]) -> list[Row]:
-    rows = []
-    for swap in group:
-        if swap.source is not None:
-            rows.append(Row.of_layer(swap.name, layer_from_source(swap)))
-        elif swap.spec is not None:
-            weight = swap.weight()
-            format = swap.spec.format(weight, swap.kind)
-            rows.append(Row.planned(swap.name, swap.kind, format, weight.dtype))
-    for row in rows[1:]:
-        row.share(rows[0].name)
-    return rows
+def ledger_of(model: nn.Module, plan: Plan) -> Ledger:
+    return Ledger(model, [[swap.module for swap in group] for group in plan.groups])
+
+
+def remember_bytes(model: nn.Module, plan: Plan, made: Mapping[str, nn.Module]) -> Ledger:
+    """Let the layers of ``made`` know how many bytes of the model, before its swaps, went with them."""
+    ledger = ledger_of(model, plan)
+    for i, group in enumerate(plan.groups):
+        ledger.enter(i, [made[swap.name] for swap in group])
+    rows = [row for g in plan.groups for row in rows_of({swap.name: _layer_in(made[swap.name]) for swap in g})]
+    settle(ledger, plan, {row.name: row for row in rows})
+    for row in rows:
+        layer = _layer_in(made[row.name])
+        usual = layer.format.out_features * layer.format.in_features * layer.dtype.itemsize
+        if row.shares is None and row.bytes_before != usual:
+            layer.bytes_before = row.bytes_before
+    return ledger
+
+
+def settle(ledger: Ledger, plan: Plan, rows: Mapping[str, Row]) -> None:
+    """Give the rows of a plan what the ledger says of bytes before, so that their sums are the model's."""
+    for group, freed, added in zip(plan.groups, ledger.freed(), ledger.added(), strict=True):
+        first, *others = [rows[swap.name] for swap in group]
+        first.bytes_before = freed + sum(row.bytes_after for row in (first, *others)) - added
+        for row in others:
+            row.bytes_before = 0
+
+
+def _layer_in(module: nn.Module) -> Layer:
+    return next(part for part in module.modules() if isinstance(part, Layer))
 
 
 def build_group(
@@ -77,6 +111,7 @@ def build_group(
                 stored, swap.bias(),
                 **asdict(spec.activation), x_scale=measured[swap.name].x_scale, dtype=weight.dtype,
             )  # fmt: skip
+        layer.note = swap.note
         made.append((swap, layer))
     weight_error = relative_error(weight, made[0][1])
     for _, layer in made:
@@ -109,6 +144,15 @@ def _empty(swap: Swap) -> Layer:
     weight, cls = swap.weight(), layer_class(swap.spec.family, swap.kind)
     layer: Layer = cls(swap.spec.format(weight, swap.kind), False, weight.dtype, "meta", **swap.extras)
     layer.bias = swap.bias()
+    layer.note = swap.note
+    return layer
+
+
+def _as_prepared(layer: Layer, device: torch.device) -> Layer:
+    """Give a layer on meta the shape that its codes will have on ``device``."""
+    if isinstance(layer, CodedLayer) and device.type != "meta":
+        shape = layer.layouts(device)[0].row_shape(layer.format.in_features, layer.format.bits)
+        layer.store({"packed": torch.empty(layer.format.out_features, *shape, dtype=torch.int32, device="meta")})
     return layer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import nn
 
 from lowbit.model import hooks
-from lowbit.model.build import build, predicted_rows
+from lowbit.model.build import build, predicted, remember_bytes
 from lowbit.model.calibrated import Loss, build_calibrated
 from lowbit.model.plan import Specs, check_calibration, make_plan
-from lowbit.model.report import planned_report
+from lowbit.model.report import format_bytes
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.layer import layers
 
@@ -57,13 +58,20 @@ def convert(
     batches = None if calibration is None else list(calibration)
     check_calibration(plan, batches, loss)
     if dry_run:
-        return planned_report(predicted_rows(plan), plan.skipped)
+        return predicted(model, plan)
     replacements = build(plan) if batches is None else build_calibrated(model, plan, batches, loss)
+    ledger = remember_bytes(model, plan, replacements)
     for swap in plan.swaps():
         for name in swap.names:
             model = put(model, name, replacements[swap.name])
     model.lowbit_skipped = plan.skipped  # type: ignore[assignment]
     hooks.after_convert(model)
+    if ledger.after > ledger.before and not any(swap.source for swap in plan.swaps()):
+        warnings.warn(
+            f"the model is larger now, by {format_bytes(ledger.after - ledger.before)}: "
+            f"{format_bytes(ledger.before)} -> {format_bytes(ledger.after)}; print(lowbit.report(model)) says where",
+            stacklevel=5,  # the decorators
+        )
     return model
 
 

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import json
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import FLOAT_DTYPES, Spec
-from lowbit.model import foreign, sources
+from lowbit.model import adapters, candidates, foreign, sources
+from lowbit.model.candidates import Swap as Swap
+from lowbit.model.kept import kept_float
+from lowbit.model.storage import named_tensors, overlap, place, storages
 from lowbit.nn.layer import Layer, layers
 
 Specs = Spec | Mapping[str, Spec | None]
 
 _SPECS = "a Packed, Codebook or Kronecker"
-
-
-@dataclass
-class Swap:
-    """One module to swap, under all the names it has in the model."""
-
-    names: list[str]
-    module: nn.Module
-    kind: str  # "linear" or "embedding"
-    transposed: bool = False  # transformers' Conv1D keeps its weight as [in, out]
-    spec: Spec | None = None
-    source: sources.Source | None = None
-    problem: str | None = None  # why its recogniser cannot read it
-    extras: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def weight(self) -> Tensor:
-        """The float weight as ``[N, K]``."""
-        weight = self.module.get_parameter("weight").detach()
-        return weight.t() if self.transposed else weight
-
-    def bias(self) -> nn.Parameter | None:
-        """The bias as it is, the very same Parameter."""
-        return self.module._parameters.get("bias")
+_NO_SPEC = "no spec for it"
 
 
 @dataclass
@@ -59,41 +42,155 @@ class Plan:
 
 def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) -> Plan:
     """Decide for every layer, validating everything; raises ``ValueError`` with all problems, changes nothing."""
-    _check_arguments(spec, skip)
-    candidates, skipped = _candidates(model)
+    _check_arguments(model, spec, skip)
+    found, skipped = candidates.find(model)
+    found = _refuse_foreign(model, found, spec, skip, skipped)
+    found = _without_trained(model, found, spec, skipped)
     problems: list[str] = []
-    quantized: list[str] = []
     for name, reason in list(skipped.items()):
         if _matching(skip, [name]):
             skipped[name] = "skipped by the caller"
         elif isinstance(spec, Mapping) and any(pattern == name for pattern in spec):
             problems.append(f"{name}: cannot be converted: {reason}")
-        elif reason.startswith(foreign.QUANTIZED) and (isinstance(spec, Spec) or _matching(spec or (), [name])):
-            quantized.append(name)
-    if quantized:  # what is left would be half a model: it is to be asked for
-        listed = ", ".join(quantized[:3]) + (f" and {len(quantized) - 3} more" if len(quantized) > 3 else "")
-        problems.append(f"{listed}: {skipped[quantized[0]]}. Load the float model, or leave them as they are by skip=")
-    groups = _assign(candidates, spec, skip, skipped, problems)
-    unfit = {s.name: problem for group in groups for s in group if (problem := problem_of(s)) is not None}
+    groups = _assign(model, found, spec, skip, skipped, problems)
+    unfit = {s.name: problem for group in groups for s in group if (problem := cause_of(s)) is not None}
     if unfit:
-        problems += [*unfit.values(), f"to leave these layers as they are: skip={list(unfit)}"]
+        problems += [*_by_cause(unfit), f"to leave these layers as they are: skip={_short(unfit, found)}"]
     if problems:
         raise ValueError("cannot convert, nothing was changed:\n  " + "\n  ".join(problems))
     if not groups:
-        raise ValueError(_nothing_to_do(spec, skipped, layers(model)))
+        raise ValueError(_nothing_to_do(model, spec, skipped, layers(model)))
+    _say_untied(model, groups, skipped)
     return Plan(groups, skipped)
 
 
-def _check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
+def _refuse_foreign(
+    model: nn.Module, found: list[Swap], spec: Specs | None, skip: Sequence[str], skipped: dict[str, str]
+) -> list[Swap]:
+    """Refuse what another library quantized where it is asked for: what is left would be half a model."""
+    others = foreign.find(model)
+    skipped.update(others)
+    asked = {
+        name: sign for name, sign in others.items()
+        if not _matching(skip, [name]) and (not isinstance(spec, Mapping) or _matching(spec, [name]))
+    }  # fmt: skip
+    problem = foreign.problem(model, asked, bool(others) or any(sources.is_source(swap.module) for swap in found))
+    if problem is not None:
+        raise ValueError(f"cannot convert, nothing was changed: {problem}")
+    return [swap for swap in found if not any(f"{swap.name}.".startswith(f"{name}.") for name in others)]
+
+
+def _without_trained(
+    model: nn.Module, found: list[Swap], spec: Specs | None, skipped: dict[str, str]
+) -> list[Swap]:
+    """Leave alone what is being trained while most of the model is frozen, unless a pattern is its very name."""
+    if not adapters.mostly_frozen(model):
+        return found
+    kept = []
+    for swap in found:
+        weight = swap.module._parameters.get("weight") if swap.source is None and swap.problem is None else None
+        named = isinstance(spec, Mapping) and any(name in spec for name in swap.names)
+        if weight is not None and weight.requires_grad and not named:
+            skipped[swap.name] = adapters.BEING_TRAINED
+        else:
+            kept.append(swap)
+    return kept
+
+
+def _by_cause(problems: dict[str, str]) -> list[str]:
+    """One line for all layers with the same problem."""
+    causes: dict[str, list[str]] = {}
+    for name, problem in problems.items():
+        causes.setdefault(problem, []).append(name)
+    lines = []
+    for problem, names in causes.items():
+        some = names if len(names) < 3 else [f"{', '.join(names[:2])} and {len(names) - 2} more layers"]
+        lines += [f"{name or 'the model'}: {problem}" for name in some]
+    return lines
+
+
+def _short(names: Iterable[str], found: list[Swap]) -> list[str]:
+    """Patterns that match just these layers: one for all that differ in a number only, where that is so."""
+    names = set(names)
+    patterns: dict[str, None] = {}
+    for name in sorted(names, key=[swap.name for swap in found].index):
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        others = [n for swap in found if swap.name not in names for n in swap.names]
+        alone = pattern == name or any(_matching([pattern], [other]) for other in others)
+        patterns[name if alone else pattern] = None
+    return list(patterns)
+
+
+def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, str]) -> None:
+    """Record what shares its values with a weight that is packed, and stays float or is packed a second time."""
+    weights: dict[int, list[tuple[str, Tensor]]] = {}
+    for group in groups:
+        if group[0].source is not None:
+            continue
+        weight = group[0].weight()
+        for key in storages([weight]):
+            for name, other in weights.get(key, ()):
+                if overlap(weight, other):
+                    group[0].note = f"untied: {name} has the same values in another shape, and is packed too"
+            weights.setdefault(key, []).append((group[0].name, weight))
+    said: set[tuple[Any, ...]] = set()
+    for name, _, tensor in named_tensors(model, [swap.module for group in groups for swap in group]):
+        for key in storages([tensor]).keys() & weights.keys():
+            owner = next((owner for owner, weight in weights[key] if overlap(tensor, weight)), None)
+            if owner is None or place(tensor) in said:
+                continue
+            said.add(place(tensor))
+            where = name.removesuffix(".weight")
+            size = tensor.numel() * tensor.dtype.itemsize
+            text = f"untied: a float copy of {size} bytes is kept ({owner or 'the model'} is packed)"
+            skipped[where] = f"{skipped[where]}; {text}" if where in skipped else text
+
+
+def _check_arguments(model: nn.Module, spec: Specs | None, skip: Sequence[str]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(_no_model(model))
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
+    for pattern in skip:
+        if not isinstance(pattern, str):
+            raise TypeError(f"skip must be a sequence of patterns, texts: got {pattern!r:.200}")
     if spec is None or isinstance(spec, Spec):
         return
+    if isinstance(spec, type) and issubclass(spec, Spec):
+        raise TypeError(f"spec must be made, not the class itself: write {spec.__name__}(), with its arguments")
+    if isinstance(spec, (list, tuple, set)):
+        raise TypeError(f"spec must be one spec, or a mapping of patterns to specs, such as "
+                        f"{{'*.mlp.*': lowbit.Packed(bits=4)}}: got a {type(spec).__name__} {spec!r:.200}")  # fmt: skip
     if not isinstance(spec, Mapping):
         raise TypeError(f"spec must be None, {_SPECS}, or a mapping of patterns to them: got {type(spec).__name__}")
     for pattern, value in spec.items():
+        if isinstance(value, type) and issubclass(value, Spec):
+            raise TypeError(f"spec must map patterns to specs, not to their class: for {pattern!r}, write "
+                            f"{value.__name__}(), with its arguments")  # fmt: skip
         if not isinstance(pattern, str) or not (value is None or isinstance(value, Spec)):
             raise TypeError(f"spec maps name patterns to {_SPECS} or to None: got {pattern!r}: {value!r}")
+
+
+def _no_model(model: object) -> str:
+    """What to say of something that is no model, such as the name or the folder of one."""
+    text = f"model must be an nn.Module: got {type(model).__name__} {model!r:.200}"
+    if not isinstance(model, (str, os.PathLike)):
+        return text
+    folder = Path(model)
+    if _is_packed_folder(folder):
+        return f"{text}, which is already a lowbit folder: lowbit.load({str(model)!r}) gives its model"
+    if (folder / "config.json").is_file():
+        return f"{text}: load the model first, or convert the folder with lowbit.convert_folder(src, dst, spec)"
+    return f"{text}: load the model first, for example with AutoModelForCausalLM.from_pretrained({str(model)!r})"
+
+
+def _is_packed_folder(folder: Path) -> bool:
+    if (folder / "lowbit.json").is_file():
+        return True
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("quantization_config", {}).get("quant_method") == "lowbit")
+    return False
 
 
 def _matching(patterns: Iterable[str], names: list[str]) -> list[str]:
@@ -101,82 +198,41 @@ def _matching(patterns: Iterable[str], names: list[str]) -> list[str]:
     return [p for p in patterns if any(fnmatchcase(n, p) or fnmatchcase(n, p + ".*") for n in names)]
 
 
-def _candidates(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
-    """Every module that could be swapped, and the linear-like ones that cannot, with the reason."""
-    swaps: dict[int, Swap] = {}
-    skipped: dict[str, str] = {}
-    inside: set[str] = set()  # below a recognised module: its parts are not layers of their own
-    for name, module in model.named_modules(remove_duplicate=False):
-        if any(name.startswith(parent) for parent in inside):
-            continue
-        if id(module) in swaps:
-            swaps[id(module)].names.append(name)
-            continue
-        swap, reason = _examine(name, module)
-        if swap is not None:
-            swaps[id(module)] = swap
-            inside.add(name + "." if name else "")
-            if not name:
-                break
-        elif reason is not None:
-            skipped[name] = reason
-    return list(swaps.values()), skipped
-
-
-def _examine(name: str, module: nn.Module) -> tuple[Swap | None, str | None]:
-    """(swap, None) for a module that can be swapped, (None, reason) for one that looks like it but cannot."""
-    if sources.is_source(module):
-        try:
-            source = sources.recognise(module)
-        except ValueError as error:
-            return Swap([name], module, "linear", problem=str(error)), None
-        if isinstance(source, str):
-            return None, source
-        return Swap([name], module, source.kind, source=source), None
-    if not isinstance(module, Layer) and (reason := foreign.why_foreign(module)) is not None:
-        return None, reason
-    kind, transposed = "linear", False
-    extras: dict[str, Any] = {}
-    if _is_conv1d(module):
-        transposed = True
-    elif type(module) is nn.Embedding:
-        kind, extras = "embedding", {"padding_idx": module.padding_idx}
-    elif isinstance(module, nn.Embedding):
-        scale = getattr(module, "embed_scale", None)
-        if not type(module).__name__.endswith("ScaledWordEmbedding") or not isinstance(scale, (int, float)):
-            return None, f"{type(module).__name__} is a subclass of nn.Embedding with a forward of its own"
-        kind, extras = "embedding", {"padding_idx": module.padding_idx, "output_scale": float(scale)}
-    elif type(module) is not nn.Linear:
-        if isinstance(module, nn.Linear):
-            return None, f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
-        return None, None
-    if kind == "embedding" and module.max_norm is not None:
-        return None, "max_norm renormalises the weight while it is used"
-    if "weight" not in module._parameters:
-        return None, "its weight is computed on each call (parametrization or weight norm)"
-    if getattr(module, "bias", None) is not None and "bias" not in module._parameters:
-        return None, "its bias is not a Parameter"
-    if "forward" in module.__dict__:
-        return None, "it has a forward of its own"
-    return Swap([name], module, kind, transposed, extras=extras), None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # by name, so that transformers need not be installed
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
 def _tied(swaps: list[Swap]) -> list[list[Swap]]:
     """Group swaps that share one weight."""
-    groups: dict[tuple[int, bool], list[Swap]] = {}
+    groups: dict[tuple[Any, ...], list[Swap]] = {}
     for swap in swaps:
-        key = id(swap.module) if sources.is_source(swap.module) else id(swap.module.weight)
-        groups.setdefault((key, swap.transposed), []).append(swap)
+        values = (id(swap.module),) if sources.is_source(swap.module) else place(swap.module.get_parameter("weight"))
+        groups.setdefault((swap.transposed, *values), []).append(swap)
     return list(groups.values())
 
 
+def _instead(model: nn.Module, pattern: str, names: list[str]) -> str:
+    """What a pattern that matches no layer may have meant."""
+    if _matching([f"*.{pattern}"], names):
+        return f"; did you mean '*.{pattern}'?"
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if matched := [name for name in modules if fnmatchcase(name, pattern)]:
+        what = type(model.get_submodule(matched[0])).__name__
+        return f": {matched[0]} is a {what}, and has no layer that convert swaps"
+    leaf = pattern.rpartition(".")[2]
+    leaves = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
+    for word, choices in ((pattern, names), (leaf, list(leaves))):
+        if near := difflib.get_close_matches(word, choices, 1):
+            meant = near[0] if word == pattern and near[0] in names else pattern.removesuffix(leaf) + near[0]
+            if not _matching([meant], names):
+                meant = f"*.{near[0]}"
+            return f"; did you mean {meant!r}?" if _matching([meant], names) else ""
+    return ""
+
+
 def _assign(
-    swaps: list[Swap], spec: Specs | None, skip: Sequence[str], skipped: dict[str, str], problems: list[str]
+    model: nn.Module,
+    swaps: list[Swap],
+    spec: Specs | None,
+    skip: Sequence[str],
+    skipped: dict[str, str],
+    problems: list[str],
 ) -> list[list[Swap]]:
     """The groups to convert, each with its spec; patterns that match or decide nothing are problems.
 
@@ -204,16 +260,18 @@ def _assign(
             if swap.source is None:
                 swap.spec = chosen
         wanted = [s for s in group if s.spec or s.source or s.problem]
-        skipped.update({s.name: "no spec for it" for s in group if s not in wanted})
+        skipped.update({s.name: _NO_SPEC for s in group if s not in wanted})
         if wanted:
             groups.append(wanted)
     names = [name for swap in swaps for name in swap.names]
+    known = names + list(skipped)
     for pattern in skip:
-        if not _matching([pattern], names + list(skipped)):
-            problems.append(f"skip pattern {pattern!r} matches no layer")
+        if not _matching([pattern], known):
+            problems.append(f"skip pattern {pattern!r} matches no layer{_instead(model, pattern, known)}")
     for pattern in spec if isinstance(spec, Mapping) else ():
         if pattern not in matched:
-            why = "every layer it matches is skipped" if _matching([pattern], names) else "matches no layer"
+            why = "every layer it matches is skipped" if _matching([pattern], names) else (
+                "matches no layer" + _instead(model, pattern, known))  # fmt: skip
             problems.append(f"spec pattern {pattern!r}: {why}")
         elif pattern not in decided:
             problems.append(f"spec pattern {pattern!r}: a later pattern takes every layer it matches; put it last")
@@ -221,23 +279,29 @@ def _assign(
 
 
 def problem_of(swap: Swap) -> str | None:
-    """Why this layer cannot be converted as asked, or ``None``."""
+    """Why this layer cannot be converted as asked, with its name, or ``None``."""
+    cause = cause_of(swap)
+    return None if cause is None else f"{swap.name}: {cause}"
+
+
+def cause_of(swap: Swap) -> str | None:
+    """:func:`problem_of` without the name: layers with the same problem are named together."""
     if swap.problem is not None:
-        return f"{swap.name}: {swap.problem}"
+        return swap.problem
     if swap.spec is None:
         return None
     weight = swap.weight()
     if 0 in weight.shape:
-        return f"{swap.name}: a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
+        return f"a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
     if weight.dtype not in FLOAT_DTYPES.values():
-        return f"{swap.name}: the weight must be float32, float16 or bfloat16: got {weight.dtype}"
+        return f"the weight must be float32, float16 or bfloat16: got {weight.dtype}"
     bias = swap.bias()
     if bias is not None and bias.dtype not in FLOAT_DTYPES.values():
-        return f"{swap.name}: the bias must be float32, float16 or bfloat16: got {bias.dtype}"
+        return f"the bias must be float32, float16 or bfloat16: got {bias.dtype}"
     if problem := swap.spec.problem(*weight.shape):
-        return f"{swap.name}: {problem}"
+        return problem
     if weight.device.type != "meta" and not _all_finite(weight):
-        return f"{swap.name}: the weight must be finite: it holds NaN or infinity"
+        return "the weight must be finite: it holds NaN or infinity"
     return None
 
 
@@ -247,12 +311,16 @@ def _all_finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def _nothing_to_do(spec: Specs | None, skipped: dict[str, str], existing: dict[str, Layer]) -> str:
+def _nothing_to_do(
+    model: nn.Module, spec: Specs | None, skipped: dict[str, str], existing: dict[str, Layer]
+) -> str:
     if existing:
         return f"nothing to convert: the model already has {len(existing)} packed layers"
     if spec is not None:
-        return "nothing to convert: no layer was left" + _listed(skipped)
-    declined = {name: reason for name, reason in skipped.items() if reason != "no spec for it"}
+        there = {kept.name: kept.reason for kept in kept_float(model, (), {}, 1)
+                 if not {kept.name, kept.name.rpartition(".")[0]} & skipped.keys()}  # fmt: skip
+        return "nothing to convert: no layer was left" + _listed({**skipped, **there})
+    declined = {name: reason for name, reason in skipped.items() if reason != _NO_SPEC}
     return (
         "nothing to convert: no module of the model was trained quantized. Pass a spec, such as "
         "lowbit.Packed(bits=4, group_size=64), to quantize it, or teach lowbit.register_source its modules"
@@ -261,8 +329,8 @@ def _nothing_to_do(spec: Specs | None, skipped: dict[str, str], existing: dict[s
 
 
 def _listed(reasons: dict[str, str]) -> str:
-    return f" ({'; '.join(f'{n}: {reason}' for n, reason in list(reasons.items())[:5])})" if reasons else ""
-
+    more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+    return f" ({'; '.join(f'{n}: {reason}' for n, reason in list(reasons.items())[:5])}{more})" if reasons else ""
 
 
 def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from lowbit.backends import registry
 from lowbit.core.family import Format
 from lowbit.model.calibrate import call
+from lowbit.model.kept import SHARE, Kept, kept_float
+from lowbit.model.storage import nbytes, storages
 from lowbit.nn.layer import Layer, layers, storage_of
 
 
@@ -37,16 +40,23 @@ class Row:
     output_error: float | None = None
     shares: str | None = None
     note: str | None = None
+    family: str = ""
+    weights: int = 0
 
     @classmethod
     def planned(cls, name: str, kind: str, format: Format, dtype: torch.dtype) -> Row:
         before = format.out_features * format.in_features * dtype.itemsize
-        return cls(name, kind, format.describe(), format.bits_per_weight, before, format.nbytes)
+        row = cls(name, kind, format.describe(), format.bits_per_weight, before, format.nbytes)
+        row.family, row.weights = format.family, format.out_features * format.in_features
+        return row
 
     @classmethod
     def of_layer(cls, name: str, layer: Layer) -> Row:
         row = cls.planned(name, layer.kind, layer.format, layer.dtype)
-        row.backend = registry.active_backend(layer.device.type)
+        if layer.bytes_before is not None:
+            row.bytes_before = layer.bytes_before
+        row.bytes_after = sum(storages(layer.named_tensors().values()).values())
+        row.backend = "" if layer.device.type == "meta" else registry.active_backend(layer.device.type)
         row.weight_error = layer.weight_error
         row.note = layer.note
         return row
@@ -56,34 +66,89 @@ class Row:
         self.shares, self.bytes_before, self.bytes_after = other, 0, 0
 
 
+def rows_of(found: Mapping[str, Layer]) -> list[Row]:
+    """A row for every layer; tensors that several layers hold count for the first."""
+    rows: list[Row] = []
+    owners: dict[tuple[int, ...], str] = {}
+    seen: set[int] = set()
+    for name, layer in found.items():
+        row = Row.of_layer(name, layer)
+        owner = owners.setdefault(storage_of(layer), name)
+        if owner != name:
+            row.share(owner)
+        held = storages(layer.named_tensors().values())
+        row.bytes_after = sum(size for key, size in held.items() if key not in seen)
+        seen.update(held)
+        rows.append(row)
+    return rows
+
+
+LARGE_ERROR = 0.3  # of a weight: what little is left of it is not its own
+
+
 @dataclass
 class Report:
-    """A table (``str``) and a dictionary (:meth:`to_dict`) of a model's packed layers.
+    """A table (``str``; in notebooks HTML) and a dictionary (:meth:`to_dict`) of a model's packed layers.
 
-    ``total_before`` and ``total_after`` count every parameter and buffer of the model once, in bytes.
+    ``total_before`` and ``total_after`` count every storage of the model's parameters and buffers once, in bytes.
+
+    Attributes:
+        rows: one per packed layer.
+        skipped: layers that stay float, and what is untied from a packed one: name -> reason.
+        kept: float tensors of more than 1 % of the model's bytes, with the reason.
     """
 
     rows: list[Row]
     skipped: dict[str, str] = field(default_factory=dict)
     total_before: int = 0
     total_after: int = 0
+    kept: list[Kept] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, rows: list[Row], packed: Iterable[nn.Module], skipped: dict[str, str],
+        before: int, after: int,
+    ) -> Report:  # fmt: skip
+        """With what stays float in the modules of ``model`` that are not in ``packed``."""
+        kept = kept_float(model, packed, skipped, SHARE * min(before, after))
+        return cls(rows, dict(skipped), before, after, kept)
 
     @property
     def ratio(self) -> float:
         """How many times smaller the model is."""
         return self.total_before / self.total_after if self.total_after else 1.0
 
+    def by_family(self) -> dict[str, dict[str, Any]]:
+        """``{family: {"layers", "bytes_before", "bytes_after", "bits_per_weight"}}``, the bits those of its weights."""
+        families: dict[str, list[Row]] = {}
+        for row in self.rows:
+            families.setdefault(row.family, []).append(row)
+        summary = {}
+        for family, rows in families.items():
+            weights = sum(row.weights for row in rows if row.shares is None)
+            after = sum(row.bytes_after for row in rows)
+            summary[family] = {
+                "layers": len(rows),
+                "bytes_before": sum(row.bytes_before for row in rows),
+                "bytes_after": after,
+                "bits_per_weight": 8 * after / weights if weights else 0.0,
+            }
+        return summary
+
     def to_dict(self) -> dict[str, Any]:
-        """``{"layers": [...], "skipped": {...}, "total_before": ..., "total_after": ..., "ratio": ...}``."""
+        """JSON-ready: ``layers``, ``families``, ``kept``, ``skipped``, ``total_before``, ``total_after``, ``ratio``."""
         return {
             "layers": [asdict(row) for row in self.rows],
+            "families": self.by_family(),
+            "kept": [asdict(kept) for kept in self.kept],
             "skipped": dict(self.skipped),
             "total_before": self.total_before,
             "total_after": self.total_after,
             "ratio": self.ratio,
         }
 
-    def __str__(self) -> str:
+    def _table(self) -> list[list[str]]:
+        """The cells, the header first."""
         optional = {
             "weight error": [row.weight_error for row in self.rows],
             "kernel error": [row.kernel_error for row in self.rows],
@@ -99,17 +164,76 @@ class Report:
             cells = [row.name or "(model)", row.scheme, f"{row.bits_per_weight:.2f}", before, after]
             cells += ["-" if values[i] is None else f"{values[i]:.2e}" for values in shown.values()]
             table.append(cells + ([row.backend] if with_backend else []))
-        lines = _align(table)
-        lines.append(
+        return table
+
+    def _total(self) -> str:
+        smaller = f"{self.ratio:.2f}x smaller" if self.total_after <= self.total_before else (
+            f"LARGER by {format_bytes(self.total_after - self.total_before)}")  # fmt: skip
+        return (
             f"total: {format_bytes(self.total_before)} -> {format_bytes(self.total_after)} "
-            f"({self.ratio:.2f}x smaller), {len(self.rows)} layers packed"
+            f"({smaller}), {len(self.rows)} layers packed"
         )
+
+    def _remarks(self) -> list[str]:
+        """What a reader should know besides the table, a line each."""
+        lines = []
+        for family, s in self.by_family().items():
+            lines.append(
+                f"{family}: {s['layers']} layers, {format_bytes(s['bytes_before'])} -> "
+                f"{format_bytes(s['bytes_after'])}, {s['bits_per_weight']:.2f} bits per weight"
+            )
+        large = {row.name: row.weight_error for row in self.rows if (row.weight_error or 0) > LARGE_ERROR}
+        if large:
+            worst = max(large, key=lambda name: large[name] or 0)
+            lines.append(
+                f"warning: the weight error is above {LARGE_ERROR} in {_names(list(large))}: "
+                f"{large[worst]:.2f} in {worst or '(model)'}"
+            )
+        listed = set()
+        for kept in self.kept:
+            layer = kept.name.removesuffix(".weight")
+            name = layer if layer in self.skipped else kept.name
+            listed.add(name)
+            share = f"{100 * kept.bytes / self.total_after:.0f} % of the model"
+            lines.append(f"float: {name}: {kept.reason} ({format_bytes(kept.bytes)}, {share})")
+        by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            lines.append(f"float: {name}: {reason}")
+            if name not in listed:
+                by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            lines += [f"float: {text}: {reason}" for text in _together(names)]
         for note in dict.fromkeys(row.note for row in self.rows if row.note):
             names = [row.name or "(model)" for row in self.rows if row.note == note]
             lines.append(f"note: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {note}")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([*_align(self._table()), self._total(), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        header, *cells = [[html.escape(cell) for cell in row] for row in self._table()]
+        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
+        head = "<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"
+        remarks = "".join(f"<li>{html.escape(line)}</li>" for line in self._remarks())
+        is_open = " open" if len(cells) <= _OPEN_UP_TO else ""
+        return (
+            f"<b>{html.escape(self._total())}</b><ul>{remarks}</ul>"
+            f"<details{is_open}><summary>{len(cells)} layers</summary>"
+            f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></details>"
+        )
+
+
+_OPEN_UP_TO = 20  # rows of a table that is shown without being asked for
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name or "(model)" for name in names[:3]) + more
+
+
+def _together(names: list[str]) -> list[str]:
+    """Few names a line each, many of them in one."""
+    return [_names(names)] if len(names) > 3 else [name or "(model)" for name in names]
 
 
 def format_bytes(count: int) -> str:
@@ -128,11 +252,6 @@ def _align(table: list[list[str]]) -> list[str]:
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
-def planned_report(rows: list[Row], skipped: dict[str, str]) -> Report:
-    """The report of a conversion that has not happened: totals cover the layers to be packed."""
-    return Report(rows, skipped, sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows))
-
-
 def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None = None) -> Report:
     """Describe every packed layer of ``model``.
 
@@ -148,25 +267,14 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
     found = layers(model)
     if not found:
         raise ValueError("the model has no packed layer: convert it first")
-    rows: dict[str, Row] = {}
-    storages: dict[tuple[int, ...], str] = {}
-    for name, layer in found.items():
-        row = rows[name] = Row.of_layer(name, layer)
-        storage = storage_of(layer)
-        if storage in storages:
-            row.share(storages[storage])
-        storages.setdefault(storage, name)
+    rows = {row.name: row for row in rows_of(found)}
     if batch is not None:
         for name, inputs in layer_inputs(model, found, batch).items():
             _measure(rows[name], found[name], inputs, reference)
-    after = sum(t.numel() * t.dtype.itemsize for t in _unique_tensors(model))
+    after = nbytes(model)
     before = after + sum(row.bytes_before - row.bytes_after for row in rows.values())
     skipped: dict[str, str] = getattr(model, "lowbit_skipped", {})
-    return Report(list(rows.values()), dict(skipped), before, after)
-
-
-def _unique_tensors(model: nn.Module) -> list[Tensor]:
-    return list({id(t): t for t in [*model.parameters(), *model.buffers()]}.values())
+    return Report.of(model, list(rows.values()), (), skipped, before, after)
 
 
 def layer_inputs(model: nn.Module, found: dict[str, Layer], batch: Any) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class Layer(nn.Module):
     bias: nn.Parameter | None
     weight_error: float | None
     note: str | None
+    bytes_before: int | None = None  # that went with the float weight, where these are not N*K values of `dtype`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -101,12 +101,15 @@ def test_skipping_one_of_a_tied_pair_unties_it():
     lowbit.convert(model, Packed(bits=4), skip=["head"])
     assert isinstance(model.embed, PackedEmbedding) and type(model.head) is nn.Linear
     assert model.head.weight is weight
-    assert model.lowbit_skipped == {"head": "skipped by the caller"}
+    assert model.lowbit_skipped == {
+        "head": "skipped by the caller; untied: a float copy of 8000 bytes is kept (embed is packed)"
+    }
 
 
 REFUSED = {
-    "group larger than K": (Packed(group_size=64), {}, r"embed: group_size .* got group_size=64, K=40"),
-    "every layer is named": (Packed(group_size=64), {}, r"(?s)embed: .*blocks.0.up: .*skip=\['embed', 'head', "),
+    "group larger than K": (Packed(group_size=64), {}, r"embed, .*: group_size .* got group_size=64, K=40"),
+    "every layer is named": (
+        Packed(group_size=64), {}, r"(?s)embed, head and 2 more .*K=40.*skip=\['embed', 'blocks.\*.up', 'head'\]"),
     "pattern without match": ({"*.mlp.*": Packed()}, {}, r"spec pattern '\*\.mlp\.\*': matches no layer"),
     "skip without match": (Packed(), {"skip": ["lm_head"]}, r"skip pattern 'lm_head' matches no layer"),
     "pattern never decides": (

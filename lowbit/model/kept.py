@@ -1,0 +1,65 @@
+"""What stays float after a conversion: large parameters and buffers, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lowbit.model.storage import named_tensors, storages
+from lowbit.nn.layer import Layer
+
+SHARE = 0.01  # of the model's bytes: what is smaller is not listed
+
+
+@dataclass
+class Kept:
+    """A tensor that is not packed: its name in the model, its bytes, and why."""
+
+    name: str
+    bytes: int
+    reason: str
+
+
+def kept_float(
+    model: nn.Module, packed: Iterable[nn.Module], skipped: Mapping[str, str], at_least: float
+) -> list[Kept]:
+    """Float tensors of at least so many bytes that are in no module of ``packed``, the largest first.
+
+    A tensor with several names is listed once.
+    """
+    found: dict[int, Kept] = {}
+    for name, module, tensor in named_tensors(model, packed):
+        size = tensor.numel() * tensor.dtype.itemsize
+        if not tensor.is_floating_point() or size < at_least or isinstance(module, Layer):
+            continue
+        for key in list(storages([tensor]))[:1]:
+            found.setdefault(key, Kept(name, size, _reason(name, module, tensor, skipped)))
+    return sorted(found.values(), key=lambda kept: -kept.bytes)
+
+
+def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, str]) -> str:
+    owner, _, leaf = name.rpartition(".")
+    if name in skipped:
+        return skipped[name]
+    if owner in skipped:
+        return skipped[owner]
+    what = type(module).__name__
+    if leaf not in module._parameters:
+        return f"a buffer of {what}"
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights"
+    if isinstance(module, nn.RNNBase):
+        return f"a weight of {what}: no linear layer"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{what} sums embeddings: no packed form"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"a weight of {what}: no linear layer"
+    if leaf == "bias":
+        return f"the bias of {what}"
+    if tensor.dim() == 1 and leaf == "weight":
+        return f"the weight of {what}, one value per feature"
+    if tensor.dim() == 3:
+        return f"a stack of {tensor.shape[0]} weights {list(tensor.shape[1:])} in one Parameter of {what} (experts)"
+    return f"a Parameter {list(tensor.shape)} of {what}: no nn.Linear or nn.Embedding"
