@@ -36,9 +36,15 @@ def find(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, Layer) or id(module) in readable or any(name.startswith(f"{n}.") for n in found):
             continue
-        if (sign := _sign(module)) is not None:
-            found[name] = f"{QUANTIZED}: {sign}"
+        if (reason := why_foreign(module)) is not None:
+            found[name] = reason
     return found
+
+
+def why_foreign(module: nn.Module) -> str | None:
+    """What says that ``module`` was quantized by another library, or ``None``."""
+    sign = _sign(module)
+    return None if sign is None else f"{QUANTIZED}: {sign}"
 
 
 def _sign(module: nn.Module) -> str | None:
@@ -97,7 +103,7 @@ def problem(model: nn.Module, found: dict[str, str], is_read: bool) -> str | Non
     method = config_method(model)
     format = "" if method is None else f" (quantization_config: {method})"
     if found:
-        (first, sign), *_ = found.items()
+        sign = next(iter(found.values()))
         names = [name or "the model" for name in list(found)[:3]]
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         return f"{', '.join(names)}{more}: {sign}{format}. Load the float model, or leave them as they are by skip="
