@@ -34,6 +34,7 @@ from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean
 from lowbit.core.quantizer import names
+from lowbit.model.kept import with_float_copies
 from lowbit.model.report import Report, Row
 from lowbit.nn.layer import Layer, layer_class
 
@@ -214,11 +215,14 @@ def describe_folder(path: Path) -> Report:
     """The report of a packed folder, from its headers alone."""
     folder = open_folder(path)
     storage = {name: group[0] for group in folder.metadata.tied for name in group}
+    copies = with_float_copies(folder.metadata.skipped)
     rows = []
     for name in sorted(folder.layers, key=_natural):
         layer = folder.layers[name]
         row = Row.planned(name, layer.kind, layer.format, layer.dtype)
         row.weight_error, row.note = folder.metadata.weight_error.get(name), folder.metadata.notes.get(name)
+        if name in copies:
+            row.bytes_before = 0
         if storage.get(name, name) != name:
             row.share(storage[name])
         rows.append(row)

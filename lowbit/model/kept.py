@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lowbit.model.storage import named_tensors, storages
 from lowbit.nn.layer import Layer
 
+_UNTIED = re.compile(r"untied: a float copy of \d+ bytes is kept \((.*) is packed\)")
 SHARE = 0.01  # of the model's bytes: what is smaller is not listed
 
 
@@ -37,6 +39,16 @@ def kept_float(
         for key in list(storages([tensor]))[:1]:
             found.setdefault(key, Kept(name, size, _reason(name, module, tensor, skipped)))
     return sorted(found.values(), key=lambda kept: -kept.bytes)
+
+
+def untied(size: int, packed: str) -> str:
+    """What is said of a float tensor whose values are also the weight of the layer ``packed``."""
+    return f"untied: a float copy of {size} bytes is kept ({packed} is packed)"
+
+
+def with_float_copies(skipped: Mapping[str, str]) -> set[str]:
+    """The packed layers whose float weight is still in the model, as :func:`untied` says."""
+    return {name for reason in skipped.values() for name in _UNTIED.findall(reason)}
 
 
 def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowbit.core.family import FLOAT_DTYPES, Spec
 from lowbit.model import adapters, candidates, foreign, sources
 from lowbit.model.candidates import Swap as Swap
-from lowbit.model.kept import kept_float
+from lowbit.model.kept import kept_float, untied
 from lowbit.model.storage import named_tensors, overlap, place, storages
 from lowbit.nn.layer import Layer, layers
 
@@ -142,7 +142,7 @@ def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, s
             said.add(place(tensor))
             where = name.removesuffix(".weight")
             size = tensor.numel() * tensor.dtype.itemsize
-            text = f"untied: a float copy of {size} bytes is kept ({owner or 'the model'} is packed)"
+            text = untied(size, owner or "the model")
             skipped[where] = f"{skipped[where]}; {text}" if where in skipped else text
 
 

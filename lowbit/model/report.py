@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowbit.backends import registry
 from lowbit.core.family import Format
 from lowbit.model.calibrate import call
-from lowbit.model.kept import SHARE, Kept, kept_float
+from lowbit.model.kept import SHARE, Kept, kept_float, with_float_copies
 from lowbit.model.storage import nbytes, storages
 from lowbit.nn.layer import Layer, layers, storage_of
 
@@ -267,13 +267,16 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
     found = layers(model)
     if not found:
         raise ValueError("the model has no packed layer: convert it first")
+    skipped: dict[str, str] = getattr(model, "lowbit_skipped", {})
     rows = {row.name: row for row in rows_of(found)}
+    for name in with_float_copies(skipped) & rows.keys():
+        if found[name].bytes_before is None:  # loaded: files do not say it
+            rows[name].bytes_before = 0
     if batch is not None:
         for name, inputs in layer_inputs(model, found, batch).items():
             _measure(rows[name], found[name], inputs, reference)
     after = nbytes(model)
     before = after + sum(row.bytes_before - row.bytes_after for row in rows.values())
-    skipped: dict[str, str] = getattr(model, "lowbit_skipped", {})
     return Report.of(model, list(rows.values()), (), skipped, before, after)
 
 

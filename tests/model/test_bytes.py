@@ -143,7 +143,9 @@ def test_half_a_tie_is_said_and_saved(name, skip, tmp_path):
         ids = torch.arange(2, 40).view(2, 19)
         with torch.no_grad():
             assert_bitwise_equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
-        assert text in lowbit.report(other).skipped[skip]
+        report = lowbit.report(other)
+        assert text in report.skipped[skip] and report.total_after == storage_bytes(other)
+        assert report.total_before == before - scale
 
 
 class Shares(nn.Module):
