@@ -187,7 +187,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if entry.nbytes == 0:
             return tensor
         view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

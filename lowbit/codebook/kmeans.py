@@ -37,8 +37,9 @@ def kmeans(
         first_row: the number of the first row.
     """
     points = _Points.of(values, weights)
-    start, step = torch.rand(2, clusters, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rows = torch.arange(first_row, first_row + len(values), dtype=torch.float64).unsqueeze(1)
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same numbers wherever the values are
+    start, step = torch.rand(2, clusters, dtype=torch.float64, device="cpu", generator=generator)
+    rows = torch.arange(first_row, first_row + len(values), dtype=torch.float64, device="cpu").unsqueeze(1)
     centroids = points.plus_plus((start + rows * step).frac().to(values.device))
     for _ in range(iterations):
         centroids = points.means(points.edges(centroids), centroids)
@@ -182,7 +183,7 @@ class _Points:
         if bool(few.any()):
             x, fresh = self.x[few], fresh[few]
             rank = (fresh.cumsum(1) - 1).clamp_(0, clusters - 1)
-            exact = torch.full((len(x), clusters), -torch.inf, device=x.device)
+            exact = torch.full((len(x), clusters), -torch.inf, dtype=x.dtype, device=x.device)
             exact.scatter_reduce_(1, rank, x.masked_fill(~torch.isfinite(x), -torch.inf), "amax")
             centroids = centroids.clone()
             centroids[few] = exact.cummax(1).values

@@ -154,7 +154,7 @@ class CodebookOperands(CodedOperands):
     def uses(self, k: int) -> Tensor:
         """How many weights use each entry, float32 in the shape of the codebook."""
         entry = self._entry(k)
-        return self._per_entry(torch.ones(entry.shape, device=entry.device), entry)
+        return self._per_entry(torch.ones(entry.shape, dtype=torch.float32, device=entry.device), entry)
 
 
 def _check_nested(name: str, t: Tensor | None, size: int) -> None:

@@ -65,7 +65,7 @@ class TableFit:
         """``scales`` [N, G]: every group's largest magnitude over the table's."""
         if not self.spec.scales:
             return
-        largest = torch.empty(self.n, -(-self.k // self.group), device=self.weight.device)
+        largest = torch.empty(self.n, -(-self.k // self.group), dtype=torch.float32, device=self.weight.device)
         for w, rows in self.chunks():
             if self.outliers is not None:
                 w = w.masked_fill(self.outliers[rows], 0)
@@ -86,7 +86,7 @@ class TableFit:
             found = torch.tensor(spec.values, dtype=torch.float32, device=self.weight.device)
         elif spec.granularity == "tensor":
             # All of the weight at once: its values are sorted together.
-            values = torch.empty(self.n, self.k, device=self.weight.device)
+            values = torch.empty(self.n, self.k, dtype=torch.float32, device=self.weight.device)
             weights = torch.empty_like(values) if self.importance is not None or self.scales is not None else None
             for x, h, rows in self.scaled():
                 values[rows] = x
@@ -95,7 +95,8 @@ class TableFit:
             found = self.learn(values.view(1, -1), None if weights is None else weights.view(1, -1), 0)
         else:
             group = self.group if spec.granularity == "group" else self.k
-            found = torch.empty(self.n, -(-self.k // group), levels, device=self.weight.device)
+            shape = self.n, -(-self.k // group), levels
+            found = torch.empty(shape, dtype=torch.float32, device=self.weight.device)
             for x, h, rows in self.scaled():
                 if group != self.k:
                     x, h = self.grouped(x, torch.inf), None if h is None else self.grouped(h, 1)

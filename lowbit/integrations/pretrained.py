@@ -283,7 +283,7 @@ def _restore_conv1d(model: Any) -> None:
             with torch.device("meta"):
                 conv = Conv1D(plain.out_features, plain.in_features)
             conv.weight = nn.Parameter(plain.weight.detach().t().contiguous())
-            bias = plain.bias if plain.bias is not None else torch.zeros(plain.out_features, dtype=plain.weight.dtype)
+            bias = plain.bias if plain.bias is not None else plain.weight.new_zeros(plain.out_features)
             conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], conv.train(plain.training))

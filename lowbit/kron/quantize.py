@@ -242,8 +242,8 @@ class _Rearranged:
         if width >= self.columns or is_exact(self.columns**2 * (self.rows + 10 * self.columns)):
             squares, vectors = torch.linalg.eigh(self.squared())
         else:
-            generator = torch.Generator().manual_seed(seed)
-            start = torch.randn(self.columns, width, generator=generator, dtype=torch.float64)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            start = torch.randn(self.columns, width, generator=generator, dtype=torch.float64, device="cpu")
             blocks = [torch.linalg.qr(start.to(self.blocks.device)).Q]
             for _ in range(_POWER_ITERATIONS):
                 blocks.append(torch.linalg.qr(self.squared(blocks[-1])).Q)

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 # Tuners of PEFT that only call the linear layer under them (checked with 0.21). Others read its weight.
 _CALLING = frozenset((
@@ -84,7 +85,7 @@ def mostly_frozen(model: nn.Module) -> bool:
     """Whether something is trained, but less than half of the model's float values."""
     trained = total = 0
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not is_lazy(parameter):
             total += parameter.numel()
             trained += parameter.numel() if parameter.requires_grad else 0
     return 0 < trained < total / 2

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
 from lowbit.core.family import Spec
-from lowbit.model import adapters, sources
+from lowbit.model import accelerate, adapters, sources
 from lowbit.nn.layer import Layer
 
 
@@ -36,12 +36,18 @@ class Swap:
 
     def weight(self) -> Tensor:
         """The float weight as ``[N, K]``."""
-        weight = self.module.get_parameter("weight").detach()
+        weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
+        assert weight is not None
+        weight = weight.detach()
         return weight.t() if self.transposed else weight
 
     def bias(self) -> nn.Parameter | None:
-        """The bias as it is, the very same Parameter."""
-        return self.module._parameters.get("bias")
+        """The bias as it is, the very same Parameter; a new one of a bias that is offloaded."""
+        bias = self.module._parameters.get("bias")
+        held = accelerate.held_tensor(self.module, "bias", bias)
+        if bias is None or held is None or held is bias:
+            return bias
+        return nn.Parameter(held, requires_grad=bias.requires_grad)
 
 
 def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
@@ -108,7 +114,7 @@ def _reason_against(module: nn.Module) -> str | None:
         return "its weight is not initialised yet: call the model once"
     if getattr(module, "bias", None) is not None and "bias" not in module._parameters:
         return "its bias is not a Parameter"
-    if "forward" in module.__dict__ and not is_hooked_by_accelerate(module):
+    if "forward" in module.__dict__ and not accelerate.is_hooked(module):
         return "it has a forward of its own"
     return None
 
@@ -120,12 +126,6 @@ def _own_forward(module: nn.Module, base: type) -> str:
 def _is_conv1d(module: nn.Module) -> bool:
     # by name, so that transformers need not be installed
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def is_hooked_by_accelerate(module: nn.Module) -> bool:
-    """Whether ``forward`` is only accelerate's, around the class's own."""
-    own = module.__dict__.get("_old_forward")
-    return hasattr(module, "_hf_hook") and getattr(own, "__func__", None) is type(module).forward
 
 
 # -------------------------------------------------------- what a subclass computes, asked with a small weight

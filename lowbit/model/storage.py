@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Storages = dict[int, int]  # what identifies a storage -> its bytes
@@ -42,7 +43,7 @@ def named_tensors(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
             return
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None:
+                if tensor is not None and not is_lazy(tensor):
                     yield prefix + name, module, tensor
         for name, child in module._modules.items():
             if child is not None:
@@ -75,7 +76,7 @@ def overlap(first: Tensor, second: Tensor) -> bool:
 
 def tensors_of(*modules: nn.Module) -> list[Tensor]:
     """Every parameter and buffer of the modules."""
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return [t for module in modules for t in (*module.parameters(), *module.buffers()) if not is_lazy(t)]
 
 
 def nbytes(model: nn.Module) -> int:

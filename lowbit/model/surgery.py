@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.model import accelerate
 from lowbit.nn.layer import Layer, storage_of
 
 _HOOKS = (
@@ -55,6 +56,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     for hooks in _HOOKS:
         kept = {key: hook for key, hook in getattr(old, hooks).items() if not _is_observer_hook(hook)}
         getattr(new, hooks).update(kept)
+    accelerate.carry_over(old, new)
     return new
 
 
@@ -71,9 +73,11 @@ def float_modules(layers: dict[str, Layer]) -> dict[str, nn.Module]:
     """
     made: dict[int, nn.Module] = {}
     weights: dict[tuple[int, ...], nn.Parameter] = {}
-    for layer in layers.values():
+    for name, layer in layers.items():
         if id(layer) in made:
             continue
+        if layer.device.type == "meta" and accelerate.is_hooked(layer):
+            raise ValueError(f"{name}: its tensors are offloaded: call accelerate's remove_hook_from_submodules first")
         plain = layer.to_float()
         storage = storage_of(layer)
         if storage in weights:

@@ -102,12 +102,13 @@ class GridFit:
 
     def clipped_at_mean(self, pieces: Pieces) -> Tensor:
         """The scale whose outermost level is gamma * mean|w|."""
-        total: Tensor | float = 0.0
-        count: Tensor | float = 0.0
+        totals, counts = [], []
         for w, h in pieces():
-            total = total + _sum(w.abs() if h is None else w.abs() * h)
-            count = count + _sum(torch.ones_like(w) if h is None else h)
-        return torch.as_tensor(self.spec.gamma * total / torch.as_tensor(count).clamp(min=1) / self.levels)
+            totals.append(_sum(w.abs() if h is None else w.abs() * h))
+            counts.append(_sum(torch.ones_like(w) if h is None else h))
+        total, count = sum(totals[1:], totals[0]), sum(counts[1:], counts[0])
+        scale: Tensor = self.spec.gamma * total / count.clamp(min=1) / self.levels
+        return scale
 
     def limits(self, pieces: Pieces) -> tuple[Tensor, Tensor]:
         """(min, max) of every group, including 0 where the grid must contain it."""
