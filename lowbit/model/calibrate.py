@@ -9,6 +9,7 @@ gradients where none are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def collect_sensitivities(
         ValueError: no batches; a layer whose weight the loss does not depend on; a gradient that is not finite.
     """
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _SumOfSquares] = {}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     count = 0
     with _evaluating(model), torch.enable_grad():
@@ -97,16 +98,18 @@ def collect_sensitivities(
                 parameter.requires_grad_(False)
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 count += 1
-                value = loss(model, batch)
-                if not value.requires_grad:
-                    break
-                gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+                with _naming(model, i, batch):
+                    value = loss(model, batch)
+                    if not isinstance(value, Tensor) or value.numel() != 1:
+                        raise ValueError(f"loss must return a scalar tensor: got {describe_batch(value)}")
+                    if not value.requires_grad:
+                        break
+                    gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for name, gradient in zip(weights, gradients, strict=True):
                     if gradient is not None:
-                        square = gradient.float().square()
-                        sums[name] = square if name not in sums else sums[name].add_(square)
+                        sums.setdefault(name, _SumOfSquares()).add(gradient.float())
         finally:
             for parameter, before in required.items():
                 parameter.requires_grad_(before)
@@ -114,10 +117,11 @@ def collect_sensitivities(
     missing = sorted(set(weights) - set(sums))
     if missing:
         raise ValueError(f"the loss must depend on every layer's weight: it does not on {', '.join(missing)}")
-    for name, total in sums.items():
-        if not bool(torch.isfinite(total.div_(count)).all()):
+    means = {name: sums[name].total().div_(count) for name in weights}
+    for name, mean in means.items():
+        if not bool(torch.isfinite(mean).all()):
             raise ValueError(f"the gradient of layer {name} must be finite: got Inf or NaN")
-    return {name: sums[name] for name in weights}
+    return means
 
 
 def calibrate_sequential(
@@ -147,6 +151,64 @@ def calibrate_sequential(
         hessians = _hessians(model, layers, measured, batches, forward)
         for name in (name for group in measured for name in group.names):
             quantize_layer(name, layers[name], hessians[name])
+
+
+def batches_of(calibration: Any) -> list[Any]:
+    """The batches of ``calibration`` as a list; raises ``TypeError`` for what is one batch, or text."""
+    what = type(calibration).__name__
+    if isinstance(calibration, (str, bytes)):
+        raise TypeError(f"calibration must be a list of batches for the model: got a text, {calibration!r:.60}")
+    if isinstance(calibration, (Tensor, Mapping)):
+        described = describe_batch(calibration)
+        raise TypeError(f"calibration must be a list of batches: got one batch, {described}; wrap it in a list")
+    if isinstance(calibration, nn.Module) or not hasattr(calibration, "__iter__"):
+        raise TypeError(f"calibration must be a list of batches for the model: got {what}")
+    batches = list(calibration)
+    for i, batch in enumerate(batches):
+        if isinstance(batch, (str, bytes)) or (isinstance(batch, (list, tuple)) and batch
+                                               and all(isinstance(part, str) for part in batch)):  # fmt: skip
+            raise TypeError(f"calibration must hold batches for the model, not texts: batch {i} is {batch!r:.60}; "
+                            "give what the tokenizer makes of it")  # fmt: skip
+    return batches
+
+
+def describe_batch(batch: Any) -> str:
+    """Its type and the shapes in it: ``Tensor [2, 5]``, ``dict {input_ids: Tensor [2, 5]}``."""
+    if isinstance(batch, Tensor):
+        return f"{type(batch).__name__} {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} {{{', '.join(f'{k}: {describe_batch(v)}' for k, v in batch.items())}}}"
+    if isinstance(batch, (tuple, list)):
+        return f"{type(batch).__name__} of {', '.join(describe_batch(part) for part in list(batch)[:4])}"
+    return f"{type(batch).__name__} {batch!r:.40}"
+
+
+@contextmanager
+def _naming(model: nn.Module, index: int, batch: Any) -> Iterator[None]:
+    """An exception inside says which batch it was, and the innermost module that was running."""
+    try:
+        yield
+    except _Reached:
+        raise
+    except Exception as error:
+        if getattr(error, "_lowbit_named", False):
+            raise
+        names = {id(module): name for name, module in model.named_modules()}
+        where, trace = "", error.__traceback__
+        while trace is not None:
+            where = names.get(id(trace.tb_frame.f_locals.get("self")), "") or where
+            trace = trace.tb_next
+        text = f"calibration batch {index} ({describe_batch(batch)})"
+        text += f", in layer {where}" if where else ""
+        text += f": {error}. Is calibration a list of batches that the model can be called with?"
+        # of the same type, so that who expects it finds it
+        kind = type(error) if type(error) in _PLAIN else RuntimeError
+        named = kind(text)
+        named._lowbit_named = True  # type: ignore[attr-defined]
+        raise named from error
+
+
+_PLAIN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -194,6 +256,36 @@ def _trace(
     return [*groups.values(), *(_Group([name], 0, 0) for name in inputs if not inputs[name])]
 
 
+class _SumOfSquares:
+    """A float32 sum of ``x.square()``, or of ``x.T @ x``; times a power of 4 where some x is beyond 2**30.
+
+    Such squares would overflow, and what is made of the sums does not depend on their scale.
+    """
+
+    def __init__(self, products: bool = False) -> None:
+        self._products, self._shift = products, 0
+        self._sum: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        if self._sum is None:
+            self._sum = x.new_zeros((x.shape[1], x.shape[1]) if self._products else x.shape)
+        peak = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
+        needed = max(0, math.frexp(peak)[1] - 30) if math.isfinite(peak) else 0
+        if needed > self._shift:
+            self._sum.mul_(4.0 ** (self._shift - needed))
+            self._shift = needed
+        if self._shift:
+            x = x * 2.0**-self._shift
+        if self._products:
+            self._sum.addmm_(x.t(), x)
+        else:
+            self._sum.add_(x.square())
+
+    def total(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum
+
+
 def _hessians(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -202,16 +294,14 @@ def _hessians(
     forward: Forward | None,
 ) -> dict[str, Tensor]:
     """Collected at the first layer of every group."""
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, _SumOfSquares] = {}
     counts: dict[str, int] = {}
     one_call = len(groups) == 1 and groups[0].calls == 1
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
         rows = _samples(x, mask).float()
-        if name not in sums:
-            sums[name], counts[name] = rows.new_zeros(rows.shape[1], rows.shape[1]), 0
-        sums[name].addmm_(rows.t(), rows)
-        counts[name] += rows.shape[0]
+        sums.setdefault(name, _SumOfSquares(products=True)).add(rows)
+        counts[name] = counts.get(name, 0) + rows.shape[0]
         if one_call:
             raise _Reached
 
@@ -220,7 +310,7 @@ def _hessians(
     hessians: dict[str, Tensor] = {}
     for group in groups:
         name = group.names[0]
-        hessian = sums[name].mul_(2 / counts[name])
+        hessian = sums[name].total().mul_(2 / counts[name])
         _require_finite(name, hessian)
         hessians.update(dict.fromkeys(group.names, hessian))
     return hessians
@@ -239,18 +329,32 @@ def _observe(
     mask: Tensor | None = None
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        visit(name, args[0] if args else next(iter(kwargs.values())), mask)
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        width = widths.get(name)
+        if not isinstance(x, Tensor) or not x.dim() or (width is not None and x.shape[-1] != width):
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"layer {name} takes inputs [..., {width if width is not None else 'K'}]: got {got}")
+        visit(name, x, mask)
 
+    widths = {name: _width(layer) for name, layer in layers.items()}
     handles = [layer.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with _evaluating(model):
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                with suppress(_Reached):
+                with suppress(_Reached), _naming(model, i, batch):
                     call(model, batch) if forward is None else forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _width(layer: nn.Module) -> int | None:
+    """K of a linear layer; ``None`` where it does not say."""
+    width = getattr(layer, "in_features", None)
+    if width is None and isinstance(getattr(layer, "nf", None), int):  # transformers' Conv1D
+        width = layer.get_parameter("weight").shape[0]
+    return width if isinstance(width, int) else None
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import nn
 
 from lowbit.model import hooks
 from lowbit.model.build import build, predicted, remember_bytes
+from lowbit.model.calibrate import batches_of
 from lowbit.model.calibrated import Loss, build_calibrated
-from lowbit.model.plan import Specs, check_calibration, make_plan
+from lowbit.model.plan import Specs, check_calibration, make_plan, unused_arguments
 from lowbit.model.report import format_bytes
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.layer import layers
@@ -55,8 +56,10 @@ def convert(
     """
     hooks.before_convert(model)
     plan = make_plan(model, spec, skip or ())
-    batches = None if calibration is None else list(calibration)
+    batches = None if calibration is None else batches_of(calibration)
     check_calibration(plan, batches, loss)
+    if unused := unused_arguments(plan, calibration, loss):
+        warnings.warn(unused, stacklevel=5)
     if dry_run:
         return predicted(model, plan)
     replacements = build(plan) if batches is None else build_calibrated(model, plan, batches, loss)

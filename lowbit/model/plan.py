@@ -355,5 +355,18 @@ def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:
             )
 
 
+def unused_arguments(plan: Plan, calibration: Any, loss: Any) -> str | None:
+    """What to say of arguments that no spec of the plan makes use of."""
+    specs = {swap.spec for swap in plan.swaps() if swap.spec is not None and swap.kind == "linear"}
+    measured = {statistic for spec in specs for statistic in spec.statistics}
+    unused = [name for name, given, used in (
+        ("calibration", calibration is not None, bool(measured)), ("loss", loss is not None, "sensitivity" in measured)
+    ) if given and not used]  # fmt: skip
+    if not unused or _on_meta(plan):
+        return None
+    why = "no layer is quantized" if not specs else "no spec makes use of it"
+    return f"{' and '.join(f'{name}=' for name in unused)} changes nothing: {why}"
+
+
 def _on_meta(plan: Plan) -> bool:
     return all(s.source is None and s.weight().device.type == "meta" for s in plan.swaps())
