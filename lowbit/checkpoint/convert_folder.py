@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lowbit.checkpoint import foreign, stream
+from lowbit.checkpoint import card, foreign, stream
 from lowbit.checkpoint.folder import DESCRIPTION_FILE, save
 from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -81,6 +81,7 @@ def convert_folder(
     try:
         save(model, temporary)
         _copy_small_files(src, temporary)
+        card.write(model, temporary, library="transformers", insert=True)  # the float model's card stays, below ours
         temporary.chmod(0o755)
         if dst.exists():
             dst.rmdir()

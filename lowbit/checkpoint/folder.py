@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowbit.checkpoint import libraries, metadata, stream
+from lowbit.checkpoint import card, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
 from lowbit.nn.layer import layers
 
@@ -84,6 +84,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         save_file(tensors, path, {"format": "pt", "lowbit_format_version": metadata.FORMAT_VERSION})
     with _replacing(folder / DESCRIPTION_FILE) as path:
         path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    card.write(model, folder)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Any:

@@ -1,7 +1,7 @@
 """The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
 of a transformers ``config.json``.
 
-    {"format_version": "1.2", "lowbit": "0.1.0",
+    {"format_version": "2.0", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
      "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
 
@@ -25,7 +25,8 @@ from lowbit.model import sources
 from lowbit.model.surgery import put
 from lowbit.nn.layer import Layer, LayerConfig, layers, storage_of
 
-FORMAT_VERSION = "1.2"  # 1.0 knew the family packed only, 1.1 no groups of activations
+# 1.0 knew the family packed only, 1.1 no groups of activations, 1.2 no guards in the files of transformers models
+FORMAT_VERSION = "2.0"
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
 
 
@@ -132,9 +133,10 @@ def parse(description: dict[str, Any]) -> Metadata:
     version = description.get("format_version")
     _check(isinstance(version, str), "format_version", "a string like '1.0'", version)
     major, _, minor = str(version).partition(".")
-    ours = FORMAT_VERSION.split(".")
-    _check(major == ours[0] and minor.isdigit(), "format_version", "1.x for this version of lowbit", version)
-    if int(minor) <= int(ours[1]):  # a later minor version may add fields
+    newest = tuple(map(int, FORMAT_VERSION.split(".")))
+    known = major in map(str, range(1, newest[0] + 1)) and minor.isdigit()
+    _check(known, "format_version", f"1.x to {newest[0]}.x for this version of lowbit", version)
+    if (int(major), int(minor)) <= newest:  # a later minor version may add fields
         unknown = sorted(set(description) - _FIELDS)
         _check(not unknown, "the description", f"made of the fields {', '.join(sorted(_FIELDS))}", unknown)
     entries = description.get("layers")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint import foreign, libraries, stream
+from lowbit.checkpoint import card, foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
@@ -29,6 +29,11 @@ from lowbit.model.foreign import why_foreign
 from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
 
 METHOD = "lowbit"
+
+# Without lowbit, transformers would only warn and start packed layers at random. So a saved file also holds, for every
+# packed layer, an empty tensor under the name of its float weight: transformers stops at the mismatch of its size. What
+# it prints then lists this name too.
+NOTICE = "this_model_needs_lowbit.pip_install_lowbit.import_lowbit_before_from_pretrained"
 
 
 @register_quantization_config(METHOD)
@@ -110,8 +115,13 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.quantization_config.metadata is not None
         _apply(model, self.quantization_config.metadata)
         retie(model, held=False)
-        for name, layer in layers(model, duplicates=True).items():
+        packed = layers(model, duplicates=True)
+        for name, layer in packed.items():
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        ignored = [] if ignored is None else ignored  # a set in later versions
+        patterns = [rf"^{re.escape(f'{name}.weight')}$" for name in packed] + [re.escape(NOTICE)]
+        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns])  # type: ignore[assignment]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
@@ -145,15 +155,43 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         stream.validate(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         # called by save_pretrained before it writes config.json: describe the model as it is now
         _skip_zero_biases(model)
         config = LowbitConfig.of(model)
         self.quantization_config = model.config.quantization_config = config  # type: ignore[union-attr]
-        return None, {"lowbit_format_version": config.description["format_version"]}
+        return {**model.state_dict(), **guards(model)}, {"lowbit_format_version": config.description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize(model)
+
+
+def guards(model: Any) -> dict[str, Tensor]:
+    """What stops transformers without lowbit: see ``NOTICE``."""
+    tied = {target.rpartition(".")[0] for target in model.all_tied_weights_keys}
+    found = {f"{name}.weight": layer for name, layer in layers(model).items() if name not in tied}
+    names = [name for name in found if _is_saved_as_is(model, name)]
+    return {name: torch.empty(0, dtype=found[name].dtype) for name in names} | {NOTICE: torch.empty(0)}
+
+
+def _is_saved_as_is(model: Any, name: str) -> bool:
+    """Whether transformers does not compute what it saves for ``name`` from several tensors."""
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = _conversions(model)
+    if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
+        return True
+    try:
+        return all(tensor.numel() == 0 for tensor in revert_weight_conversion(model, {name: torch.empty(0)}).values())
+    except Exception:  # an operation that needs a weight of its own shape, or all of them
+        return False
+
+
+def _is_guard(name: str, entry: Entry) -> bool:
+    """Whether this is a guard, of a model whose packed layer has this name."""
+    return entry.shape == (0,) and (name == NOTICE or name.rpartition(".")[2] == "weight")
 
 
 def _skip_zero_biases(model: Any) -> None:
@@ -243,12 +281,26 @@ def install() -> None:
     if original.__module__ == __name__:
         return
 
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         with _saving(self):
-            return original(self, *args, **kwargs)
+            result = original(self, save_directory, is_main_process, *args, **kwargs)
+            if is_main_process and Path(save_directory).is_dir() and layers(self):
+                card.write(self, save_directory, library="transformers")
+        return result
 
     save_pretrained.__doc__, save_pretrained.__wrapped__ = original.__doc__, original  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained
+
+    upload = getattr(PreTrainedModel, "_upload_modified_files", None)
+    if upload is None:
+        return
+
+    def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if layers(self):  # push_to_hub has put a card of its own there
+            card.write(self, working_dir, library="transformers")
+        return upload(self, working_dir, *args, **kwargs)
+
+    PreTrainedModel._upload_modified_files = upload_modified_files
 
 
 def detach(model: nn.Module) -> None:
@@ -394,13 +446,19 @@ class Match:
     transformed: dict[str, list[str]] = field(default_factory=dict)
 
 
+def _conversions(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions: list[Any] = get_model_conversion_mapping(model)
+    return conversions
+
+
 def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None = None) -> Match:
     """Match names as transformers' loader does: its renamings, the base model's prefix added or removed."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     if conversions is None:
-        conversions = get_model_conversion_mapping(model)
+        conversions = _conversions(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
@@ -444,6 +502,8 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
     ignored = _left_out(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
+        if _is_guard(name, checkpoint.entries[key]) and (name == NOTICE or name.rpartition(".")[0] in packed):
+            continue
         if name.rpartition(".")[0] in packed:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")
         if same_class and re.search(ignored, name) is None:

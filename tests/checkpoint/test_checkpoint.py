@@ -62,7 +62,7 @@ def same_bits(model, other):
 def test_reload_is_bit_equal(skeleton, tmp_path):
     model = make()
     lowbit.save(model, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lowbit.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "lowbit.json", "model.safetensors"]
     if skeleton == "float":
         empty = Net()
     elif skeleton == "empty_parameters":
@@ -189,7 +189,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         lowbit.save(make(seed=2), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lowbit.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "lowbit.json", "model.safetensors"]
     same_bits(model, lowbit.load(tmp_path, Net()).eval())
 
 

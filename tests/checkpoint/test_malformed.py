@@ -281,7 +281,8 @@ def set_format(name, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(format_version="2.0"), ["format_version", "2.0"]),
+        (lambda d: d.update(format_version="3.0"), ["format_version", "3.0"]),
+        (lambda d: d.update(format_version="0.9"), ["format_version", "0.9"]),
         (lambda d: d.update(format_version=1), ["format_version"]),
         (lambda d: d.pop("format_version"), ["format_version"]),
         (lambda d: d.update(surprise=1), ["surprise"]),
@@ -334,7 +335,7 @@ def test_bad_descriptions(change, words, saved):
 
 
 def test_a_later_minor_version_may_add_fields(saved):
-    describe(saved[0], lambda description: description.update(format_version="1.7", novelty=True))
+    describe(saved[0], lambda description: description.update(format_version="2.7", novelty=True))
     folder, load = saved
     assert load(folder).lm_head.format.bits == 3
 

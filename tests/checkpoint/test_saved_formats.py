@@ -70,6 +70,17 @@ class Groups12(nn.Module):
         return self.head(self.plain(torch.tanh(x)))
 
 
+def llama20():
+    """What version 2.0 added: guards in the file of a transformers model."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=12,
+            max_position_embeddings=16, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -97,7 +108,13 @@ GROUPS12 = {
     "rows": Packed(bits=3, symmetric=True, activations="int8", activation_group_size=64, outliers=0.02),
     "plain": Packed(bits=5, activations="int8"),
 }
-VERSIONS = {"1.0": (Packed10, PACKED10), "1.1": (Families11, FAMILIES11), "1.2": (Groups12, GROUPS12)}
+LLAMA20 = {"model": Packed(bits=4, group_size=16), "*.down_proj": Codebook(bits=3), "*.o_proj": Kronecker()}
+VERSIONS = {
+    "1.0": (Packed10, PACKED10),
+    "1.1": (Families11, FAMILIES11),
+    "1.2": (Groups12, GROUPS12),
+    "2.0": (llama20, LLAMA20),
+}
 
 
 def model_of(folder: Path) -> nn.Module:
@@ -107,7 +124,8 @@ def model_of(folder: Path) -> nn.Module:
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         found = {name: layer.dequantize(torch.float32) for name, layer in layers(model).items()}
-        return {**found, "output": model(IDS)}
+        output = model(IDS)
+        return {**found, "output": getattr(output, "logits", output)}
 
 
 def write(folder: Path) -> None:
