@@ -161,6 +161,12 @@ def layer_from_source(swap: Swap) -> Layer:
     source = swap.source
     assert source is not None
     weight = source.weight() if callable(source.weight) else source.weight
+    stored = source.stored.format()
+    if weight is not None and tuple(weight.shape) != (stored.out_features, stored.in_features):
+        raise ValueError(
+            f"{swap.name}: {sources.recogniser_of(swap.module)} gives a weight "
+            f"[N, K] = [{stored.out_features}, {stored.in_features}]: Source.weight() has {list(weight.shape)}"
+        )
     dtype = None if weight is None else weight.dtype
     cls = layer_class(source.stored.family, source.kind)
     layer: Layer
@@ -179,7 +185,8 @@ def layer_from_source(swap: Swap) -> Layer:
         # bit-exact with integer zeros; with float zeros the module's own arithmetic may round once differently
         if layer.weight_error > max(1e-6, torch.finfo(weight.dtype).eps / 4):
             raise ValueError(
-                f"{swap.name}: the recogniser's codes do not reproduce the trained weight: "
+                f"{swap.name}: the recogniser's codes do not reproduce the trained weight "
+                f"({sources.recogniser_of(swap.module)}): "
                 f"relative error {layer.weight_error:.2e}"
             )
     return layer

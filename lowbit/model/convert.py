@@ -13,7 +13,7 @@ from lowbit.model import hooks
 from lowbit.model.build import build, predicted, remember_bytes
 from lowbit.model.calibrate import batches_of
 from lowbit.model.calibrated import Loss, build_calibrated
-from lowbit.model.plan import Specs, check_calibration, make_plan, unused_arguments
+from lowbit.model.plan import Specs, check_calibration, make_plan, require_model, unused_arguments
 from lowbit.model.report import format_bytes
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.layer import layers
@@ -54,6 +54,7 @@ def convert(
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before.
     """
+    require_model(model)
     hooks.before_convert(model)
     plan = make_plan(model, spec, skip or ())
     batches = None if calibration is None else batches_of(calibration)

@@ -42,7 +42,7 @@ class Plan:
 
 def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) -> Plan:
     """Decide for every layer, validating everything; raises ``ValueError`` with all problems, changes nothing."""
-    _check_arguments(model, spec, skip)
+    _check_arguments(spec, skip)
     found, skipped = candidates.find(model)
     found = _refuse_foreign(model, found, spec, skip, skipped)
     found = _without_trained(model, found, spec, skipped)
@@ -146,9 +146,7 @@ def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, s
             skipped[where] = f"{skipped[where]}; {text}" if where in skipped else text
 
 
-def _check_arguments(model: nn.Module, spec: Specs | None, skip: Sequence[str]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(_no_model(model))
+def _check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
     for pattern in skip:
@@ -171,8 +169,13 @@ def _check_arguments(model: nn.Module, spec: Specs | None, skip: Sequence[str]) 
             raise TypeError(f"spec maps name patterns to {_SPECS} or to None: got {pattern!r}: {value!r}")
 
 
+def require_model(model: object) -> None:
+    """Raise ``TypeError`` for what is no model, such as the name or the folder of one, saying what to do with it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(_no_model(model))
+
+
 def _no_model(model: object) -> str:
-    """What to say of something that is no model, such as the name or the folder of one."""
     text = f"model must be an nn.Module: got {type(model).__name__} {model!r:.200}"
     if not isinstance(model, (str, os.PathLike)):
         return text

@@ -100,10 +100,60 @@ def is_source(module: nn.Module) -> bool:
 
 
 def recognise(module: nn.Module) -> Source | str:
-    """The :class:`Source` of a registered module, or why it has none. Raises what the recogniser raises."""
+    """The :class:`Source` of a registered module, or why it has none.
+
+    Raises ``ValueError`` with what the recogniser says is wrong, or what is wrong with the recogniser.
+    """
     entry = _entry(module)
-    found = None if entry is None else entry.recognise(module)
-    return f"the recogniser of {type(module).__name__} declined it" if found is None else found
+    if entry is None:
+        return f"the recogniser of {type(module).__name__} declined it"
+    name = recogniser_of(module)
+    try:
+        found = entry.recognise(module)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} raised {type(error).__name__}: {error}") from error
+    if found is None:
+        return f"the recogniser of {type(module).__name__} declined it"
+    if isinstance(found, Weight):
+        raise ValueError(f"{name} must return a lowbit.Source: got a {type(found).__name__}; return Source(weight)")
+    if not isinstance(found, (Source, str)):
+        raise ValueError(f"{name} must return a lowbit.Source, a reason as text, or None: got {type(found).__name__}")
+    return _checked(module, found, name) if isinstance(found, Source) else found
+
+
+def recogniser_of(module: nn.Module) -> str:
+    """``its recogniser read_linear``, for messages."""
+    entry = _entry(module)
+    function: object = None if entry is None else entry.recognise
+    return f"its recogniser {getattr(function, '__qualname__', repr(function))}"
+
+
+def _checked(module: nn.Module, source: Source, name: str) -> Source:
+    """Raise ``ValueError`` for a source whose parts do not fit each other or the module."""
+    if not isinstance(source.stored, Weight):
+        raise ValueError(f"{name} must give Source.stored as a PackedWeight, CodebookWeight or KroneckerWeight: "
+                         f"got {type(source.stored).__name__}")  # fmt: skip
+    if source.kind not in ("linear", "embedding"):
+        raise ValueError(f"{name} must give kind 'linear' or 'embedding': got {source.kind!r}")
+    try:
+        format = source.stored.format()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} gives a weight that cannot be stored: {error}") from error
+    n, k = format.out_features, format.in_features
+    sizes = ("num_embeddings", "embedding_dim") if source.kind == "embedding" else ("out_features", "in_features")
+    told = tuple(getattr(module, size, None) for size in sizes)
+    weight = source.weight
+    for wanted, what in ((told, "the module has"), (tuple(weight.shape) if isinstance(weight, Tensor) else None,
+                                                    "its weight has")):  # fmt: skip
+        if wanted is None or any(not isinstance(size, int) for size in wanted) or tuple(wanted) == (n, k):
+            continue
+        turned = "; is a transposition missing, .t()?" if tuple(wanted) == (k, n) and n != k else ""
+        raise ValueError(f"{name} gives a weight [N, K] = [{n}, {k}]: {what} {list(wanted)}{turned}")
+    if isinstance(source.bias, Tensor) and tuple(source.bias.shape) != (n,):
+        raise ValueError(f"{name} gives a bias of shape {list(source.bias.shape)}: [N] = [{n}] is required")
+    return source
 
 
 def wrap(module: nn.Module, layer: nn.Module) -> nn.Module:

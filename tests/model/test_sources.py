@@ -539,7 +539,7 @@ def test_user_types() -> None:
         (ValueError("alpha must be positive: got alpha=-1"), "c: alpha must be positive: got alpha=-1"),
         (source(weight=torch.zeros(N, K)), "c: the recogniser's codes do not reproduce the trained weight"),
         (source(bits=3), r"c: codes must be in \[0, 7\] at bits=3"),
-        (source(bits=9), "c: bits must be between 2 and 8"),
+        (source(bits=9), "c: its recogniser answer gives .*: bits must be between 2 and 8"),
     ],
 )
 def test_a_wrong_user_source_is_named_and_nothing_changes(bad: Any, message: str) -> None:
