@@ -27,6 +27,7 @@ from lowbit.model.convert import convert, dequantize
 from lowbit.model.report import Report, report
 from lowbit.model.sources import Source, register_source
 from lowbit.model.warmup import tune, warmup
+from lowbit.nn.layer import freeze, make_trainable
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedLinear
 
@@ -35,8 +36,8 @@ __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
     "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",
     "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report", "Source", "Statistics", "backends",
-    "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize", "load", "register_quantizer",
-    "register_source", "report", "save", "tune", "use_backend", "warmup",
+    "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize", "freeze", "load",
+    "make_trainable", "register_quantizer", "register_source", "report", "save", "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from typing import Any
 
 from lowbit.core import quantizer
 
@@ -58,33 +56,8 @@ _LEFT = {
 }
 
 
-class _Derived:
-    """An attribute that layers have set when they are made. A pickle of an earlier version lacks it: it is computed."""
-
-    def __init__(self, of: Callable[[Any], Any]) -> None:
-        self.of = of
-
-    def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else self.of(layer)
-
-
-def _activation(layer: Any) -> tuple[Any, ...]:
-    activation = layer.operands_class.activation
-    return () if activation is None else activation.numbers_of(layer.format.activation)
-
-
-# What layers derive from their format, by module, class and attribute.
-_DERIVED = {
-    ("nn.layer", "Layer", "_numbers"): lambda layer: layer.format.numbers,
-    ("nn.linear", "LinearLayer", "_in_features"): lambda layer: layer.format.in_features,
-    ("nn.linear", "LinearLayer", "_activation"): _activation,
-}
-
-
 def install() -> None:
     """Let the old paths name the modules that there are now; called once, at the end of ``import lowbit``."""
-    for (module_now, name, attribute), of in _DERIVED.items():
-        setattr(getattr(importlib.import_module(f"lowbit.{module_now}"), name), attribute, _Derived(of))
     for old, new in _MOVED.items():
         module = importlib.import_module(f"lowbit.{new}")
         sys.modules[f"lowbit.{old}"] = module

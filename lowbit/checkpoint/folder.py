@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint import card, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import canonical_state_dict, layers
 
 DESCRIPTION_FILE = "lowbit.json"
 
@@ -68,7 +68,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a plain module that was saved here before
         library.save(model, folder)
         return
-    state = model.state_dict()
+    state = canonical_state_dict(model)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is not a tensor but {type(tensor).__name__}: extra state cannot be saved")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.codebook.format import CodebookFormat
 from lowbit.codebook.gradient import with_mean_gradient
@@ -20,8 +20,9 @@ from lowbit.nn.validate import require_finite, require_outliers, require_x_scale
 class CodebookLayer(CodedLayer):
     """Tensors and checks common to the linear and the embedding of family ``codebook``.
 
-    To fine-tune the centroids: ``layer.codebook.requires_grad_()``. ``centroid_gradient`` says what their gradient is:
-    the ``"mean"`` over a centroid's members (arXiv 2010.07109) or their ``"sum"`` (Deep Compression); it is not saved.
+    To fine-tune the centroids: ``lowbit.make_trainable(model, "codebook")``. ``centroid_gradient`` says what their
+    gradient is: the ``"mean"`` over a centroid's members (arXiv 2010.07109) or their ``"sum"`` (Deep Compression); it
+    is not saved.
     """
 
     centroid_gradient = "mean"
@@ -30,15 +31,15 @@ class CodebookLayer(CodedLayer):
     format_class = CodebookFormat
     operands_class = CodebookOperands
     format: CodebookFormat
-    codebook: nn.Parameter
-    scales: nn.Parameter | None
-    scale_codebook: nn.Parameter | None
-    scale_absmax: nn.Parameter | None
-    scale_offset: nn.Parameter | None
-    outlier_values: nn.Parameter | None
-    outlier_columns: nn.Parameter | None
-    outlier_rows: nn.Parameter | None
-    x_scale: nn.Parameter | None
+    codebook: Tensor
+    scales: Tensor | None
+    scale_codebook: Tensor | None
+    scale_absmax: Tensor | None
+    scale_offset: Tensor | None
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_rows: Tensor | None
+    x_scale: Tensor | None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "centroid_gradient" and value not in ("mean", "sum"):
@@ -46,7 +47,7 @@ class CodebookLayer(CodedLayer):
         super().__setattr__(name, value)
 
     def operands(self) -> Mapping[str, Tensor | None]:
-        t = self._parameters if not self._is_replica else super().operands()
+        t = super().operands()
         trained = t["codebook"].requires_grad and torch.is_grad_enabled()  # type: ignore[union-attr]
         if not trained or self.centroid_gradient == "sum":
             return t
@@ -67,7 +68,7 @@ class CodebookLinear(CodebookLayer, LinearLayer):
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
     In bfloat16, on a CPU with AVX-512 BF16, the weight is rounded to bfloat16 first, as in a dense layer of that dtype
     (and numbers below 2**-126 count as zero).
-    Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]``, ``codebook`` ``[1, 1, 2**bits]``,
+    Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]``, ``codebook`` ``[1, 1, 2**bits]``,
     ``[N, 1, 2**bits]`` or ``[N, G, 2**bits]``, optional ``scales`` ``[N, G]`` (float, or nested: see
     :class:`CodebookWeight`), optional CSR outliers, optional ``x_scale``.
     """

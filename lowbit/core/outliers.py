@@ -13,10 +13,26 @@ from torch import Tensor
 
 from lowbit.core.family import MAX_INT16_COLUMNS
 
-__all__ = ["CSR", "Chunks", "choose_outliers", "column_indices", "float16_holds", "float_chunks", "sparse_rest"]
+__all__ = [
+    "CSR", "Chunks", "choose_outliers", "column_indices", "column_pairs", "float16_holds", "float_chunks",
+    "is_column_pairs", "sparse_rest",
+]  # fmt: skip
 
 Chunks = Callable[[], Iterator[tuple[Tensor, slice]]]
 CSR = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]  # values, columns, row pointers
+
+
+def column_pairs(columns: Tensor) -> Tensor:
+    """Columns ``[nnz]`` of 16 bits as uint8 ``[nnz, 2]``, the low byte first: the dtype that collectives know.
+
+    Other columns are returned as they are.
+    """
+    return columns.view(torch.uint8).view(-1, 2) if columns.dim() == 1 and columns.dtype.itemsize == 2 else columns
+
+
+def is_column_pairs(columns: Tensor) -> bool:
+    """Whether these are :func:`column_pairs`."""
+    return columns.dtype == torch.uint8 and columns.dim() == 2
 
 
 def column_indices(columns: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.foreign import why_foreign
-from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
+from lowbit.nn.layer import Layer, LayerConfig, canonical_state_dict, layer_class, layers
 
 METHOD = "lowbit"
 
@@ -149,9 +149,6 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             return convert(  # type: ignore[no-any-return]
                 model, config.spec, skip=config.skip, calibration=config.calibration, loss=config.loss
             )
-        for layer in layers(model).values():
-            for tensor in layer.named_tensors().values():
-                tensor.requires_grad_(False)
         stream.validate(model)
         return model
 
@@ -160,7 +157,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         _skip_zero_biases(model)
         config = LowbitConfig.of(model)
         self.quantization_config = model.config.quantization_config = config  # type: ignore[union-attr]
-        return {**model.state_dict(), **guards(model)}, {"lowbit_format_version": config.description["format_version"]}
+        state = {**canonical_state_dict(model), **guards(model)}
+        return state, {"lowbit_format_version": config.description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize(model)
@@ -273,8 +271,8 @@ def _check_others(model: nn.Module, quantizer: Any) -> None:
 
 
 def install() -> None:
-    """Teach ``PreTrainedModel`` what packed layers need, once: its ``dtype``, and saving."""
-    _install_dtype()
+    """Teach ``PreTrainedModel`` what packed layers need, once: its ``dtype``, ``get_parameter``, and saving."""
+    _install_reading()
     from transformers.modeling_utils import PreTrainedModel
 
     original = PreTrainedModel.save_pretrained
@@ -347,12 +345,12 @@ def _submodels(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
 
 
-def _install_dtype() -> None:
-    """``model.dtype`` is that of the first floating parameter, which may now be float16 scales of a float32
-    model: let a packed layer answer with its compute dtype. ``save_pretrained`` records it, models cast
-    inputs to it.
+def _install_reading() -> None:
+    """``model.dtype`` is that of the first floating parameter, which may belong to a norm that is kept in float32: let
+    a packed layer answer with its compute dtype. ``save_pretrained`` records it, models cast inputs to it.
+    ``model.get_parameter`` is asked for tied tensors: those of packed layers are buffers.
     """
-    from transformers.modeling_utils import ModuleUtilsMixin
+    from transformers.modeling_utils import ModuleUtilsMixin, PreTrainedModel
 
     original = ModuleUtilsMixin.dtype.fget
     if original.__module__ == __name__:
@@ -367,7 +365,15 @@ def _install_dtype() -> None:
                     return tensor.dtype
         return original(self)  # type: ignore[no-any-return]
 
+    def get_parameter(self: nn.Module, target: str) -> Any:
+        path, _, name = target.rpartition(".")
+        module = self.get_submodule(path)
+        if isinstance(module, Layer) and name in module._buffers:
+            return module._buffers[name]
+        return nn.Module.get_parameter(self, target)
+
     ModuleUtilsMixin.dtype = property(dtype, doc=original.__doc__)
+    PreTrainedModel.get_parameter = get_parameter
 
 
 def retie(model: Any, *, held: bool = True) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lowbit.kron.format import KroneckerFormat
 from lowbit.kron.operands import KronOperands
@@ -20,14 +20,14 @@ class KroneckerLayer(Layer):
     format_class = KroneckerFormat
     operands_class = KronOperands
     format: KroneckerFormat
-    a: nn.Parameter
-    a_scales: nn.Parameter | None
-    a_zeros: nn.Parameter | None
-    b: nn.Parameter
-    b_scales: nn.Parameter | None
-    b_zeros: nn.Parameter | None
-    input_permutation: nn.Parameter | None
-    output_permutation: nn.Parameter | None
+    a: Tensor
+    a_scales: Tensor | None
+    a_zeros: Tensor | None
+    b: Tensor
+    b_scales: Tensor | None
+    b_zeros: Tensor | None
+    input_permutation: Tensor | None
+    output_permutation: Tensor | None
 
     def validate_values(self, name: str) -> None:
         for part, factor in (("a", self.format.a), ("b", self.format.b)):
@@ -52,7 +52,7 @@ class KroneckerLinear(KroneckerLayer, LinearLayer):
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums and what lies
     between the two products are float32. Where input and factors are bfloat16, on a CPU with AVX-512 BF16, what lies
     between them is rounded to bfloat16, as with two matmuls (and numbers below 2**-126 count as zero).
-    Parameters (all frozen but the bias): ``a`` ``[R, N1, K1]`` and ``b`` ``[R, N2, K2]`` in float, or packed as in
+    Buffers: ``a`` ``[R, N1, K1]`` and ``b`` ``[R, N2, K2]`` in float, or packed as in
     :class:`PackedLinear` with ``a_scales``, ``a_zeros``, ``b_scales``, ``b_zeros``; optional ``input_permutation``
     ``[K]`` and ``output_permutation`` ``[N]`` (int32):
     ``W[n, k] = (sum_r A_r ⊗ B_r)[output_permutation[n], input_permutation[k]]``.

@@ -34,7 +34,7 @@ _CAN_SKIP = None not in (_AUTOGRAD, _is_excluded, _exclude, _any_requires_grad)
 # Its arguments are written out one by one, and what is not needed is not looked at.
 _CALL = """
 def make(op, inner):
-    def call(layer, x, t, a):
+    def call(layer, x, t, bias, a):
         if not _CAN_SKIP or _is_compiling():
             layer._is_outdated()  # while a graph is made, no error can be caught
             n = layer._numbers
@@ -51,14 +51,14 @@ def call_of(op: torch._ops.OpOverload, operands: type[Operands], kind: str) -> C
     """A function that calls ``op`` with the arguments of a layer, past the Python code of its gradient where none is
     wanted.
 
-    For a linear: ``(layer, x, tensors by name, numbers of the activation) -> y``; for an embedding: ``(layer, ids,
-    tensors by name, other numbers) -> y``.
+    For a linear: ``(layer, x, tensors by name, bias, numbers of the activation) -> y``; for an embedding: ``(layer,
+    ids, tensors by name, None, other numbers) -> y``.
     """
     tensors = operands.tensor_names
     arguments = [f"t[{name!r}]" for name in tensors]
     arguments += [f"n[{i}]" for i in range(len(operands.types) - len(tensors))]
     if kind == "linear":
-        arguments += ["t['bias']"]
+        arguments += ["bias"]
         if operands.activation is not None:
             own = operands.activation.tensor_names
             arguments += [f"t[{name!r}]" for name in own]

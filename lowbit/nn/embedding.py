@@ -80,11 +80,11 @@ class EmbeddingLayer(Layer):
     def _gather(self, ids: Tensor) -> Tensor:
         sizes = (*self.size_arguments(), self.dtype)
         try:
-            return self._call(ids, self.operands(), sizes)
+            return self._call(ids, self.operands(), None, sizes)
         except RuntimeError:
             if not self._is_outdated():
                 raise
-        return self._call(ids, self.operands(), sizes)
+        return self._call(ids, self.operands(), None, sizes)
 
     def to_float(self) -> nn.Module:
         """``nn.Embedding`` with the dequantized weight (followed by the scale where ``output_scale`` is not 1)."""

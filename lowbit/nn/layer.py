@@ -1,5 +1,10 @@
-"""What the drop-in modules of every family share: parameters named after the format's tensors, a float
-``.weight`` view, dtype and device moves that leave the packed form bit-identical, checked loading.
+"""What the drop-in modules of every family share: buffers named after the format's tensors, a ``.weight`` that is
+computed when it is read, dtype and device moves that leave the packed form bit-identical, checked loading.
+
+The stored tensors are buffers: what is in ``parameters()`` is averaged, decayed, sharded, cast and tuned, and codes
+must not be. ``state_dict()`` has the very tensors that the module holds, in the same shapes, so that whoever moves them
+one by one (offloading, functional calls, collectives) may take them from either. Files are another matter: see
+:func:`canonical_state_dict`. What is to be trained is asked for: :func:`make_trainable`.
 """
 
 from __future__ import annotations
@@ -7,20 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.backends.operands import Operands
-from lowbit.core.family import FLOAT_DTYPES, Format, dtype_name
+from lowbit.core.family import FLOAT_DTYPES, Format, TensorSpec, dtype_name
+from lowbit.core.outliers import column_pairs, is_column_pairs
 from lowbit.nn.call import call_of
+from lowbit.nn.weight import LazyWeight
 
 _registry: dict[tuple[str, str], type[Layer]] = {}
 _CONFIG_FIELDS = {"family", "kind", "dtype", "bias", "format"}
 
 
 class Layer(nn.Module):
-    """Base of the packed layers: the tensors of ``format`` as frozen Parameters, plus an optional float bias.
+    """Base of the packed layers: the tensors of ``format`` as buffers, plus an optional float bias, a Parameter.
 
     Subclasses set ``family``, ``kind`` and what these consist of, and are found by them when a saved model is rebuilt.
 
@@ -39,7 +48,6 @@ class Layer(nn.Module):
     _op: ClassVar[Any]
     _call: ClassVar[Callable[..., Tensor]]
     _numbers: tuple[int, ...]  # the weight's, in the ops' order
-    _is_replica = False  # torch's nn.DataParallel sets it
     format: Any  # of type format_class
     bias: nn.Parameter | None
     weight_error: float | None
@@ -62,16 +70,16 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.format = format
-        self._numbers = format.numbers
+        self._derive()
         self.dtype = dtype or torch.get_default_dtype()
         self.weight_error = None
         self.note = None
         for name, (shape, tensor_dtype) in format.tensors().items():
-            empty = torch.zeros(shape, dtype=tensor_dtype, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype, device=device))
         for name in self.optional_tensors():
-            if name not in self._parameters:
-                self.register_parameter(name, None)
+            if name not in self._buffers:
+                self.register_buffer(name, None)
+        self._stored = len(self._buffers)
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
         self.register_parameter("bias", None if bias_tensor is None else nn.Parameter(bias_tensor))
         self._register_state_dict_hook(_finish_state_dict)  # type: ignore[no-untyped-call]
@@ -85,14 +93,33 @@ class Layer(nn.Module):
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the format (not the bias), by name."""
-        return {name: self._parameters[name] for name in self.format.tensors()}  # type: ignore[misc]
+        return {name: self._tensor(name) for name in self.format.tensors()}  # type: ignore[misc]
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """A stored tensor: a buffer, or a Parameter while it is trained."""
+        return self._buffers[name] if name in self._buffers else self._parameters[name]
+
+    def trained(self) -> list[str]:
+        """The stored tensors that are trained now: see :func:`make_trainable`."""
+        return [name for name in self._parameters if name != "bias"]
+
+    def trainable(self) -> list[str]:
+        """The stored tensors that can be trained: float ones of the weight."""
+        return [name for name, (_, dtype) in self.format.weight_tensors().items() if dtype.is_floating_point]
+
+    def title(self) -> str:
+        """The layer, for messages: the name that :func:`lowbit.convert` knew it by, its class and its shape."""
+        name = self.__dict__.get("_name")
+        kind = f"{type(self).__name__} [{self.format.out_features}, {self.format.in_features}]"
+        return f"{name} ({kind})" if name else kind
 
     def operands(self) -> Mapping[str, Tensor | None]:
-        """What :meth:`forward` reads, by name: quicker than one attribute after another.
-
-        A replica in ``nn.DataParallel`` has its tensors as attributes only.
-        """
-        return self._parameters if not self._is_replica else {**self.__dict__, **self._parameters}
+        """The stored tensors that :meth:`forward` reads, by name; trained ones as they will be stored."""
+        if len(self._buffers) == self._stored:
+            return self._buffers
+        types = self.format.tensors().items()  # a replica in nn.DataParallel has Parameters as attributes only
+        trained = {n: _as_stored(getattr(self, n), dtype) for n, (_, dtype) in types if n not in self._buffers}
+        return {**self._buffers, **trained}
 
     def weight_arguments(self, t: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
         """The weight's part of the ops' arguments, from :meth:`operands`."""
@@ -109,20 +136,20 @@ class Layer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        # the tensors of the format come first; asking it for them would break a graph that is being made
-        return next(tensor for tensor in self._parameters.values() if tensor is not None).device
+        # asking the format for its tensors would break a graph that is being made
+        tensors = (*self._buffers.values(), *self._parameters.values())
+        return next(tensor for tensor in tensors if tensor is not None).device
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device of the float weight, for code that looks at ``.weight``; every element is NaN.
+        """The float weight ``[out_features, in_features]`` in ``dtype``: see :class:`~lowbit.nn.weight.LazyWeight`.
 
-        It is a stride-0 view and costs nothing. NaN, so that code which multiplies by ``.weight`` instead of
-        calling the layer fails visibly. The values are what :meth:`dequantize` returns.
+        Shape, dtype and device cost nothing. An operation on the values is computed with :meth:`dequantize`, which
+        is said once per layer; writing raises.
         """
-        shape = (self.format.out_features, self.format.in_features)
-        view = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
-        view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: leave it alone
-        return view
+        if torch.compiler.is_compiling():
+            return self.dequantize()  # dead code where only the shape is looked at
+        return LazyWeight.of(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[out_features, in_features]`` that this layer multiplies by, rounded once to ``dtype``."""
@@ -160,38 +187,56 @@ class Layer(nn.Module):
         """:func:`build`."""
         return build(config, device)
 
-    def store(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the (meta) parameters by these tensors."""
+    def store(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the (meta) buffers by these tensors."""
         for name, tensor in tensors.items():
-            self._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+            self._buffers[name] = tensor.detach().contiguous()
 
     def share_weight(self, source: Layer) -> None:
-        """Hold the very Parameters of ``source``: every tensor of the weight that both formats have."""
+        """Hold the very tensors of ``source``: every tensor of the weight that both formats have."""
         for name in source.format.weight_tensors():
             if name in self.format.weight_tensors():
-                self._parameters[name] = source._parameters[name]
+                self._buffers[name] = source._buffers[name]
 
     def prepare(self, *, owned: bool = False) -> Layer:
         """Bring the tensors into the form that the kernels on this device read; here they are in it.
 
-        Moving, converting and loading do it by themselves. The Parameters stay the same, and it is bit for bit both
-        ways. ``owned``: the memory of the tensors is nobody else's, and may be rearranged where it is.
+        Moving, converting and loading do it by themselves. The tensors stay the same objects, and it is bit for bit
+        both ways. ``owned``: the memory of the tensors is nobody else's, and may be rearranged where it is.
         """
+        columns = self._buffers.get("outlier_columns")
+        if columns is not None and columns.device.type != "meta":
+            columns.data = column_pairs(columns)
         return self
 
     def _prepare_to_move(self, device: torch.device) -> None:
         """Before the tensors go to ``device``."""
 
-    def _held_shape(self, tensor_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in which a tensor is held here, of the one that the format says."""
-        return shape
+    def _held(self, name: str, tensor: Tensor) -> TensorSpec:
+        """(shape, dtype) that ``tensor`` must have to be ``name``, in the form that it is in."""
+        shape, dtype = self.format.tensors()[name]
+        if name == "outlier_columns" and is_column_pairs(tensor):
+            return (*shape, 2), torch.uint8
+        return shape, torch.float32 if name in self._parameters else dtype
 
-    def _as_held(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A ``state_dict`` with the tensors as they are held here."""
-        return state_dict
+    def _as_held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor out of a ``state_dict``, in any form, as it is held here."""
+        held = self._tensor(name)
+        if name != "outlier_columns" or held is None:
+            return tensor
+        return column_pairs(tensor) if is_column_pairs(held) else self._canonical(name, tensor, held.dtype)
 
-    def _as_saved(self, state: dict[str, Any], prefix: str) -> None:
-        """Give ``state`` the tensors in the canonical order."""
+    def canonical(self) -> dict[str, Tensor]:
+        """The stored tensors as files have them: canonical words, contiguous, in the dtypes of the format."""
+        types = self.format.tensors()
+        return {name: self._canonical(name, tensor, types[name][1]) for name, tensor in self.named_tensors().items()}
+
+    def _canonical(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if name == "outlier_columns" and is_column_pairs(tensor):
+            return tensor.view(dtype).flatten()
+        if tensor.dtype == dtype and tensor.is_contiguous():
+            return tensor.detach()
+        return once(tensor, "canonical", lambda held: held.to(dtype).contiguous())
 
     def validate(self, name: str = "layer") -> None:
         """Check every tensor against the format and its values against their ranges.
@@ -200,8 +245,9 @@ class Layer(nn.Module):
             ValueError: naming ``name``, the tensor, the requirement and what was found.
         """
         for tensor_name, (shape, dtype) in self.format.tensors().items():
-            tensor = self._parameters[tensor_name]
-            shape = self._held_shape(tensor_name, shape)
+            tensor = self._tensor(tensor_name)
+            if tensor is not None:
+                shape, dtype = self._held(tensor_name, tensor)
             self.check_tensor(name, tensor_name, tensor, shape, dtype)
         if self.bias is not None and tuple(self.bias.shape) != (self.format.out_features,):
             raise ValueError(
@@ -229,12 +275,11 @@ class Layer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # `.to(dtype)` is meant for activations: the packed form only follows the device
-        tensors = self.named_tensors().values()
-        stored = {id(tensor) for tensor in (*tensors, *(t.grad for t in tensors)) if tensor is not None}
+        held = self.named_tensors()
+        stored = {id(tensor) for tensor in (*held.values(), *(t.grad for t in held.values())) if tensor is not None}
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        dtype = probe.dtype
-        self.check_dtype(dtype)
-        self.dtype = dtype
+        self.check_dtype(probe.dtype)
+        self.dtype = probe.dtype
         self._prepare_to_move(probe.device)
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -244,6 +289,12 @@ class Layer(nn.Module):
             return moved
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in held.items():
+            moved = self._buffers.get(name)
+            if moved is None or moved is tensor or not torch._has_compatible_shallow_copy_type(tensor, moved):
+                continue
+            tensor.data = moved  # the same object, as torch does with Parameters: tied layers stay tied
+            self._buffers[name] = tensor
         return self.prepare()
 
     def _load_from_state_dict(
@@ -265,17 +316,16 @@ class Layer(nn.Module):
             value, own = theirs.get(field), mine.get(field)
             if value != own:
                 problems.append(f"{name}: the state_dict was saved with {field}={value}: got {field}={own}")
-        for tensor_name, (shape, dtype) in self.format.tensors().items():
-            tensor = state_dict.get(prefix + tensor_name)
-            if tensor is not None:
-                try:
-                    self.check_tensor(name, tensor_name, tensor, shape, dtype)
-                except ValueError as error:
-                    problems.append(str(error))
+        given = {n: state_dict[prefix + n] for n in self.format.tensors() if prefix + n in state_dict}
+        for tensor_name, tensor in given.items():
+            try:
+                self.check_tensor(name, tensor_name, tensor, *self._held(tensor_name, tensor))
+            except ValueError as error:
+                problems.append(str(error))
         if problems:
             error_msgs.extend(problems)
             return
-        state_dict = self._as_held(state_dict, prefix)
+        state_dict = {**state_dict, **{prefix + n: self._as_held(n, tensor) for n, tensor in given.items()}}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -286,6 +336,25 @@ class Layer(nn.Module):
                 error_msgs.append(str(error))
             self.prepare()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        names = dict.fromkeys((*self.format.tensors(), *self.optional_tensors()))
+        if "_stored" not in state:  # pickled when the stored tensors were Parameters
+            for name in names:
+                old = self._parameters.pop(name, None)
+                self._buffers[name] = None if old is None else once(old, "buffer", lambda tensor: tensor)
+            self._stored = len(self._buffers)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Set what follows from the format and is read in each call."""
+        self._numbers = self.format.numbers
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(f"{self.title()}: .weight cannot be assigned: the layer holds the packed form")
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.format.in_features}, out_features={self.format.out_features}, "
@@ -294,9 +363,96 @@ class Layer(nn.Module):
 
 
 def _finish_state_dict(layer: Layer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Tensors in the canonical order, and the format, for who loads them."""
+    """Contiguous tensors, and the format, for who loads them."""
     local_metadata["lowbit_format"] = layer.format.to_dict()
-    layer._as_saved(state, prefix)
+    for name in layer.format.tensors():
+        tensor, given = layer._tensor(name), state.get(prefix + name)
+        if tensor is None or given is None or given is tensor:
+            continue  # the last: keep_vars wants the tensor itself
+        if not given.is_contiguous():
+            state[prefix + name] = once(tensor, "contiguous", Tensor.contiguous)
+
+
+# What was made of a held tensor, as long as somebody holds it: tied layers give one tensor.
+_made = WeakTensorKeyDictionary()
+
+
+def once(held: Tensor, what: str, form: Callable[[Tensor], Tensor]) -> Tensor:
+    """``form(held)``, which is called ``what``; the same tensor again while it lives and ``held`` has not changed."""
+    contents = what, held.data_ptr(), 0 if held.is_inference() else held._version
+    known, made_of = _made.get(held, (lambda: None, None))
+    result: Tensor | None = known()
+    if result is None or made_of != contents:
+        result = form(held.detach())
+        _made[held] = ref(result), contents
+    return result
+
+
+def canonical_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict()`` as files have it: the same on every device, whatever layout layers hold their codes in.
+
+    Tied layers give the very same tensors. Loading it back works on any device.
+    """
+    state: dict[str, Any] = model.state_dict()
+    for prefix, layer in layers(model, duplicates=True).items():
+        for name, tensor in layer.canonical().items():
+            key = f"{prefix}.{name}" if prefix else name
+            if key in state:
+                state[key] = tensor
+    return state
+
+
+def _as_stored(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 master rounded to the dtype that it is stored in; the gradient goes straight through."""
+    return master + (master.detach().to(dtype).to(master.dtype) - master.detach())
+
+
+def make_trainable(model: nn.Module, *names: str) -> list[nn.Parameter]:
+    """Turn stored tensors into Parameters to be trained, in every packed layer of ``model`` that has them.
+
+    Args:
+        model: a converted model, or one layer.
+        names: what to train: ``"scales"``, ``"zeros"`` (float ones), ``"outlier_values"``, ``"codebook"``, Kronecker
+            factors ``"a"`` and ``"b"`` with their ``"a_scales"``, …
+
+    Returns the Parameters, for an optimizer. They are float32 whatever the stored dtype: optimizers lose small steps
+    and small squares in float16. Forward uses them rounded to the stored dtype, as :func:`freeze` and saving will store
+    them; the gradient goes straight through. Tied layers share one Parameter. Frozen layers are otherwise as they were.
+
+    Raises ``ValueError`` for a name that no layer can train, naming those that one can.
+    """
+    found = layers(model)
+    known = {name for layer in found.values() for name in layer.trainable()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"names must be of {', '.join(sorted(known)) or 'a packed layer'}: got {name!r}")
+    made: dict[int, nn.Parameter] = {}
+    for layer in found.values():
+        for name in names:
+            if name not in layer.trainable():
+                continue
+            tensor = layer._tensor(name)
+            if isinstance(tensor, nn.Parameter):
+                made[id(tensor)] = tensor
+            elif tensor is not None:
+                if id(tensor) not in made:
+                    made[id(tensor)] = nn.Parameter(tensor.detach().to(torch.float32).clone().contiguous())
+                del layer._buffers[name]
+                layer.register_parameter(name, made[id(tensor)])
+    return list(made.values())
+
+
+def freeze(model: nn.Module) -> None:
+    """The way back from :func:`make_trainable`: what was trained is rounded to the stored dtype, and a buffer again."""
+    made: dict[int, Tensor] = {}
+    for layer in layers(model).values():
+        types = layer.format.tensors()
+        for name in layer.trained():
+            master = layer._parameters.pop(name)
+            assert master is not None
+            stored = made.setdefault(id(master), master.detach().to(types[name][1]))
+            layer.register_buffer(name, stored)
+        layer.prepare()
 
 
 def layer_class(family: str, kind: str) -> Any:
@@ -373,4 +529,4 @@ def layers(model: nn.Module, *, duplicates: bool = False) -> dict[str, Layer]:
 
 def storage_of(layer: Layer) -> tuple[int, ...]:
     """What tied layers have in common: every stored tensor of the weight. A factor or a table alone does not tie."""
-    return tuple(id(layer._parameters[name]) for name in layer.format.weight_tensors())
+    return tuple(id(layer._tensor(name)) for name in layer.format.weight_tensors())

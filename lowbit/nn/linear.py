@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.activations import ActivationSpec
-from lowbit.core.family import Format, Spec, Weight
+from lowbit.core.family import Spec, Weight
 from lowbit.nn.layer import Layer
 
 
@@ -19,17 +19,11 @@ class LinearLayer(Layer):
     kind = "linear"
     _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
 
-    def __init__(
-        self,
-        format: Format,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(format, bias, dtype, device)
+    def _derive(self) -> None:
+        super()._derive()
         activation = self.operands_class.activation
-        self._activation = () if activation is None else activation.numbers_of(format.activation)
-        self._in_features = format.in_features
+        self._activation = () if activation is None else activation.numbers_of(self.format.activation)
+        self._in_features = self.format.in_features
 
     @property
     def in_features(self) -> int:
@@ -89,12 +83,14 @@ class LinearLayer(Layer):
         if not input.dim() or input.size(-1) != self._in_features:
             found = tuple(input.shape)
             raise ValueError(f"input must have in_features={self.in_features} as its last size: got shape {found}")
+        parameters = self._parameters
+        bias = parameters["bias"] if parameters else self.bias  # a replica in nn.DataParallel has attributes only
         try:
-            return self._call(input, self.operands(), self._activation)
+            return self._call(input, self.operands(), bias, self._activation)
         except RuntimeError:
             if not self._is_outdated():
                 raise
-        return self._call(input, self.operands(), self._activation)
+        return self._call(input, self.operands(), bias, self._activation)
 
     def to_float(self) -> nn.Linear:
         """``nn.Linear`` with the dequantized weight and the same bias."""

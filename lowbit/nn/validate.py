@@ -28,7 +28,7 @@ def require_x_scale(name: str, x_scale: Tensor | None) -> None:
 
 def require_outliers(name: str, layer: Layer) -> None:
     """Raise ``ValueError`` unless the layer's outliers, if any, are finite and a well-formed CSR matrix."""
-    values, columns, rows = (layer._parameters.get(f"outlier_{part}") for part in ("values", "columns", "rows"))
+    values, columns, rows = (layer._buffers.get(f"outlier_{part}") for part in ("values", "columns", "rows"))
     if values is None or columns is None or rows is None:
         return
     require_finite(name, "outlier_values", values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor
 
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.embedding import EmbeddingLayer
@@ -20,12 +20,12 @@ class PackedLayer(CodedLayer):
     operands_class = PackedOperands
     group_tensors = ("scales", "zeros")
     format: PackedFormat
-    scales: nn.Parameter
-    zeros: nn.Parameter | None
-    outlier_values: nn.Parameter | None
-    outlier_columns: nn.Parameter | None
-    outlier_rows: nn.Parameter | None
-    x_scale: nn.Parameter | None
+    scales: Tensor
+    zeros: Tensor | None
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_rows: Tensor | None
+    x_scale: Tensor | None
 
     def validate_values(self, name: str) -> None:
         require_finite(name, "scales", self.scales)
@@ -38,7 +38,7 @@ class PackedLinear(PackedLayer, LinearLayer):
     """``y = x @ W.T + bias`` with ``W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]``, ``g = k // group_size``.
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
-    Parameters (all frozen but the bias): ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
+    Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
     :mod:`lowbit.backends.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same
     shape, optional CSR outliers, optional ``x_scale``.
     """

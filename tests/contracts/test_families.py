@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.core.family import Spec
-from lowbit.nn.layer import Layer, build, layer_class, layer_classes, layers
+from lowbit.nn.layer import Layer, build, canonical_state_dict, layer_class, layer_classes, layers
 from lowbit.nn.linear import LinearLayer
 from lowbit.testing.numerics import assert_bitwise_equal, frobenius_bound
 from lowbit.testing.packed_cases import DTYPES
@@ -133,7 +133,7 @@ def test_the_report_counts_the_bytes(model: Model, spec: Spec) -> None:
         assert rows[where].bytes_after == (0 if rows[where].shares else nbytes)
         assert rows[where].scheme == layer.format.describe()
     assert [row.shares for row in report.rows].count("embed") == 1
-    assert report.total_after == sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
+    assert report.total_after == sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
 
 
 def test_a_dry_run_foretells_the_conversion(model: Model, spec: Spec) -> None:
@@ -246,7 +246,7 @@ def test_config_rebuilds_the_layer(model: Model) -> None:
         assert other.format == layer.format
         assert other.config() == layer.config()
         assert {n: (t.shape, t.dtype) for n, t in other.state_dict().items()} == {
-            n: (t.shape, t.dtype) for n, t in layer.state_dict().items()
+            n: (t.shape, t.dtype) for n, t in canonical_state_dict(layer).items()
         }
 
 
@@ -281,13 +281,13 @@ def test_a_malformed_tensor_is_named(model: Model) -> None:
     for tensor, value in model.up.named_tensors().items():
         for bad in (value.new_zeros(*value.shape, 2), value.to(torch.float64), None):
             layer = copy.deepcopy(model.up)
-            layer._parameters[tensor] = None if bad is None else nn.Parameter(bad, requires_grad=False)
+            layer._buffers[tensor] = bad
             with pytest.raises(ValueError, match=f"up.{tensor} (must|is missing)"):
                 layer.validate("up")
         if value.is_floating_point():
             for bad_value in (float("nan"), float("inf")):
                 layer = copy.deepcopy(model.up)
-                layer._parameters[tensor][(-1,) * value.dim()] = bad_value  # type: ignore[index]
+                layer._buffers[tensor][(-1,) * value.dim()] = bad_value  # type: ignore[index]
                 with pytest.raises(ValueError, match=f"up.{tensor} must be finite"):
                     layer.validate("up")
                 with pytest.raises(RuntimeError, match=f"up.{tensor} must be finite"):
@@ -339,7 +339,9 @@ def test_gradients_reach_the_input_and_the_bias(model: Model) -> None:
 
 def test_gradients_of_an_embedding_reach_what_it_stores(model: Model) -> None:
     """Gathering rows ``ids`` and the product with their one-hot form pass the same gradient to the same weight."""
-    trained = {n: t for n, t in model.embed.named_tensors().items() if t.is_floating_point() and "scale_" not in n}
+    names = [name for name in model.embed.trainable() if "scale_" not in name]
+    lowbit.make_trainable(model, *names)
+    trained = {name: getattr(model.embed, name) for name in names}
     rows = torch.randint(0, VOCAB, (30,), generator=torch.Generator().manual_seed(2))  # some of them twice
     g = torch.randn(30, K, generator=torch.Generator().manual_seed(3))
 
@@ -348,8 +350,6 @@ def test_gradients_of_an_embedding_reach_what_it_stores(model: Model) -> None:
         model.zero_grad()
         return found
 
-    for tensor in trained.values():
-        tensor.requires_grad_()
     model.embed(rows).backward(g)
     found = gradients()
     model.head(g).backward(torch.eye(VOCAB)[rows])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import canonical_state_dict, layers
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -53,7 +53,7 @@ def gpt2():
 
 
 def same(model, other, inputs=IDS):
-    state, reloaded = model.state_dict(), other.state_dict()
+    state, reloaded = canonical_state_dict(model), canonical_state_dict(other)
     assert state.keys() == reloaded.keys()
     for name in state:
         assert torch.equal(state[name], reloaded[name]), name
@@ -157,7 +157,7 @@ def test_a_tower_of_a_multimodal_model(tmp_path):
 
 
 def same_state(model, other):
-    state, reloaded = model.state_dict(), other.state_dict()
+    state, reloaded = canonical_state_dict(model), canonical_state_dict(other)
     assert state.keys() == reloaded.keys()
     assert all(torch.equal(state[name], reloaded[name]) for name in state)
 

@@ -24,7 +24,7 @@ from lowbit.backends.layouts import CANONICAL, change
 from lowbit.backends.triton import tiles
 from lowbit.backends.triton.tiles import TILES
 from lowbit.core.bitpack import pack
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import canonical_state_dict, layers
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
 from lowbit.testing.numerics import assert_bitwise_equal
@@ -268,18 +268,23 @@ def model() -> nn.Module:
 
 
 def snapshot(m: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in canonical_state_dict(m).items()}
 
 
 def check(m: nn.Module, before: dict[str, torch.Tensor], dimensions: int = 4) -> None:
-    """Every linear (and who shares its codes) in blocks, or none; the state as it was; ties kept."""
+    """Every linear (and who shares its codes) in blocks, or none; the state as held, and in files as it was; ties
+    kept."""
     for layer in layers(m).values():
         layer.validate()
         assert layer.packed.dim() == dimensions
     assert m[0].packed is m[3].packed
-    state = m.state_dict()
+    held = m.state_dict()
+    assert held["0.packed"].data_ptr() == held["3.packed"].data_ptr()
+    for name, buffer in m.named_buffers():
+        assert_bitwise_equal(held[name], buffer)
+    state = canonical_state_dict(m)
     assert state["0.packed"] is state["3.packed"] or state["0.packed"].data_ptr() == state["3.packed"].data_ptr()
-    assert state.keys() == before.keys()
+    assert state.keys() == before.keys() == held.keys()
     for name, tensor in state.items():
         assert_bitwise_equal(tensor, before[name])
 
@@ -293,7 +298,7 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
     m = lowbit.convert(model(), spec)
     before = snapshot(m)
     check(m, before, 2)
-    parameters = {id(p) for p in m.parameters()}
+    tensors = {id(t) for t in (*m.parameters(), *m.buffers())}
     ids = torch.arange(40)
     with registry.use_backend("reference"):
         y = m(ids)
@@ -302,7 +307,7 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
     for move in (lambda: m.to("cpu"), lambda: m.bfloat16().float(), m.share_memory):
         move()
         check(m, before)
-    assert {id(p) for p in m.parameters()} == parameters, "parameters stay the same objects"
+    assert {id(t) for t in (*m.parameters(), *m.buffers())} == tensors, "they stay the same objects"
     with registry.use_backend("reference"):
         assert_bitwise_equal(m(ids), y)
     lowbit.report(m)
@@ -321,8 +326,9 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
     stream = io.BytesIO()
     torch.save(m.state_dict(), stream)
     stream.seek(0)
-    for name, tensor in torch.load(stream, weights_only=True).items():
-        assert_bitwise_equal(tensor, before[name])
+    written = torch.load(stream, weights_only=True)
+    m.load_state_dict(written)
+    check(m, before)
     check(lowbit.load(tmp_path / "saved", model()), before)
     with torch.device("meta"):
         skeleton = model()
@@ -337,6 +343,8 @@ def test_moving_saving_and_copying_keep_every_bit(spec, kernels, tmp_path):
     check(pickle.loads(pickled), before, 2)
     check(lowbit.load(tmp_path / "saved", model()), before, 2)
     check(m.to("cpu"), before, 2)
+    m.load_state_dict(written)  # blocks, into a layer that holds canonical words
+    check(m, before, 2)
     older = pickle.dumps(m)
     kernels["read_blocks"] = True
     check(pickle.loads(older), before)
@@ -352,12 +360,12 @@ def test_what_is_made_is_prepared(kernels):
     assert all(layer.packed.dim() == 4 for layer in layers(m).values())
     assert m[0].packed is m[3].packed
     with torch.inference_mode():
-        assert lowbit.convert(model(), SPECS[0]).state_dict()["1.packed"].dim() == 2
+        assert canonical_state_dict(lowbit.convert(model(), SPECS[0]))["1.packed"].dim() == 2
     assigned = lowbit.convert(skeleton_of_floats(), SPECS[0])
     assigned.load_state_dict(m.state_dict(), assign=True)
     assert assigned[1].packed.dim() == 4
-    for name, tensor in assigned.state_dict().items():
-        assert_bitwise_equal(tensor, m.state_dict()[name])
+    for name, tensor in canonical_state_dict(assigned).items():
+        assert_bitwise_equal(tensor, canonical_state_dict(m)[name])
 
 
 def test_only_packed_linears_of_16_rows_hold_blocks(kernels):
@@ -400,12 +408,12 @@ def test_a_state_dict_never_shows_another_layers_codes(kernels):
     for _ in range(20):
         weight = torch.randn(33, 300)
         layer = PackedLinear.from_float(weight, lowbit.Packed(bits=3))
-        state = layer.state_dict()
-        assert_bitwise_equal(state["packed"], lowbit.Packed(bits=3).quantize(weight).tensors()["packed"])
+        packed = lowbit.Packed(bits=3).quantize(weight).tensors()["packed"]
+        assert_bitwise_equal(canonical_state_dict(layer)["packed"], packed)
         layer.packed.data.zero_()
         with torch.no_grad():
             layer.packed.fill_(0)
-        assert not bool(layer.state_dict()["packed"].any())
+        assert not bool(canonical_state_dict(layer)["packed"].any())
         del layer
 
 
@@ -415,8 +423,8 @@ def test_a_state_dict_of_another_shape_is_refused(kernels):
     state["packed"] = state["packed"][:, :-1].contiguous()
     with pytest.raises(RuntimeError, match="packed must have shape"):
         layer.load_state_dict(state)
-    layer._parameters["packed"] = nn.Parameter(layer.packed[:, :1].contiguous(), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layer.packed must have shape \(20, 10, 3, 1\)"):
+    layer._buffers["packed"] = layer.packed[:, :1].contiguous()
+    with pytest.raises(ValueError, match=r"layer.packed must have shape \(20, 30\)"):
         layer.validate()
 
 

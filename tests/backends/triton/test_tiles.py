@@ -19,7 +19,7 @@ from lowbit.backends.cpu import blocks
 from lowbit.backends.triton import tiles as layout
 from lowbit.backends.triton.tiles import TILES
 from lowbit.core.bitpack import pack, unpack
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import canonical_state_dict, layers
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.where import Where, running
 
@@ -104,27 +104,29 @@ def on_gpu(monkeypatch):
 
 
 def snapshot(m: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in m.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in canonical_state_dict(m).items()}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_moving_saving_and_copying_keep_every_bit(spec, on_gpu, tmp_path):
     m = lowbit.convert(model(), spec)
     before = snapshot(m)
-    parameters = {id(p) for p in m.parameters()}
+    tensors = {id(t) for t in (*m.parameters(), *m.buffers())}
 
     on_gpu["on"] = True
     m.to("cpu")  # as .to("cuda") would
     coded = [layer for layer in layers(m).values() if hasattr(layer, "layout")]
     assert all(layer.packed.dim() == 3 for layer in coded)
-    assert {id(p) for p in m.parameters()} == parameters, "parameters stay the same objects"
+    assert {id(t) for t in (*m.parameters(), *m.buffers())} == tensors, "they stay the same objects"
     lowbit.report(m)
     for layer in layers(m).values():
         layer.validate("layer")
     for name, tensor in m.state_dict().items():
+        assert_bitwise_equal(tensor, m.get_buffer(name) if "bias" not in name else before[name])
+    for name, tensor in canonical_state_dict(m).items():
         assert_bitwise_equal(tensor, before[name])
     if coded:
-        kept = m.state_dict(keep_vars=True)
+        kept = canonical_state_dict(m)
         assert kept["0.packed"] is kept["3.packed"], "tied layers give one tensor"
 
     changed = {name: tensor.clone() for name, tensor in before.items()}
@@ -132,7 +134,7 @@ def test_moving_saving_and_copying_keep_every_bit(spec, on_gpu, tmp_path):
         changed["1.packed"] = changed["1.packed"].flip(0).contiguous()
     m.load_state_dict(changed)
     assert all(layer.packed.dim() == 3 for layer in coded)
-    for name, tensor in m.state_dict().items():
+    for name, tensor in canonical_state_dict(m).items():
         assert_bitwise_equal(tensor, changed[name])
     m.load_state_dict(before)
 
@@ -144,9 +146,11 @@ def test_moving_saving_and_copying_keep_every_bit(spec, on_gpu, tmp_path):
 
     on_gpu["on"] = False
     stream.seek(0)
+    fresh = lowbit.convert(model(), spec)
+    fresh.load_state_dict(torch.load(stream, weights_only=True))  # tiles, into layers that hold canonical words
     states = [
         pickle.loads(pickled).state_dict(), lowbit.load(tmp_path / "saved", model()).state_dict(),
-        torch.load(stream, weights_only=True), m.to("cpu").state_dict(),
+        fresh.state_dict(), m.to("cpu").state_dict(),
     ]  # fmt: skip
     assert all(layer.packed.dim() == 2 for layer in coded)
     for state in states:
@@ -164,7 +168,7 @@ def test_what_is_made_on_a_gpu_is_prepared_there(on_gpu, tmp_path):
             assert all(layer.packed.dim() == 3 for layer in layers(made).values())
             assert made[0].packed is made[3].packed
         with torch.inference_mode():
-            assert lowbit.convert(model(), SPECS[0]).state_dict()["1.packed"].dim() == 2
+            assert canonical_state_dict(lowbit.convert(model(), SPECS[0]))["1.packed"].dim() == 2
 
 
 def test_a_state_dict_never_shows_another_layers_codes(on_gpu):
@@ -173,12 +177,12 @@ def test_a_state_dict_never_shows_another_layers_codes(on_gpu):
     for _ in range(20):
         weight = torch.randn(12, 300)
         layer = lowbit.PackedLinear.from_float(weight, lowbit.Packed(bits=3))
-        state = layer.state_dict()
+        state = canonical_state_dict(layer)
         assert_bitwise_equal(state["packed"], lowbit.Packed(bits=3).quantize(weight).tensors()["packed"])
         layer.packed.data.zero_()
         with torch.no_grad():
             layer.packed.fill_(0)
-        assert not bool(layer.state_dict()["packed"].any())
+        assert not bool(canonical_state_dict(layer)["packed"].any())
         del layer
 
 
@@ -189,8 +193,8 @@ def test_a_state_dict_of_another_shape_is_refused(on_gpu):
     state["packed"] = state["packed"][:, :-1].contiguous()
     with pytest.raises(RuntimeError, match="packed must have shape"):
         layer.load_state_dict(state)
-    layer._parameters["packed"] = nn.Parameter(layer.packed[:, :1].contiguous(), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layer.packed must have shape \(12, 2, 24\)"):
+    layer._buffers["packed"] = layer.packed[:, :1].contiguous()
+    with pytest.raises(ValueError, match=r"layer.packed must have shape \(12, 30\)"):
         layer.validate()
 
 

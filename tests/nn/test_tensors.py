@@ -1,0 +1,144 @@
+"""Where a layer's tensors live: stored ones are buffers, the same in and outside ``state_dict``; trained ones are asked
+for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import lowbit
+from lowbit.nn.layer import canonical_state_dict, layers
+from lowbit.testing.numerics import assert_bitwise_equal
+
+SPECS = [
+    lowbit.Packed(bits=4, group_size=16, outliers=0.02), lowbit.Packed(bits=3, group_size=16, zeros="float"),
+    lowbit.Codebook(bits=3, outliers=0.02), lowbit.Codebook(table="nf4", group_size=16), lowbit.Kronecker(),
+    lowbit.Kronecker(factors=lowbit.Packed(bits=8)),
+]  # fmt: skip
+specs = pytest.mark.parametrize("spec", SPECS, ids=str)
+IDS = torch.tensor([[3, 1, 39], [0, 7, 7]])
+
+
+def model(spec: lowbit.Spec) -> nn.Module:
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(40, 64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 40, bias=False))
+    tied[3].weight = tied[0].weight
+    return lowbit.convert(tied, spec)
+
+
+@specs
+def test_stored_tensors_are_buffers_of_dtypes_that_collectives_know(spec):
+    m = model(spec)
+    assert [name for name, _ in m.named_parameters()] == ["1.bias"]
+    assert next(m.parameters()).dtype == torch.float32
+    known = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.int8}
+    state, held = m.state_dict(), dict(m.named_buffers(remove_duplicate=False))
+    assert held.keys() | {"1.bias"} == state.keys()
+    for name, tensor in held.items():
+        assert tensor.dtype in known, name
+        assert_bitwise_equal(state[name], tensor)
+        assert state[name].is_contiguous()
+    assert sum(float((p**2).sum()) for p in m.parameters()) < 100
+    m.requires_grad_(True)
+
+
+@specs
+def test_state_dicts_move_between_forms(spec):
+    m = model(spec)
+    y = m(IDS)
+    for state in (m.state_dict(), canonical_state_dict(m)):
+        for form in (nullcontext, lambda: lowbit.use_backend("reference")):
+            with form():
+                other = model(spec)
+                for layer in layers(other).values():
+                    layer.packed.zero_() if hasattr(layer, "packed") else layer.a.zero_()
+                other.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+            assert_bitwise_equal(other.to("cpu")(IDS), y)
+            assert_bitwise_equal(torch.func.functional_call(model(spec), dict(state), (IDS,), tie_weights=False), y)
+    empty = nn.Module.to_empty(copy.deepcopy(m), device="meta")
+    empty.load_state_dict({name: tensor.clone() for name, tensor in m.state_dict().items()}, assign=True)
+    assert_bitwise_equal(empty(IDS), y)
+
+
+
+
+@specs
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)], ids=["mean", "ema"])
+def test_an_average_of_one_model_is_the_model(spec, average):
+    m = model(spec)
+    averaged = AveragedModel(m, multi_avg_fn=average)
+    for _ in range(3):
+        averaged.update_parameters(m)
+    assert_bitwise_equal(averaged(IDS), m(IDS))
+
+
+@specs
+def test_ties_survive_moves_and_copies(spec):
+    m = model(spec)
+    y = m(IDS)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), m.to("cpu"), m.bfloat16().float(), m.share_memory()):
+        for name in other[0].format.weight_tensors():
+            assert getattr(other[0], name) is getattr(other[3], name), name
+        assert_bitwise_equal(other[0](IDS), m[0](IDS))
+    assert y.shape == m(IDS).shape
+
+
+@specs
+def test_training_is_asked_for(spec):
+    m = model(spec)
+    y, stored = m(IDS).detach(), canonical_state_dict(m)
+    names = sorted({name for layer in layers(m).values() for name in layer.trainable()} - {"scale_absmax"})
+    parameters = lowbit.make_trainable(m, *names)
+    assert all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous() for p in parameters)
+    assert {id(p) for p in parameters} | {id(m[1].bias)} == {id(p) for p in m.parameters()}
+    for name in names:
+        assert getattr(m[0], name) is getattr(m[3], name), "tied layers train one tensor"
+    assert_bitwise_equal(m(IDS).detach(), y)
+    assert {n: t.dtype for n, t in canonical_state_dict(m).items()} == {n: t.dtype for n, t in stored.items()}
+    for name, tensor in canonical_state_dict(m).items():
+        assert_bitwise_equal(tensor, stored[name])
+
+    target = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    optimizer, losses = torch.optim.Adam(parameters, lr=3e-4), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (m(IDS) - target).square().mean()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+    trained = m(IDS).detach()
+    copied = copy.deepcopy(m)
+    copied.load_state_dict(m.state_dict())
+    assert_bitwise_equal(copied(IDS).detach(), trained)
+    frozen = model(spec)
+    frozen.load_state_dict(canonical_state_dict(m))
+    assert_bitwise_equal(frozen(IDS).detach(), trained)
+    lowbit.freeze(m)
+    assert [name for name, _ in m.named_parameters()] == ["1.bias"]
+    assert_bitwise_equal(m(IDS).detach(), trained)
+    assert m[0].format == frozen[0].format
+
+
+def test_names_that_cannot_be_trained_are_refused():
+    m = model(SPECS[0])
+    for name in ("packed", "codebook", "weight", "zeros"):
+        with pytest.raises(ValueError, match=f"names must be of outlier_values, scales: got '{name}'"):
+            lowbit.make_trainable(m, name)
+    assert [name for name, _ in m.named_parameters()] == ["1.bias"]
+
+
+def test_a_failed_move_changes_nothing():
+    m = model(SPECS[0])
+    y = m(IDS)
+    with pytest.raises(ValueError, match="cannot move it to torch.float64"):
+        m[1].double()
+    assert_bitwise_equal(m(IDS), y)
