@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -81,10 +82,13 @@ def reason_for(name: str, alone: dict[str, str]) -> str | None:
     return "it is an adapter, by its name" if _OWN_NAME.search(name) else None
 
 
-def mostly_frozen(model: nn.Module) -> bool:
-    """Whether something is trained, but less than half of the model's float values."""
+def mostly_frozen(model: nn.Module, without: Iterable[nn.Module] = ()) -> bool:
+    """Whether something is trained, but less than half of the float values; modules of ``without`` do not count."""
     trained = total = 0
+    left_out = {id(parameter) for module in without for parameter in module.parameters()}
     for parameter in model.parameters():
+        if id(parameter) in left_out:
+            continue
         if parameter.is_floating_point() and not is_lazy(parameter):
             total += parameter.numel()
             trained += parameter.numel() if parameter.requires_grad else 0

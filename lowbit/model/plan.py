@@ -84,7 +84,8 @@ def _without_trained(
     model: nn.Module, found: list[Swap], spec: Specs | None, skipped: dict[str, str]
 ) -> list[Swap]:
     """Leave alone what is being trained while most of the model is frozen, unless a pattern is its very name."""
-    if not adapters.mostly_frozen(model):
+    others = [model.get_submodule(n) for n, reason in skipped.items() if reason.startswith(foreign.QUANTIZED)]
+    if not adapters.mostly_frozen(model, others):
         return found
     kept = []
     for swap in found:

@@ -166,6 +166,17 @@ class Report:
             table.append(cells + ([row.backend] if with_backend else []))
         return table
 
+    def _summary(self) -> list[str]:
+        """A line for each family, and one for the model."""
+        lines = []
+        for family, s in self.by_family().items():
+            layers = f"{s['layers']} layer{'s' if s['layers'] > 1 else ''}"
+            lines.append(
+                f"{family}: {layers}, {format_bytes(s['bytes_before'])} -> {format_bytes(s['bytes_after'])}, "
+                f"{s['bits_per_weight']:.2f} bits per weight"
+            )
+        return [*lines, self._total()]
+
     def _total(self) -> str:
         smaller = f"{self.ratio:.2f}x smaller" if self.total_after <= self.total_before else (
             f"LARGER by {format_bytes(self.total_after - self.total_before)}")  # fmt: skip
@@ -177,11 +188,6 @@ class Report:
     def _remarks(self) -> list[str]:
         """What a reader should know besides the table, a line each."""
         lines = []
-        for family, s in self.by_family().items():
-            lines.append(
-                f"{family}: {s['layers']} layers, {format_bytes(s['bytes_before'])} -> "
-                f"{format_bytes(s['bytes_after'])}, {s['bits_per_weight']:.2f} bits per weight"
-            )
         large = {row.name: row.weight_error for row in self.rows if (row.weight_error or 0) > LARGE_ERROR}
         if large:
             worst = max(large, key=lambda name: large[name] or 0)
@@ -208,16 +214,17 @@ class Report:
         return lines
 
     def __str__(self) -> str:
-        return "\n".join([*_align(self._table()), self._total(), *self._remarks()])
+        return "\n".join([*_align(self._table()), *self._remarks(), *self._summary()])
 
     def _repr_html_(self) -> str:
         header, *cells = [[html.escape(cell) for cell in row] for row in self._table()]
         rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
         head = "<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"
-        remarks = "".join(f"<li>{html.escape(line)}</li>" for line in self._remarks())
+        *families, total = [html.escape(line) for line in self._summary()]
+        remarks = "".join(f"<li>{line}</li>" for line in (*families, *map(html.escape, self._remarks())))
         is_open = " open" if len(cells) <= _OPEN_UP_TO else ""
         return (
-            f"<b>{html.escape(self._total())}</b><ul>{remarks}</ul>"
+            f"<b>{total}</b><ul>{remarks}</ul>"
             f"<details{is_open}><summary>{len(cells)} layers</summary>"
             f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></details>"
         )
