@@ -1,0 +1,142 @@
+"""A packed layer with more rows of W, or fewer: the rows that it keeps stay as they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.codebook.format import Codebook, CodebookFormat
+from lowbit.core.bitpack import pack
+from lowbit.core.family import FLOAT_DTYPES, Format
+from lowbit.nn.coded import CodedLayer
+from lowbit.nn.layer import Layer, LayerConfig, make_trainable
+from lowbit.packed.format import Packed, PackedFormat
+
+_OUTLIERS = ("outlier_values", "outlier_columns", "outlier_rows")
+
+
+@torch.no_grad()
+def resized(layer: Layer, rows: Tensor, bias: nn.Parameter | None, padding_idx: int | None = None) -> Layer | None:
+    """A layer of the form of ``layer`` with ``len(rows)`` rows of W: its own first ones bit for bit, then of ``rows``.
+
+    Args:
+        layer: N rows.
+        rows: float ``[M, K]``; rows N to M are compressed in the form of ``layer``, without outliers.
+        bias: float ``[M]``, the new layer's.
+        padding_idx: of an embedding.
+
+    Returns ``None`` for a form whose rows do not stand for themselves: Kronecker factors, nested scales; with M > N
+    also one scale, or one learned table, for the whole tensor.
+    """
+    if not isinstance(layer, CodedLayer):
+        return None
+    n, m, old = layer.format.out_features, len(rows), layer.format.weight_tensors()
+    tensors, kept = layer.canonical(), min(n, m)
+    count = int(tensors["outlier_rows"][kept]) if "outlier_rows" in tensors else 0
+    format: Any = replace(layer.format, out_features=m, outliers=count)
+    shared = _shared(format)
+    of_rows = {name for name in old if name not in shared and name not in _OUTLIERS}
+    if any(shape[0] != m for name, (shape, _) in format.weight_tensors().items() if name in of_rows):
+        return None
+    if m > n and shared and (isinstance(format, PackedFormat) or format.scales == "none"):
+        return None
+    stored = {name: tensor for name, tensor in tensors.items() if count or name not in _OUTLIERS}
+    stored |= {name: tensors[name][:kept] for name in of_rows}
+    if m > n:
+        added = _compressed(rows[n:], replace(format, out_features=m - n, outliers=0), tensors)
+        stored |= {name: torch.cat([stored[name], added[name]]) for name in of_rows}
+    if count:
+        ends = tensors["outlier_rows"][: kept + 1]
+        stored |= {name: tensors[name][:count] for name in _OUTLIERS[:2]}
+        stored["outlier_rows"] = torch.cat([ends, ends[-1:].expand(m - kept)])
+    config = LayerConfig.of(layer)
+    extras = dict(config.extras)
+    if layer.kind == "embedding":
+        extras = {**extras, "padding_idx": padding_idx}
+    new = replace(config, format=format, extras=extras).build(layer.dtype)
+    new.store({name: tensor.clone() for name, tensor in stored.items()})
+    new.bias = bias
+    if names := layer.trained():
+        make_trainable(new, *names)
+    new.note = layer.note
+    new.validate()
+    return new.train(layer.training).prepare()
+
+
+def _shared(format: Any) -> tuple[str, ...]:
+    """What serves all rows."""
+    if format.granularity != "tensor":
+        return ()
+    return ("scales", "zeros") if isinstance(format, PackedFormat) else ("codebook",)
+
+
+def _compressed(rows: Tensor, format: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of float ``rows`` in ``format``; a table that serves the whole tensor is the one in ``tensors``."""
+    made = _spec(format, tensors).quantize(rows.float())
+    found: dict[str, Tensor] = {**made.tensors(), "codes": made.codes}
+    for name, (_, dtype) in format.weight_tensors().items():
+        if name == "packed":
+            continue
+        if name in _shared(format):
+            found[name] = tensors[name]
+        elif found[name].dtype != dtype:  # values that did not fit: the largest and smallest ones that do
+            limits = torch.finfo(dtype)
+            low = limits.smallest_normal if name == "scales" else limits.min
+            found[name] = found[name].clamp(low, limits.max).to(dtype)
+    found["packed"] = pack(_nearest(rows.float(), format, found), format.bits)
+    return found
+
+
+def _spec(format: Format, tensors: dict[str, Tensor]) -> Any:
+    """The spec that gives ``format``."""
+    if isinstance(format, PackedFormat):
+        return Packed(
+            bits=format.bits,
+            group_size=format.group_size if format.granularity == "group" else None,
+            granularity=format.granularity,
+            symmetric=format.zeros == "none",
+            zeros="int" if format.zeros == "none" else format.zeros,
+            quantizer="minmax",
+            scale_dtype=FLOAT_DTYPES[format.scale_dtype],
+        )
+    assert isinstance(format, CodebookFormat)
+    has_scales, is_shared = format.scales != "none", format.granularity == "tensor"
+    in_groups = format.granularity == "group" or (has_scales and format.group_size != format.in_features)
+    return Codebook(
+        bits=format.bits,
+        granularity=format.granularity,
+        group_size=format.group_size if in_groups else None,
+        table=tensors["codebook"].flatten().tolist() if is_shared else None,
+        scales=has_scales,
+        codebook_dtype=FLOAT_DTYPES[format.codebook_dtype],
+        scale_dtype=FLOAT_DTYPES.get(format.scales),
+    )
+
+
+def _nearest(rows: Tensor, format: Any, found: dict[str, Tensor]) -> Tensor:
+    """uint8 ``[M, K]``: the code of the nearest value, for scales and tables as they are stored."""
+    m, k = rows.shape
+    column = torch.arange(k, device=rows.device) // format.group_size
+
+    def spread(values: Tensor) -> Tensor:  # [1 or M, 1 or G, ...] to [M, K, ...]
+        of_columns = values[:, column] if values.shape[1] > 1 else values.expand(-1, k, *values.shape[2:])
+        return of_columns.float().expand(m, k, *values.shape[2:])
+
+    if isinstance(format, PackedFormat):
+        half = torch.full((1, 1), float(1 << (format.bits - 1)), device=rows.device)
+        zeros = spread(found.get("zeros", half))
+        low = 1.0 if format.zeros == "none" else 0.0  # symmetric levels are -n..n
+        codes = rows.div(spread(found["scales"])).add_(zeros).round_()
+        return codes.clamp_(low, (1 << format.bits) - 1).to(torch.uint8)
+    if format.scales != "none":
+        scales = spread(found["scales"])
+        rows = rows / torch.where(scales == 0, 1.0, scales)
+    codes = torch.empty(m, k, dtype=torch.uint8, device=rows.device)
+    for i in range(m):  # one row at a time: [K, 2**bits] distances
+        tables = found["codebook"][i if len(found["codebook"]) > 1 else 0]  # [1 or G, 2**bits]
+        table = tables[column] if len(tables) > 1 else tables
+        codes[i] = (rows[i, :, None] - table.float()).abs().argmin(-1).to(torch.uint8)
+    return codes
