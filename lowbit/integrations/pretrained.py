@@ -24,6 +24,7 @@ from lowbit.checkpoint import card, foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
+from lowbit.model.candidates import embedding_extras
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.foreign import why_foreign
 from lowbit.model.resize import resized
@@ -740,9 +741,9 @@ def _with_tied_partners(model: Any, described: Metadata) -> Metadata:
         is_embedding = isinstance(module, nn.Embedding)
         made = layer_class(like.layer_class.family, "embedding" if is_embedding else "linear")
         bias = not is_embedding and module.bias is not None
-        extras = {}
-        if is_embedding:
-            extras = {"padding_idx": module.padding_idx, "output_scale": getattr(module, "embed_scale", 1.0)}
+        extras = embedding_extras(module) if is_embedding else {}
+        if extras is None:  # a forward of its own: its weight is tied, and float
+            continue
         extras = made.check_extras(bias, extras)
         config = LayerConfig(made, like.format.with_activation(ActivationSpec()), bias, like.dtype, extras)
         configs[partner] = config

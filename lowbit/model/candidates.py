@@ -97,7 +97,7 @@ def _examine(name: str, module: nn.Module) -> tuple[Swap | None, str | None]:
     if reason := _reason_against(module):
         return None, reason
     if isinstance(module, nn.Embedding):
-        extras = _embedding_extras(module)
+        extras = embedding_extras(module)
         return (None, _own_forward(module, nn.Embedding)) if extras is None else (
             Swap([name], module, "embedding", extras=extras), None)  # fmt: skip
     if isinstance(module, nn.Linear) and not _is_linear(module):
@@ -114,9 +114,15 @@ def _reason_against(module: nn.Module) -> str | None:
         return "its weight is not initialised yet: call the model once"
     if getattr(module, "bias", None) is not None and "bias" not in module._parameters:
         return "its bias is not a Parameter"
+    if _is_sharded(module._parameters["weight"]):
+        return "its weight is sharded (DTensor): convert the model before that"
     if "forward" in module.__dict__ and not accelerate.is_hooked(module):
         return "it has a forward of its own"
     return None
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return any(cls.__module__.startswith("torch.distributed") for cls in type(weight).__mro__)
 
 
 def _own_forward(module: nn.Module, base: type) -> str:
@@ -148,7 +154,7 @@ def _is_linear(module: nn.Linear) -> bool:
     return True
 
 
-def _embedding_extras(module: nn.Embedding) -> dict[str, Any] | None:
+def embedding_extras(module: nn.Embedding) -> dict[str, Any] | None:
     """What the packed embedding is given; ``None`` unless ``module(ids) == F.embedding(ids, weight) * a number``."""
     extras: dict[str, Any] = {"padding_idx": module.padding_idx}
     if type(module).forward is nn.Embedding.forward:
@@ -162,9 +168,11 @@ def _embedding_extras(module: nn.Embedding) -> dict[str, Any] | None:
     if not isinstance(scaled, Tensor) or scaled.shape != weight.shape:
         return None
     scale = float(scaled[0, 0])
+    if _ask(module, _random(3, module.num_embeddings), {"weight": weight}, False) is not None:
+        return None  # it takes more than ids: soft tokens are multiplied with the weight
     for training in (False, True):
-        y = _ask(module, ids, {"weight": weight}, training)
-        if not isinstance(y, Tensor) or y.shape != weight.shape or not torch.equal(y, weight * scale):
+        y = _ask(module, ids[None], {"weight": weight}, training)
+        if not isinstance(y, Tensor) or y.shape != (1, *weight.shape) or not torch.equal(y[0], weight * scale):
             return None
     half = weight.bfloat16()
     y = _ask(module, ids, {"weight": half}, False)

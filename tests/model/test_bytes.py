@@ -105,13 +105,25 @@ def test_an_embedding_that_treats_an_id_in_its_own_way_stays():
             y = super().forward(ids) * 2.0
             return torch.where((ids == 7)[..., None], torch.zeros_like(y), y)
 
+    class Positions(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) if ids.dim() == 1 else super().forward(torch.arange(ids.shape[1]))[None]
+
+    class Soft(nn.Embedding):
+        def forward(self, x):
+            return super().forward(x) if not x.is_floating_point() else x @ self.weight
+
     class Twice(nn.Embedding):
         def forward(self, ids):
             return super().forward(ids) * 2.0
 
-    model = nn.ModuleDict({"odd": Odd(20, 8), "twice": Twice(20, 8), "plain": nn.Embedding(20, 8)})
+    odd = {"odd": Odd(20, 8), "positions": Positions(20, 8), "soft": Soft(20, 8)}
+    model = nn.ModuleDict({**odd, "twice": Twice(20, 8), "plain": nn.Embedding(20, 8)})
     lowbit.convert(model, Packed())
-    assert list(model.lowbit_skipped) == ["odd"] and "a forward of its own" in model.lowbit_skipped["odd"]
+    assert model.lowbit_skipped == {
+        name: f"{type(module).__name__} is a subclass of nn.Embedding with a forward of its own"
+        for name, module in odd.items()
+    }
     assert model["twice"].output_scale == 2.0 and model["plain"].output_scale == 1.0
 
 
