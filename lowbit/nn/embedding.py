@@ -78,6 +78,9 @@ class EmbeddingLayer(Layer):
         return y if self.output_scale == 1.0 else y * self._factor
 
     def _gather(self, ids: Tensor) -> Tensor:
+        if self.dtype is torch.float64:
+            sizes = (*self.size_arguments(), torch.float32)
+            return self._call(ids, self.operands(), None, sizes).double()
         sizes = (*self.size_arguments(), self.dtype)
         try:
             return self._call(ids, self.operands(), None, sizes)

@@ -153,9 +153,10 @@ class Layer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[out_features, in_features]`` that this layer multiplies by, rounded once to ``dtype``."""
-        op = getattr(torch.ops.lowbit, f"{self.family}_dequantize")
-        weight: Tensor = op(*self.weight_arguments(self.operands()), *self.size_arguments(), dtype or self.dtype)
-        return weight
+        op, wanted = getattr(torch.ops.lowbit, f"{self.family}_dequantize"), dtype or self.dtype
+        computed = torch.float32 if wanted == torch.float64 else wanted  # the weight is a float32 number by definition
+        weight: Tensor = op(*self.weight_arguments(self.operands()), *self.size_arguments(), computed)
+        return weight.to(wanted)
 
     def to_float(self) -> nn.Module:
         """A plain torch layer with the dequantized weight."""
@@ -175,8 +176,10 @@ class Layer(nn.Module):
     @classmethod
     def check_dtype(cls, dtype: torch.dtype) -> None:
         """Raise ``ValueError`` unless this is a compute dtype."""
-        if dtype not in FLOAT_DTYPES.values():
-            raise ValueError(f"a {cls.__name__} runs in float32, float16 or bfloat16: cannot move it to {dtype}")
+        if dtype not in (*FLOAT_DTYPES.values(), torch.float64):
+            raise ValueError(
+                f"a {cls.__name__} runs in float32, float16, bfloat16 or float64: cannot move it to {dtype}"
+            )
 
     def config(self) -> dict[str, Any]:
         """JSON-ready description from which :func:`build` makes an empty layer of the same shape."""
@@ -253,7 +256,7 @@ class Layer(nn.Module):
             raise ValueError(
                 f"{name}.bias must have shape ({self.format.out_features},): got {tuple(self.bias.shape)}"
             )
-        if self.bias is not None and self.bias.dtype not in FLOAT_DTYPES.values():
+        if self.bias is not None and self.bias.dtype not in (*FLOAT_DTYPES.values(), self.dtype):
             raise ValueError(f"{name}.bias must be float32, float16 or bfloat16: got {self.bias.dtype}")
         if self.device.type != "meta":
             self.validate_values(name)
@@ -501,6 +504,8 @@ class LayerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :meth:`parse` is the inverse."""
+        if self.dtype not in FLOAT_DTYPES.values():
+            raise ValueError(f"a layer in {dtype_name(self.dtype)} cannot be saved: call model.float() first")
         return {
             "family": self.layer_class.family,
             "kind": self.layer_class.kind,

@@ -14,7 +14,10 @@ from lowbit.nn.layer import Layer
 
 
 class LinearLayer(Layer):
-    """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype."""
+    """``y = x @ W.T + bias``: input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in its dtype.
+
+    After ``.double()`` input and output are float64: the product with the dequantized weight, exact but not fast.
+    """
 
     kind = "linear"
     _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
@@ -85,12 +88,20 @@ class LinearLayer(Layer):
             raise ValueError(f"input must have in_features={self.in_features} as its last size: got shape {found}")
         parameters = self._parameters
         bias = parameters["bias"] if parameters else self.bias  # a replica in nn.DataParallel has attributes only
+        if self.dtype is torch.float64:
+            return self._in_float64(input, bias)
         try:
             return self._call(input, self.operands(), bias, self._activation)
         except RuntimeError:
             if not self._is_outdated():
                 raise
         return self._call(input, self.operands(), bias, self._activation)
+
+    def _in_float64(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.format.activations == "float":
+            return nn.functional.linear(x, self.dequantize(), bias)
+        y = self._call(x.float(), self.operands(), None, self._activation).double()  # x becomes int8
+        return y if bias is None else y + bias
 
     def to_float(self) -> nn.Linear:
         """``nn.Linear`` with the dequantized weight and the same bias."""

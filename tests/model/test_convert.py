@@ -421,12 +421,6 @@ def test_a_state_dict_of_another_group_size_is_refused():
         layers[1].load_state_dict(layers[0].state_dict())
 
 
-def test_packed_models_are_not_moved_to_float64():
-    model = lowbit.convert(Model(), Packed())
-    with pytest.raises((TypeError, ValueError), match="float64"):
-        model.double()
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_weight_errors_of_extreme_magnitudes(magnitude, symmetric, tmp_path):

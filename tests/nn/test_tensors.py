@@ -139,6 +139,23 @@ def test_names_that_cannot_be_trained_are_refused():
 def test_a_failed_move_changes_nothing():
     m = model(SPECS[0])
     y = m(IDS)
-    with pytest.raises(ValueError, match="cannot move it to torch.float64"):
-        m[1].double()
+    with pytest.raises(ValueError, match="cannot move it to torch.float8_e4m3fn"):
+        m[1].to(torch.float8_e4m3fn)
     assert_bitwise_equal(m(IDS), y)
+
+
+@specs
+def test_double_is_exact(spec, tmp_path):
+    m = model(spec)
+    y = m(IDS)
+    dense = lowbit.dequantize(copy.deepcopy(m)).double()
+    m.double()
+    assert m(IDS).dtype == m[1].dequantize().dtype == m[1].weight.dtype == torch.float64
+    torch.testing.assert_close(m(IDS), dense(IDS), rtol=1e-14, atol=1e-14)
+    x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(m[1], x)
+    torch.testing.assert_close(torch.compile(m, backend="eager", fullgraph=True)(IDS), m(IDS))
+    with pytest.raises(ValueError, match=r"in float64 cannot be saved: call model.float\(\) first"):
+        lowbit.save(m, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert_bitwise_equal(m.float()(IDS), y)
