@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.model import accelerate
-from lowbit.nn.layer import Layer, storage_of
+from lowbit.nn.layer import Layer, layers, storage_of
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
@@ -25,6 +25,8 @@ _FUSED_PATHS: dict[type[nn.Module], dict[str, Any]] = {
 
 def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """Put ``module`` at ``name``; returns the model, or ``module`` itself for the empty name."""
+    for inside, layer in layers(module).items():
+        layer.name = ".".join(filter(None, (name, inside)))
     if not name:
         return module
     path, _, child = name.rpartition(".")

@@ -39,6 +39,7 @@ class Layer(nn.Module):
             packed form.
         weight_error: relative Frobenius error of the weight against the float original, where it is known.
         note: what this layer does differently from the module it replaced, for the report.
+        name: the name in the model that it was put into, for messages; empty where nobody put it.
     """
 
     family: ClassVar[str]
@@ -52,6 +53,7 @@ class Layer(nn.Module):
     bias: nn.Parameter | None
     weight_error: float | None
     note: str | None
+    name: str
     bytes_before: int | None = None  # that went with the float weight, where these are not N*K values of `dtype`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,6 +76,7 @@ class Layer(nn.Module):
         self.dtype = dtype or torch.get_default_dtype()
         self.weight_error = None
         self.note = None
+        self.name = ""
         for name, (shape, tensor_dtype) in format.tensors().items():
             self.register_buffer(name, torch.zeros(shape, dtype=tensor_dtype, device=device))
         for name in self.optional_tensors():
@@ -109,7 +112,7 @@ class Layer(nn.Module):
 
     def title(self) -> str:
         """The layer, for messages: the name that :func:`lowbit.convert` knew it by, its class and its shape."""
-        name = self.__dict__.get("_name")
+        name = self.__dict__.get("name")  # layers that were pickled by earlier versions have none
         kind = f"{type(self).__name__} [{self.format.out_features}, {self.format.in_features}]"
         return f"{name} ({kind})" if name else kind
 
@@ -156,7 +159,7 @@ class Layer(nn.Module):
         op, wanted = getattr(torch.ops.lowbit, f"{self.family}_dequantize"), dtype or self.dtype
         computed = torch.float32 if wanted == torch.float64 else wanted  # the weight is a float32 number by definition
         weight: Tensor = op(*self.weight_arguments(self.operands()), *self.size_arguments(), computed)
-        return weight.to(wanted)
+        return weight if wanted == computed else weight.to(wanted)
 
     def to_float(self) -> nn.Module:
         """A plain torch layer with the dequantized weight."""

@@ -85,7 +85,7 @@ def test_values_are_the_dequantized_ones(spec, read):
 
 def test_reading_is_said_once_and_names_the_layer():
     model = lowbit.convert(nn.Sequential(nn.Linear(48, 24)), SPECS[0])
-    with pytest.warns(UserWarning, match=r"PackedLinear.*reads the values of \.weight.*skip="):
+    with pytest.warns(UserWarning, match=r"^0 \(PackedLinear.*reads the values of \.weight.*skip="):
         model[0].weight.sum()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
