@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowbit.core.family import Format
 from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
 from lowbit.model.candidates import Swap
@@ -101,21 +102,25 @@ def build_group(
         stored = spec.quantize(weight, statistics=_first_of(measured.values()))
     except ValueError as error:
         raise ValueError(f"{first.name}: {error}") from error
-    made: list[tuple[Swap, Layer]] = []
-    for swap in group:
-        cls = layer_class(spec.family, swap.kind)
-        if swap.kind == "embedding":
-            layer = cls.from_weight(stored, dtype=weight.dtype, **swap.extras)
-        else:
-            layer = cls.from_weight(
-                stored, swap.bias(),
-                **asdict(spec.activation), x_scale=measured[swap.name].x_scale, dtype=weight.dtype,
-            )  # fmt: skip
-        layer.note = swap.note
-        made.append((swap, layer))
-    weight_error = relative_error(weight, made[0][1])
-    for _, layer in made:
-        layer.weight_error = weight_error
+    cls = layer_class(spec.family, first.kind)
+    if first.kind == "embedding":
+        layer = cls.from_weight(stored, dtype=weight.dtype, **first.extras)
+    else:
+        layer = cls.from_weight(
+            stored, first.bias(),
+            **asdict(spec.activation), x_scale=measured[first.name].x_scale, dtype=weight.dtype,
+        )  # fmt: skip
+    layer.note, layer.weight_error = first.note, relative_error(weight, layer)
+    made: list[tuple[Swap, Layer]] = [(first, layer)]
+    for swap in group[1:]:  # its tensors are those of the first: nothing is packed again
+        other = _empty(swap, stored.format())
+        other.weight_error = layer.weight_error
+        if "x_scale" in other.format.tensors():
+            scale = measured[swap.name].x_scale
+            if scale is None:
+                raise ValueError(f"{swap.name}: activations='int8_static' needs x_scale, the calibrated scale")
+            other.store({"x_scale": scale.detach().reshape(1).float()})
+        made.append((swap, other))
     return _share(made)
 
 
@@ -138,11 +143,15 @@ def _share(layers: list[tuple[Swap, Layer]]) -> dict[str, nn.Module]:
     return {swap.name: carry_over(swap.module, layer) for swap, layer in layers}
 
 
-def _empty(swap: Swap) -> Layer:
-    """A layer on meta for a swap on meta."""
+def _empty(swap: Swap, stored: Format | None = None) -> Layer:
+    """A layer on meta for a swap; ``stored``: the format that its weight has, where that is known."""
     assert swap.spec is not None
     weight, cls = swap.weight(), layer_class(swap.spec.family, swap.kind)
-    layer: Layer = cls(swap.spec.format(weight, swap.kind), False, weight.dtype, "meta", **swap.extras)
+    if stored is None:
+        format = swap.spec.format(weight, swap.kind)
+    else:
+        format = stored if swap.kind == "embedding" else stored.with_activation(swap.spec.activation)
+    layer: Layer = cls(format, False, weight.dtype, "meta", **swap.extras)
     layer.bias = swap.bias()
     layer.note = swap.note
     return layer

@@ -252,3 +252,31 @@ def test_large_weight_errors_are_flagged():
     errors = {row.name: row.weight_error for row in report.rows}
     assert errors["0"] < 0.3 < errors["1"]
     assert f"warning: the weight error is above 0.3 in 1: {errors['1']:.2f} in 1" in str(report)
+
+
+@pytest.mark.parametrize("spec", [Packed(bits=4, activations="int8_static"), Codebook(bits=3), Kronecker(rank=1)],
+                         ids=["packed", "codebook", "kron"])  # fmt: skip
+def test_the_second_of_a_tied_pair_is_not_packed_again(spec, monkeypatch):
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 32), "head": nn.Linear(32, 40), "again": nn.Linear(32, 40)})
+    for name in ("head", "again"):
+        model[name].weight = model["embed"].weight
+    model.forward = lambda ids: model["head"](model["embed"](ids)) + model["again"](model["embed"](ids))
+    packed = []
+    for cls in (lowbit.PackedWeight, lowbit.CodebookWeight, lowbit.KroneckerWeight):
+        tensors = cls.tensors
+        monkeypatch.setattr(cls, "tensors", lambda self, t=tensors: packed.append(self) or t(self))
+    biases = [model[name].bias for name in ("head", "again")]
+    calibration = [torch.arange(40)] if spec.needs_calibration else None
+    before = storage_bytes(model)
+    lowbit.convert(model, spec, calibration=calibration)
+    assert len(packed) == 1
+    embed, head, again = model.values()
+    for name in embed.format.weight_tensors():
+        assert head.get_buffer(name) is embed.get_buffer(name) is again.get_buffer(name)
+    assert head.bias is biases[0] and again.bias is biases[1] and head.weight_error == embed.weight_error
+    assert lowbit.report(model).total_before == before
+    x = torch.randn(3, 32)
+    if not calibration:
+        assert torch.allclose(head(x), x @ embed.dequantize().t() + head.bias, atol=1e-5)
+    else:
+        assert float(head.x_scale) > 0 and embed.x_scale is None
