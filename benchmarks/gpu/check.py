@@ -225,11 +225,12 @@ def some_layers(device: str, n: int = 384, k: int = 512) -> dict[str, nn.Module]
     bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).half()
     packed, codebook, kron = lowbit.PackedLinear, lowbit.CodebookLinear, lowbit.KroneckerLinear
     half = weight.half()
+    per_row: dict[str, Any] = {"granularity": "row", "zeros": "int"}
     layers = {
-        "packed 4-bit g64 fp16": packed.from_float(half, lowbit.Packed(bits=4, group_size=64), bias),
-        "packed 3-bit row bf16": packed.from_float(weight.bfloat16(), lowbit.Packed(bits=3)),
-        "packed 8-bit int8 fp16": packed.from_float(half, lowbit.Packed(bits=8, activations="int8"), bias),
-        "packed 2-bit fp32, outliers": packed.from_float(weight, lowbit.Packed(bits=2, outliers=0.01)),
+        "packed 4-bit g64 fp16": packed.from_float(half, lowbit.Packed(bits=4, group_size=64, zeros="int"), bias),
+        "packed 3-bit row bf16": packed.from_float(weight.bfloat16(), lowbit.Packed(bits=3, **per_row)),
+        "packed 8-bit int8 fp16": packed.from_float(half, lowbit.Packed(bits=8, activations="int8", **per_row), bias),
+        "packed 2-bit fp32, outliers": packed.from_float(weight, lowbit.Packed(bits=2, outliers=0.01, **per_row)),
         "codebook nf4 g64 fp16": codebook.from_float(half, lowbit.Codebook(table="nf4", group_size=64), bias),
         "codebook 3-bit row bf16": codebook.from_float(weight.bfloat16(), lowbit.Codebook(bits=3, iterations=2)),
         "kron 16x16 fp16": kron.from_float(half, lowbit.Kronecker(shape=(16, 16)), bias),

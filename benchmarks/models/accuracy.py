@@ -120,15 +120,15 @@ def file_megabytes(model: nn.Module) -> float:
 
 
 MINILM_SPECS = [
-    Packed(bits=8, group_size=64),
-    Packed(bits=8, group_size=64, activations="int8"),
-    Packed(bits=4, group_size=64),
-    Packed(bits=4, group_size=64, quantizer="mse"),
-    Packed(bits=4, group_size=64, quantizer="gptq"),
-    Packed(bits=4, group_size=64, quantizer="gptq", activations="int8"),
-    Packed(bits=3, group_size=64),
-    Packed(bits=3, group_size=64, quantizer="gptq"),
-    Packed(bits=3, group_size=64, quantizer="gptq", outliers=0.005),
+    Packed(bits=8, group_size=64, zeros="int", quantizer="minmax"),
+    Packed(bits=8, group_size=64, zeros="int", quantizer="minmax", activations="int8"),
+    Packed(bits=4, group_size=64, zeros="int", quantizer="minmax"),
+    Packed(bits=4, group_size=64, zeros="int", quantizer="mse"),
+    Packed(bits=4, group_size=64, zeros="int", quantizer="gptq"),
+    Packed(bits=4, group_size=64, zeros="int", quantizer="gptq", activations="int8"),
+    Packed(bits=3, group_size=64, zeros="int", quantizer="minmax"),
+    Packed(bits=3, group_size=64, zeros="int", quantizer="gptq"),
+    Packed(bits=3, group_size=64, zeros="int", quantizer="gptq", outliers=0.005),
     Packed(bits=2, group_size=64, quantizer="gptq", zeros="float"),
 ]
 
@@ -173,9 +173,9 @@ def minilm_rows(specs: Sequence[Spec]) -> Iterator[tuple[str, float, float, floa
 
 
 STORIES_SPECS = [
-    Packed(bits=8),
-    Packed(bits=8, activations="int8"),
-    *(Packed(bits=b, group_size=32, quantizer=q) for b in (4, 3, 2) for q in ("minmax", "mse", "gptq")),
+    Packed(bits=8, granularity="row", quantizer="minmax"),
+    Packed(bits=8, granularity="row", quantizer="minmax", activations="int8"),
+    *(Packed(bits=b, group_size=32, zeros="int", quantizer=q) for b in (4, 3, 2) for q in ("minmax", "mse", "gptq")),
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ Method = Callable[[Tensor, int], Tensor]  # (float weight, bits) -> dequantized 
 
 def codebook(quantizer: str) -> Method:
     def method(weight: Tensor, bits: int) -> Tensor:
-        q = quantize_codebook(weight, Codebook(bits=bits, granularity="tensor", quantizer=quantizer))
+        q = quantize_codebook(weight, Codebook(bits=bits, granularity="tensor", zeros="int", quantizer=quantizer))
         return q.codebook.flatten()[q.codes.int()]
 
     return method
@@ -39,7 +39,7 @@ def linear(quantizer: str) -> Method:
             return torch.where(weight > (low + high) / 2, high, low)
         if bits == 1:
             return torch.where(weight > 0, 1.0, -1.0) * weight.abs().mean()
-        q = quantize_linear(weight, Packed(bits=bits, granularity="tensor", quantizer=quantizer))
+        q = quantize_linear(weight, Packed(bits=bits, granularity="tensor", zeros="int", quantizer=quantizer))
         assert q.zeros is not None
         return (q.codes.float() - q.zeros.float()) * q.scales.float()
 

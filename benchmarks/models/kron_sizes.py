@@ -20,7 +20,9 @@ from lowbit.nn.layer import layers
 SETTINGS: dict[str, Kronecker | None] = {
     "float32": None,
     "compression=2": Kronecker(compression=2),
-    "compression=2, 8-bit factors": Kronecker(compression=2, factors=Packed(bits=8)),
+    "compression=2, 8-bit factors": Kronecker(
+        compression=2, factors=Packed(bits=8, granularity="row", quantizer="minmax")
+    ),
     "compression=4": Kronecker(compression=4),
 }
 

@@ -70,7 +70,7 @@ def convert(src: Path, dst: Path, bits: int, group_size: int) -> dict:
     import lowbit
 
     start = time.perf_counter()
-    lowbit.convert_folder(src, dst, lowbit.Packed(bits=bits, group_size=group_size))
+    lowbit.convert_folder(src, dst, lowbit.Packed(bits=bits, group_size=group_size, zeros="int", quantizer="minmax"))
     return {"seconds": time.perf_counter() - start, "peak": status("VmHWM")}
 
 

@@ -303,9 +303,12 @@ def predict(compiled: Any, launch: Launch, target: Target, code: Sequence[Line],
 ROWS = (1, 16, 64, 256, 4096)
 SIZE = 8192
 SPECS: dict[str, tuple[type[Any], Any]] = {
-    **{f"packed {bits} bits": (lowbit.PackedLinear, lowbit.Packed(bits=bits, group_size=128)) for bits in range(2, 9)},
-    "packed 4 bits int8": (lowbit.PackedLinear, lowbit.Packed(bits=4, group_size=128, activations="int8")),
-    "packed 8 bits int8": (lowbit.PackedLinear, lowbit.Packed(bits=8, activations="int8")),
+    **{
+        f"packed {bits} bits": (lowbit.PackedLinear, lowbit.Packed(bits=bits, group_size=128, zeros="int"))
+        for bits in range(2, 9)
+    },
+    "packed 4 bits int8": (lowbit.PackedLinear, lowbit.Packed(bits=4, group_size=128, zeros="int", activations="int8")),
+    "packed 8 bits int8": (lowbit.PackedLinear, lowbit.Packed(bits=8, granularity="row", activations="int8")),
     **{f"codebook {bits} bits": (lowbit.CodebookLinear, lowbit.Codebook(bits=bits)) for bits in (2, 3, 4, 8)},
     "kron": (lowbit.KroneckerLinear, lowbit.Kronecker()),
 }

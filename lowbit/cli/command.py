@@ -37,6 +37,7 @@ from lowbit.core.quantizer import names
 from lowbit.model.kept import with_float_copies
 from lowbit.model.report import Report, Row
 from lowbit.nn.layer import Layer, layer_class
+from lowbit.packed.format import GROUP_SIZE, QUANTIZER
 
 BENCH_SHAPES = [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
 BENCH_SECONDS = 0.2
@@ -99,8 +100,6 @@ def _specs(options: argparse.Namespace) -> Spec | dict[str, Spec | None]:
     """What ``--spec`` says, else the ``Packed`` that the other options describe."""
     own = {name: getattr(options, name) for name in _PACKED_OPTIONS if getattr(options, name) is not None}
     if not options.spec:
-        if own.get("granularity", "group") == "group":
-            own.setdefault("group_size", 64)
         if "scale_dtype" in own:
             own["scale_dtype"] = FLOAT_DTYPES[own["scale_dtype"]]
         return lowbit.Packed(**own)
@@ -300,7 +299,7 @@ def _bench(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     print(f"{torch.get_num_threads()} threads, times in ms, weights from memory")
     print(f"{'N x K':>14} {'M':>5} {'float32':>9} {'lowbit':>9} {'faster':>7}  scheme")
-    spec = lowbit.Packed(bits=options.bits, group_size=64) if options.spec is None else parse_spec(options.spec)
+    spec = lowbit.Packed(bits=options.bits) if options.spec is None else parse_spec(options.spec)
     if spec is None:
         raise ValueError("--spec must be a spec to time: got None")
     for format in _bench_formats(options.folder, spec):
@@ -394,11 +393,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
     convert.add_argument("--spec", action="append", metavar="[PATTERN=]SPEC", help=_SPEC_HELP)
     convert.add_argument("--bits", type=int, help="2 to 8 (default: 4)")
-    convert.add_argument("--group-size", type=int, help="input features per scale (default: 64)")
+    convert.add_argument("--group-size", type=int, help=f"input features per scale (default: {GROUP_SIZE})")
     convert.add_argument("--granularity", choices=GRANULARITIES, help="what shares a scale (default: group)")
     convert.add_argument("--symmetric", action="store_true", default=None, help="no zero point")
-    convert.add_argument("--zeros", choices=("int", "float"), help="kind of zero point")
-    convert.add_argument("--quantizer", choices=names("packed"), help="(default: minmax)")
+    convert.add_argument("--zeros", choices=("int", "float"), help="kind of zero point (default: by --bits)")
+    convert.add_argument("--quantizer", choices=names("packed"), help=f"(default: {QUANTIZER})")
     convert.add_argument("--gamma", type=float, help="clipping factor of --quantizer mean")
     convert.add_argument("--activations", choices=ACTIVATIONS, help="(default: float)")
     convert.add_argument("--activation-group-size", type=int, help="of --activations int8 (default: the whole token)")

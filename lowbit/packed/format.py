@@ -40,11 +40,15 @@ from lowbit.core.family import (
 )  # fmt: skip
 from lowbit.core.quantizer import names
 
+# What a Packed that does not say has: docs/accuracy.md shows the measurements that chose it.
+GROUP_SIZE = 64  # a shorter row is one group
+QUANTIZER = "mse"
+FLOAT_ZEROS_UP_TO = 4  # bits; finer grids lose nothing by integer zeros, which are smaller
 
-def _describe(format: Packed | PackedFormat) -> str:
+
+def _describe(bits: int, granularity: Granularity | None, group_size: int | None) -> str:
     """``4-bit group 64``, ``8-bit per row``."""
-    where = f"group {format.group_size}" if format.granularity == "group" else f"per {format.granularity}"
-    return f"{format.bits}-bit {where}"
+    return f"{bits}-bit " + (f"group {group_size}" if granularity == "group" else f"per {granularity}")
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,15 @@ class Packed(Spec):
 
     Args:
         bits: 2 to 8.
-        group_size: input features that share one scale, 1 to K; the last group of a row may be shorter.
-        granularity: ``"group"``, ``"row"`` (one scale per output feature) or ``"tensor"``;
-            default ``"group"`` when ``group_size`` is given, else ``"row"``.
+        group_size: input features that share one scale, 1 to K; the last group of a row may be shorter. Default: 64,
+            or K in a shorter row.
+        granularity: ``"group"`` (default), ``"row"`` (one scale per output feature) or ``"tensor"``.
         symmetric: levels ``{-n..n} * scale`` with ``n = 2**(bits-1) - 1`` (2 bits: ternary); else a zero point.
-        zeros: of an asymmetric format: ``"int"`` (0..2**bits-1, stored as uint8) or ``"float"``.
-        quantizer: ``"minmax"`` round to nearest over the full range; ``"mse"`` the clipping that minimises the
-            squared weight error; ``"mean"`` clips at ``gamma * mean|w|`` (QuantGPT, arXiv 2203.10705; symmetric);
-            ``"gptq"`` error-compensating rounding (arXiv 2210.17323), which needs calibration data.
+        zeros: of an asymmetric format: ``"int"`` (0..2**bits-1, stored as uint8) or ``"float"``. Default: ``"float"``
+            up to 4 bits, ``"int"`` above.
+        quantizer: ``"mse"`` (default) the clipping that minimises the squared weight error; ``"minmax"`` round to
+            nearest over the full range; ``"mean"`` clips at ``gamma * mean|w|`` (QuantGPT, arXiv 2203.10705;
+            symmetric); ``"gptq"`` error-compensating rounding (arXiv 2210.17323), which needs calibration data.
         gamma: the factor of ``quantizer="mean"``.
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one
             calibrated scale per layer.
@@ -78,8 +83,8 @@ class Packed(Spec):
     group_size: int | None = None
     granularity: Granularity | None = None
     symmetric: bool = False
-    zeros: Literal["int", "float"] = "int"
-    quantizer: str = "minmax"
+    zeros: Literal["int", "float"] | None = None
+    quantizer: str = QUANTIZER
     gamma: float = 1.0
     activations: Activations = "float"
     outliers: float = 0.0
@@ -94,11 +99,14 @@ class Packed(Spec):
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric must be True or False: got symmetric={self.symmetric!r}")
         if self.granularity is None:
-            object.__setattr__(self, "granularity", "row" if self.group_size is None else "group")
+            object.__setattr__(self, "granularity", "group")
+        if self.zeros is None:
+            float_zeros = self.bits <= FLOAT_ZEROS_UP_TO and not self.symmetric
+            object.__setattr__(self, "zeros", "float" if float_zeros else "int")
         choice("granularity", self.granularity, GRANULARITIES)
         choice("quantizer", self.quantizer, names("packed"))
         choice("zeros", self.zeros, ("int", "float"))
-        if (self.granularity == "group") != (self.group_size is not None):
+        if self.granularity != "group" and self.group_size is not None:
             raise ValueError(
                 "group_size goes with granularity='group' and only with it: "
                 f"got group_size={self.group_size}, granularity={self.granularity!r}"
@@ -129,18 +137,26 @@ class Packed(Spec):
             in_features=k,
             group_size=self.resolve_group_size(k),
             granularity=self.granularity or "row",
-            zeros="none" if self.symmetric else self.zeros,
+            zeros="none" if self.symmetric else self.zeros or "int",
             scale_dtype=dtype_name(self.resolve_scale_dtype()),
             outliers=round(self.outliers * n * k),
             **asdict(self.activation if kind == "linear" else ActivationSpec()),
         )
 
     def resolve_group_size(self, k: int) -> int:
-        """The real group size for a weight with ``k`` input features; raises ``ValueError`` when it exceeds K."""
-        if self.group_size is None:
+        """The real group size for a weight with ``k`` input features; raises ``ValueError`` where it exceeds K."""
+        if self.group_size is not None:
+            check_group_size(self.group_size, k)
+            return self.group_size
+        if self.granularity != "group":
             return k
-        check_group_size(self.group_size, k)
-        return self.group_size
+        columns = self.activation_group_size
+        if columns is None:
+            return min(GROUP_SIZE, k)
+        size = GROUP_SIZE
+        while size > k or (size % columns and columns % size):
+            size //= 2
+        return size
 
     def resolve_scale_dtype(self) -> torch.dtype:
         """The dtype that scales are stored in unless their values do not fit it."""
@@ -150,7 +166,8 @@ class Packed(Spec):
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric``."""
-        return f"{_describe(self)} {'symmetric' if self.symmetric else 'asymmetric'}"
+        where = _describe(self.bits, self.granularity, self.group_size or GROUP_SIZE)
+        return f"{where} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
 @dataclass(frozen=True)
@@ -210,7 +227,7 @@ class PackedFormat(Format):
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric, int8 activations``."""
-        text = f"{_describe(self)} " + {
+        text = f"{_describe(self.bits, self.granularity, self.group_size)} " + {
             "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros"
         }[self.zeros]  # fmt: skip
         return text + describe_extras(self)

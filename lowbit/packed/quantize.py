@@ -78,7 +78,8 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         codes = self.round(fit, scales, zeros, statistics)
         stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
         outliers = sparse_rest(partial(fit.rest, codes, scales, zeros), fit.outliers)
-        return PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, spec.group_size, *outliers)
+        group_size = fit.group if spec.granularity == "group" else None
+        return PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, group_size, *outliers)
 
     def _check(self, weight: Tensor, hessian: Tensor | None) -> None:
         if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:

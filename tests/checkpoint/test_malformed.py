@@ -15,7 +15,7 @@ import lowbit
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 
 LAYER = "model.layers.0.mlp.up_proj"
-SPEC = lowbit.Packed(bits=3, group_size=20, outliers=0.02)
+SPEC = lowbit.Packed(bits=3, group_size=20, zeros="int", outliers=0.02)
 
 
 def skeleton():

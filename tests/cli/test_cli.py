@@ -22,7 +22,7 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 40))
     folder = tmp_path_factory.mktemp("packed") / "model"
-    lowbit.save(lowbit.convert(model, lowbit.Packed(bits=4, group_size=32), skip=["3"]), folder)
+    lowbit.save(lowbit.convert(model, lowbit.Packed(bits=4, group_size=32, zeros="int"), skip=["3"]), folder)
     return folder
 
 
@@ -209,6 +209,21 @@ def test_anything_else_is_not_a_spec(text: str) -> None:
         cli.parse_spec(text)
 
 
+@pytest.mark.parametrize(
+    ("flags", "spec"),
+    [
+        ([], lowbit.Packed()),
+        (["--bits", "8"], lowbit.Packed(bits=8)),
+        (["--bits", "3", "--symmetric"], lowbit.Packed(bits=3, symmetric=True)),
+        (["--granularity", "row"], lowbit.Packed(granularity="row")),
+        (["--group-size", "32", "--zeros", "int"], lowbit.Packed(group_size=32, zeros="int")),
+    ],
+)
+def test_python_flags_and_specs_have_the_same_defaults(flags: list[str], spec: lowbit.Packed) -> None:
+    assert cli._specs(cli.parser().parse_args(["convert", "a", "b", *flags])) == spec
+    assert cli.parse_spec(repr(spec)) == spec
+
+
 def test_convert_with_specs_by_pattern(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, float_folder: Path
 ) -> None:
@@ -220,7 +235,7 @@ def test_convert_with_specs_by_pattern(
     scheme = {line.split()[0]: line for line in out.splitlines() if line}
     assert "4-bit codebook per row" in scheme["model.embed_tokens"]
     assert "Kronecker" in scheme["model.layers.0.mlp.up_proj"]
-    assert "8-bit per row" in scheme["model.layers.1.self_attn.q_proj"]
+    assert "8-bit group 64" in scheme["model.layers.1.self_attn.q_proj"]
     assert "float: model.layers.0.self_attn.o_proj: no spec for it" in out
     assert run(capsys, "inspect", tmp_path / "packed")[1] in out
 

@@ -19,7 +19,7 @@ from lowbit.packed.quantize import quantize
 N, K, GROUP = 24, 172, 32  # the last group is shorter
 SPECS = [
     Packed(bits=bits, granularity=granularity, group_size=GROUP if granularity == "group" else None,
-           symmetric=symmetric, zeros=zeros)
+           symmetric=symmetric, zeros=zeros, quantizer="minmax")
     for bits, granularity, (symmetric, zeros) in itertools.product(
         (2, 3, 4, 5, 8), ("group", "row", "tensor"), ((True, "int"), (False, "int"), (False, "float"))
     )
@@ -358,7 +358,7 @@ def test_outliers_count_ties_and_overflow() -> None:
     assert len(q.outlier_values) == 7
     assert quantize(w, Packed(bits=4, outliers=0.001)).outlier_values is None
     w[3, 3] = 1e6
-    q = quantize(w, Packed(bits=4, outliers=0.01))
+    q = quantize(w, Packed(bits=4, granularity="row", zeros="int", quantizer="minmax", outliers=0.01))
     assert q.outlier_values is not None
     assert q.outlier_values.dtype == torch.float32
     assert float(outliers(q)[3, 3]) == pytest.approx(1e6, rel=1e-6)
