@@ -34,7 +34,7 @@ from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean
 from lowbit.core.quantizer import names
-from lowbit.model.kept import with_float_copies
+from lowbit.model.kept import SHARE, Kept, with_float_copies
 from lowbit.model.report import Report, Row
 from lowbit.nn.layer import Layer, layer_class
 from lowbit.packed.format import GROUP_SIZE, QUANTIZER
@@ -227,7 +227,13 @@ def describe_folder(path: Path) -> Report:
         rows.append(row)
     after = sum(entry.nbytes for entry in folder.checkpoint.entries.values())
     before = after + sum(row.bytes_before - row.bytes_after for row in rows)
-    return Report(rows, folder.metadata.skipped, before, after)
+    kept = []
+    for name, entry in folder.checkpoint.entries.items():
+        owner, skipped = name.rpartition(".")[0], folder.metadata.skipped
+        if owner not in folder.layers and entry.dtype.is_floating_point and entry.nbytes > SHARE * min(before, after):
+            reason = skipped.get(name) or skipped.get(owner) or f"a tensor {list(entry.shape)} of no packed layer"
+            kept.append(Kept(name, entry.nbytes, reason))
+    return Report(rows, folder.metadata.skipped, before, after, sorted(kept, key=lambda k: -k.bytes))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from lowbit.model import hooks
 from lowbit.model.build import build, predicted, remember_bytes
 from lowbit.model.calibrate import batches_of
 from lowbit.model.calibrated import Loss, build_calibrated
+from lowbit.model.kept import with_earlier
 from lowbit.model.plan import Specs, check_calibration, make_plan, require_model, unused_arguments
 from lowbit.model.report import format_bytes
 from lowbit.model.surgery import float_modules, put
@@ -34,25 +35,32 @@ def convert(
     """Swap the linear and embedding layers of a trained model for packed ones, in place; returns the model.
 
     Args:
-        model: any ``nn.Module``; ``nn.Linear``, ``nn.Embedding``, transformers' ``Conv1D`` and modules known to
-            :func:`lowbit.register_source` are swapped. Layers that share one weight (tied embedding and head)
-            share one packed storage afterwards. A model that *is* such a layer is replaced: use the returned one.
+        model: any ``nn.Module``; ``nn.Linear``, ``nn.Embedding``, subclasses that compute the same (an embedding may
+            be multiplied by a number), transformers' ``Conv1D`` and modules known to :func:`lowbit.register_source`
+            are swapped. Layers that share one weight (tied embedding and head) share one packed storage afterwards;
+            where one side stays float, the report says ``untied: a float copy of N bytes is kept``. A model that *is*
+            such a layer is replaced: use the returned one. PEFT's adapters, and what is being trained while most of
+            the model is frozen, are left alone; the report lists them. accelerate's hooks stay on their layers.
         spec: ``None`` swaps what was trained compressed, without loss. A :class:`Packed`, :class:`Codebook` or
             :class:`Kronecker` compresses every layer. A mapping of name patterns to specs (``None`` as a spec: stay
             float) compresses the layers that match; where several patterns match a layer the last one counts.
         skip: patterns of layers to leave alone. A pattern is a dotted name with ``*`` wildcards, or the name of a
             parent module. One that matches no layer is an error.
         dry_run: change nothing and return the :class:`Report` of what would be done.
-        calibration: batches (tensors, or tuples or dicts of arguments) that the model can be called with; needed
-            by ``quantizer="gptq"`` and ``activations="int8_static"``; ``quantizer="mse"`` then weighs the error of
-            each input feature by how much it matters on them.
+        calibration: a list of batches (tensors, or tuples or dicts of arguments) that the model can be called with;
+            needed by ``quantizer="gptq"`` and ``activations="int8_static"``; ``quantizer="mse"`` then weighs the error
+            of each input feature by how much it matters on them.
         loss: ``loss(model, batch)``, a scalar tensor such as the negative log-likelihood of the batch. With it,
             ``Codebook(sensitivity=True)`` weighs each weight's squared error by the mean square of its gradient over
             the batches (the empirical Fisher information of SqueezeLLM, arXiv 2306.07629) instead of by its input.
             Give one sample per batch, as gradients are squared after they were summed over a batch.
 
     Raises:
-        ValueError: listing *every* problem by layer name; the model is then exactly as before.
+        ValueError: listing *every* problem by layer name; the model is then exactly as before. Also where another
+            library quantized a layer that is to be converted.
+        TypeError: for what is no model, no spec, or no list of batches.
+
+    Warns where ``calibration`` or ``loss`` changes nothing, and where the model becomes larger.
     """
     require_model(model)
     hooks.before_convert(model)
@@ -68,7 +76,7 @@ def convert(
     for swap in plan.swaps():
         for name in swap.names:
             model = put(model, name, replacements[swap.name])
-    model.lowbit_skipped = plan.skipped  # type: ignore[assignment]
+    model.lowbit_skipped = with_earlier(model, plan.skipped)  # type: ignore[assignment]
     hooks.after_convert(model)
     if ledger.after > ledger.before and not any(swap.source for swap in plan.swaps()):
         warnings.warn(

@@ -25,16 +25,16 @@ class Kept:
 
 
 def kept_float(
-    model: nn.Module, packed: Iterable[nn.Module], skipped: Mapping[str, str], at_least: float
+    model: nn.Module, packed: Iterable[nn.Module], skipped: Mapping[str, str], more_than: float
 ) -> list[Kept]:
-    """Float tensors of at least so many bytes that are in no module of ``packed``, the largest first.
+    """Float tensors of more than so many bytes that are in no module of ``packed``, the largest first.
 
     A tensor with several names is listed once.
     """
     found: dict[int, Kept] = {}
     for name, module, tensor in named_tensors(model, packed):
         size = tensor.numel() * tensor.dtype.itemsize
-        if not tensor.is_floating_point() or size < at_least or isinstance(module, Layer):
+        if not tensor.is_floating_point() or size <= more_than or isinstance(module, Layer):
             continue
         for key in list(storages([tensor]))[:1]:
             found.setdefault(key, Kept(name, size, _reason(name, module, tensor, skipped)))
@@ -49,6 +49,16 @@ def untied(size: int, packed: str) -> str:
 def with_float_copies(skipped: Mapping[str, str]) -> set[str]:
     """The packed layers whose float weight is still in the model, as :func:`untied` says."""
     return {name for reason in skipped.values() for name in _UNTIED.findall(reason)}
+
+
+def with_earlier(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:
+    """``skipped``, and what earlier conversions of ``model`` untied, where that is still float."""
+    packed = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Layer)}
+    for name, reason in (getattr(model, "lowbit_skipped", None) or {}).items():
+        for text in [] if name in packed else [match[0] for match in _UNTIED.finditer(reason)]:
+            now = skipped.get(name)
+            skipped[name] = text if now is None else now if text in now else f"{now}; {text}"
+    return skipped
 
 
 def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, str]) -> str:

@@ -321,7 +321,7 @@ def _nothing_to_do(
     if existing:
         return f"nothing to convert: the model already has {len(existing)} packed layers"
     if spec is not None:
-        there = {kept.name: kept.reason for kept in kept_float(model, (), {}, 1)
+        there = {kept.name: kept.reason for kept in kept_float(model, (), {}, 0)
                  if not {kept.name, kept.name.rpartition(".")[0]} & skipped.keys()}  # fmt: skip
         return "nothing to convert: no layer was left" + _listed({**skipped, **there})
     declined = {name: reason for name, reason in skipped.items() if reason != _NO_SPEC}

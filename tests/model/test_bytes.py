@@ -280,3 +280,23 @@ def test_the_second_of_a_tied_pair_is_not_packed_again(spec, monkeypatch):
         assert torch.allclose(head(x), x @ embed.dequantize().t() + head.bias, atol=1e-5)
     else:
         assert float(head.x_scale) > 0 and embed.x_scale is None
+
+
+def test_a_second_conversion_knows_what_the_first_untied():
+    model = Shares()
+    before = storage_bytes(model)
+    lowbit.convert(model, {"embed": Packed(bits=8)})
+    lowbit.convert(model, {"up": Packed(bits=8)})
+    report = lowbit.report(model)
+    assert report.skipped["w"] == "untied: a float copy of 3200 bytes is kept (embed is packed)"
+    assert "no spec for it; untied: a float copy of 1536 bytes" in report.skipped["down"]
+    assert (report.total_before, report.total_after) == (before, storage_bytes(model))
+
+
+def test_the_command_lists_what_stays_float(tmp_path):
+    from lowbit.cli.command import describe_folder
+
+    model = lowbit.convert(Shares(), Packed(bits=8), skip=["down"])
+    lowbit.save(model, tmp_path / "saved")
+    report, found = lowbit.report(model), describe_folder(tmp_path / "saved")
+    assert found.kept == report.kept and {k.name for k in found.kept} == {"w", "down.weight"}
