@@ -342,10 +342,12 @@ def _doctor(options: argparse.Namespace) -> None:
         if not backend.available and backend.reason.startswith("not compiled"):
             print(f"              {_ADVICE}")
     print(f"transformers  {_transformers_status()}")
+    print(f"processes     {_FORK}")
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith("LOWBIT_")}
     print(f"settings      {', '.join(f'{n}={v}' for n, v in settings.items()) or 'none (LOWBIT_* variables)'}")
 
 
+_FORK = "after a fork, the first threaded call hangs (torch's too): use spawn, or torch.set_num_threads(1) in the child"
 _ADVICE = "to compile it: install a C++17 compiler, then run `pip install --no-build-isolation .` on the source"
 
 

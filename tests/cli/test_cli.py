@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -339,6 +340,21 @@ def test_doctor_reports_every_backend(capsys: pytest.CaptureFixture[str]) -> Non
         assert str(backend) in out
     assert torch.__version__ in out
     assert lowbit.__version__ in out
+    assert "after a fork" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_with_one_thread_runs() -> None:
+    """What doctor advises; with more threads the child waits for those that only its parent has."""
+    code = (
+        "import os, signal, torch, lowbit; torch.set_num_threads(2);"
+        "layer = lowbit.convert(torch.nn.Linear(512, 512), lowbit.Packed()); x = torch.randn(64, 512);"
+        "expected = layer(x); child = os.fork();"
+        "child or (signal.alarm(60), torch.set_num_threads(1), os._exit(not torch.equal(layer(x), expected)));"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_installed_command_runs() -> None:

@@ -762,3 +762,16 @@ def test_tables_are_those_of_the_papers() -> None:
     """NF4 is 16 quantiles of a normal distribution; FP4 is +-{0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1}."""
     assert sorted(NF4) == list(NF4) and NF4[0] == -1 and NF4[7] == 0 and NF4[15] == 1
     assert sorted({abs(v) for v in FP4}) == pytest.approx([0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_kmeans_finds_the_values_of_a_weight_that_was_trained_by_kmeans(bits: int) -> None:
+    """The recipe of docs/trained_quantized.md, some values rare."""
+    shares = torch.rand(2**bits) ** 3 + 1e-3
+    codes = torch.multinomial(shares, 64 * 96, replacement=True).view(64, 96)
+    weight = torch.randn(2**bits)[codes]
+    found = Codebook(bits=bits, granularity="tensor").quantize(weight)
+    assert torch.equal(found.codebook.flatten()[found.codes.long()], weight)
+    weight = torch.randn(64, 2**bits).gather(1, codes)
+    found = Codebook(bits=bits, codebook_dtype=torch.float32).quantize(weight)
+    assert torch.equal(found.codebook[:, 0].gather(1, found.codes.long()), weight)

@@ -555,9 +555,9 @@ DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "trained_quantized.md
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", range(7))
 def test_the_documentation_runs(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     if "import bitsandbytes" in BLOCKS[block]:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     monkeypatch.chdir(tmp_path)
