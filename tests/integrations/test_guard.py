@@ -86,9 +86,10 @@ LOADS = [
 
 
 @pytest.mark.parametrize(("name", "cls"), LOADS, ids=lambda value: value if isinstance(value, str) else value.__name__)
-def test_loading_without_lowbit_raises(name, cls, folders, without_lowbit, caplog):
+def test_loading_without_lowbit_raises(name, cls, folders, without_lowbit, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
-    logging.getLogger("transformers").propagate = True
+    transformers.logging.set_verbosity_warning()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for options in ({}, {"device_map": "cpu"}) if cls is AutoModelForCausalLM else ({},):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             cls.from_pretrained(folders / name, **options)
