@@ -50,15 +50,21 @@ def _aliases(state: dict[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
     """Save a packed model to ``folder``, so that :func:`load` gives it back bit for bit.
+
+    ``tokenizer``: a tokenizer or processor of transformers that goes into the folder too. README.md says how the folder
+    is loaded; one that somebody else wrote stays.
 
     Every ``state_dict`` entry is saved, float ones too; tensors that are shared are stored once. Each file is
     written under a temporary name first, so an interrupted save leaves no half-written file behind.
 
     Raises:
         ValueError: the model has no packed layer, or holds values that are not valid (NaN scales, ...).
+        TypeError: ``tokenizer`` has no ``save_pretrained``.
     """
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise TypeError(f"tokenizer must be a tokenizer or processor of transformers: got {type(tokenizer).__name__}")
     if not layers(model):
         raise ValueError("the model has no packed layer: convert it first, or save it with its own means")
     stream.validate(model)
@@ -67,7 +73,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if library is not None:
         (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # of a plain module that was saved here before
         library.save(model, folder)
-        return
+    else:
+        _save_plain(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_plain(model: nn.Module, folder: Path) -> None:
     state = canonical_state_dict(model)
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -101,11 +113,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
         FileNotFoundError: a file is missing.
         ValueError: naming file, tensor and field: a truncated or malformed file, tensors that are missing,
             left over or of another shape or dtype than described, values out of range, an unknown format
-            version.
+            version. ``model`` is then as it was.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder{' but a file' if folder.exists() else ''}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the float nn.Module to load into: got {type(model).__name__}")
     if not (folder / DESCRIPTION_FILE).is_file():
         library = libraries.library_of(folder)
         if library is None:
@@ -125,6 +139,19 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
     except ValueError as error:
         raise ValueError(f"{folder / DESCRIPTION_FILE}: {error}") from None
     checkpoint = Checkpoint.of_folder(folder)
+    with stream.unchanged_on_error(model):
+        return _fill(model, folder, described, aliases, checkpoint, device)
+
+
+def _fill(
+    model: Any,
+    folder: Path,
+    described: metadata.Metadata,
+    aliases: Any,
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+) -> Any:
+    """Swap the described layers into a plain ``model``, and read every tensor."""
     model = metadata.apply(model, described)
     state = model.state_dict()
     _check_aliases(folder / DESCRIPTION_FILE, aliases, state, checkpoint)
@@ -142,6 +169,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
         stream.assign(model, alias, kept[name])
     stream.check_complete(model)
     stream.validate(model, owned=True)
+    metadata.train_again(model, described)
     return model
 
 

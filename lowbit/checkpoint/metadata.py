@@ -1,12 +1,13 @@
 """The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
 of a transformers ``config.json``.
 
-    {"format_version": "2.0", "lowbit": "0.1.0",
+    {"format_version": "2.1", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
-     "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."}}
+     "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."},
+     "trained": {"wte": ["scales"]}}
 
 Layers with the same :meth:`~lowbit.nn.layer.Layer.config` share one entry. ``tied`` lists layers that use one
-storage.
+storage. ``trained`` lists the stored tensors that are Parameters (:func:`lowbit.make_trainable`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import nn
 from lowbit.core.version import VERSION
 from lowbit.model import sources
 from lowbit.model.surgery import put
-from lowbit.nn.layer import Layer, LayerConfig, layers, storage_of
+from lowbit.nn.layer import Layer, LayerConfig, layers, make_trainable, storage_of
 
-# 1.0 knew the family packed only, 1.1 no groups of activations, 1.2 no guards in the files of transformers models
-FORMAT_VERSION = "2.0"
-_FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped"}
+# 1.0 knew the family packed only, 1.1 no groups of activations, 1.2 no guards in the files of transformers models, 2.0
+# not what is trained
+FORMAT_VERSION = "2.1"
+_FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped", "trained"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Metadata:
     weight_error: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    trained: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Metadata:
@@ -51,6 +54,7 @@ class Metadata:
             {name: float(f"{error:.6g}") for name, error in errors.items()},
             {name: layer.note for name, layer in found.items() if layer.note is not None},
             skipped_in(model),
+            {name: layer.trained() for name, layer in found.items() if layer.trained()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +73,7 @@ class Metadata:
             "weight_error": dict(self.weight_error),
             "notes": dict(self.notes),
             "skipped": dict(self.skipped),
+            "trained": dict(self.trained),
         }
         return description | {name: value for name, value in optional.items() if value}
 
@@ -81,6 +86,7 @@ class Metadata:
             {names[name]: error for name, error in self.weight_error.items() if name in names},
             {names[name]: note for name, note in self.notes.items() if name in names},
             self.skipped,
+            {names[name]: tensors for name, tensors in self.trained.items() if name in names},
         )
 
 
@@ -106,6 +112,16 @@ def tied_groups(model: nn.Module) -> list[list[str]]:
     for name, layer in layers(model, duplicates=True).items():
         groups.setdefault(storage_of(layer), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def train_again(model: nn.Module, metadata: Metadata) -> None:
+    """Make Parameters of what was trained when the model was saved, once its tensors are there."""
+    found = layers(model, duplicates=True)
+    for name, tensors in metadata.trained.items():
+        if name in found and not found[name].trained():
+            storage = storage_of(found[name])
+            tied = [layer for layer in found.values() if storage_of(layer) == storage]
+            make_trainable(nn.ModuleList(tied), *tensors)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -164,17 +180,24 @@ def parse(description: dict[str, Any]) -> Metadata:
     tied_names = [name for group in tied for name in group]
     _check(len(set(tied_names)) == len(tied_names), "tied", "made of layers named once", tied)
     errors, notes = description.get("weight_error", {}), description.get("notes", {})
-    skipped = description.get("skipped", {})
-    for name, value in (("weight_error", errors), ("notes", notes), ("skipped", skipped)):
+    skipped, trained = description.get("skipped", {}), description.get("trained", {})
+    objects = {"weight_error": errors, "notes": notes, "skipped": skipped, "trained": trained}
+    for name, value in objects.items():
         _check(isinstance(value, dict), name, "an object", value)
-    for name in (*tied_names, *errors, *notes):
-        _check(name in configs, "a name in tied, weight_error or notes", "one of the described layers", name)
+    for name in (*tied_names, *errors, *notes, *trained):
+        _check(name in configs, "a name in tied, weight_error, notes or trained", "one of the described layers", name)
     for name, value in errors.items():
         real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         _check(real, f"weight_error of {name!r}", "a finite number", value)
     for name, text in (*notes.items(), *skipped.items()):
         _check(isinstance(text, str), f"notes or skipped of {name!r}", "a text", text)
-    return Metadata(configs, tuple(tuple(group) for group in tied), dict(errors), dict(notes), dict(skipped))
+    for name, tensors in trained.items():
+        types = configs[name].format.weight_tensors()
+        floats = [n for n, (_, dtype) in types.items() if dtype.is_floating_point]
+        is_valid = _is_names(tensors) and set(tensors) <= set(floats)
+        _check(is_valid, f"trained of {name!r}", f"a list of {', '.join(floats)}", tensors)
+    groups = tuple(tuple(group) for group in tied)
+    return Metadata(configs, groups, dict(errors), dict(notes), dict(skipped), dict(trained))
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
@@ -220,7 +243,11 @@ def apply(
     for name, config in metadata.layers.items():
         where = place_of(modules, name)
         if where is None:
-            raise ValueError(f"the saved model has a layer {name!r}, which this model does not have")
+            count = f" ({len(metadata.layers)} were saved)" if len(metadata.layers) > 1 else ""
+            raise ValueError(
+                f"the saved model has a layer {name!r}{count}, which this model does not have: "
+                f"it is a {type(model).__name__}"
+            )
         module = modules[where]
         shape = (config.format.out_features, config.format.in_features)
         kind = config.layer_class.kind

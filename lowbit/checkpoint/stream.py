@@ -37,6 +37,23 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """After an exception inside, ``model`` has the modules, tensors and attributes that it had before."""
+    parts = ("_modules", "_parameters", "_buffers")
+    before = [(m, dict(m.__dict__), [dict(m.__dict__[part]) for part in parts]) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for part, content in zip(parts, contents, strict=True):
+                attributes[part].clear()
+                attributes[part].update(content)
+        raise
+
+
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Make ``tensor`` the parameter or buffer ``name``; a Parameter is used as it is."""
     parent, _, leaf = name.rpartition(".")

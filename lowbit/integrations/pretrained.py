@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint import card, foreign, libraries, stream
-from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups
+from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups, train_again
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
 from lowbit.model.candidates import embedding_extras
@@ -153,6 +153,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 model, config.spec, skip=config.skip, calibration=config.calibration, loss=config.loss
             )
         stream.validate(model)
+        described = self.quantization_config.metadata
+        assert described is not None
+        train_again(model, described.renamed(_names_in(model, described)))
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
@@ -160,7 +163,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         _skip_zero_biases(model)
         config = LowbitConfig.of(model)
         self.quantization_config = model.config.quantization_config = config  # type: ignore[union-attr]
-        state = {**canonical_state_dict(model), **guards(model)}
+        state = {**_each_once(model), **guards(model)}
         return state, {"lowbit_format_version": config.description["format_version"]}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -173,6 +176,18 @@ def guards(model: Any) -> dict[str, Tensor]:
     found = {f"{name}.weight": layer for name, layer in layers(model).items() if name not in tied}
     names = [name for name in found if _is_saved_as_is(model, name)]
     return {name: torch.empty(0, dtype=found[name].dtype) for name in names} | {NOTICE: torch.empty(0)}
+
+
+def _each_once(model: Any) -> dict[str, Any]:
+    """The tensors to be saved. Layers that share some only, as where one of two tied ones is trained, are two then."""
+    state, tied = canonical_state_dict(model), model.all_tied_weights_keys
+    seen: set[int] = set()
+    for name, layer in layers(model).items():
+        for key in (f"{name}.{tensor}" for tensor in layer.named_tensors()):
+            if state[key].data_ptr() in seen and key not in tied and key not in tied.values():
+                state[key] = state[key].clone()
+            seen.add(state[key].data_ptr())
+    return state
 
 
 def _is_saved_as_is(model: Any, name: str) -> bool:
@@ -503,8 +518,9 @@ def retie(model: Any, *, held: bool = True) -> None:
             assert isinstance(mine, Layer)
             assert isinstance(other, Layer)
             theirs = other.named_tensors()
-            names = [n for n in shared_tensors(mine, other) if mine.named_tensors()[n] is theirs[n]]
-            tied.update({f"{first}.{name}": f"{second}.{name}" for name in names})
+            names = shared_tensors(mine, other)
+            if all(mine.named_tensors()[name] is theirs[name] for name in names):
+                tied.update({f"{first}.{name}": f"{second}.{name}" for name in names})
     for group in tied_groups(model):  # and those that only lowbit tied
         root = next((name for name in group if not any(t.startswith(name + ".") for t in tied)), group[0])
         for other in group:
@@ -582,7 +598,7 @@ def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None =
     return found
 
 
-def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
+def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str] | None = None) -> None:
     """Compare the headers with a model whose layers were swapped in; raises ``ValueError`` naming file and tensor.
 
     Packed layers must find exactly their tensors. For the rest, loading the class that was saved is strict as
@@ -594,7 +610,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match) -> None:
     for target, source in tied.items():
         if {target, source} & provided:
             provided |= {target, source}
-    same_class = _same_class(model)
+    same_class = _same_class(model, saved)
     packed = layers(model, duplicates=True)
     ignored = "|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)"
     folder = next(iter(checkpoint.entries.values())).file.parent if checkpoint.entries else "the checkpoint"
@@ -675,14 +691,19 @@ def _dtype(entry: Entry) -> str:
     return str(entry.dtype).removeprefix("torch.")
 
 
-def _same_class(model: Any) -> bool:
-    return type(model).__name__ in (model.config.architectures or [])
+def _same_class(model: Any, saved: Sequence[str] | None) -> bool:
+    """Whether ``model`` is of the class that was saved: one of ``saved``, or of what its own config says."""
+    return type(model).__name__ in _saved_classes(model, saved)
 
 
-def _apply(model: Any, described: Metadata) -> None:
+def _saved_classes(model: Any, saved: Sequence[str] | None) -> Sequence[str]:
+    return saved or model.config.architectures or ()
+
+
+def _apply(model: Any, described: Metadata, saved: Sequence[str] | None = None) -> None:
     """Swap the described layers into a transformers skeleton, under the names this class has for them."""
-    described = described.renamed(_names_in(model, described))
-    if not _same_class(model):
+    described = described.renamed(_names_in(model, described, saved))
+    if not _same_class(model, saved):
         described = _with_tied_partners(model, described)
     plan = model._get_dtype_plan(model.config.dtype)
     wanted = model.config.dtype
@@ -698,14 +719,14 @@ def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
     return next((dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
 
 
-def _names_in(model: Any, described: Metadata) -> dict[str, str]:
+def _names_in(model: Any, described: Metadata, saved: Sequence[str] | None = None) -> dict[str, str]:
     """Name of each described layer -> its name in ``model``, which may be a base model or have another head.
 
     A layer may be missing only with everything around it (a head, a decoder) and only from another class than
     the one that was saved: a layer that silently stayed float would run on random weights.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = model.base_model_prefix + "."
+    prefix, same_class = model.base_model_prefix + ".", _same_class(model, saved)
     names: dict[str, str] = {}
     missing = []
     for name in described.layers:
@@ -713,16 +734,16 @@ def _names_in(model: Any, described: Metadata) -> dict[str, str]:
         found = next((n for n in options if place_of(modules, n) is not None), None)
         if found is not None:
             names[name] = found
-        elif _same_class(model) or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
+        elif same_class or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
             missing.append(name)
     has_base = hasattr(model, model.base_model_prefix)
-    is_related = _same_class(model) or not has_base or not any("." in name for name in described.layers)
+    is_related = same_class or (names and not has_base) or not any("." in name for name in described.layers)
     if not missing and not is_related and not any(name.startswith(prefix) for name in names.values()):
         missing = list(described.layers)[:1]
     if missing:
         raise ValueError(
             f"{type(model).__name__} has no layer {missing[0]!r}: "
-            f"the packed model was saved from {', '.join(model.config.architectures or ['another class'])}"
+            f"the packed model was saved from {', '.join(_saved_classes(model, saved)) or 'another class'}"
         )
     return names
 
@@ -774,6 +795,7 @@ def skeleton(folder: Path) -> Any | None:
 def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     """:func:`lowbit.load` for a transformers folder: skeleton, swap, check headers, then stream tensors."""
     import transformers
+    from transformers.modeling_utils import PreTrainedModel
 
     file = folder / "config.json"
     declared = foreign.declared(folder)
@@ -792,32 +814,44 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     assert described is not None
-    checkpoint = Checkpoint.of_folder(folder)
-    given = model is not None
+    checkpoint, saved = Checkpoint.of_folder(folder), read_json(file).get("architectures") or ()
     if model is None:
         model = skeleton(folder)
-    if model is None:
+        if model is None:
+            raise ValueError(
+                f"{file}: architectures must name a class of transformers: "
+                "a model with code of its own is loaded by from_pretrained"
+            )
+        if match(model, checkpoint).transformed:
+            return type(model).from_pretrained(folder, dtype="auto").to(device)
+    elif not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{file}: architectures must name a class of transformers: "
-            "a model with code of its own is loaded by from_pretrained"
+            f"{folder} holds a {', '.join(saved) or 'model'} of transformers: it cannot be loaded into a "
+            f"{type(model).__name__}. Call lowbit.load(folder), which builds the model itself"
         )
-    _apply(model, described)
-    retie(model, held=False)
-    found = match(model, checkpoint)
-    if found.transformed and given:
-        raise ValueError(f"{folder}: its tensors do not map one to one to {type(model).__name__}")
-    if found.transformed:
-        return type(model).from_pretrained(folder, dtype="auto").to(device)
-    check(model, checkpoint, found)
-    stream.fill(model, checkpoint, found.names, device)
-    model.tie_weights(recompute_mapping=False)
-    stream.check_complete(model)
-    stream.validate(model, owned=True)
-    _move_rest(model, device)
+    with stream.unchanged_on_error(model):
+        _fill(model, described, checkpoint, device, saved)
     _mark(model)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _fill(
+    model: Any, described: Metadata, checkpoint: Checkpoint, device: torch.device | str, saved: Sequence[str]
+) -> None:
+    _apply(model, described, saved)
+    retie(model, held=False)
+    found = match(model, checkpoint)
+    if found.transformed:
+        raise ValueError(f"the tensors of the folder do not map one to one to {type(model).__name__}")
+    check(model, checkpoint, found, saved)
+    stream.fill(model, checkpoint, found.names, device)
+    model.tie_weights(recompute_mapping=False)
+    stream.check_complete(model)
+    stream.validate(model, owned=True)
+    train_again(model, described.renamed(_names_in(model, described, saved)))
+    _move_rest(model, device)
 
 
 def _move_rest(model: nn.Module, device: torch.device | str) -> None:

@@ -410,3 +410,152 @@ gc.collect(); print((rss() - before) / sum(t.nbytes for t in model.state_dict().
     lowbit.save(lowbit.convert(big, lowbit.Packed(bits=8)), tmp_path / "big")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     assert float(done.stdout.split()[-1]) <= 1.05
+
+
+# --------------------------------------------------------------------------------- what is trained, errors, tokenizer
+
+
+def test_what_is_trained_is_trained_after_loading(tmp_path):
+    model = make(lowbit.Codebook(bits=4, outliers=0.01))
+    lowbit.make_trainable(model, "codebook", "outlier_values")
+    assert model.head.codebook is model.embed.codebook
+    with torch.no_grad():
+        model.block.codebook += 0.001 * torch.randn_like(model.block.codebook)
+    lowbit.save(model, tmp_path)
+    other = lowbit.load(tmp_path, Net()).eval()
+    assert {n: p.requires_grad for n, p in other.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert other.head.codebook is other.embed.codebook
+    assert other.again is other.block
+    assert other.block.codebook.dtype == torch.float32
+    assert torch.equal(model(IDS), other(IDS))
+    other(IDS).sum().backward()
+    assert all(other.block.get_parameter(name).grad is not None for name in ("codebook", "outlier_values"))
+    lowbit.save(other, tmp_path / "again")
+    stored = [load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again")]
+    assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
+    lowbit.freeze(other)
+    lowbit.save(other, tmp_path / "frozen")
+    assert "trained" not in json.loads((tmp_path / "frozen" / "lowbit.json").read_text())
+    assert torch.equal(lowbit.load(tmp_path / "frozen", Net()).eval()(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("loader", ["load", "from_pretrained", "AutoModel"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_trained_in_a_transformers_model(loader, tied, float_llama, tmp_path):
+    import transformers
+
+    model = lowbit.convert(float_llama(tied, torch.float32), lowbit.Codebook(bits=3))
+    lowbit.make_trainable(model.model.embed_tokens, "codebook")
+    lowbit.make_trainable(model.model.layers[0].mlp, "codebook")
+    if tied:
+        lowbit.make_trainable(nn.ModuleList([model.model.embed_tokens, model.lm_head]), "codebook")
+    lowbit.save(model, tmp_path / "packed")
+    if loader == "load":
+        other = lowbit.load(tmp_path / "packed")
+    else:
+        cls = transformers.AutoModel if loader == "AutoModel" else type(model)
+        other = cls.from_pretrained(tmp_path / "packed")
+    expected = {n for n, _ in model.named_parameters() if n.endswith(".codebook")}
+    if loader == "AutoModel":
+        expected = {n.removeprefix("model.") for n in expected if n.startswith("model.")}
+    assert {n for n, p in other.named_parameters() if n.endswith(".codebook") and p.requires_grad} == expected
+    if loader != "AutoModel":
+        assert torch.equal(other(IDS[None]).logits, model(IDS[None]).logits)
+        assert (other.lm_head.trained() == ["codebook"]) == (tied and model.lm_head.trained() == ["codebook"])
+
+
+def state_of(model):
+    tensors = {n: (id(t), t.clone() if t.device.type != "meta" else None) for n, t in
+               [*model.named_parameters(), *model.named_buffers()]}  # fmt: skip
+    return [(n, id(m), sorted(m.__dict__)) for n, m in model.named_modules()], tensors
+
+
+def same_state(before, after):
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    for name, (key, value) in before[1].items():
+        assert after[1][name][0] == key, name
+        assert value is None or torch.equal(after[1][name][1], value), name
+
+
+@pytest.mark.parametrize("what", ["missing", "extra", "shape", "values", "truncated", "alias"])
+def test_a_skeleton_is_as_before_after_an_error(what, tmp_path):
+    lowbit.save(make(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    if what == "missing":
+        del tensors["norm.weight"]
+    elif what == "extra":
+        tensors["norm.surprise"] = torch.ones(1)
+    elif what == "shape":
+        tensors["norm.weight"] = torch.ones(47)
+    elif what == "values":
+        tensors["block.scales"][0, 0] = float("nan")
+    elif what == "alias":
+        description = json.loads((tmp_path / "lowbit.json").read_text())
+        description["shared"]["norm.weight"] = "nothing"
+        (tmp_path / "lowbit.json").write_text(json.dumps(description))
+    save_file(tensors, file)
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-8])
+    torch.manual_seed(3)
+    empty = Net()
+    before = state_of(empty)
+    with pytest.raises(ValueError):
+        lowbit.load(tmp_path, empty)
+    same_state(before, state_of(empty))
+    assert not layers(empty)
+    assert empty(IDS).shape == (4, 51)
+
+
+@pytest.mark.parametrize("what", ["missing", "values"])
+def test_a_transformers_skeleton_is_as_before_after_an_error(what, float_llama, tmp_path):
+    model = lowbit.convert(float_llama(tied=True, dtype=torch.float32), lowbit.Packed(bits=4, group_size=32))
+    lowbit.save(model, tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    if what == "missing":
+        del tensors["model.norm.weight"]
+    else:
+        tensors["model.layers.1.mlp.up_proj.scales"][0, 0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    empty = float_llama(tied=True, dtype=torch.float32)
+    before, config = state_of(empty), empty.config.to_json_string()
+    with pytest.raises(ValueError):
+        lowbit.load(tmp_path / "packed", empty)
+    same_state(before, state_of(empty))
+    assert empty.config.to_json_string() == config
+    assert empty.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_what_was_saved_and_what_was_given(float_llama, tmp_path):
+    import transformers
+
+    lowbit.save(lowbit.convert(float_llama(), lowbit.Packed(bits=4)), tmp_path / "packed")
+    lowbit.save(make(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="holds a LlamaForCausalLM of transformers.*into a Sequential"):
+        lowbit.load(tmp_path / "packed", nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"layer 'embed' \(4 were saved\).*it is a Sequential"):
+        lowbit.load(tmp_path / "plain", nn.Sequential(nn.Linear(4, 4)))
+    bert = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="BertModel has no layer 'model.*saved from LlamaForCausalLM"):
+        lowbit.load(tmp_path / "packed", bert)
+    for folder in ("packed", "plain"):
+        with pytest.raises(TypeError, match="model must be the float nn.Module to load into: got str"):
+            lowbit.load(tmp_path / folder, "gpt2")
+    model = float_llama()
+    assert lowbit.load(tmp_path / "packed", model) is model
+
+
+def test_the_tokenizer_is_saved_too(tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer.json").write_text("{}")
+
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer or processor of transformers: got str"):
+        lowbit.save(make(), tmp_path / "packed", tokenizer="gpt2")
+    assert not (tmp_path / "packed").exists()
+    lowbit.save(make(), tmp_path / "packed", tokenizer=Tokenizer())
+    assert (tmp_path / "packed" / "tokenizer.json").is_file()

@@ -81,6 +81,19 @@ def llama20():
     ).eval()  # fmt: skip
 
 
+class Trained21(nn.Module):
+    """What version 2.1 added: tensors that are trained, of a tied pair too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 40), nn.Linear(40, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.codes = nn.Linear(40, 40)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.codes(self.embed(ids))))
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -109,11 +122,13 @@ GROUPS12 = {
     "plain": Packed(bits=5, activations="int8"),
 }
 LLAMA20 = {"model": Packed(bits=4, group_size=16), "*.down_proj": Codebook(bits=3), "*.o_proj": Kronecker()}
+TRAINED21 = {"embed": Codebook(bits=4), "codes": Packed(bits=4, group_size=16, outliers=0.02)}
 VERSIONS = {
     "1.0": (Packed10, PACKED10),
     "1.1": (Families11, FAMILIES11),
     "1.2": (Groups12, GROUPS12),
     "2.0": (llama20, LLAMA20),
+    "2.1": (Trained21, TRAINED21),
 }
 
 
@@ -132,6 +147,7 @@ def write(folder: Path) -> None:
     torch.manual_seed(0)
     make, specs = VERSIONS[FORMAT_VERSION]
     model = lowbit.convert(make(), specs, calibration=[IDS])
+    lowbit.make_trainable(model, "codebook", "outlier_values")
     lowbit.save(model, folder / "model")
     save_file({name: t.contiguous() for name, t in values(model).items()}, folder / "expected.safetensors")
 
@@ -167,6 +183,15 @@ def test_what_version_12_added_is_only_in_files_that_use_it():
     fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
     with_groups = {name for name, format in fields.items() if "activation_group_size" in format}
     assert with_groups == {"grouped", "rows", "head"}
+
+
+def test_what_version_21_added_is_trained():
+    folder = FIXTURES / "format-2.1"
+    model = lowbit.load(folder / "model", model=model_of(folder))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "embed.codebook", "codes.outlier_values", "codes.bias",
+    }  # fmt: skip
+    assert model.head.codebook is model.embed.codebook
 
 
 def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():
