@@ -42,7 +42,8 @@ def predicted(model: nn.Module, plan: Plan) -> Report:
         if group[0].source is not None:
             made = build_group(group)
         else:
-            made = _share([(swap, _as_prepared(_empty(swap), swap.weight().device)) for swap in group])
+            found = _format_by_values(group[0])
+            made = _share([(swap, _as_prepared(_empty(swap, found), swap.weight().device)) for swap in group])
         ledger.enter(i, made.values())
         rows += rows_of({swap.name: _layer_in(made[swap.name]) for swap in group})
     settle(ledger, plan, {row.name: row for row in rows})
@@ -50,6 +51,39 @@ def predicted(model: nn.Module, plan: Plan) -> Report:
     rows.sort(key=lambda row: order[row.name])
     packed = [swap.module for swap in plan.swaps()]
     return Report.of(model, rows, packed, plan.skipped, ledger.before, ledger.after)
+
+
+def _format_by_values(swap: Swap) -> Format | None:
+    """The format of a weight whose values may not fit float16, which only quantizing it tells; else ``None``."""
+    assert swap.spec is not None
+    weight, format = swap.weight(), swap.spec.format(swap.weight(), swap.kind)
+    halves = any(dtype == torch.float16 for _, dtype in format.weight_tensors().values())
+    if weight.device.type == "meta" or not halves or not _is_unusual(weight, format):
+        return None
+    spec = swap.spec if swap.spec.method.stand_in is None else swap.spec.for_embedding()
+    try:
+        found: Format = spec.quantize(weight).format()
+    except ValueError:  # it needs statistics
+        return None
+    return found
+
+
+def _is_unusual(weight: Tensor, format: Format) -> bool:
+    """Whether some group of the weight is so narrow, or wide, that float16 may not hold its scale."""
+    limits, bits = torch.finfo(torch.float16), getattr(format, "bits", 8)
+    # a clipped grid is narrower than its group: with few levels and without its outliers much narrower
+    clipped = (0.3 if bits <= 4 else 0.7) * (0.3 if getattr(format, "outliers", 0) else 1.0)
+    group = min(getattr(format, "group_size", format.in_features), format.in_features)
+    full = weight.shape[1] // group * group
+    for rows in weight.split(max(1, (1 << 22) // weight.shape[1])):
+        for part in (rows[:, :full].unflatten(1, (-1, group)), rows[:, full:].unsqueeze(1)):
+            if not part.numel():
+                continue
+            low, high = (end.double() for end in torch.aminmax(part, dim=-1))
+            step, largest = (high - low) / (2**bits - 1), torch.maximum(low.abs(), high.abs())
+            if bool(((step * clipped < limits.tiny) & (largest > 0)).any()) or float(largest.max()) > limits.max / 2:
+                return True
+    return False
 
 
 def ledger_of(model: nn.Module, plan: Plan) -> Ledger:

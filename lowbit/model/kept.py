@@ -78,10 +78,13 @@ def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, 
         return f"{what} sums embeddings: no packed form"
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"a weight of {what}: no linear layer"
+    if what.endswith("ParametrizationList"):
+        return "a part of a parametrized weight, which is computed on each call"
     if leaf == "bias":
         return f"the bias of {what}"
     if tensor.dim() == 1 and leaf == "weight":
         return f"the weight of {what}, one value per feature"
     if tensor.dim() == 3:
-        return f"a stack of {tensor.shape[0]} weights {list(tensor.shape[1:])} in one Parameter of {what} (experts)"
+        experts = " (experts)" if "expert" in f"{name} {what}".lower() else ""
+        return f"a stack of {tensor.shape[0]} weights {list(tensor.shape[1:])} in one Parameter of {what}{experts}"
     return f"a Parameter {list(tensor.shape)} of {what}: no nn.Linear or nn.Embedding"

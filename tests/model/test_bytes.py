@@ -160,6 +160,30 @@ def test_half_a_tie_is_said_and_saved(name, skip, tmp_path):
         assert report.total_before == before - scale
 
 
+@pytest.mark.parametrize("spec", [
+    Packed(bits=4, group_size=8), Packed(bits=8, group_size=8, quantizer="minmax", symmetric=True),
+    Packed(bits=4, group_size=8, quantizer="gptq"), Codebook(bits=4, table="nf4", group_size=8),
+    Codebook(bits=3, granularity="row"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("magnitude", [1.0, 1e-4, 1e-6, 1e7])
+def test_a_dry_run_knows_scales_that_float16_does_not_hold(magnitude, spec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 40), nn.Embedding(20, 24, padding_idx=0))
+    with torch.no_grad():
+        model[1].weight.mul_(magnitude)
+        model[1].weight[3:5] *= 0.1
+        model[2].weight[1:].mul_(magnitude)
+    arguments = {}
+    if spec.needs_calibration:
+        model.forward = lambda x: model[1](model[0](x))
+        arguments = {"calibration": [torch.randn(9, 32)]}
+    planned = lowbit.convert(model, spec, dry_run=True, **arguments)
+    lowbit.convert(model, spec, **arguments)
+    report = lowbit.report(model)
+    assert planned.total_after == report.total_after == storage_bytes(model)
+    assert [row.scheme for row in planned.rows] == [row.scheme for row in report.rows]
+
+
 class Shares(nn.Module):
     """A parameter of its own, a view of it, and one storage under two Parameters."""
 

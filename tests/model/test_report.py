@@ -23,7 +23,7 @@ class Model(nn.Module):
             self.add_module(f"{name}{i}", nn.Linear(32, 32))
 
 
-SPECS = {"*": Packed(bits=4, group_size=16), "<b>0": Codebook(bits=3), "<b>1": Kronecker(rank=1)}
+SPECS = {"*": Packed(bits=4, group_size=16, zeros="int"), "<b>0": Codebook(bits=3), "<b>1": Kronecker(rank=1)}
 
 
 def test_the_text_ends_with_a_summary_by_family():
