@@ -24,6 +24,7 @@ from lowbit.checkpoint import card, foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_tensors, tied_groups, train_again
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
+from lowbit.integrations import tensor_parallel
 from lowbit.model.candidates import embedding_extras
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.foreign import why_foreign
@@ -91,6 +92,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("the model is packed already: LowbitConfig(spec=...) converts float models only")
         self._files: list[Path] = []
         self._stored: set[str] = set()
+        self._styles: dict[str, str] = {}  # of tensor parallelism, by layer name
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -139,6 +141,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_float(model, checkpoint.entries, found)
         return conversions
 
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        self._styles.update(tensor_parallel.styles(model, plan))
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         # packed tensors keep their stored dtype whatever dtype the model is loaded in
         if converter.target_patterns[0] in self._stored:
@@ -153,6 +159,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 model, config.spec, skip=config.skip, calibration=config.calibration, loss=config.loss
             )
         stream.validate(model)
+        tensor_parallel.split(model, self._styles)
         described = self.quantization_config.metadata
         assert described is not None
         train_again(model, described.renamed(_names_in(model, described)))
@@ -160,6 +167,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         # called by save_pretrained before it writes config.json: describe the model as it is now
+        tensor_parallel.refuse_saving(model)
         _skip_zero_biases(model)
         config = LowbitConfig.of(model)
         self.quantization_config = model.config.quantization_config = config  # type: ignore[union-attr]

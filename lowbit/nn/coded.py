@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.backends import layouts, registry
 from lowbit.backends.layouts import CANONICAL, Layout, by_group, change
-from lowbit.core.family import Format, TensorSpec
+from lowbit.core.family import TensorSpec
 from lowbit.nn.layer import Layer, once
 
 
@@ -22,9 +22,9 @@ class CodedLayer(Layer):
     group_tensors: ClassVar[tuple[str, ...]] = ()  # [N, G] or [1, 1]: some layouts want group after group in memory
     packed: Tensor
 
-    def __init__(self, format: Format, *args: Any, **kwargs: Any) -> None:
-        super().__init__(format, *args, **kwargs)
-        self._record(CANONICAL)
+    def _derive(self) -> None:
+        super()._derive()
+        self._record(self.__dict__.get("_layout", CANONICAL))
 
     def _record(self, layout: Layout) -> Layout:
         self._layout, self._numbers = layout, (*self.format.numbers, layout.number)
@@ -101,5 +101,4 @@ class CodedLayer(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._record(self.__dict__.get("_layout", CANONICAL))
         self.prepare()  # unpickled where other kernels run

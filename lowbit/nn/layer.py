@@ -198,6 +198,16 @@ class Layer(nn.Module):
         for name, tensor in tensors.items():
             self._buffers[name] = tensor.detach().contiguous()
 
+    def become(self, format: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Be a layer of this format, which holds these tensors, in the form that files have them."""
+        self.format = format
+        for name in self._buffers:
+            if name not in format.tensors():
+                self._buffers[name] = None
+        self.store({name: tensors[name] for name in format.tensors()})
+        self._derive()
+        self.prepare()
+
     def share_weight(self, source: Layer) -> None:
         """Hold the very tensors of ``source``: every tensor of the weight that both formats have."""
         for name in source.format.weight_tensors():

@@ -20,6 +20,7 @@ class LinearLayer(Layer):
     """
 
     kind = "linear"
+    whole: tuple[int, int] | None = None  # [N, K] of the layer that this one is a share of: see lowbit.nn.shard
     _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
 
     def _derive(self) -> None:
@@ -30,11 +31,11 @@ class LinearLayer(Layer):
 
     @property
     def in_features(self) -> int:
-        return cast(int, self.format.in_features)
+        return cast(int, self.format.in_features if self.whole is None else self.whole[1])
 
     @property
     def out_features(self) -> int:
-        return cast(int, self.format.out_features)
+        return cast(int, self.format.out_features if self.whole is None else self.whole[0])
 
     @classmethod
     def from_float(
@@ -85,7 +86,7 @@ class LinearLayer(Layer):
     def forward(self, input: Tensor) -> Tensor:
         if not input.dim() or input.size(-1) != self._in_features:
             found = tuple(input.shape)
-            raise ValueError(f"input must have in_features={self.in_features} as its last size: got shape {found}")
+            raise ValueError(f"input must have in_features={self._in_features} as its last size: got shape {found}")
         parameters = self._parameters
         bias = parameters["bias"] if parameters else self.bias  # a replica in nn.DataParallel has attributes only
         if self.dtype is torch.float64:

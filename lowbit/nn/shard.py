@@ -1,0 +1,84 @@
+"""One share of a linear layer, for tensor parallelism: some of its output features, or some of its input features."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.core.bitpack import pack, unpack
+from lowbit.core.family import MAX_INT16_COLUMNS
+from lowbit.core.outliers import column_indices
+from lowbit.nn.coded import CodedLayer
+from lowbit.nn.linear import LinearLayer
+
+OUTPUT, INPUT = 0, 1  # the dimension of W [N, K] that is cut
+
+
+@torch.no_grad()
+def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
+    """Leave in ``layer`` the share ``index`` of ``count``, cut as ``torch.chunk`` cuts W ``[N, K]`` along ``dim``.
+
+    The codes stay what they are. Cut along :data:`OUTPUT` the layer gives its share of y; along :data:`INPUT` it takes
+    its share of x and gives a summand of y, without the bias, which the caller adds once. ``activations="int8"`` then
+    takes its scales from that share of x. ``in_features`` and ``out_features`` stay those of the whole.
+
+    Raises ``ValueError``, naming the layer: a form that cannot be cut (Kronecker factors, nested scales); groups that a
+    cut would divide; a share without features.
+    """
+    format: Any = layer.format
+    size = (format.out_features, format.in_features)[dim]
+    step = -(-size // count)
+    share = slice(index * step, min((index + 1) * step, size))
+    problem = None
+    if not isinstance(layer, CodedLayer) or getattr(format, "scales", None) == "nested":
+        problem = f"{format.describe()} cannot be cut"
+    elif share.start >= size:
+        problem = f"{size} features leave nothing for share {index} of {count}"
+    elif dim == INPUT and format.group_size < size and step % format.group_size:
+        problem = f"group_size={format.group_size} must divide the {step} input features of a share"
+    if problem is not None:
+        raise ValueError(f"{layer.title()}: cannot be split over {count} devices: {problem}")
+    whole = layer.out_features, layer.in_features
+    tensors = layer.canonical()
+    cut = (_rows if dim == OUTPUT else _columns)(tensors, format, share)
+    fields = {"out_features" if dim == OUTPUT else "in_features": share.stop - share.start}
+    if dim == INPUT and format.group_size == size:
+        fields["group_size"] = share.stop - share.start
+    layer.become(replace(format, **fields, outliers=len(cut.get("outlier_values", ()))), cut)
+    layer.whole = whole
+
+
+def _rows(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str, Tensor]:
+    n = format.out_features
+    cut = {name: t[share] if len(t) == n and name not in _SPARSE else t for name, t in tensors.items()}
+    if "outlier_rows" in tensors:
+        ends = tensors["outlier_rows"][share.start : share.stop + 1]
+        entries = slice(int(ends[0]), int(ends[-1]))
+        cut |= {name: tensors[name][entries] for name in _SPARSE[:2]}
+        cut["outlier_rows"] = ends - ends[0]
+    return cut
+
+
+def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str, Tensor]:
+    k, groups = format.in_features, -(-format.in_features // format.group_size)
+    codes = unpack(tensors["packed"], format.bits, k)[:, share]
+    cut = {**tensors, "packed": pack(codes.contiguous(), format.bits)}
+    of_groups = slice(share.start // format.group_size, -(-share.stop // format.group_size))
+    for name in ("scales", "zeros", "codebook"):
+        if groups > 1 and name in tensors and tensors[name].shape[1] == groups:
+            cut[name] = tensors[name][:, of_groups]
+    if "outlier_rows" in tensors:
+        columns, ends = column_indices(tensors["outlier_columns"]), tensors["outlier_rows"]
+        inside = (columns >= share.start) & (columns < share.stop)
+        cut["outlier_values"] = tensors["outlier_values"][inside]
+        kept = columns[inside] - share.start
+        cut["outlier_columns"] = kept.to(torch.int16 if share.stop - share.start <= MAX_INT16_COLUMNS else torch.int32)
+        before = torch.cat([inside.new_zeros(1, dtype=torch.int64), inside.cumsum(0)])
+        cut["outlier_rows"] = before[ends.to(torch.int64)].to(torch.int32)
+    return cut
+
+
+_SPARSE = ("outlier_values", "outlier_columns", "outlier_rows")
