@@ -13,7 +13,8 @@ from lowbit.nn.layer import layer_class
 from lowbit.nn.shard import INPUT, OUTPUT, shard
 
 SPECS = [
-    lowbit.Packed(bits=4, group_size=32), lowbit.Packed(bits=3, outliers=0.02), lowbit.Packed(bits=8, symmetric=True),
+    lowbit.Packed(bits=4, group_size=32), lowbit.Packed(bits=3, granularity="row", outliers=0.02),
+    lowbit.Packed(bits=8, granularity="row", symmetric=True),
     lowbit.Packed(bits=5, granularity="tensor"), lowbit.Packed(bits=2, group_size=16, zeros="float"),
     lowbit.Codebook(bits=3, outliers=0.02), lowbit.Codebook(bits=4, granularity="group", group_size=32),
     lowbit.Codebook(bits=2, granularity="tensor"), lowbit.Codebook(table="nf4", group_size=16),
