@@ -17,7 +17,8 @@ from lowbit.nn.layer import canonical_state_dict, layers
 from lowbit.testing.numerics import assert_bitwise_equal
 
 SPECS = [
-    lowbit.Packed(bits=4, group_size=16, outliers=0.02), lowbit.Packed(bits=3, group_size=16, zeros="float"),
+    lowbit.Packed(bits=4, group_size=16, zeros="int", outliers=0.02),
+    lowbit.Packed(bits=3, group_size=16, zeros="float"),
     lowbit.Codebook(bits=3, outliers=0.02), lowbit.Codebook(table="nf4", group_size=16), lowbit.Kronecker(),
     lowbit.Kronecker(factors=lowbit.Packed(bits=8)),
 ]  # fmt: skip
