@@ -93,6 +93,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     Layers that shared one packed storage share one float weight again. Raises ``ValueError`` when the model has no
     packed layer.
     """
+    require_model(model)
     found = layers(model, duplicates=True)
     if not found:
         raise ValueError("the model has no packed layer: nothing to dequantize")

@@ -14,6 +14,7 @@ from lowbit.backends import registry
 from lowbit.core.family import Format
 from lowbit.model.calibrate import call
 from lowbit.model.kept import SHARE, Kept, kept_float, with_float_copies
+from lowbit.model.plan import require_model
 from lowbit.model.storage import nbytes, storages
 from lowbit.nn.layer import Layer, layers, storage_of
 
@@ -271,6 +272,7 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
 
     Raises ``ValueError`` when the model has no packed layer.
     """
+    require_model(model)
     found = layers(model)
     if not found:
         raise ValueError("the model has no packed layer: convert it first")

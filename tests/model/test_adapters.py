@@ -109,6 +109,26 @@ def test_prompts_and_saved_modules_of_peft_are_left_alone(peft):
     assert len(reasons) == 2 and all("PEFT's ModulesToSaveWrapper trains a copy" in r for r in reasons.values())
 
 
+def test_lora_on_layers_of_bitsandbytes(peft):
+    """QLoRA: what bitsandbytes holds in 4 bits is read without loss, the adapter stays and trains."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential()
+    base.add_module("fc", bnb.nn.LinearNF4(64, 64, compute_dtype=torch.float32))
+    base = base.to("cpu")  # quantizes
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["fc"]))
+    spread(model)
+    before, x = trainable(model), torch.randn(3, 64)
+    dense = nn.functional.linear(x, lowbit.convert(copy.deepcopy(base.fc.base_layer)).dequantize(torch.float32),
+                                 base.fc.base_layer.bias)  # fmt: skip
+    lora = x @ base.fc.lora_A.default.weight.t() @ base.fc.lora_B.default.weight.t() * base.fc.scaling["default"]
+    lowbit.convert(model)
+    assert trainable(model) == before and set(layers(model)) == {"base_model.model.fc.base_layer"}
+    y = model(x)
+    assert float((y - dense - lora).norm() / y.norm()) < 1e-5
+    y.sum().backward()
+    assert all(float(model.get_parameter(name).grad.norm()) > 0 for name in before)
+
+
 def test_a_merged_adapter_is_named(peft):
     model = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     model.merge_adapter()

@@ -30,8 +30,9 @@ class Model(nn.Module):
 def test_what_is_no_model(tmp_path):
     with pytest.raises(TypeError, match=r"^model must be an nn.Module: got str 'gpt2': load the model first, .*'gpt2'"):
         lowbit.convert("gpt2", Packed())
-    with pytest.raises(TypeError, match="model must be an nn.Module: got Tensor"):
-        lowbit.convert(torch.zeros(2, 2), Packed())
+    for function in (lowbit.convert, lowbit.report, lowbit.dequantize):
+        with pytest.raises(TypeError, match="model must be an nn.Module: got Tensor"):
+            function(torch.zeros(2, 2))
     lowbit.save(lowbit.convert(nn.Sequential(nn.Linear(8, 8)), Packed()), tmp_path / "plain")
     (tmp_path / "packed").mkdir()
     config = {"quantization_config": {"quant_method": "lowbit"}}

@@ -33,6 +33,14 @@ def minilm():
     return model, data, exact, accuracy.calibration(tokenizer)
 
 
+def assert_bytes(planned, report, before, after):
+    """Report and dry run say the bytes of the models' storages."""
+    sizes = [{t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*m.parameters(), *m.buffers())}
+             for m in (before, after)]  # fmt: skip
+    totals = tuple(sum(of_model.values()) for of_model in sizes)
+    assert (report.total_before, report.total_after) == (planned.total_before, planned.total_after) == totals
+
+
 @pytest.mark.parametrize(
     ("spec", "spearman", "cosine", "megabytes"),
     [
@@ -46,7 +54,10 @@ def minilm():
 def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
     """all-MiniLM-L6-v2, every Linear and Embedding packed, on the whole STS-B dev set."""
     model, data, exact, batches = minilm
-    packed = lowbit.convert(copy.deepcopy(model), spec, calibration=batches if spec.needs_calibration else None)
+    calibration = batches if spec.needs_calibration else None
+    planned = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration, dry_run=True)
+    packed = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration)
+    assert_bytes(planned, lowbit.report(packed), model, packed)
     assert not packed.lowbit_skipped and len(layers(packed)) == 40
     embeddings = data.embed(packed)
     assert float((embeddings * exact).sum(-1).mean()) >= cosine
@@ -58,7 +69,9 @@ def test_a_trained_llama_at_8_bits_keeps_its_perplexity(stories260k):
     model, stories = stories260k
     exact = accuracy.perplexity(model, stories)
     assert exact == pytest.approx(4.45214, abs=1e-4)
+    planned = lowbit.convert(copy.deepcopy(model), Packed(bits=8), dry_run=True)
     packed = lowbit.convert(copy.deepcopy(model), Packed(bits=8))
+    assert_bytes(planned, lowbit.report(packed), model, packed)
     assert packed.lm_head.packed is packed.model.embed_tokens.packed
     assert accuracy.perplexity(packed, stories) == pytest.approx(exact, rel=1e-3)
 
@@ -104,7 +117,9 @@ def test_a_plain_module_keeps_its_accuracy(bits, loss):
         with torch.inference_mode():
             return float((torch.cat([model(b) for b in x.split(500)]).argmax(-1) == y).float().mean())
 
-    exact = accuracy()
+    exact, original = accuracy(), copy.deepcopy(model)
+    planned = lowbit.convert(model, Packed(bits=bits, group_size=16), dry_run=True)
     lowbit.convert(model, Packed(bits=bits, group_size=16))
+    assert_bytes(planned, lowbit.report(model), original, model)
     assert len(layers(model)) == 26
     assert accuracy() >= exact - loss
