@@ -15,7 +15,7 @@ from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
 from lowbit.model.candidates import Swap
 from lowbit.model.plan import Plan
-from lowbit.model.report import Report, Row, rows_of
+from lowbit.model.report import Report, Row, rows_of, usual_bytes_before
 from lowbit.model.storage import Ledger
 from lowbit.model.surgery import carry_over
 from lowbit.nn.coded import CodedLayer
@@ -99,8 +99,7 @@ def remember_bytes(model: nn.Module, plan: Plan, made: Mapping[str, nn.Module]) 
     settle(ledger, plan, {row.name: row for row in rows})
     for row in rows:
         layer = _layer_in(made[row.name])
-        usual = layer.format.out_features * layer.format.in_features * layer.dtype.itemsize
-        if row.shares is None and row.bytes_before != usual:
+        if row.shares is None and row.bytes_before != usual_bytes_before(layer):
             layer.bytes_before = row.bytes_before
     return ledger
 

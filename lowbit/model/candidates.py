@@ -179,10 +179,11 @@ def embedding_extras(module: nn.Embedding) -> dict[str, Any] | None:
     if scale == 1.0 or not isinstance(y, Tensor):
         return extras if scale == 1.0 else None
     extras["output_scale"] = scale
-    if torch.equal(y, half * scale):
-        return extras
     rounded = torch.tensor(scale, dtype=torch.bfloat16, device="cpu")
-    return {**extras, "round_output_scale": True} if torch.equal(y, half * rounded) else None
+    is_exact, is_rounded = torch.equal(y, half * scale), torch.equal(y, half * rounded)
+    if is_rounded and (not is_exact or module._buffers):  # a number in a buffer follows the module's dtype
+        return {**extras, "round_output_scale": True}
+    return extras if is_exact else None
 
 
 def _holds_only(module: nn.Module, *names: str) -> bool:

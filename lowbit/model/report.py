@@ -54,8 +54,7 @@ class Row:
     @classmethod
     def of_layer(cls, name: str, layer: Layer) -> Row:
         row = cls.planned(name, layer.kind, layer.format, layer.dtype)
-        if layer.bytes_before is not None:
-            row.bytes_before = layer.bytes_before
+        row.bytes_before = usual_bytes_before(layer) if layer.bytes_before is None else layer.bytes_before
         row.bytes_after = sum(storages(layer.named_tensors().values()).values())
         row.backend = "" if layer.device.type == "meta" else registry.active_backend(layer.device.type)
         row.weight_error = layer.weight_error
@@ -65,6 +64,13 @@ class Row:
     def share(self, other: str) -> None:
         """Count nothing for this layer: the layer ``other`` holds the storage of both."""
         self.shares, self.bytes_before, self.bytes_after = other, 0, 0
+
+
+def usual_bytes_before(layer: Layer) -> int:
+    """What goes with a float weight, unless its layer says otherwise: its values, and a number that Gemma's has."""
+    format = layer.format
+    values = format.out_features * format.in_features + (1 if getattr(layer, "round_output_scale", False) else 0)
+    return int(values * layer.dtype.itemsize)
 
 
 def rows_of(found: Mapping[str, Layer]) -> list[Row]:
@@ -280,7 +286,7 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
     rows = {row.name: row for row in rows_of(found)}
     for name in with_float_copies(skipped) & rows.keys():
         if found[name].bytes_before is None:  # loaded: files do not say it
-            rows[name].bytes_before = 0
+            rows[name].bytes_before -= rows[name].weights * found[name].dtype.itemsize
     if batch is not None:
         for name, inputs in layer_inputs(model, found, batch).items():
             _measure(rows[name], found[name], inputs, reference)
