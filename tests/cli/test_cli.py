@@ -376,6 +376,13 @@ def test_spearman() -> None:
     assert demo.spearman(a, torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / 120)
 
 
+def test_one_call_gives_the_median_and_the_spread() -> None:
+    times = iter([0.0, 0.002, 0.0, 0.004, 0.0, 0.009])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo.time, "perf_counter", lambda: next(times))
+        assert demo.one_call(lambda: None, repeats=3) == "4.0 (2.4-8.0) ms"
+
+
 def test_perplexity_of_a_uniform_model() -> None:
     class Uniform(nn.Module):
         def forward(self, input_ids: torch.Tensor) -> object:
