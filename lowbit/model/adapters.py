@@ -20,7 +20,7 @@ _CALLING = frozenset((
 ))  # fmt: skip
 _LORA = frozenset(("Linear", "Linear4bit"))  # of lora's layers, those that only call it
 _FRAMES = ("PeftModel", "PeftMixedModel", "BaseTuner")  # hold the whole model
-_OWN_NAME = re.compile(r"(^|\.)(lora_|loras?(\.|$)|adapters?(\.|$))")
+_OWN_NAME = re.compile(r"(^|\.)lora_")
 BEING_TRAINED = "it is being trained while most of the model is frozen; a spec for this very name converts it"
 
 

@@ -221,7 +221,7 @@ def layer_from_source(swap: Swap) -> Layer:
             )
     except ValueError as error:
         raise ValueError(f"{swap.name}: {error}") from error
-    layer.note = source.note
+    layer.note = "; ".join(note for note in (source.note, swap.note) if note) or None
     if weight is not None:
         layer.weight_error = relative_error(weight.detach(), layer, weight.dtype)
         # bit-exact with integer zeros; with float zeros the module's own arithmetic may round once differently

@@ -126,10 +126,9 @@ def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, s
     """Record what shares its values with a weight that is packed, and stays float or is packed a second time."""
     weights: dict[int, list[tuple[str, Tensor]]] = {}
     for group in groups:
-        if group[0].source is not None:
-            continue
-        weight = group[0].weight()
-        for key in storages([weight]):
+        weight = group[0].module._parameters.get("weight")
+        for key in storages([weight]) if weight is not None else ():
+            assert weight is not None
             for name, other in weights.get(key, ()):
                 if overlap(weight, other):
                     group[0].note = f"untied: {name} has the same values in another shape, and is packed too"

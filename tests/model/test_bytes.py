@@ -326,3 +326,32 @@ def test_the_command_lists_what_stays_float(tmp_path):
     lowbit.save(model, tmp_path / "saved")
     report, found = lowbit.report(model), describe_folder(tmp_path / "saved")
     assert found.kept == report.kept and {k.name for k in found.kept} == {"w", "down.weight"}
+
+
+class Ternary(nn.Module):
+    """Trained with weights that are rounded on each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 32).sign())
+
+
+def test_a_trained_module_that_shares_its_weight(monkeypatch):
+    from lowbit.model import sources
+
+    def read(module):
+        codes = (module.weight.detach() + 2).to(torch.uint8)
+        stored = lowbit.PackedWeight(codes, torch.ones(24, 1), None, 2, None)
+        return lowbit.Source(stored, weight=module.weight.detach(), note="of its own")
+
+    monkeypatch.setitem(sources._entries, Ternary, sources._Entry(read))
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": Ternary(), "b": Ternary()})
+    model.w = model["a"].weight
+    before = storage_bytes(model)
+    planned = lowbit.convert(model, dry_run=True)
+    lowbit.convert(model)
+    for report in (planned, lowbit.report(model)):
+        assert report.skipped == {"w": "untied: a float copy of 3072 bytes is kept (a is packed)"}
+        assert (report.total_before, report.total_after) == (before, storage_bytes(model))
+        assert [(row.bytes_before, row.note) for row in report.rows] == [(0, "of its own"), (3072, "of its own")]
