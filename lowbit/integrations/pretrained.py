@@ -1,6 +1,6 @@
 """The quantizer that transformers' loader calls, and streaming loads of saved transformers models.
 
-Names inside transformers that this file depends on were checked with 5.23.
+Names inside transformers that this file depends on were checked with 5.0, 5.4, 5.8, 5.14, 5.20 and 5.24.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized and quantization_config.metadata is None:
             raise ValueError("the model is packed already: LowbitConfig(spec=...) converts float models only")
         self._files: list[Path] = []
+        self._model: Any = None  # until its files are checked
         self._stored: set[str] = set()
         self._styles: dict[str, str] = {}  # of tensor parallelism, by layer name
 
@@ -111,6 +112,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         install()
         # files of another kind than safetensors have no header to check; transformers 5 does not write any
+        self._model = model
         self._files = [Path(f) for f in kwargs.get("checkpoint_files") or [] if str(f).endswith(".safetensors")]
         if not self.pre_quantized:
             declared = foreign.declared(self._files[0].parent) if self._files else None
@@ -129,21 +131,29 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns])  # type: ignore[assignment]
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        # the last call before tensors are read: check the files' headers against the description
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        if self._files:
-            checkpoint = Checkpoint(self._files)
-            found = match(model, checkpoint, conversions)
-            if self.pre_quantized:
-                check(model, checkpoint, found)
-            else:
-                check_float(model, checkpoint.entries, found)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        # the last call before tensors are read; versions before 5.21 do not say of which model
+        given = () if model is None else (model,)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *given)
+        self._check_files(conversions)
         return conversions
 
-    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        super().update_parallel_plan(model, plan)
-        self._styles.update(tensor_parallel.styles(model, plan))
+    def get_weight_conversions(self) -> list[Any]:
+        if not hasattr(HfQuantizer, "update_weight_conversions"):  # before 5.6
+            self._check_files(None)
+        return []
+
+    def _check_files(self, conversions: list[Any] | None) -> None:
+        """Check the files' headers against the description."""
+        model, self._model = self._model, None
+        if not self._files or model is None:
+            return
+        checkpoint = Checkpoint(self._files)
+        found = match(model, checkpoint, conversions)
+        if self.pre_quantized:
+            check(model, checkpoint, found)
+        else:
+            check_float(model, checkpoint.entries, found)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         # packed tensors keep their stored dtype whatever dtype the model is loaded in
@@ -713,13 +723,20 @@ def _apply(model: Any, described: Metadata, saved: Sequence[str] | None = None) 
     described = described.renamed(_names_in(model, described, saved))
     if not _same_class(model, saved):
         described = _with_tied_partners(model, described)
-    plan = model._get_dtype_plan(model.config.dtype)
+    plan = _dtype_plan(model)
     wanted = model.config.dtype
 
     def dtype_of(name: str, saved: torch.dtype) -> torch.dtype:
         return _kept_dtype(plan, f"{name}.weight") or wanted or saved
 
     apply(model, described, dtype_of=dtype_of)
+
+
+def _dtype_plan(model: Any) -> dict[str, torch.dtype]:
+    plan: dict[str, torch.dtype] = (
+        model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # 5.0
+    )
+    return plan
 
 
 def _kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
@@ -915,7 +932,7 @@ class FloatFolder(libraries.FloatFolder):
 
     def __init__(self, model: Any, names: dict[str, str]) -> None:
         self.model, self.names = model, names
-        self._kept = model._get_dtype_plan(model.config.dtype)
+        self._kept = _dtype_plan(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def dtype_of(self, name: str) -> torch.dtype | None:
