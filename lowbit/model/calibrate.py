@@ -64,12 +64,11 @@ def collect_input_maxima(
         rows = _samples(x, mask)
         if rows.numel():
             found = rows.abs().amax().float().reshape(1)
+            _require_finite(name, found)
             maxima[name] = found.maximum(maxima[name]) if name in maxima else found
 
     _observe(model, layers, list(batches), forward, visit)
     _require_reached(layers, maxima)
-    for name, value in maxima.items():
-        _require_finite(name, value)
     return maxima
 
 
@@ -107,9 +106,9 @@ def collect_sensitivities(
                     if not value.requires_grad:
                         break
                     gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-                for name, gradient in zip(weights, gradients, strict=True):
-                    if gradient is not None:
-                        sums.setdefault(name, _SumOfSquares()).add(gradient.float())
+                    for name, gradient in zip(weights, gradients, strict=True):
+                        if gradient is not None and not sums.setdefault(name, _SumOfSquares()).add(gradient.float()):
+                            raise ValueError(f"the gradient of layer {name} must be finite: got Inf or NaN")
         finally:
             for parameter, before in required.items():
                 parameter.requires_grad_(before)
@@ -117,11 +116,7 @@ def collect_sensitivities(
     missing = sorted(set(weights) - set(sums))
     if missing:
         raise ValueError(f"the loss must depend on every layer's weight: it does not on {', '.join(missing)}")
-    means = {name: sums[name].total().div_(count) for name in weights}
-    for name, mean in means.items():
-        if not bool(torch.isfinite(mean).all()):
-            raise ValueError(f"the gradient of layer {name} must be finite: got Inf or NaN")
-    return means
+    return {name: sums[name].total().div_(count) for name in weights}
 
 
 def calibrate_sequential(
@@ -158,7 +153,7 @@ def batches_of(calibration: Any) -> list[Any]:
     what = type(calibration).__name__
     if isinstance(calibration, (str, bytes)):
         raise TypeError(f"calibration must be a list of batches for the model: got a text, {calibration!r:.60}")
-    if isinstance(calibration, (Tensor, Mapping)):
+    if isinstance(calibration, (Tensor, Mapping)) or hasattr(calibration, "__array__"):
         described = describe_batch(calibration)
         raise TypeError(f"calibration must be a list of batches: got one batch, {described}; wrap it in a list")
     if isinstance(calibration, nn.Module) or not hasattr(calibration, "__iter__"):
@@ -266,11 +261,14 @@ class _SumOfSquares:
         self._products, self._shift = products, 0
         self._sum: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> bool:
+        """Add ``x``, float32; ``False`` where it is not finite."""
         if self._sum is None:
             self._sum = x.new_zeros((x.shape[1], x.shape[1]) if self._products else x.shape)
         peak = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
-        needed = max(0, math.frexp(peak)[1] - 30) if math.isfinite(peak) else 0
+        if not math.isfinite(peak):
+            return False
+        needed = max(0, math.frexp(peak)[1] - 30)
         if needed > self._shift:
             self._sum.mul_(4.0 ** (self._shift - needed))
             self._shift = needed
@@ -280,6 +278,7 @@ class _SumOfSquares:
             self._sum.addmm_(x.t(), x)
         else:
             self._sum.add_(x.square())
+        return True
 
     def total(self) -> Tensor:
         assert self._sum is not None
@@ -300,7 +299,8 @@ def _hessians(
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
         rows = _samples(x, mask).float()
-        sums.setdefault(name, _SumOfSquares(products=True)).add(rows)
+        if not sums.setdefault(name, _SumOfSquares(products=True)).add(rows):
+            raise ValueError(_not_finite(name))
         counts[name] = counts.get(name, 0) + rows.shape[0]
         if one_call:
             raise _Reached
@@ -311,7 +311,6 @@ def _hessians(
     for group in groups:
         name = group.names[0]
         hessian = sums[name].total().mul_(2 / counts[name])
-        _require_finite(name, hessian)
         hessians.update(dict.fromkeys(group.names, hessian))
     return hessians
 
@@ -391,4 +390,8 @@ def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
 
 def _require_finite(name: str, statistic: Tensor) -> None:
     if not bool(torch.isfinite(statistic).all()):
-        raise ValueError(f"the calibration input of layer {name} must be finite: got Inf or NaN")
+        raise ValueError(_not_finite(name))
+
+
+def _not_finite(name: str) -> str:
+    return f"the calibration input of layer {name} must be finite: got Inf or NaN"

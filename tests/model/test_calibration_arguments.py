@@ -27,6 +27,7 @@ X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
 ONE_BATCH = [
     (X, r"got one batch, Tensor \[5, 32\]; wrap it in a list"),
     ({"x": X}, r"got one batch, dict {x: Tensor \[5, 32\]}; wrap it in a list"),
+    (X.numpy(), "got one batch, ndarray"),
     ("some text", "got a text, 'some text'"),
     (["some text"], "not texts: batch 0 is 'some text'; give what the tokenizer"),
     ([["some", "texts"]], r"batch 0 is \['some', 'texts'\]"),
@@ -63,6 +64,14 @@ def test_a_failing_batch_is_named(spec, batches, kind, message):
         lowbit.convert(model, spec, calibration=batches, loss=lambda m, b: m(*b).sum() if isinstance(b, tuple) else
                        (m(**b) if isinstance(b, dict) else m(b)).sum())  # fmt: skip
     assert type(model.body[0]) is nn.Linear and not model.body[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("spec", [GPTQ, Packed(activations="int8_static"), Codebook(bits=3, sensitivity=True)],
+                         ids=["hessian", "x_scale", "sensitivity"])  # fmt: skip
+def test_a_batch_that_is_not_finite_is_named(spec):
+    batches = [X, X.clone().index_fill_(0, torch.tensor([2]), float("nan")), X]
+    with pytest.raises(ValueError, match=r"calibration batch 1 \(.*layer body\.\d must be finite: got Inf or NaN"):
+        lowbit.convert(Model(), spec, calibration=batches, loss=loss)
 
 
 def test_a_loss_that_is_no_scalar():
