@@ -19,6 +19,7 @@ class KroneckerLayer(Layer):
     family = "kron"
     format_class = KroneckerFormat
     operands_class = KronOperands
+    one_dtype = (("a_zeros", "a_scales"), ("b_zeros", "b_scales"))
     format: KroneckerFormat
     a: Tensor
     a_scales: Tensor | None

@@ -46,9 +46,11 @@ class Layer(nn.Module):
     kind: ClassVar[str]
     format_class: ClassVar[type[Format]]
     operands_class: ClassVar[type[Operands]]
+    one_dtype: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of tensors, where the first of them is float
     _op: ClassVar[Any]
     _call: ClassVar[Callable[..., Tensor]]
     _numbers: tuple[int, ...]  # the weight's, in the ops' order
+    _dtypes: dict[str, torch.dtype]  # of the stored tensors; a graph that is being made cannot ask the format
     format: Any  # of type format_class
     bias: nn.Parameter | None
     weight_error: float | None
@@ -120,9 +122,15 @@ class Layer(nn.Module):
         """The stored tensors that :meth:`forward` reads, by name; trained ones as they will be stored."""
         if len(self._buffers) == self._stored:
             return self._buffers
-        types = self.format.tensors().items()  # a replica in nn.DataParallel has Parameters as attributes only
-        trained = {n: _as_stored(getattr(self, n), dtype) for n, (_, dtype) in types if n not in self._buffers}
-        return {**self._buffers, **trained}
+        # a replica in nn.DataParallel has Parameters as attributes only
+        types = self._dtypes.items()
+        trained = {n: _as_stored(getattr(self, n), dtype) for n, dtype in types if n not in self._buffers}
+        held = {**self._buffers, **trained}
+        for pair in self.one_dtype:
+            first, second = (held[name] for name in pair)
+            if first is not None and second is not None and first.is_floating_point() and first.dtype != second.dtype:
+                held.update({name: tensor.float() for name, tensor in zip(pair, (first, second), strict=True)})
+        return held
 
     def weight_arguments(self, t: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
         """The weight's part of the ops' arguments, from :meth:`operands`."""
@@ -365,6 +373,7 @@ class Layer(nn.Module):
     def _derive(self) -> None:
         """Set what follows from the format and is read in each call."""
         self._numbers = self.format.numbers
+        self._dtypes = {name: dtype for name, (_, dtype) in self.format.tensors().items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -19,6 +19,7 @@ class PackedLayer(CodedLayer):
     format_class = PackedFormat
     operands_class = PackedOperands
     group_tensors = ("scales", "zeros")
+    one_dtype = (("zeros", "scales"),)
     format: PackedFormat
     scales: Tensor
     zeros: Tensor | None

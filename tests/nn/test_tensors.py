@@ -129,6 +129,29 @@ def test_training_is_asked_for(spec):
     assert m[0].format == frozen[0].format
 
 
+@pytest.mark.parametrize("spec", [
+    *SPECS, lowbit.Packed(bits=8, zeros="int", scale_dtype=torch.bfloat16),
+    lowbit.Kronecker(factors=lowbit.Packed(bits=4, zeros="float")),
+], ids=str)  # fmt: skip
+def test_any_one_tensor_can_be_trained(spec):
+    y = model(spec)(IDS).detach()
+    for name in sorted({name for layer in layers(model(spec)).values() for name in layer.trainable()}):
+        m = model(spec)
+        parameters = lowbit.make_trainable(m, name)
+        z = m(IDS)
+        assert_bitwise_equal(z.detach(), y)
+        z.square().mean().backward()
+        assert parameters and all(p.grad is not None and bool(p.grad.any()) for p in parameters), name
+
+
+def test_trained_tensors_in_a_compiled_graph():
+    m = model(SPECS[1])
+    lowbit.make_trainable(m, "scales")
+    expected = torch.autograd.grad(m(IDS).square().sum(), m[1].scales)[0]
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(IDS).square().sum(), m[1].scales)[0], expected)
+
+
 def test_names_that_cannot_be_trained_are_refused():
     m = model(SPECS[0])
     for name in ("packed", "codebook", "weight", "zeros"):
