@@ -18,6 +18,7 @@ from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
 from lowbit.integrations import bitsandbytes as _bitsandbytes
+from lowbit.integrations import peft as _peft
 from lowbit.integrations import savers as _savers
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
@@ -42,6 +43,7 @@ __all__ = [
 
 registry.initialize()
 _bitsandbytes.register()
+_peft.register()
 _savers.register()
 _torch_ao.register()
 _transformers.register()

@@ -99,7 +99,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         raise ValueError("the model has no packed layer: nothing to dequantize")
     for name, module in float_modules(found).items():
         model = put(model, name, module)
-    if hasattr(model, "lowbit_skipped"):
-        del model.lowbit_skipped
+    for part in model.modules():  # a wrapper may show what the model in it has
+        part.__dict__.pop("lowbit_skipped", None)
     hooks.after_dequantize(model)
     return model
