@@ -155,6 +155,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             check_float(model, checkpoint.entries, found)
 
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        self._styles.update(tensor_parallel.styles(model, plan))
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         # packed tensors keep their stored dtype whatever dtype the model is loaded in
         if converter.target_patterns[0] in self._stored:
