@@ -23,6 +23,7 @@ from torch import nn
 
 from lowbit.core.version import VERSION
 from lowbit.model import sources
+from lowbit.model.kept import skipped_in as skipped_in
 from lowbit.model.surgery import put
 from lowbit.nn.layer import Layer, LayerConfig, layers, make_trainable, storage_of
 
@@ -88,16 +89,6 @@ class Metadata:
             self.skipped,
             {names[name]: tensors for name, tensors in self.trained.items() if name in names},
         )
-
-
-def skipped_in(model: nn.Module) -> dict[str, str]:
-    """What conversions of ``model`` and of parts of it left float, by name in ``model``, each with its reason."""
-    found: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        for name, reason in (module.__dict__.get("lowbit_skipped") or {}).items():
-            found.setdefault(".".join(part for part in (prefix, name) if part), reason)
-    packed = layers(model, duplicates=True)
-    return {name: reason for name, reason in found.items() if name not in packed}
 
 
 def shared_tensors(first: Layer, second: Layer) -> list[str]:

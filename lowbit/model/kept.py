@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lowbit.model.storage import named_tensors, storages
-from lowbit.nn.layer import Layer
+from lowbit.nn.layer import Layer, layers
 
 _UNTIED = re.compile(r"untied: a float copy of \d+ bytes is kept \((.*) is packed\)")
 SHARE = 0.01  # of the model's bytes: what is smaller is not listed
@@ -49,6 +49,16 @@ def untied(size: int, packed: str) -> str:
 def with_float_copies(skipped: Mapping[str, str]) -> set[str]:
     """The packed layers whose float weight is still in the model, as :func:`untied` says."""
     return {name for reason in skipped.values() for name in _UNTIED.findall(reason)}
+
+
+def skipped_in(model: nn.Module) -> dict[str, str]:
+    """What conversions of ``model`` and of parts of it left float, by name in ``model``, each with its reason."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for name, reason in (module.__dict__.get("lowbit_skipped") or {}).items():
+            found.setdefault(".".join(part for part in (prefix, name) if part), reason)
+    packed = layers(model, duplicates=True)
+    return {name: reason for name, reason in found.items() if name not in packed}
 
 
 def with_earlier(model: nn.Module, skipped: dict[str, str]) -> dict[str, str]:

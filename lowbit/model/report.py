@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowbit.backends import registry
 from lowbit.core.family import Format
 from lowbit.model.calibrate import call
-from lowbit.model.kept import SHARE, Kept, kept_float, with_float_copies
+from lowbit.model.kept import SHARE, Kept, kept_float, skipped_in, with_float_copies
 from lowbit.model.plan import require_model
 from lowbit.model.storage import nbytes, storages
 from lowbit.nn.layer import Layer, layers, storage_of
@@ -282,7 +282,7 @@ def report(model: nn.Module, batch: Any = None, *, reference: nn.Module | None =
     found = layers(model)
     if not found:
         raise ValueError("the model has no packed layer: convert it first")
-    skipped: dict[str, str] = getattr(model, "lowbit_skipped", {})
+    skipped = skipped_in(model)
     rows = {row.name: row for row in rows_of(found)}
     for name in with_float_copies(skipped) & rows.keys():
         if found[name].bytes_before is None:  # loaded: files do not say it

@@ -79,3 +79,14 @@ def test_notebooks_show_html():
         assert html.escape("float: <b>2: skipped by the caller") in text
         is_open = "open" in next(attrs for tag, attrs in parsed.tags if tag == "details")
         assert is_open is (layers == 3)  # a long table is shown when it is asked for
+
+
+def test_parts_that_were_converted_one_by_one():
+    first, second = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(4)), nn.Sequential(nn.Linear(32, 8))
+    model = nn.ModuleDict({"a": first, "b": second})
+    for part in model.values():
+        lowbit.convert(part, Packed(bits=8))
+    report = lowbit.report(model)
+    assert [row.name for row in report.rows] == ["a.0", "b.0"]
+    assert report.skipped == {"a.1": "its weight is not initialised yet: call the model once"}
+    assert not hasattr(lowbit.dequantize(model)["a"], "lowbit_skipped")
