@@ -16,7 +16,7 @@ inline torch::stable::Tensor empty_cpu(const std::vector<int64_t>& shape, torch:
   for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(1, shape[d])) strides[d] = stride;
   namespace stable = torch::stable::detail;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(shape.size()), shape.data(), strides.data(), stable::to<int32_t>(stable::from(dtype)),
       aoti_torch_device_type_cpu(), -1, &handle));
   return torch::stable::Tensor(handle);
