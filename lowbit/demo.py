@@ -266,7 +266,7 @@ def with_int8_activations(model: nn.Module) -> nn.Module | None:
 def recipes(bits: Sequence[int], group_size: int, quantizer: str) -> dict[str, Spec]:
     """The rows of the table: packed weights of the given bits, codebooks and Kronecker factors."""
     rows: dict[str, Spec] = {
-        f"{b}-bit": lowbit.Packed(bits=b, group_size=group_size, zeros="float", quantizer=quantizer)
+        f"{b}-bit": lowbit.Packed(bits=b, group_size=group_size, quantizer=quantizer)
         for b in bits
     }
     sensitive = lowbit.Codebook(bits=3, outliers=0.005, sensitivity=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from lowbit.testing import samples
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
-    str(path.relative_to(ROOT)) for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+    str(path.relative_to(ROOT))
+    for path in [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *ROOT.glob("docs/**/*.md")]
 )
 MADE = ("benchmarks/results/gpu-*.json", "tests/verdicts.json")  # by commands that the documents name
 FAMILIES = ("packed", "codebook", "kron")
@@ -57,6 +61,27 @@ def test_links_lead_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document: str) -> None:
     assert [name for name in NAMED.findall(text_of(document)) if not exists(name)] == []
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(SNIPPETS) == 3
+    code = SNIPPETS[number]
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+        code = code.replace("path/or/id", str(samples.folder("stories260k")))
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len(README.split()) <= 900
 
 
 def test_what_is_not_there_is_noticed() -> None:

@@ -75,22 +75,30 @@ def stories(count: int, choices: list[Choice]) -> Iterator[dict[str, Any]]:
     return rows(model, texts[:32], lambda m: perplexity(m, texts[32 : 32 + count]), choices)
 
 
-def sentences(count: int, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-    model, tokenizer = minilm()
+def embedder(tokenizer: Any, count: int) -> Callable[[nn.Module], torch.Tensor]:
+    """model -> the embeddings of ``count`` sentences of STS-B dev: the mean of the last hidden state, norm 1."""
     first, second, _ = sts_b("dev")
     distinct = sorted(set(first + second))
     batches = tokenized(tokenizer, sorted(distinct[:: max(1, len(distinct) // count)][:count], key=len))
 
-    def embed(m: nn.Module) -> torch.Tensor:
+    def embed(model: nn.Module) -> torch.Tensor:
         found = []
         with torch.inference_mode():
             for batch in batches:
-                hidden, mask = m(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+                hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
                 found.append(F.normalize((hidden * mask).sum(1), dim=-1))
         return torch.cat(found)
 
+    return embed
+
+
+def sentences(count: int, choices: list[Choice]) -> Iterator[dict[str, Any]]:
+    model, tokenizer = minilm()
+    embed = embedder(tokenizer, count)
     exact = embed(model)
-    return rows(model, calibration(tokenizer, 128), lambda m: float((embed(m) * exact).sum(-1).mean()), choices)
+    return rows(
+        model, calibration(tokenizer, 128), lambda m: float((embed(m) * exact).sum(-1).mean()), choices
+    )
 
 
 def table(title: str, found: list[dict[str, Any]]) -> str:
