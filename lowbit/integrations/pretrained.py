@@ -123,6 +123,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         _apply(model, self.quantization_config.metadata)
         retie(model, held=False)
         packed = layers(model, duplicates=True)
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            _forget_kept_dtypes(model, packed)
         for name, layer in packed.items():
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
@@ -237,8 +239,8 @@ def _skip_zero_biases(model: Any) -> None:
     # transformers starts at zero where a file does not hold it: as large as 2 % of a 2-bit model
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] == "final_logits_bias":
-            ignored = model._keys_to_ignore_on_save
-            ignored.discard(name) if bool(buffer.any()) else ignored.add(name)
+            ignored = set(model._keys_to_ignore_on_save or ())
+            model._keys_to_ignore_on_save = ignored - {name} if bool(buffer.any()) else ignored | {name}
 
 
 # ------------------------------------------------------------------------------------------------ in memory
@@ -283,7 +285,7 @@ def _saving(model: Any) -> Iterator[None]:
     """
     config, quantizer = model.config, model.__dict__.get("hf_quantizer")
     is_own, around = isinstance(quantizer, LowbitQuantizer), _is_ours(config)
-    before = config.quantization_config if around and not is_own else None
+    before = config.quantization_config if around and not is_own else None  # that of the model around it
     if layers(model):
         _check_others(model, quantizer)
         _restore_conv1d(model)
@@ -291,7 +293,7 @@ def _saving(model: Any) -> Iterator[None]:
     elif is_own:  # every packed layer was taken out
         detach(model)
     elif around:
-        config.quantization_config = None
+        del config.quantization_config
     try:
         yield
     finally:
@@ -734,6 +736,16 @@ def _apply(model: Any, described: Metadata, saved: Sequence[str] | None = None) 
         return _kept_dtype(plan, f"{name}.weight") or wanted or saved
 
     apply(model, described, dtype_of=dtype_of)
+
+
+def _forget_kept_dtypes(model: Any, packed: Iterable[str]) -> None:
+    # versions before 5.21 would cast every tensor of the modules that they keep in float32, codes too
+    names = [f"{name}.weight" for name in packed]
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "dtype_plan"):
+        kept = getattr(model, attribute, None)
+        if kept:
+            free = [p for p in kept if not any(re.search(p.replace("*", ".*"), name) for name in names)]
+            setattr(model, attribute, {p: kept[p] for p in free} if isinstance(kept, dict) else type(kept)(free))
 
 
 def _dtype_plan(model: Any) -> dict[str, torch.dtype]:

@@ -42,7 +42,8 @@ def _guard(module: ModuleType, cls: str, method: str) -> None:
             raise ValueError(
                 f"{type(self).__name__} holds {len(packed)} packed layers ({next(iter(packed)) or 'itself'}, ...): "
                 f"{library} would write a folder that loads at random. Save with lowbit.save(model, folder), and load "
-                "with lowbit.load(folder, model), where model is the float model as it was before lowbit.convert"
+                "with lowbit.load(folder, model), where model is the float model as it was before lowbit.convert; or "
+                "leave these layers float by skip="
             )
         return original(self, *args, **kwargs)
 
