@@ -23,6 +23,7 @@ from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
 from lowbit.model.plan import Swap, make_plan, problem_of
+from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
 
@@ -118,7 +119,10 @@ def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[st
     packed = layers(model, duplicates=True)
     rest = {n: key for n, key in names.items() if n in state and n.rpartition(".")[0] not in packed}
     stream.fill(model, checkpoint, rest, dtype_of=folder.dtype_of)
-    return folder.finish()
+    finished = folder.finish()
+    made = report(finished)
+    warn_if_larger(made.total_before, made.total_after, stacklevel=3)
+    return finished
 
 
 def _return_freed_memory() -> None:

@@ -15,7 +15,7 @@ from lowbit.model.calibrate import batches_of
 from lowbit.model.calibrated import Loss, build_calibrated
 from lowbit.model.kept import with_earlier
 from lowbit.model.plan import Specs, check_calibration, make_plan, require_model, unused_arguments
-from lowbit.model.report import format_bytes
+from lowbit.model.report import warn_if_larger
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.layer import layers
 
@@ -78,12 +78,8 @@ def convert(
             model = put(model, name, replacements[swap.name])
     model.lowbit_skipped = with_earlier(model, plan.skipped)  # type: ignore[assignment]
     hooks.after_convert(model)
-    if ledger.after > ledger.before and not any(swap.source for swap in plan.swaps()):
-        warnings.warn(
-            f"the model is larger now, by {format_bytes(ledger.after - ledger.before)}: "
-            f"{format_bytes(ledger.before)} -> {format_bytes(ledger.after)}; print(lowbit.report(model)) says where",
-            stacklevel=5,  # the decorators
-        )
+    if not any(swap.source for swap in plan.swaps()):  # what others hold beside their Parameters is not counted
+        warn_if_larger(ledger.before, ledger.after, stacklevel=5)  # the decorators
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -248,6 +249,16 @@ def _names(names: list[str]) -> str:
 def _together(names: list[str]) -> list[str]:
     """Few names a line each, many of them in one."""
     return [_names(names)] if len(names) > 3 else [name or "(model)" for name in names]
+
+
+def warn_if_larger(before: int, after: int, stacklevel: int) -> None:
+    """Say where a conversion made a model larger: a float copy of a tied weight, or groups that are too small."""
+    if after > before:
+        warnings.warn(
+            f"the model is larger now, by {format_bytes(after - before)}: {format_bytes(before)} -> "
+            f"{format_bytes(after)}; print(lowbit.report(model)) says where",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def format_bytes(count: int) -> str:

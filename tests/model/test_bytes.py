@@ -227,6 +227,19 @@ def test_a_model_that_grows_says_so():
     assert "LARGER by 32.0 KB" in str(lowbit.report(model))
 
 
+def test_a_folder_that_grows_says_so(tmp_path):
+    torch.manual_seed(0)
+    config = dict(ARCHITECTURES["Llama"], tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(tmp_path / "float")
+    spec = {"model.embed_tokens": Packed(bits=8)}
+    with pytest.warns(UserWarning, match=r"the model is larger now, by 4\.2 KB"):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec, skip=["lm_head"])
+    model = lowbit.load(tmp_path / "packed")
+    report = lowbit.report(model)
+    assert report.total_after == storage_bytes(model) == report.total_before + report.rows[0].bytes_after
+    assert "untied: a float copy of 15360 bytes" in report.skipped["lm_head"]
+
+
 class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
