@@ -83,13 +83,16 @@ def reason_for(name: str, alone: dict[str, str]) -> str | None:
 
 
 def mostly_frozen(model: nn.Module, without: Iterable[nn.Module] = ()) -> bool:
-    """Whether something is trained, but less than half of the float values; modules of ``without`` do not count."""
+    """Whether something is trained, but less than half of the float values.
+
+    Embeddings do not count, as frozen word vectors under a model that is trained are no frozen model; nor do modules
+    of ``without``.
+    """
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    left_out = {id(parameter) for module in (*without, *embeddings) for parameter in module.parameters()}
     trained = total = 0
-    left_out = {id(parameter) for module in without for parameter in module.parameters()}
     for parameter in model.parameters():
-        if id(parameter) in left_out:
-            continue
-        if parameter.is_floating_point() and not is_lazy(parameter):
+        if id(parameter) not in left_out and parameter.is_floating_point() and not is_lazy(parameter):
             total += parameter.numel()
             trained += parameter.numel() if parameter.requires_grad else 0
     return 0 < trained < total / 2

@@ -165,6 +165,15 @@ def test_what_is_trained_in_a_frozen_model_is_left_alone():
         assert len(layers(lowbit.convert(model, Packed(bits=8)))) == 3
 
 
+def test_frozen_word_vectors_are_no_frozen_model():
+    model = nn.Sequential(nn.Embedding(1000, 32).requires_grad_(False), nn.Linear(32, 32), nn.Linear(32, 4))
+    assert len(layers(lowbit.convert(model, Packed(bits=8)))) == 3
+    # a head on a frozen body of another kind is a head under training
+    model = nn.Sequential(nn.Conv1d(32, 64, 3).requires_grad_(False), nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(ValueError, match=r"no layer was left \(2: it is being trained while most"):
+        lowbit.convert(model, Packed(bits=8))
+
+
 def test_adapters_are_known_by_their_name():
     model = nn.Sequential(Adapted(16, "lora_A")).requires_grad_(True)
     lowbit.convert(model, Packed(bits=8))
