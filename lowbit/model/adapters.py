@@ -83,16 +83,18 @@ def reason_for(name: str, alone: dict[str, str]) -> str | None:
 
 
 def mostly_frozen(model: nn.Module, without: Iterable[nn.Module] = ()) -> bool:
-    """Whether something is trained, but less than half of the float values.
+    """Whether something is trained, but less than half of the float values, with embeddings and without them.
 
-    Embeddings do not count, as frozen word vectors under a model that is trained are no frozen model; nor do modules
-    of ``without``.
+    Frozen word vectors under a model that is trained are no frozen model. Modules of ``without`` do not count.
     """
-    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    left_out = {id(parameter) for module in (*without, *embeddings) for parameter in module.parameters()}
-    trained = total = 0
-    for parameter in model.parameters():
-        if id(parameter) not in left_out and parameter.is_floating_point() and not is_lazy(parameter):
-            total += parameter.numel()
-            trained += parameter.numel() if parameter.requires_grad else 0
-    return 0 < trained < total / 2
+    left_out = {id(parameter) for module in without for parameter in module.parameters()}
+    tables = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    in_tables = {id(parameter) for table in tables for parameter in table.parameters()}
+    floats = [p for p in model.parameters() if id(p) not in left_out and p.is_floating_point() and not is_lazy(p)]
+    body = [p for p in floats if id(p) not in in_tables]
+
+    def trained_part(parameters: list[nn.Parameter]) -> float:
+        total = sum(p.numel() for p in parameters)
+        return sum(p.numel() for p in parameters if p.requires_grad) / total if total else 0.0
+
+    return 0 < trained_part(floats) < 0.5 and trained_part(body) < 0.5

@@ -168,6 +168,10 @@ def test_what_is_trained_in_a_frozen_model_is_left_alone():
 def test_frozen_word_vectors_are_no_frozen_model():
     model = nn.Sequential(nn.Embedding(1000, 32).requires_grad_(False), nn.Linear(32, 32), nn.Linear(32, 4))
     assert len(layers(lowbit.convert(model, Packed(bits=8)))) == 3
+    # a prompt that is learned for a frozen model
+    prompt, body = nn.Embedding(8, 32), [nn.Linear(32, 32).requires_grad_(False) for _ in range(2)]
+    model = lowbit.convert(nn.Sequential(prompt, *body), Packed(bits=8))
+    assert set(layers(model)) == {"1", "2"} and trainable(model) == {"0.weight"}
     # a head on a frozen body of another kind is a head under training
     model = nn.Sequential(nn.Conv1d(32, 64, 3).requires_grad_(False), nn.Flatten(), nn.Linear(64, 4))
     with pytest.raises(ValueError, match=r"no layer was left \(2: it is being trained while most"):
