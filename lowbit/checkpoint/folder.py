@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint import card, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
-from lowbit.nn.layer import canonical_state_dict, layers
+from lowbit.model.accelerate import canonical_state_dict
+from lowbit.nn.layer import layers
 
 DESCRIPTION_FILE = "lowbit.json"
 
@@ -67,7 +68,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
         raise TypeError(f"tokenizer must be a tokenizer or processor of transformers: got {type(tokenizer).__name__}")
     if not layers(model):
         raise ValueError("the model has no packed layer: convert it first, or save it with its own means")
-    stream.validate(model)
+    for name, layer in layers(model).items():
+        layer.validate(name or "layer")
     folder = Path(folder)
     library = libraries.owner(model)
     if library is not None:

@@ -25,12 +25,13 @@ from lowbit.checkpoint.metadata import Metadata, apply, parse, place_of, shared_
 from lowbit.checkpoint.reader import Checkpoint, Entry, read_json
 from lowbit.core.activations import ActivationSpec
 from lowbit.integrations import tensor_parallel
+from lowbit.model.accelerate import canonical_state_dict
 from lowbit.model.candidates import embedding_extras
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.foreign import why_foreign
 from lowbit.model.resize import resized
 from lowbit.model.surgery import put
-from lowbit.nn.layer import Layer, LayerConfig, canonical_state_dict, layer_class, layers
+from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
 
 METHOD = "lowbit"
 

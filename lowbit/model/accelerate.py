@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit.nn import layer
+
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether ``forward`` is only accelerate's, around the class's own."""
@@ -37,6 +39,24 @@ def held_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor |
             held: Tensor = hook.weights_map[name]
             return held
     return tensor
+
+
+def canonical_state_dict(model: nn.Module) -> dict[str, Any]:
+    """:func:`lowbit.nn.layer.canonical_state_dict`, with what accelerate keeps elsewhere, too."""
+    state = layer.canonical_state_dict(model)
+    brought: dict[int, Tensor] = {}  # tied modules give one tensor
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not hasattr(module, "_hf_hook"):
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            key = f"{prefix}.{name}" if prefix else name
+            held = held_tensor(module, name, tensor) if key in state else tensor
+            if tensor is None or held is None or held is tensor:
+                continue
+            if isinstance(module, layer.Layer):
+                held = module.canonical_tensor(name, held)
+            state[key] = brought.setdefault(id(tensor), held)
+    return state
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -95,6 +95,8 @@ class CodedLayer(Layer):
 
     def _canonical(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         layout, sizes = self.layout, (self.format.bits, self.format.in_features)
+        if name == "packed" and not layout.fits(tensor, *reversed(sizes)):  # held elsewhere, as it was then
+            layout = layouts.fitting(tensor, *reversed(sizes)) or layout
         if name != "packed" or layout is CANONICAL:
             return super()._canonical(name, tensor, dtype)
         return once(tensor, "canonical", lambda codes: change(codes, layout, CANONICAL, *sizes))

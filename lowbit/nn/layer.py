@@ -252,8 +252,11 @@ class Layer(nn.Module):
 
     def canonical(self) -> dict[str, Tensor]:
         """The stored tensors as files have them: canonical words, contiguous, in the dtypes of the format."""
-        types = self.format.tensors()
-        return {name: self._canonical(name, tensor, types[name][1]) for name, tensor in self.named_tensors().items()}
+        return {name: self.canonical_tensor(name, tensor) for name, tensor in self.named_tensors().items()}
+
+    def canonical_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor``, held as the stored tensor ``name`` is, as files have it; the bias as it is."""
+        return self._canonical(name, tensor, self._dtypes[name]) if name in self._dtypes else tensor
 
     def _canonical(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if name == "outlier_columns" and is_column_pairs(tensor):

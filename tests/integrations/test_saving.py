@@ -313,3 +313,28 @@ def test_hub_mixin_names_lowbit_save(tmp_path):
     lowbit.convert(net, SPEC)
     with pytest.raises(ValueError, match=r"Net holds 1 packed layers \(linear"):
         net.save_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("save", SAVERS)
+@pytest.mark.parametrize("where", ["cpu", "cpu with buffers", "disk"])
+def test_what_accelerate_holds_elsewhere_is_saved(where, save, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from lowbit.checkpoint.reader import Checkpoint
+
+    plain, model = (lowbit.convert(llama(), SPEC) for _ in range(2))
+    SAVERS[save](plain, tmp_path / "plain")
+    if where == "disk":
+        places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
+                  "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+        accelerate.dispatch_model(
+            model, places, main_device="cpu", offload_dir=tmp_path / "disk", offload_buffers=True, force_hooks=True
+        )
+    else:
+        accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=where == "cpu with buffers")
+    SAVERS[save](model, tmp_path / "offloaded")
+    written, expected = (Checkpoint.of_folder(tmp_path / folder) for folder in ("offloaded", "plain"))
+    assert list(written) == list(expected)
+    assert [name for name in expected if not torch.equal(written.read(name), expected.read(name))] == []
+    same(plain, LlamaForCausalLM.from_pretrained(tmp_path / "offloaded"))
+    with torch.no_grad():
+        assert torch.equal(model(IDS)[0], plain(IDS)[0])
