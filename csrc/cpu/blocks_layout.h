@@ -54,21 +54,6 @@ inline Int quad(const uint8_t* chunk, int64_t step, int part, int q) {
   return out;
 }
 
-// The same in bits kTo and up of each byte, whose other bits are anything.
-template <int kBits, int kTo>
-inline Int quad_at(const uint8_t* chunk, int64_t step, int part, int q) {
-  Int out = zero_int();
-  LOWBIT_UNROLL for (int p = 0; p < 3; ++p) {
-    const int w = plane_width(kBits, p), low = plane_low(kBits, p);
-    if (w == 0) break;
-    const Int v = load_bytes(chunk + step * (low + q / (8 / w)) + kPartBytes * part);
-    const Int moved = shifted(v, q % (8 / w) * w - low - kTo);
-    const Int below = splat(int32_t(((1u << (low + kTo)) - 1) * 0x01010101u));
-    out = p == 0 ? moved : select_bits(below, out, moved);
-  }
-  return out;
-}
-
 // The address of a block's first vector, and the distance to the next one.
 struct BlockPlace {
   const uint8_t* vector;
@@ -81,6 +66,18 @@ inline BlockPlace place_of_block(const Codes& w, int64_t n) {
 }
 
 inline bool in_block(const Codes& w, int64_t n) { return w.blocks && n / kBlockRows < w.N / kBlockRows; }
+
+// The codes of column `k` of a chunk, whose vectors are `step` bytes apart, in a part of a block: one in each lane.
+inline Int column_codes(const uint8_t* chunk, int64_t step, int bits, int part, int k) {
+  const int q = k / 4;
+  Int out = zero_int();
+  for (int p = 0; p < 3 && plane_width(bits, p); ++p) {
+    const int width = plane_width(bits, p), low = plane_low(bits, p), right = k % 4 * 8 + q % (8 / width) * width;
+    const Int v = load_bytes(chunk + step * (low + q / (8 / width)) + kPartBytes * part);
+    out = add(out, multiply(bit_and(shifted(v, right), splat((1 << width) - 1)), splat(1 << low)));
+  }
+  return out;
+}
 
 // The words of one row in a chunk, `step` bytes apart, as codes: a byte each, four to a quad.
 inline void chunk_quads(const void* words, int64_t step, int bits, uint32_t (&quads)[kQuads]) {

@@ -319,6 +319,7 @@ inline Int dot4(Int acc, Int w, Int x) {
 //   store_some(p, v, n): the first n lanes; may be all                                                      kHasAvx2
 //   pick_words(a, index, b): word l = that at index[l] of a and b side by side; of a alone; pick_bytes(v, index): byte
 //   l = that at index[l] of the same 128 bits                                                             kHasAvx512
+//   nearest_integer(v, top): v rounded to an integer in 0 .. top; magnitude(v), larger(a, b)               kHasAvx512
 //   dot_bf16(acc, w, x): lane l gains w[2*l] * x[2*l] and w[2*l + 1] * x[2*l + 1] of bfloat16 values, rounding after
 //   each. Subnormal numbers count as zero, here and in
 //   round_bf16(low, high): both as bfloat16; store_bf16(p, v, n): the first n lanes as such                 kHasBf16
@@ -340,6 +341,12 @@ inline void store_some(float* p, Float v, int64_t n) {
 inline Int pick_words(Int a, Int index, Int b) { return _mm512_permutex2var_epi16(a, index, b); }
 inline Int pick_words(Int a, Int index) { return _mm512_permutexvar_epi16(index, a); }
 inline Int pick_bytes(Int v, Int index) { return _mm512_shuffle_epi8(v, index); }
+inline Float magnitude(Float v) { return _mm512_abs_ps(v); }
+inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
+inline Float nearest_integer(Float v, float top) {
+  const Float inside = _mm512_max_ps(_mm512_min_ps(v, splat(top)), splat(0.0f));
+  return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(inside));
+}
 #else
 #if defined(__AVX2__)
 inline Int load_codes(const uint8_t* p) {
@@ -356,6 +363,9 @@ inline void store_some(float*, Float, int64_t) { absent(); }
 inline Int pick_words(Int, Int, Int) { absent(); }
 inline Int pick_words(Int, Int) { absent(); }
 inline Int pick_bytes(Int, Int) { absent(); }
+inline Float magnitude(Float) { absent(); }
+inline Float larger(Float, Float) { absent(); }
+inline Float nearest_integer(Float, float) { absent(); }
 #endif
 
 #if defined(__AVX512BF16__)

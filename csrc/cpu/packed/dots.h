@@ -10,21 +10,24 @@ namespace lowbit {
 namespace {
 
 // Each kind has `weights`: a part of a block's 64 bytes for step i of quad q, from vectors `ld` bytes apart.
-// `from_codes` makes the same from a quad of unpacked codes. `zero` is that of the part's rows.
-// kInGroups: each group of a row of x has a scale.
+// `from_codes` makes the same from a quad of unpacked codes. Where kCentred, weights are code - center, so that a
+// weight of 0 is 0; `Center` is that of each lane. kRest: `rest`, zero - center, times the sum of x is still to be
+// subtracted at the end of a segment. kInGroups: each group of a row of x has a scale.
 template <bool kNarrow, bool kInGroups = false>
 struct Int8Dot {
   using Sum = Int;
   static constexpr int kSteps = 1;
   static constexpr bool kCodes = true;  // weights are codes, four to a word
-  static constexpr bool kCentred = false, kMoved = false, kScaled = kInGroups;
-  static float moved(int) { return 0; }
-  static Sum start(float) { return zero_int(); }
+  static constexpr bool kCentred = false, kRest = true, kScaled = kInGroups;
+  using Center = Int;
+  static Center center(Float, int) { return zero_int(); }
+  static Float rest(Float zero, float) { return zero; }
+  static Sum start() { return zero_int(); }
   static Float lanes(Sum s) { return to_float(s); }
   static Sum add(Sum s, Int w, int32_t x) { return dot4<kNarrow>(s, w, splat(x)); }
-  static Int from_codes(Int codes, int, int, Float) { return codes; }
+  static Int from_codes(Int codes, int, int, Center) { return codes; }
   template <int kBits>
-  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int, Float) {
+  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int, Center) {
     return quad<kBits>(chunk, ld, part, q);
   }
 };
@@ -33,59 +36,77 @@ struct FloatDot32 {
   using Sum = Float;
   static constexpr int kSteps = 4;
   static constexpr bool kCodes = false;
-  static constexpr bool kCentred = true, kMoved = false, kScaled = false;  // weights are code - zero
-  static float moved(int) { return 0; }
-  static Sum start(float sum) { return splat(sum); }
+  static constexpr bool kCentred = true, kRest = false, kScaled = false;
+  using Center = Float;
+  static Center center(Float zero, int) { return zero; }
+  static Float rest(Float, float) { return splat(0.0f); }
+  static Sum start() { return splat(0.0f); }
   static Float lanes(Sum s) { return s; }
   static Sum add(Sum s, Int w, int32_t x) { return fma(as_float(w), as_float(splat(x)), s); }
-  static Int from_codes(Int codes, int step, int, Float zero) {
+  static Int from_codes(Int codes, int step, int, Center zero) {
     const Int code = step == 3 ? shifted(codes, 24) : bit_and(shifted(codes, 8 * step), splat(255));
     return as_int(to_float(code) - zero);
   }
   template <int kBits>
-  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int step, Float zero) {
+  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int step, Center zero) {
     return from_codes(quad<kBits>(chunk, ld, part, q), step, kBits, zero);
   }
 };
 
-// Where kHasBf16. Below 8 bits a weight is 2^bits + code: the bits of the code behind a fixed exponent. At 8 bits it is
-// the code.
+// bfloat16 of -31, ... 31
+struct Bf16Table {
+  alignas(64) uint16_t at[64];
+  constexpr Bf16Table() : at() {
+    for (int i = 1; i < 32; ++i) {
+      int exponent = 0;
+      while (i >> (exponent + 1)) ++exponent;
+      at[31 + i] = uint16_t((127 + exponent) << 7 | ((i << (7 - exponent)) & 0x7f));
+      at[31 - i] = uint16_t(at[31 + i] | 0x8000);
+    }
+  }
+};
+constexpr Bf16Table kBf16Table;
+
+// Where kHasBf16. The center is the integer next to the zero, so that code - center is a bfloat16. It is looked up.
 struct Bf16Dot {
   using Sum = Float;
   static constexpr int kSteps = 2;
   static constexpr bool kCodes = false;
-  static constexpr bool kCentred = false, kMoved = true, kScaled = false;
-  static float moved(int bits) { return bits < 8 ? float(1 << bits) : 0.0f; }
-  static Sum start(float sum) { return splat(sum); }
-  static Float lanes(Sum s) { return s; }
-  static Sum add(Sum s, Int w, int32_t x) {
-    return dot_bf16(s, w, splat(x));
+  static constexpr bool kCentred = true, kRest = true, kScaled = false;
+  using Center = Int;  // up to 5 bits what leads from codes to indices of the table, in each byte; above, fp32
+  static Center center(Float zero, int bits) {
+    const Float center = nearest_integer(zero, float((1 << bits) - 1));
+    if (bits > 5) return as_int(center + splat(0x1p23f));
+    return multiply(subtract(splat(bits < 5 ? 15 : 31), to_int(center)), splat(0x01010101));
   }
-  static Int from_codes(Int codes, int step, int bits, Float) {
-    return bits < 8 ? behind_exponent(shifted(codes, bits - 7), step, bits) : rounded(codes, step);
+  static Float rest(Float zero, float top) { return zero - nearest_integer(zero, top); }
+  static Sum start() { return splat(0.0f); }
+  static Float lanes(Sum s) { return s; }
+  static Sum add(Sum s, Int w, int32_t x) { return dot_bf16(s, w, splat(x)); }
+
+  static Int from_codes(Int codes, int step, int bits, Center center) {
+    return bits <= 5 ? looked_up(codes, step, bits, center) : rounded(codes, step, as_float(center));
   }
   template <int kBits>
-  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int step, Float) {
-    return kBits < 8 ? behind_exponent(quad_at<kBits, (7 - kBits) & 7>(chunk, ld, part, q), step, kBits)
-                     : rounded(quad<kBits>(chunk, ld, part, q), step);
+  static Int weights(const uint8_t* chunk, int64_t ld, int part, int q, int step, Center center) {
+    return from_codes(quad<kBits>(chunk, ld, part, q), step, kBits, center);
   }
 
  private:
-  // Of codes in bits 7 - bits and up of bytes
-  static Int behind_exponent(Int codes, int step, int bits) {
-    const uint32_t exponent = uint32_t(127 + bits) << 7, mantissa = 0x7fu >> (7 - bits) << (7 - bits);
-    return or_masked(splat(int32_t(exponent * 0x00010001u)), shifted(codes, 8 * step),
-                     splat(int32_t(mantissa * 0x00010001u)));
+  static Int looked_up(Int codes, int step, int bits, Int to_index) {
+    const Int index = shifted(lowbit::add(codes, to_index), 8 * step);
+    if (bits < 5) return pick_words(load_bytes(kBf16Table.at + 16), index);
+    return pick_words(load_bytes(kBf16Table.at), index, load_bytes(kBf16Table.at + 32));
   }
 
-  // Through fp32: the upper half of a code as fp32 is that code as bf16
-  static Int rounded(Int codes, int step) {
-    const Int lane = iota();
+  // Through fp32, where 2^23 + code is the code behind a fixed exponent. The upper half of an integer up to 256 is its
+  // bf16.
+  static Int rounded(Int codes, int step, Float center) {
     const auto value = [&](int byte) {  // of each lane
-      const Int from = lowbit::add(splat(int32_t(0x80808000u) + byte), multiply(bit_and(lane, splat(3)), splat(4)));
-      return as_int(to_float(pick_bytes(codes, from)));
+      const Int code = or_masked(splat(0x4b000000), shifted(codes, 8 * byte), splat(255));
+      return as_int(as_float(code) - center);
     };
-    const Int upper_halves = lowbit::add(splat(0x00210001), multiply(lane, splat(0x00020002)));
+    const Int upper_halves = lowbit::add(splat(0x00210001), multiply(iota(), splat(0x00020002)));
     return pick_words(value(step), upper_halves, value(step + 2));
   }
 };

@@ -30,15 +30,15 @@ class PanelExpander {
       for (int64_t i = 0; !chunks && i < min64(kBlockRows, n1 - n); ++i) write_quads(n + i, s0, s1, quads_ + 4 * i);
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t p = p_.begin(s), count = p_.end(s) - p;
-        Float zero[kTileBlocks * kParts];
-        for (int64_t part = 0; part < blocks * kParts; ++part)
-          zero[part] = Dot::kCentred ? zero_lanes.at(p_.group(s), n - n0 + part * kLanes) : splat(0.0f);
+        typename Dot::Center center[kTileBlocks * kParts];
+        for (int64_t part = 0; Dot::kCentred && part < blocks * kParts; ++part)
+          center[part] = Dot::center(zero_lanes.at(p_.group(s), n - n0 + part * kLanes), w_.bits);
         uint8_t* to = panel_ + (p - p0) / 4 * Dot::kSteps * kStepBytes + (n - n0) / kBlockRows * 64;
         if (chunks)
           (many ? expansion<Dot, kTileBlocks> : expansion<Dot, 1>)(w_.bits)(
-              block.vector + p / kChunkColumns * w_.bits * block.step, block.step, count / kChunkColumns, zero, to);
+              block.vector + p / kChunkColumns * w_.bits * block.step, block.step, count / kChunkColumns, center, to);
         else
-          expand_quads<Dot>(quads_ + (p - p0) / 4 * 64, count / 4, w_.bits, zero, to);
+          expand_quads<Dot>(quads_ + (p - p0) / 4 * 64, count / 4, w_.bits, center, to);
       }
     }
     return panel_;

@@ -9,15 +9,26 @@
 namespace lowbit {
 namespace {
 
+// An element of x that is multiplied in float32 instead of among its segment.
+struct Listed {
+  int32_t segment, column;
+  float x;
+};
+
 struct PreparedX {
   // Of each register tile in turn:
-  int32_t* words;     // [steps, rows]
-  float* sums;        // [segments, rows]: sums of x
-  float* scale;       // [segments, rows / pieces]; only where segments have a scale
+  int32_t* words;     // [steps, rows * pieces]
+  float* sums;        // [segments, rows * pieces]: sums of x
+  float* scale;       // [segments, rows]; only where segments have a scale
+  float* doubt;       // pieces only: [segments, rows], by how much pieces may be off, in units of what is allowed
   // Of the call:
   int32_t* total;     // exact only: [M], the sum of a row
   float* inverse;     // int8 with a scale per row only: [M]
-  uint8_t* fallback;   // pieces and bf16 only, else null: [M]
+  uint8_t* fallback;  // floats only, else null: [M]
+  uint8_t* four;      // pieces only: [M], whether three pieces are too few
+  int32_t* listed;    // pieces and bf16 only, else null: [M], the length of
+  Listed* list;       // [M, most_listed]
+  int64_t most_listed;
   float* columns;     // outliers only: x itself, [K, M]
   int64_t bytes;
 
@@ -28,9 +39,15 @@ struct PreparedX {
     words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
     sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.pieces * p.segments);
     scale = arena.take<float>(p.scaled ? rows * p.segments : 0);
+    doubt = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);
     total = arena.take<int32_t>(p.exact ? a.M : 0);
     inverse = arena.take<float>(p.kind == Kind::int8 && !p.scaled ? a.M : 0);
-    fallback = p.kind == Kind::pieces || p.kind == Kind::bf16 ? arena.take<uint8_t>(a.M) : nullptr;
+    fallback = p.kind != Kind::int8 ? arena.take<uint8_t>(a.M) : nullptr;
+    four = arena.take<uint8_t>(p.kind == Kind::pieces ? a.M : 0);
+    const bool lists = p.kind == Kind::pieces || p.kind == Kind::bf16;
+    most_listed = a.weight.K / kColumnsPerListed + 1;
+    listed = lists ? arena.take<int32_t>(a.M) : nullptr;
+    list = arena.take<Listed>(lists ? a.M * most_listed : 0);
     columns = arena.take<float>(a.weight.outliers ? a.M * a.weight.K : 0);
     bytes = arena.used();
   }
@@ -61,9 +78,102 @@ inline float sum_of(const float* x, int64_t n) {
   return total;
 }
 
-inline bool needs_fallback(const float* x, int64_t n) {
+inline bool needs_fallback(const float* x, int64_t n, Kind kind) {
   const uint32_t largest = largest_bits(x, n);
-  return largest >= bits_of(0x1p100f) || (largest && largest < bits_of(0x1p-80f));
+  return largest >= bits_of(0x1p100f) || (kind != Kind::f32 && largest && largest < bits_of(0x1p-80f));
+}
+
+// Moves elements of a row from its segments to its list.
+template <class Linear>
+class Lister {
+ public:
+  Lister(const Linear& a, const Schedule& p, const PreparedX& out, float* row, int64_t m)
+      : w_(a.weight),
+        p_(p),
+        row_(row),
+        count_(out.listed[m]),
+        list_(out.list + m * out.most_listed),
+        room_(out.most_listed) {
+    count_ = 0;
+  }
+
+  // Those of segment s that are `chosen`, or none where they are more than `most`. x is the row; returns where the rest
+  // stands. `left`: whether some were more.
+  template <class Chosen>
+  const float* operator()(const float* x, int64_t s, int64_t most, bool& left, Chosen chosen) {
+    const int64_t begin = p_.begin(s), end = p_.end(s);
+    int64_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += chosen(x[i]);
+    left |= count > most || count_ + count > room_;
+    if (count == 0 || count > most || count_ + count > room_) return x;
+    if (x != row_) std::memcpy(row_, x, size_t(p_.padded) * sizeof(float));
+    for (int64_t i = begin; i < end; ++i) {
+      if (!chosen(row_[i])) continue;
+      const int64_t g = p_.group(s), column = p_.in_place ? i : g * w_.group_size + (i - g * p_.stride);
+      list_[count_++] = {int32_t(s), int32_t(column), row_[i]};
+      row_[i] = 0;
+    }
+    return row_;
+  }
+
+ private:
+  const Codes& w_;
+  const Schedule& p_;
+  float* row_;
+  int32_t& count_;
+  Listed* list_;
+  int64_t room_;
+};
+
+// A row of x in pieces. An element of a segment is off by half a unit at most, 2^-23 of the largest. That is more than
+// may be where it is much smaller than the largest, so
+// - elements much larger than the segment's mean are listed, where they are few;
+// - the row gets a fourth piece, where the sums could otherwise not tell that all is well;
+// - `doubt` has what elements may still be off, beyond what each is allowed. What is allowed in all is sqrt(K) units of
+//   rounding of sum |x w|; half is allowed each element, the other half is the unit of `doubt`, here times the largest
+//   |code - zero| unless zeros are floats. end_segment compares with the sums of the segments. An element of y that these
+//   leave in doubt is multiplied in float32 (kernel.cpp).
+template <class Linear>
+void write_pieces(const Linear& a, const Schedule& p, const PreparedX& out, const RowBuffers& b, int64_t m,
+                  const float* x) {
+  const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t), K = a.weight.K;
+  int32_t* words = out.words + t * p.tile * p.pieces * p.row_steps() + i * p.pieces;
+  float* sums = out.sums + (t * p.tile * p.segments + i) * p.pieces;
+  float *scale = out.scale + t * p.tile * p.segments + i, *doubt = out.doubt + t * p.tile * p.segments + i;
+  const float share = 0x1p-25f * __builtin_sqrtf(float(K));
+  const auto& w = a.weight;
+  const bool integers = w.zeros && w.zeros_dtype == DType::u8;
+  const float largest_weight = !w.zeros ? float(1 << (w.bits - 1)) : integers ? float((1 << w.bits) - 1) : 1;
+  Lister<Linear> list(a, p, out, b.x, m);
+  float doubts = 0, norms = 0;
+  for (int64_t s = 0; s < p.segments; ++s) {
+    const int64_t begin = p.begin(s), n = p.end(s) - begin, columns = p.in_place ? min64(n, K - begin) : n;
+    Survey found = survey(x + begin, n);
+    for (int round = 0; round < 3; ++round) {  // what is left has a smaller mean
+      const float large = kListedMeans * found.magnitudes / float(columns);
+      if (!(float_of(found.largest) > large)) break;
+      bool left = false;
+      x = list(x, s, max64(1, n / kColumnsPerListed), left, [large](float v) { return (v < 0 ? -v : v) > large; });
+      if (left) break;
+      found = survey(x + begin, n);
+    }
+    const int low = lowest_exponent(found.largest);
+    scale[s * rows] = power_of_two(low);
+    doubt[s * rows] = held_off(x + begin, n, low, share) / share * largest_weight;
+    doubts += doubt[s * rows];
+    norms += __builtin_sqrtf(found.squares);
+  }
+  // The fewer segments, the more their sums differ from the average.
+  const float spread = 1.5f / __builtin_sqrtf(float(p.segments)), average = surely(w.G > 1, integers);
+  const bool four = doubts > 0 && doubts > average * (1 - spread) * largest_weight * norms;
+  out.four[m] = four;
+  for (int64_t s = 0; s < p.segments; ++s) {
+    const int64_t begin = p.begin(s), n = p.end(s) - begin;
+    const int low = int(bits_of(scale[s * rows]) >> 23) - 127;
+    int32_t* to = words + begin / 4 * rows * p.pieces;
+    to_pieces(x + begin, n, to, rows * p.pieces, sums + s * rows * p.pieces, low, four);
+    if (four) doubt[s * rows] = held_off(x + begin, n, low - 8, share) / share * largest_weight;
+  }
 }
 
 // Columns (0, 2) and (1, 3) of each quad, a word each; x holds what stood there as bf16. n is a multiple of 32.
@@ -112,13 +222,13 @@ void prepare_row(const Linear& a, const Schedule& p, const PreparedX& out, const
                b.x + g * p.stride);
   }
   if (out.fallback) {
-    out.fallback[m] = needs_fallback(x, p.padded);
+    out.fallback[m] = needs_fallback(x, p.padded, p.kind);
     if (out.fallback[m]) {
       std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
       x = b.x;
     }
   }
-  float* sums = out.sums + t * p.tile * p.pieces * p.segments + i * p.pieces;
+  float* sums = out.sums + t * p.tile * p.segments + i;
 
   switch (p.kind) {
     case Kind::f32:
@@ -145,19 +255,25 @@ void prepare_row(const Linear& a, const Schedule& p, const PreparedX& out, const
       if (p.exact) out.total[m] = total;
       break;
     }
-    case Kind::pieces: {
-      float* scale = out.scale + t * p.tile * p.segments + i;
-      for (int64_t s = 0; s < p.segments; ++s) {
-        const int64_t begin = p.begin(s), n = p.end(s) - begin;
-        int32_t* to = out.words + t * p.tile * p.pieces * p.row_steps() + i * p.pieces + begin / 4 * rows;
-        if constexpr (kHasVnni) scale[s * (rows / p.pieces)] = to_pieces(x + begin, n, to, rows, sums + s * rows);
-      }
+    case Kind::pieces:
+      if constexpr (kHasVnni) write_pieces(a, p, out, b, m, x);
       break;
-    }
-    case Kind::bf16:
+    case Kind::bf16: {
+      // Products of numbers that small could be subnormal, which count as zero.
+      const auto small = [](float v) { return v != 0 && (bits_of(v) & 0x7fffffff) < bits_of(0x1p-100f); };
+      Lister<Linear> list(a, p, out, b.x, m);
+      bool left = false;
+      for (int64_t s = 0; s < p.segments; ++s) x = list(x, s, p.padded, left, small);
+      if (left) {
+        out.fallback[m] = true;
+        out.listed[m] = 0;
+        std::memset(b.x, 0, size_t(p.padded) * sizeof(float));
+        x = b.x;
+      }
       bf16_words(x, p.padded, words);
       for (int64_t s = 0; s < p.segments; ++s) sums[s * rows] = sum_of(x + p.begin(s), p.end(s) - p.begin(s));
       break;
+    }
   }
 }
 
@@ -165,7 +281,7 @@ void prepare_row(const Linear& a, const Schedule& p, const PreparedX& out, const
 template <class Linear>
 void prepare_rows(const Linear& a, const Schedule& p, const PreparedX& out, const RowBuffers& b, int64_t m,
                   int64_t rows) {
-  const int64_t t = m / p.tile, i = m % p.tile, ld = p.rows(a.M, t), steps = p.row_steps();
+  const int64_t t = m / p.tile, i = m % p.tile, ld = p.rows(a.M, t) * p.pieces, steps = p.row_steps();
   int32_t* tile = out.words + t * p.tile * p.pieces * steps;
   // The words of one row stand one after another; those of more rows stand side by side.
   int32_t* words = ld == 1 ? tile : b.words;

@@ -1,7 +1,8 @@
 // Register tiles whose lanes are output rows: a few rows of x times one or four blocks of w.
 //
 // A *segment* is a run of steps with one scale per row of w. At its end a register tile adds to fp32 sums
-//   acc[m, n] += (sum - zero[n] * x_sum[m]) * scale[n] (* x_scale[m])
+//   acc[m, n] += (sum - rest[n] * x_sum[m]) * scale[n] (* x_scale[m])
+// where `rest` is the zero, or what the weights of the sum do not have of it.
 // so y[m, n] is the same sequence of operations whatever the register tile, M, or the split of N.
 //
 // The weights come from an expanded panel or, where rows of x are few, straight from blocks. Both hold the same words.
@@ -12,7 +13,8 @@
 namespace lowbit {
 namespace {
 
-constexpr int kPieces = 3;  // int8 rows that hold one row of floats
+constexpr int kPieces = 4;     // int8 rows that hold one row of floats
+constexpr int kMostOften = 3;  // of these, the upper ones, are multiplied where no row of the register tile needs more
 constexpr int64_t kStepBytes = kPanelBlocks * 64;  // of a panel
 
 struct Segment {
@@ -22,9 +24,10 @@ struct Segment {
 
 // The arguments of a register tile: some segments of K.
 struct TileArguments {
-  const int32_t* x;           // [steps, rows]
-  const float* x_sum;         // [segments, rows]: sums of x; not where weights are code - zero
-  const float* x_scale;       // [segments, rows / pieces]: of rows held as several or quantized in groups
+  const int32_t* x;           // [steps, rows of x * pieces]
+  const float* x_sum;         // [segments, rows of x * pieces]: sums of x; only where Dot::kRest
+  const float* x_scale;       // [segments, rows of x]: of rows held in pieces or quantized in groups
+  const float* x_doubt;       // [segments, rows of x]: of rows held in pieces (prepare.h)
   const Segment* segments;
   int64_t segment_count;
   int64_t first_step;         // the step at which `weights` begins
@@ -32,38 +35,51 @@ struct TileArguments {
   const uint8_t* ahead;       // of blocks only: what to fetch meanwhile, as many bytes as are read; or `weights`
   StoredLanes scale, zero;
   int64_t row;                // of the panel, at which the register tile begins
-  float* acc;                 // [rows / pieces, kPanelN], from that row on
+  float* acc;                 // [rows of x, kPanelN], from that row on
+  float* sure;                // the same shape, of rows held in pieces: see end_segment
   bool exact;                 // acc holds the bits of int32: add the sums as they are
-  float moved;                // weights are held as code + moved
+  float top;                  // the largest code
+  bool float_zeros;           // zeros may be below 0 or above the largest code
 };
 
 template <class Dot, int MR, int NV>
-LOWBIT_INLINE void start_segment(const TileArguments& t, int64_t s, typename Dot::Sum (&sum)[MR][NV]) {
-  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) {
-    const auto start = Dot::kMoved ? Dot::start(-t.moved * t.x_sum[s * MR + m]) : Dot::start(0);
-    LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = start;
-  }
+LOWBIT_INLINE void start_segment(typename Dot::Sum (&sum)[MR][NV]) {
+  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::start();
 }
 
+// Row `row` of a register tile, which multiplies P pieces of each row of x, among all rows of words.
+template <int P>
+constexpr int held(int row) { return P == 1 ? row : row / P * kPieces + kPieces - P + row % P; }
+
 // The end of a segment: adds its sums to acc. P rows hold the digits of one row of x to base 256, lowest first.
-// kFloats: scales and zeros are fp32.
+// `sure` gains what is surely in sum |x w| of the segment, |total|, less `doubt`, what the pieces of x may be off
+// (prepare.h). kFloats: scales and zeros are fp32.
 template <class Dot, int MR, int NB, int P, bool kFloats>
 LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
   const int64_t group = t.segments[s].group;
-  const float *x_sum = t.x_sum + s * MR, *x_scale = t.x_scale + s * (MR / P);
+  constexpr int kRows = MR / P;
+  const float *x_sum = t.x_sum + s * (P > 1 ? kRows * kPieces : MR), *x_scale = t.x_scale + s * kRows;
   float* const acc = t.acc;
   LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
     const Float scale = t.scale.at<kFloats>(group, t.row + v * kLanes);
-    const Float zero = Dot::kCentred ? splat(0.0f) : t.zero.at<kFloats>(group, t.row + v * kLanes);
-    LOWBIT_UNROLL for (int m = 0; m < MR / P; ++m) {
+    const Float zero = Dot::kRest ? t.zero.at<kFloats>(group, t.row + v * kLanes) : splat(0.0f);
+    const Float rest = Dot::rest(zero, t.top);
+    Float range = splat(1.0f);  // the largest |code - zero|, where doubts are not of it already
+    if (P > 1 && t.float_zeros) range = larger(zero, splat(t.top) - zero);
+    LOWBIT_UNROLL for (int m = 0; m < kRows; ++m) {
       Float total = splat(0.0f);
       LOWBIT_UNROLL for (int p = P - 1; p >= 0; --p) {
         const int row = m * P + p;
         Float value = Dot::lanes(sum[row][v]);
-        if (!Dot::kCentred) value = negated_fma(zero, splat(x_sum[row]), value);
+        if (Dot::kRest) value = negated_fma(rest, splat(x_sum[held<P>(row)]), value);
         total = p == P - 1 ? value : fma(total, splat(256.0f), value);
       }
-      if (P > 1) total = total * splat(x_scale[m]);
+      if constexpr (P > 1) {
+        total = total * splat(P == kPieces ? x_scale[m] * (1.0f / 256) : x_scale[m]);
+        float* sure = t.sure + m * kPanelN + v * kLanes;
+        const Float surely = negated_fma(splat(t.x_doubt[s * kRows + m]), range, magnitude(total));
+        store(sure, fma(surely, magnitude(scale), load(sure)));
+      }
       float* to = acc + m * kPanelN + v * kLanes;
       if (Dot::kScaled)  // `scale` first: where x is large, total * x_scale may overflow though y does not
         store(to, fma(total * scale, splat(x_scale[m]), load(to)));
@@ -84,17 +100,17 @@ LOWBIT_INLINE void end_exact_segment(const TileArguments& t, const typename Dot:
 // Out of a panel: [steps, kPanelBlocks, 64 bytes].
 template <class Dot, int MR, int NB, int P>
 LOWBIT_TILE void tile_panel(const TileArguments& t) {
-  constexpr int NV = NB * kParts;
+  constexpr int NV = NB * kParts, kWords = P > 1 ? MR / P * kPieces : MR;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     typename Dot::Sum sum[MR][NV];
-    start_segment<Dot>(t, s, sum);
+    start_segment<Dot>(sum);
     const uint8_t* w = t.weights + (t.segments[s].begin - t.first_step) * kStepBytes;
-    const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
-    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; x += MR, w += kStepBytes) {
+    const int32_t* x = t.x + int64_t(t.segments[s].begin) * kWords;
+    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * kWords; x < end; x += kWords, w += kStepBytes) {
       Int wv[NV];
       LOWBIT_UNROLL for (int v = 0; v < NV; ++v) wv[v] = in_register(load_bytes(w + v * kPartBytes));
       LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
-        sum[m][v] = Dot::add(sum[m][v], wv[v], x[m]);
+        sum[m][v] = Dot::add(sum[m][v], wv[v], x[held<P>(m)]);
     }
     if (t.exact)
       end_exact_segment<Dot, MR, NB>(t, sum);
@@ -106,23 +122,24 @@ LOWBIT_TILE void tile_panel(const TileArguments& t) {
 // Straight from NB blocks of a panel in blocks; segments are whole chunks.
 template <class Dot, int MR, int NB, int kBits, int P>
 LOWBIT_TILE void tile_blocks(const TileArguments& t) {
-  constexpr int NV = NB * kParts;
+  constexpr int NV = NB * kParts, kWords = P > 1 ? MR / P * kPieces : MR;
   constexpr int64_t kChunkBytes = kPanelBlocks * 64 * kBits;
   const uint8_t *w = t.weights, *ahead = t.ahead;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     typename Dot::Sum sum[MR][NV];
-    start_segment<Dot>(t, s, sum);
-    Float zero[NV];
+    start_segment<Dot>(sum);
+    typename Dot::Center center[NV];
     LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
-      zero[v] = Dot::kCentred ? t.zero.at(t.segments[s].group, t.row + v * kLanes) : splat(0.0f);
-    const int32_t* x = t.x + int64_t(t.segments[s].begin) * MR;
-    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * MR; x < end; w += kChunkBytes) {
+      center[v] =
+          Dot::center(Dot::kCentred ? t.zero.at(t.segments[s].group, t.row + v * kLanes) : splat(0.0f), kBits);
+    const int32_t* x = t.x + int64_t(t.segments[s].begin) * kWords;
+    for (const int32_t* end = t.x + int64_t(t.segments[s].end) * kWords; x < end; w += kChunkBytes) {
       LOWBIT_UNROLL for (int v = 0; v < NB * kBits; ++v) __builtin_prefetch(ahead + 64 * v, 0, 2);
       ahead += 64 * NB * kBits;
-      LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i, x += MR) {
+      LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i, x += kWords) {
         LOWBIT_UNROLL for (int v = 0; v < NV; ++v) {
-          const Int wv = Dot::template weights<kBits>(w + v / kParts * 64, kStepBytes, v % kParts, q, i, zero[v]);
-          LOWBIT_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = Dot::add(sum[m][v], wv, x[m]);
+          const Int wv = Dot::template weights<kBits>(w + v / kParts * 64, kStepBytes, v % kParts, q, i, center[v]);
+          LOWBIT_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = Dot::add(sum[m][v], wv, x[held<P>(m)]);
         }
       }
     }
@@ -137,15 +154,16 @@ LOWBIT_TILE void tile_blocks(const TileArguments& t) {
 }
 
 // Whole chunks of NB blocks side by side, whose vectors are `step` bytes apart, into as many blocks of a panel: [steps,
-// kPanelBlocks, 64 bytes]; `zero` is that of the blocks' rows.
+// kPanelBlocks, 64 bytes]; `center` is that of the blocks' rows.
 template <class Dot, int kBits, int NB>
-LOWBIT_TILE void expand_chunks(const uint8_t* chunk, int64_t step, int64_t chunks, const Float* zero, uint8_t* panel) {
+LOWBIT_TILE void expand_chunks(const uint8_t* chunk, int64_t step, int64_t chunks, const typename Dot::Center* center,
+                               uint8_t* panel) {
   for (; chunks > 0; --chunks, chunk += step * kBits)
     LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
       LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
         const int block = v / kParts * 64, part = v % kParts;
         store_bytes(panel + block + part * kPartBytes,
-                    Dot::template weights<kBits>(chunk + block, step, part, q, i, zero[v]));
+                    Dot::template weights<kBits>(chunk + block, step, part, q, i, center[v]));
       }
       panel += kStepBytes;
     }
@@ -153,12 +171,13 @@ LOWBIT_TILE void expand_chunks(const uint8_t* chunk, int64_t step, int64_t chunk
 
 // The same out of quads of codes, [quads, 64 bytes].
 template <class Dot>
-LOWBIT_TILE void expand_quads(const uint8_t* codes, int64_t quads, int bits, const Float* zero, uint8_t* panel) {
+LOWBIT_TILE void expand_quads(const uint8_t* codes, int64_t quads, int bits, const typename Dot::Center* center,
+                              uint8_t* panel) {
   for (; quads > 0; --quads, codes += 64)
     LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i) {
       LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
         store_bytes(panel + part * kPartBytes,
-                    Dot::from_codes(load_bytes(codes + part * kPartBytes), i, bits, zero[part]));
+                    Dot::from_codes(load_bytes(codes + part * kPartBytes), i, bits, center[part]));
       panel += kStepBytes;
     }
 }
@@ -168,17 +187,26 @@ LOWBIT_TILE void expand_quads(const uint8_t* codes, int64_t quads, int bits, con
 
 using RowTile = void (*)(const TileArguments&);
 
-// `rows` rows, `pieces` for each row of x, times NB blocks of an expanded panel (one block for more than
-// kPanelTileRows)
+template <int P>
+struct Count {
+  static constexpr int value = P;
+};
+
+// `rows` rows of x, each of which is `pieces` rows of the register tile, times NB blocks of an expanded panel (one
+// block for more than kPanelTileRows of these)
 template <class Dot, int NB>
 RowTile panel_tile(int64_t rows, int pieces) {
   if constexpr (kHasVnni && Dot::kSteps == 1 && !Dot::kScaled) {
-    if (pieces == kPieces)
-      return rows == 3    ? tile_panel<Dot, 3, NB, kPieces>
-             : rows == 6  ? tile_panel<Dot, 6, NB, kPieces>
-             : rows == 9  ? tile_panel<Dot, 9, 1, kPieces>
-             : rows == 12 ? tile_panel<Dot, 12, 1, kPieces>
-                          : tile_panel<Dot, 15, 1, kPieces>;
+    const auto tile = [rows](auto p) -> RowTile {
+      constexpr int P = decltype(p)::value;
+      return rows == 1   ? tile_panel<Dot, P, NB, P>
+             : rows == 2 ? tile_panel<Dot, 2 * P, P == kPieces ? 1 : NB, P>
+             : rows == 3 ? tile_panel<Dot, 3 * P, 1, P>
+             : rows == 4 ? tile_panel<Dot, 4 * P, 1, P>
+                         : tile_panel<Dot, 5 * P, 1, P>;
+    };
+    if (pieces == kMostOften) return tile(Count<kMostOften>{});
+    if (pieces == kPieces) return tile(Count<kPieces>{});
   }
   (void)pieces;
   if constexpr (kHasAvx512) {
@@ -199,17 +227,21 @@ RowTile panel_tile(int64_t rows, int pieces) {
   }
 }
 
-// `rows` rows times a panel that is stored in blocks: all four of them, or one for more rows than kWideTileRows
+// The same times a panel that is stored in blocks: all four of them, or one for more rows than kWideTileRows
 template <class Dot, int kBits>
 RowTile blocks_tile_of(int64_t rows, int pieces) {
   constexpr int NB = kPanelBlocks;
   if constexpr (kHasVnni && Dot::kSteps == 1 && !Dot::kScaled) {
-    if (pieces == kPieces)
-      return rows == 3    ? tile_blocks<Dot, 3, NB, kBits, kPieces>
-             : rows == 6  ? tile_blocks<Dot, 6, 1, kBits, kPieces>
-             : rows == 9  ? tile_blocks<Dot, 9, 1, kBits, kPieces>
-             : rows == 12 ? tile_blocks<Dot, 12, 1, kBits, kPieces>
-                          : tile_blocks<Dot, 15, 1, kBits, kPieces>;
+    const auto tile = [rows](auto p) -> RowTile {
+      constexpr int P = decltype(p)::value;
+      return rows == 1   ? tile_blocks<Dot, P, NB, kBits, P>
+             : rows == 2 ? tile_blocks<Dot, 2 * P, 1, kBits, P>
+             : rows == 3 ? tile_blocks<Dot, 3 * P, 1, kBits, P>
+             : rows == 4 ? tile_blocks<Dot, 4 * P, 1, kBits, P>
+                         : tile_blocks<Dot, 5 * P, 1, kBits, P>;
+    };
+    if (pieces == kMostOften) return tile(Count<kMostOften>{});
+    if (pieces == kPieces) return tile(Count<kPieces>{});
   }
   (void)pieces;
   if (rows == 1) return tile_blocks<Dot, 1, NB, kBits, 1>;
@@ -239,10 +271,11 @@ RowTile blocks_tile(int bits, int64_t rows, int pieces) {
   }
 }
 
-using Expansion = void (*)(const uint8_t*, int64_t, int64_t, const Float*, uint8_t*);
+template <class Dot>
+using Expansion = void (*)(const uint8_t*, int64_t, int64_t, const typename Dot::Center*, uint8_t*);
 
 template <class Dot, int NB>
-Expansion expansion(int bits) {
+Expansion<Dot> expansion(int bits) {
   switch (bits) {
     case 2: return expand_chunks<Dot, 2, NB>;
     case 3: return expand_chunks<Dot, 3, NB>;

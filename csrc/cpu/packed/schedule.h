@@ -2,13 +2,14 @@
 //
 // Kinds of activations:
 //   int8     `Quantizer` rounds a row, or each group of its columns
-//   pieces   floats, where int8 dot products are fast (VNNI). A segment of a row becomes integers of 24 bits, the
-//            largest above 2^22; each is three digits to base 256, -128 .. 127. Each digit is a row of int8
-//            activations. Sums of their products are exact, and cheaper than those of fp32
+//   pieces   floats, where int8 dot products are fast (VNNI). A segment of a row becomes integers of 24 bits, or of 32,
+//            the largest above 2^22 or 2^30; each is three or four digits to base 256, -128 .. 127. Each digit is a row
+//            of int8 activations. Sums of their products are exact, and cheaper than those of fp32
 //   bf16     bfloat16 x, where there are bf16 dot products
 //   f32      all other floats
-// Pieces and bf16 products cannot hold rows that are not finite or that are very large or small: these are fallback
-// rows.
+// Pieces and bf16 products cannot hold rows that are not finite or that are very large or small, and sums of fp32
+// products may overflow where y does not: these are fallback rows. Elements too large for the pieces of their segment,
+// or too small for bf16 products, are listed.
 #pragma once
 #include "common/operands.h"
 #include "cpu/packed/register_tiles.h"
@@ -20,7 +21,7 @@ enum class Kind { int8, pieces, bf16, f32 };
 
 struct Schedule {
   Kind kind;
-  int pieces;        // rows that hold one row of x
+  int pieces;        // rows of words that hold one row of x
   int steps;         // of a quad of columns
   int64_t tile;      // rows of x in a register tile
   bool fused;        // few rows of x: register tiles unpack blocks themselves
@@ -53,11 +54,13 @@ struct Schedule {
     scaled = kind == Kind::pieces || x_groups;
     in_place = runs == 1 || run % 4 == 0;
     whole_chunks = runs == 1 || run % kChunkColumns == 0;
-    const int64_t rows = a.M * pieces;
+    const int multiplied = kind == Kind::pieces ? kMostOften : 1;
+    const int64_t rows = a.M * multiplied;
     fused = w.blocks && whole_chunks && rows <= (kind == Kind::f32 ? kTallTileRows : kMostTallRows);
-    tall = fused && rows > max64(kWideTileRows, pieces);
-    const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallTileRows / pieces)), tall_rows = ceil_div(a.M, tall_tiles);
-    tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kPanelTileRows / pieces);
+    tall = fused && rows > max64(kWideTileRows, multiplied);
+    const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallTileRows / multiplied));
+    const int64_t tall_rows = ceil_div(a.M, tall_tiles);
+    tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kPanelTileRows / multiplied);
     stride = runs == 1 ? round_up(w.K, kChunkColumns) : round_up(run, 4);
     padded = in_place ? round_up(w.K, kChunkColumns) : round_up(runs * stride, kChunkColumns);
     const int64_t longest = kind == Kind::int8 ? kIntSegment : 2 * kFloatSegment;
@@ -74,8 +77,8 @@ struct Schedule {
   int64_t group(int64_t s) const { return s / per_group; }
   int64_t row_steps() const { return padded / 4 * steps; }
 
-  // Rows of register tile t of M rows of x
-  int64_t rows(int64_t M, int64_t t) const { return (tall ? tile : min64(tile, M - t * tile)) * pieces; }
+  // Rows of x of register tile t
+  int64_t rows(int64_t M, int64_t t) const { return tall ? tile : min64(tile, M - t * tile); }
 };
 
 }  // namespace

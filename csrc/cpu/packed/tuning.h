@@ -20,6 +20,16 @@ constexpr int64_t kFloatSegment = 256;  // columns that share the exponent of th
 constexpr int64_t kIntSegment = 2048;
 constexpr int64_t kGroupsAtOnce = 16;   // groups whose scales are read together
 
+// Pieces: elements larger than so many means of their segment are listed (none of Gaussian ones is), where they are at
+// most one of so many columns.
+constexpr float kListedMeans = 8;
+constexpr int64_t kColumnsPerListed = 32;
+// What the sum of a segment is on average, of its norm times the largest |code - zero|: 4/5 of what it is for Gaussian
+// weights. A row that this leaves in doubt gets a fourth piece.
+constexpr float surely(bool groups, bool integer_zeros) {
+  return (integer_zeros ? 0.12f : 0.21f) * (groups ? 1 : 0.65f);  // integer zeros count as 0
+}
+
 // Rows of bfloat16 x that take less time in pieces than in bf16 products, where a row's result may depend on the batch.
 constexpr int64_t few_rows_in_pieces(int bits) { return bits == 8 ? 3 : bits <= 4 ? 1 : 0; }
 
