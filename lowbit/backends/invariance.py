@@ -39,8 +39,8 @@ def batch_invariant(on: bool = True) -> Iterator[None]:
     """
     global _asked
     before = _asked
-    _set(on)
     try:
+        _set(on)
         yield
     finally:
         _set(before)

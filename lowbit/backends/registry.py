@@ -278,8 +278,8 @@ def use_backend(name: str) -> Iterator[None]:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}")
     previous = _forced
-    _force(name)
     try:
+        _force(name)
         yield
     finally:
         _force(previous)

@@ -30,8 +30,8 @@ def empty_parameters() -> Iterator[None]:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
+        nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]

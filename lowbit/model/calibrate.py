@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["calibrate_sequential", "collect_hessians", "collect_input_maxima", "collect_sensitivities"]
 
@@ -336,8 +337,10 @@ def _observe(
         visit(name, x, mask)
 
     widths = {name: _width(layer) for name, layer in layers.items()}
-    handles = [layer.register_forward_pre_hook(partial(see, name), with_kwargs=True) for name, layer in layers.items()]
+    handles: list[RemovableHandle] = []
     try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
         with _evaluating(model):
             for i, batch in enumerate(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None

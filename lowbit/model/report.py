@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit.backends import registry
 from lowbit.core.family import Format
@@ -318,9 +319,11 @@ def layer_inputs(model: nn.Module, found: dict[str, Layer], batch: Any) -> dict[
         return hook
 
     linears = {name: layer for name, layer in found.items() if layer.kind == "linear"}
-    handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in linears.items()]
+    handles: list[RemovableHandle] = []
     training = [module for module in model.modules() if module.training]
     try:
+        for name, layer in linears.items():
+            handles.append(layer.register_forward_pre_hook(keep(name), with_kwargs=True))
         with torch.no_grad():
             call(model.eval(), batch)
     finally:

@@ -346,8 +346,8 @@ class KronPlan(Case):
         target = target_of(torch.device("cuda")) if on_gpu else replace(TARGETS[self.target], inline_ptx=False)
         if self.regime == LARGE:
             target = replace(target, processors=1)
-        planner.target_of = lambda device: target
         try:
+            planner.target_of = lambda device: target
             with running(WHERE[0]):
                 yield
         finally:

@@ -67,8 +67,9 @@ _checks = Checks()
 def checks(**changes: Any) -> Iterator[None]:
     """Other :class:`Checks` inside the ``with`` block: ``with checks(shuffle=3, race=False): ...``."""
     global _checks
-    before, _checks = _checks, replace(_checks, **changes)
+    before = _checks
     try:
+        _checks = replace(_checks, **changes)
         yield
     finally:
         _checks = before

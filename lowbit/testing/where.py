@@ -69,8 +69,8 @@ def running(where: Where) -> Iterator[None]:
             stack.enter_context(native.use_isa(where.isa))
             assert native.isa() == where.isa
         assert registry.active_backend(where.device) == where.backend
-        _device = torch.device(where.device)
         try:
+            _device = torch.device(where.device)
             yield
         finally:
             _device = torch.device("cpu")

@@ -63,6 +63,8 @@ def load() -> str | None:
     The schemas of the ops it implements (namespace `lowbit`) must be defined before.
     """
     global _tried, _reason
+    if _tried:  # no lock to leave held, should a signal raise
+        return _reason
     with _lock:
         if not _tried:
             _reason = _load(path())
@@ -117,8 +119,8 @@ def set_isa(name: str) -> None:
 def use_isa(name: str) -> Iterator[None]:
     """set_isa(name) inside a `with` block; the previous choice comes back afterwards."""
     previous = isa()
-    set_isa(name)
     try:
+        set_isa(name)
         yield
     finally:
         set_isa(previous)

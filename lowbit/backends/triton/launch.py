@@ -129,8 +129,9 @@ def run(launches: Iterable[Launch]) -> None:
 def collecting() -> Iterator[list[Launch]]:
     """Within it nothing is launched: the list has what would be. Results of ops are not written."""
     global _collected
-    before, _collected = _collected, []
+    before = _collected
     try:
+        _collected = []
         yield _collected
     finally:
         _collected = before

@@ -139,8 +139,9 @@ def _shipped() -> list[Row]:
 def using(config: Config) -> Iterator[None]:
     """Within it every product takes this configuration."""
     global _forced
-    before, _forced = _forced, config
+    before = _forced
     try:
+        _forced = config
         yield
     finally:
         _forced = before
@@ -150,8 +151,9 @@ def using(config: Config) -> Iterator[None]:
 def asking() -> Iterator[list[Question]]:
     """The questions that :func:`choose` answers within it."""
     global _asked
-    before, _asked = _asked, []
+    before = _asked
     try:
+        _asked = []
         yield _asked
     finally:
         _asked = before
