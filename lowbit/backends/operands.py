@@ -7,7 +7,7 @@ form, the products and the gradients. :mod:`lowbit.backends.ops` makes the ops o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 
@@ -20,8 +20,9 @@ from lowbit.backends.reference import (
     add_outlier_products,
     add_outlier_rows,
     add_outliers,
-    csr_row_indices,
+    csr_places,
     embedding_weight_gradient,
+    outlier_matrix,
     outliers_of,
     quantize_activations,
     row_ranges,
@@ -29,7 +30,6 @@ from lowbit.backends.reference import (
     without_autocast,
 )
 from lowbit.core.activations import ActivationSpec
-from lowbit.core.outliers import column_indices
 
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
 _Self = TypeVar("_Self", bound="_Arguments")
@@ -86,10 +86,14 @@ class Operands(_Arguments, ABC):
 
     Where :attr:`sized`, dequantize and embedding take ``in_features`` besides; ``linear`` has K from x. ``linear``
     takes the fields of :attr:`activation`, if there is one.
+
+    Gradients and the tangent are made of differentiable operations out of place, so that they have derivatives and
+    ``vmap`` in turn. They are float32, or of the dtype of what they are for where that is narrower.
     """
 
     family: ClassVar[str]
     sized: ClassVar[bool] = True
+    differentiable: ClassVar[tuple[str, ...]]  # the tensors, where they are float, that gradients and tangents are for
     activation: ClassVar[type[Activation] | None] = None
 
     @property
@@ -134,6 +138,14 @@ class Operands(_Arguments, ABC):
     @abstractmethod
     def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
         """The gradients of tensors by name, from those of gathered rows ``[..., K]``."""
+
+    @abstractmethod
+    def dense_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """The gradients of tensors by name, from D ``[N, K]``, the gradient of W."""
+
+    @abstractmethod
+    def tangent(self, k: int, tangents: Mapping[str, Tensor]) -> Tensor:
+        """float32 ``[N, K]``: where W moves when tensors move along ``tangents``, given by name."""
 
 
 Coded = TypeVar("Coded", bound="CodedOperands")
@@ -191,6 +203,10 @@ class CodedOperands(Operands):
     @abstractmethod
     def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
         """The gradients of the subclass's tensors from D ``[N, K]``, the float32 gradient of W."""
+
+    @abstractmethod
+    def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+        """float32 ``[N, K]``, to be added up: where :meth:`coded_part` moves with the subclass's tensors."""
 
     # ---- what all of them share
 
@@ -271,7 +287,7 @@ class CodedOperands(Operands):
         whole = self.decoded()
         for rows in row_ranges(n, k):
             part = whole.rows(rows)
-            with without_autocast(x.device):
+            with without_autocast():
                 if q is not None:
                     products = part.int8_products(*q, activation)
                     add_outlier_products(products, rows_x, part.outliers)
@@ -300,23 +316,35 @@ class CodedOperands(Operands):
         because cutting a CSR matrix reads its row pointers, which a compiled backward cannot."""
         n, whole = self.out_features, self.decoded()
         dy = grad.reshape(-1, n)
-        dx = torch.zeros(dy.shape[0], k, dtype=torch.float32, device=dy.device)
+        dx: Tensor | None = None
         dequantize = getattr(torch.ops.lowbit, f"{self.family}_dequantize")
         for rows in row_ranges(n, k) if self.outlier_rows is None else [slice(0, n)]:
             part = whole.rows(rows) if self.outlier_rows is None else whole
-            dx += dy[:, rows].float() @ dequantize(*part, k, torch.float32)
+            product = dy.narrow(1, rows.start, rows.stop - rows.start).float() @ dequantize(*part, k, torch.float32)
+            dx = product if dx is None else dx + product
+        assert dx is not None
         return dx.to(grad.dtype).view(*grad.shape[:-1], k)
 
     def weight_gradients(self, x: Tensor, dy: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        return self._all_gradients(dy.float().t() @ x.float(), wanted)
+        return self.dense_gradients(dy.float().t() @ x.float(), wanted)
 
     def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        return self._all_gradients(embedding_weight_gradient(ids, grad, self.out_features), wanted)
+        return self.dense_gradients(embedding_weight_gradient(ids, grad, self.out_features), wanted)
 
-    def _all_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+    def dense_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        d = d.float()
         found = self.gradients(d, wanted)
         if "outlier_values" in wanted:
             values, columns, rows = self.outliers
             assert values is not None and columns is not None and rows is not None
-            found["outlier_values"] = d[csr_row_indices(rows), column_indices(columns)].to(values.dtype)
+            places = csr_places(columns, rows, d.shape[1])
+            found["outlier_values"] = d.reshape(-1).index_select(0, places).to(values.dtype)
         return found
+
+    def tangent(self, k: int, tangents: Mapping[str, Tensor]) -> Tensor:
+        parts = self.coded_tangent(k, tangents)
+        if "outlier_values" in tangents:
+            _, columns, rows = self.outliers
+            assert columns is not None and rows is not None
+            parts.append(outlier_matrix(tangents["outlier_values"], columns, rows, k))
+        return sum(parts[1:], parts[0])

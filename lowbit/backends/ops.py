@@ -11,19 +11,23 @@ of its :class:`~lowbit.backends.operands.Activation`; a family may do without it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lowbit.backends import registry
+from lowbit.backends import registry, transforms
 from lowbit.backends.operands import Activation, Operands
 from lowbit.backends.reference import check_activations, check_ids, without_autocast
+from lowbit.backends.transforms import Rules
 
 _library = torch.library.Library(registry.NAMESPACE, "DEF")
 _native = torch.library.Library(registry.NATIVE_NAMESPACE, "FRAGMENT")  # the same ops, for who calls one backend
 
 Gradients = dict[str, Tensor | None]
+_FIRST = {"linear": "x", "embedding": "ids", "dequantize": ""}
 
 
 class FamilyOps:
@@ -53,13 +57,13 @@ class FamilyOps:
             _native.define(schema)
             registry.register_op(_library, op, references[name])
             torch.library.register_fake(f"{registry.NAMESPACE}::{op}", fakes[name], lib=_library)
-        for name, save, gradients in (
-            ("linear", self._save_linear, self._linear_gradients),
-            ("embedding", self._save_embedding, self._embedding_gradients),
-        ):
-            torch.library.register_autograd(
-                f"{registry.NAMESPACE}::{self.family}_{name}", gradients, setup_context=save, lib=_library
+            rules = Rules(
+                save=partial(self._save, name),
+                gradients=partial(self._gradients, name),
+                tangent=partial(self._tangent, name),
+                batch=partial(self._batch, name),
             )
+            transforms.register(_library, self._op(name), rules, follows_autocast=name == "linear")
 
     def implement(self, backend: str, module: str) -> None:
         """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``.
@@ -123,49 +127,94 @@ class FamilyOps:
         weight, k, dtype = self.embedding_arguments(ids, *arguments)
         return torch.empty(*ids.shape, k, dtype=dtype, device=weight.device)
 
-    # ---- gradients: by name, and then in the order of the arguments
+    # ---- derivatives: by name, and gradients then in the order of the arguments
 
-    def _save_linear(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *arguments = inputs
-        weight, bias, _activation = self._split(tuple(arguments))
-        trained = self._wanted(ctx, "linear", weight.tensor_names)
-        self._save(ctx, x if trained else None, weight)
-        ctx.k, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    def _op(self, kind: str) -> torch._ops.OpOverload:
+        op: torch._ops.OpOverload = getattr(torch.ops.lowbit, f"{self.family}_{kind}").default
+        return op
 
-    def _linear_gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device):
-            x, weight = self._saved(ctx)
-            dy = grad.reshape(-1, weight.out_features)
-            found: Gradients = {}
-            wanted = self._wanted(ctx, "linear")
-            if "x" in wanted:
-                found["x"] = weight.input_gradient(grad, ctx.k)
-            if "bias" in wanted:
-                found["bias"] = dy.float().sum(0).to(ctx.bias_dtype)
-            if x is not None:
-                found |= weight.weight_gradients(x.reshape(-1, ctx.k), dy, wanted)
-        return tuple(found.get(name) for name in self._arguments["linear"])
-
-    def _save_embedding(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, *arguments = inputs
-        self._save(ctx, ids, self.operands.of(arguments[: self._weight]))
-
-    def _embedding_gradients(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad.device):
-            ids, weight = self._saved(ctx)
-            found = weight.row_gradients(ids, grad, self._wanted(ctx, "embedding"))
-        return tuple(found.get(name) for name in self._arguments["embedding"])
-
-    def _wanted(self, ctx: Any, op: str, among: Iterable[str] | None = None) -> set[str]:
-        wanted = {name for name, needed in zip(self._arguments[op], ctx.needs_input_grad, strict=False) if needed}
-        return wanted if among is None else wanted.intersection(among)
-
-    def _save(self, ctx: Any, first: Tensor | None, weight: Operands) -> None:
-        values = list(weight)
+    def _save(self, kind: str, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = dict(zip(self._arguments[kind], inputs, strict=True))
+        weight: Any = self.operands.of([given[name] for name in self.operands.types])
+        first, bias = given.get(_FIRST[kind]), given.get("bias")
+        moves_forward = forward_ad._current_level >= 0
+        if kind == "linear" and not moves_forward and not self._wanted(kind, ctx).intersection(weight.tensor_names):
+            first = None  # the gradient of x does not need x
         count = len(weight.tensor_names)
-        ctx.save_for_backward(first, *values[:count])
-        ctx.numbers = values[count:]
+        saved = (first, *list(weight)[:count])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        if moves_forward:
+            ctx.save_for_forward(*saved)
+        ctx.numbers = list(weight)[count:]
+        ctx.k = given["x"].shape[-1] if kind == "linear" else given.get("in_features") or weight.in_features
+        ctx.dtype, ctx.bias_dtype = output.dtype, None if bias is None else bias.dtype
 
     def _saved(self, ctx: Any) -> tuple[Any, Any]:
-        first, *tensors = ctx.saved_tensors
+        first, *tensors = ctx.saved_tensors  # once: checkpointing lets nobody ask twice
         return first, self.operands.of([*tensors, *ctx.numbers])
+
+    def _wanted(self, kind: str, ctx: Any) -> set[str]:
+        return {name for name, needed in zip(self._arguments[kind], ctx.needs_input_grad, strict=True) if needed}
+
+    def _check_differentiable(self, kind: str, names: Iterable[str], what: str) -> None:
+        for name in {*names} - {"x", "bias", *self.operands.differentiable}:
+            raise RuntimeError(f"{registry.NAMESPACE}::{self.family}_{kind} has no {what} with respect to {name}")
+
+    def _gradients(self, kind: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(self._arguments[kind])
+        wanted = self._wanted(kind, ctx)
+        self._check_differentiable(kind, wanted, "gradient")
+        first, weight = self._saved(ctx)
+        found: Gradients = {}
+        with without_autocast():
+            if kind == "dequantize":
+                found = weight.dense_gradients(grad, wanted)
+            elif kind == "embedding":
+                found = weight.row_gradients(first, grad, wanted)
+            else:
+                dy = grad.reshape(-1, weight.out_features)
+                if "x" in wanted:
+                    found["x"] = weight.input_gradient(grad, ctx.k)
+                if "bias" in wanted:
+                    found["bias"] = dy.float().sum(0).to(ctx.bias_dtype)
+                if wanted.intersection(weight.tensor_names):
+                    found |= weight.weight_gradients(first.reshape(-1, ctx.k), dy, wanted)
+        return tuple(found.get(name) for name in self._arguments[kind])
+
+    def _tangent(self, kind: str, ctx: Any, *tangents: Any) -> Tensor | None:
+        """The tangent of the result. int8 activations: straight through, as the gradient is."""
+        given = {name: t for name, t in zip(self._arguments[kind], tangents, strict=True) if t is not None}
+        self._check_differentiable(kind, given, "tangent")
+        first, weight = self._saved(ctx)
+        x, bias = given.pop("x", None), given.pop("bias", None)
+        parts: list[Tensor] = []
+        with without_autocast():
+            if x is not None:
+                activation = () if self.operands.activation is None else self.operands.activation()
+                parts.append(self._op(kind)(x, *weight, None, *activation))
+            if given:
+                of_weight = weight.tangent(ctx.k, given)
+                if kind == "linear":
+                    of_weight = first.float() @ of_weight.t()
+                elif kind == "embedding":
+                    of_weight = of_weight[first]
+                parts.append(of_weight.to(ctx.dtype))
+            if bias is not None:
+                parts.append(bias.to(ctx.dtype).expand(*first.shape[:-1], -1))
+        return sum(parts[1:], parts[0])
+
+    def _batch(self, kind: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """A batch of x or of ids is more rows; where the weight itself is batched, one call for each."""
+        op = self._op(kind)
+        batched = [name for name, dim in zip(self._arguments[kind], in_dims, strict=True) if dim is not None]
+        if batched == [_FIRST[kind]]:
+            return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+        if not info.batch_size:
+            raise RuntimeError(f"vmap of {op} over {', '.join(batched)} needs a batch of 1 or more: got 0")
+        calls = (
+            op(*(a if dim is None else a.select(dim, i).contiguous() for a, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        )
+        return torch.stack(list(calls)), 0

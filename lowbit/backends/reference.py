@@ -7,7 +7,7 @@ Checks raise through ``torch._check``, so that they serve fakes as well. A spars
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ WEIGHTS_AT_ONCE = 1 << 22  # dequantized weights held at a time by a reference: 
 _ID_DTYPES = (torch.int32, torch.int64)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Sums are float32 whatever autocast would make of a matmul."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+_AUTOCAST: Any = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+for _name, _key in torch._C.DispatchKey.__members__.items():
+    if _name.startswith("Autocast"):
+        _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(_key)
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Sums are float32 whatever autocast would make of a matmul.
+
+    An object of C++: however a ``with`` block ends, even by an exception from a signal, autocast is as it was.
+    """
+    guard: Any = torch._C._ExcludeDispatchKeyGuard
+    return guard(_AUTOCAST)  # type: ignore[no-any-return]
 
 
 def check_activations(x: Tensor) -> None:
@@ -68,16 +76,25 @@ def row_ranges(n: int, k: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def csr_row_indices(pointers: Tensor) -> Tensor:
-    """The row of every entry of a CSR matrix, from its row pointers."""
+def csr_row_indices(pointers: Tensor, entries: int | None = None) -> Tensor:
+    """The row of every entry of a CSR matrix, from its row pointers; ``entries``: how many there are, where a graph has
+    to know that without looking."""
     counts = (pointers[1:] - pointers[:-1]).to(torch.int64)
-    return torch.repeat_interleave(torch.arange(len(counts), device=pointers.device), counts)
+    rows = torch.arange(len(counts), device=pointers.device)
+    return torch.repeat_interleave(rows, counts, output_size=entries)
+
+
+def csr_places(columns: Tensor, pointers: Tensor, in_features: int) -> Tensor:
+    """The place of every entry of a CSR matrix in the dense one, flattened."""
+    return csr_row_indices(pointers, len(columns)) * in_features + column_indices(columns)
 
 
 def outlier_matrix(values: Tensor, columns: Tensor, pointers: Tensor, in_features: int) -> Tensor:
     """The dense float32 ``[rows, K]`` form of a CSR matrix."""
-    dense = torch.zeros(len(pointers) - 1, in_features, dtype=torch.float32, device=values.device)
-    return dense.index_put_((csr_row_indices(pointers), column_indices(columns)), values.float())
+    rows = len(pointers) - 1
+    places = csr_places(columns, pointers, in_features)
+    dense = values.new_zeros(rows * in_features, dtype=torch.float32).index_add(0, places, values.float())
+    return dense.view(rows, in_features)
 
 
 def outliers_of(outliers: Outliers, rows: slice) -> Outliers:

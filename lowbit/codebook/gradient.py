@@ -14,17 +14,30 @@ from lowbit.codebook.operands import CodebookOperands
 class _MeanGradient(torch.autograd.Function):
     """``codebook`` in float32; its gradient is divided by how many weights use an entry (0 where none does)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, codebook: Tensor, packed: Tensor, weight: CodebookOperands, k: int) -> Tensor:
-        ctx.save_for_backward(codebook, packed)
-        ctx.numbers = (weight.bits, weight.group_size, weight.layout, k)
+    def forward(codebook: Tensor, packed: Tensor, bits: int, group_size: int, layout: int, k: int) -> Tensor:
         return codebook.float() if codebook.dtype != torch.float32 else codebook.view_as(codebook)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        codebook, packed, *ctx.numbers = inputs
+        ctx.save_for_backward(codebook, packed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codebook, packed = ctx.saved_tensors
         uses = _uses(codebook, packed, *ctx.numbers)
-        return (grad / uses.clamp(min=1)).to(codebook.dtype), None, None, None
+        return ((grad / uses.clamp(min=1)).to(codebook.dtype), *[None] * 5)
+
+
+class _WithTangent(_MeanGradient):
+    """The tangent is the plain one: the mean is a step for training, not another derivative."""
+
+    @staticmethod
+    def jvp(ctx: Any, codebook: Tensor, *_: None) -> Tensor:
+        return codebook.float() if codebook.dtype != torch.float32 else codebook.view_as(codebook)
 
 
 def _uses(codebook: Tensor, packed: Tensor, bits: int, group_size: int, layout: int, k: int) -> Tensor:
@@ -35,5 +48,8 @@ def _uses(codebook: Tensor, packed: Tensor, bits: int, group_size: int, layout: 
 
 def with_mean_gradient(weight: CodebookOperands, k: int) -> CodebookOperands:
     """The same weight, whose ``codebook`` gets the mean over the members of each centroid as its gradient."""
-    codebook: Tensor = _MeanGradient.apply(weight.codebook, weight.packed, weight, k)  # type: ignore[no-untyped-call]
+    numbers = weight.bits, weight.group_size, weight.layout, k
+    # torch.compile takes no function with a jvp
+    function = _MeanGradient if torch.compiler.is_dynamo_compiling() else _WithTangent
+    codebook: Tensor = function.apply(weight.codebook, weight.packed, *numbers)  # type: ignore[no-untyped-call]
     return replace(weight, codebook=codebook)

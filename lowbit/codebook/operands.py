@@ -7,7 +7,7 @@ The weight is float32: the product is rounded once, the sum with an outlier once
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.operands import Activation, CodedOperands
+from lowbit.backends.reference import sum_per_scale
 from lowbit.core.family import FLOAT_DTYPES
 
 _LARGEST_FIXED = 32767  # int8 activations meet weights of 16 bits
@@ -38,6 +39,7 @@ class CodebookOperands(CodedOperands):
     scale_offset: Tensor | None
 
     family = "codebook"
+    differentiable = ("codebook", "scales", "scale_codebook", "scale_absmax", "scale_offset", "outlier_values")
     min_bits = 1
 
     def check(self, k: int) -> None:
@@ -89,10 +91,14 @@ class CodebookOperands(CodedOperands):
             return self
         if table is None or absmax is None or offset is None:
             return replace(self, scales=scales.float())
-        block = torch.arange(scales.numel(), device=scales.device) // 256
-        product = table[scales.reshape(-1).to(torch.int64)] * absmax[block]
-        values = (product + offset).view(scales.shape)
+        code, block = self._nested_entries(scales)
+        values = (table.index_select(0, code) * absmax.index_select(0, block) + offset).view(scales.shape)
         return replace(self, scales=values, scale_codebook=None, scale_absmax=None, scale_offset=None)
+
+    @staticmethod
+    def _nested_entries(scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each nested scale: its place in ``scale_codebook`` and in ``scale_absmax``."""
+        return scales.reshape(-1).to(torch.int64), torch.arange(scales.numel(), device=scales.device) // 256
 
     def _values_at(self, rows: slice | Tensor) -> dict[str, Any]:
         return {
@@ -101,17 +107,17 @@ class CodebookOperands(CodedOperands):
         }
 
     def coded_part(self, k: int) -> Tensor:
-        weight = self._table_values(self._entry(k))
-        return weight if self.scales is None else weight * self.scales[:, self.groups(k)]
+        weight = self._table_values(self.codebook, self._entry(k))
+        return weight if self.scales is None else weight * self.scales.index_select(1, self.groups(k))
 
     def _entry(self, k: int) -> Tensor:
         """The entry of each weight among those of its row's tables, int64 ``[N, K]``."""
         codes = self.codes(k).to(torch.int64)
         return codes if self.codebook.shape[1] == 1 else codes + (self.groups(k) << self.bits)
 
-    def _table_values(self, entry: Tensor) -> Tensor:
-        tables = self.codebook.float().flatten(1)
-        return tables.expand(entry.shape[0], -1).gather(1, entry)
+    def _table_values(self, tables: Tensor, entry: Tensor) -> Tensor:
+        rows, groups, entries = tables.shape
+        return tables.float().reshape(rows, groups * entries).expand(entry.shape[0], -1).gather(1, entry)
 
     def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
         fixed, step = self._fixed_point(self.coded_part(q.shape[-1]))
@@ -138,13 +144,45 @@ class CodebookOperands(CodedOperands):
         group, entry = self.groups(k), self._entry(k)
         if "codebook" in wanted:
             scale = self.decoded().scales
-            scaled = d if scale is None else d * scale[:, group]
+            scaled = d if scale is None else d * scale.index_select(1, group)
             found["codebook"] = self._per_entry(scaled, entry).to(self.codebook.dtype)
-        if "scales" in wanted and self.scales is not None:
-            product = d * self._table_values(entry)
-            sums = torch.zeros_like(self.scales, dtype=torch.float32).index_add_(1, group, product)
-            found["scales"] = sums.to(self.scales.dtype)
+        scales, table, absmax = self.scales, self.scale_codebook, self.scale_absmax
+        if scales is None or not any(name.startswith("scale") for name in wanted):
+            return found
+        sums = sum_per_scale(d * self._table_values(self.codebook, entry), scales, group)
+        if table is None or absmax is None:
+            return {**found, "scales": sums.to(scales.dtype)}
+        code, block = self._nested_entries(scales)
+        sums = sums.reshape(-1)
+        found["scale_codebook"] = sums.new_zeros(table.shape).index_add_(0, code, sums * absmax.index_select(0, block))
+        found["scale_absmax"] = sums.new_zeros(absmax.shape).index_add_(0, block, sums * table.index_select(0, code))
+        found["scale_offset"] = sums.sum().reshape(1)
         return found
+
+    def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+        """``codebook'[code] · scale + codebook[code] · scale'``."""
+        parts, group, entry = [], self.groups(k), self._entry(k)
+        if "codebook" in tangents:
+            moved, scale = self._table_values(tangents["codebook"], entry), self.decoded().scales
+            parts.append(moved if scale is None else moved * scale.index_select(1, group))
+        if (moved_scales := self._scales_tangent(tangents)) is not None:
+            parts.append(self._table_values(self.codebook, entry) * moved_scales.index_select(1, group))
+        return parts
+
+    def _scales_tangent(self, tangents: Mapping[str, Tensor]) -> Tensor | None:
+        if "scales" in tangents:
+            return tangents["scales"].float()
+        parts, scales, table, absmax = [], self.scales, self.scale_codebook, self.scale_absmax
+        if scales is None or table is None or absmax is None:
+            return None
+        code, block = self._nested_entries(scales)
+        if "scale_codebook" in tangents:
+            parts.append(tangents["scale_codebook"].index_select(0, code) * absmax.index_select(0, block))
+        if "scale_absmax" in tangents:
+            parts.append(table.index_select(0, code) * tangents["scale_absmax"].index_select(0, block))
+        if "scale_offset" in tangents:
+            parts.append(tangents["scale_offset"].expand(scales.numel()))
+        return sum(parts[1:], parts[0]).view(scales.shape) if parts else None
 
     def _per_entry(self, t: Tensor, entry: Tensor) -> Tensor:
         """``t [N, K]`` summed over the weights that use an entry, in the shape of the codebook."""

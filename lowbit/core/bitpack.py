@@ -82,25 +82,22 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             f"got {words.dtype} {tuple(words.shape)}"
         )
     n = words.shape[0]
-    codes = torch.empty(n, k, dtype=torch.uint8, device=words.device)
-    if words.device.type == "meta":
-        return codes
+    if n == 0 or words.device.type == "meta":
+        return torch.empty(n, k, dtype=torch.uint8, device=words.device)
     step = max(1, _ROWS_AT_ONCE // max(k, 1))
-    for start in range(0, n, step):
-        codes[start : start + step] = _unpack_rows(words[start : start + step], bits)[:, :k]
-    return codes
+    return torch.cat([_unpack_rows(words[start : start + step], bits)[:, :k] for start in range(0, n, step)])
 
 
 def _unpack_rows(words: Tensor, bits: int) -> Tensor:
     n = words.shape[0]
     blocks = words.shape[1] // bits
     columns = words.view(n, blocks, bits).permute(2, 0, 1).to(torch.int64) & 0xFFFFFFFF
-    codes = torch.empty(CODES_PER_BLOCK, n, blocks, dtype=torch.uint8, device=words.device)
+    codes = []
     mask = (1 << bits) - 1
     for j in range(CODES_PER_BLOCK):
         word, shift = divmod(j * bits, 32)
         value = columns[word] >> shift
         if shift + bits > 32:
-            value |= columns[word + 1] << (32 - shift)
-        codes[j] = value & mask
-    return codes.permute(1, 2, 0).reshape(n, blocks * CODES_PER_BLOCK)
+            value = value | columns[word + 1] << (32 - shift)
+        codes.append((value & mask).to(torch.uint8))
+    return torch.stack(codes, -1).view(n, blocks * CODES_PER_BLOCK)

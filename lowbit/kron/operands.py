@@ -13,7 +13,7 @@ factors are bfloat16, the CPU kernels for AVX-512 BF16 round what is between the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,6 +110,28 @@ class Factor(NamedTuple):
         return {f"{self.name}_scales": of_scales, f"{self.name}_zeros": of_zeros}
 
 
+    def tangent(self, tangents: Mapping[str, Tensor]) -> Tensor | None:
+        """float32 ``[rank, n, k]``: where the values move when the tensors do; None: nowhere."""
+        if self.bits == 0:
+            moved = tangents.get(self.name)
+            return None if moved is None else moved.float()
+        assert self.scales is not None
+        scales, zeros = tangents.get(f"{self.name}_scales"), tangents.get(f"{self.name}_zeros")
+        parts: list[Tensor] = []
+        group = torch.arange(self.k, device=self.values.device) // self.group_size
+        if scales is not None:
+            centered = self._unpacked(torch.ones_like(self.scales))
+            parts.append(centered * _per_row(scales, self).index_select(2, group))
+        if zeros is not None:
+            parts.append(_per_row(-zeros.float() * self.scales.float(), self).index_select(2, group))
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+def _per_row(values: Tensor, factor: Factor) -> Tensor:
+    """What the rows of a packed factor have, float32 ``[rank, n, G]``."""
+    return values.float().expand(factor.rank * factor.n, -1).reshape(factor.rank, factor.n, -1)
+
+
 class Product(NamedTuple):
     """``sum_r a[r] ⊗ b[r]`` between two permutations."""
 
@@ -175,7 +197,7 @@ class Product(NamedTuple):
         out = n.new_zeros(len(n), self.k, dtype=torch.float32)
         for r in range(self.rank):
             out += (a[r, n1, :, None] * b[r, n2, None, :]).reshape(len(n), self.k)
-        return out if self.input_permutation is None else out[:, self.input_permutation]
+        return out if self.input_permutation is None else out.index_select(1, self.input_permutation)
 
     def times(self, x: Tensor) -> Tensor:
         """``x @ W.T`` for float32 ``x [M, K]``, by the cheaper order of the two products."""
@@ -186,12 +208,12 @@ class Product(NamedTuple):
         for a_r, b_r in zip(a.dense(), b.dense(), strict=True):
             y += a_r @ (x @ b_r.t()) if b_first else (a_r @ x) @ b_r.t()
         y = y.view(-1, self.n)
-        return y if self.output_permutation is None else y[:, self.output_permutation]
+        return y if self.output_permutation is None else y.index_select(1, self.output_permutation)
 
     def columns(self, x: Tensor) -> Tensor:
         """``x [M, K]`` as the Kronecker product reads it, ``[M, k1, k2]``."""
         if self.input_permutation is not None:
-            x = x[:, self.input_permutation.argsort()]
+            x = x.index_select(1, self.input_permutation.argsort())
         return x.reshape(-1, self.a.k, self.b.k)
 
 
@@ -235,6 +257,7 @@ class KronOperands(Operands):
 
     family = "kron"
     sized = False
+    differentiable = ("a", "a_scales", "a_zeros", "b", "b_scales", "b_zeros")
 
     @property
     def out_features(self) -> int:
@@ -274,7 +297,7 @@ class KronOperands(Operands):
     def linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
         product = self.product
         product.check_values()
-        with without_autocast(x.device):
+        with without_autocast():
             y = product.times(x.reshape(-1, self.in_features).float())
         if bias is not None:
             y = y + bias.float()
@@ -309,13 +332,15 @@ class KronOperands(Operands):
     def weight_gradients(self, x: Tensor, dy: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
         w = self.product
         a, b, d = w.a.dense(), w.b.dense(), dy.float()
-        d = d if w.output_permutation is None else d[:, w.output_permutation.argsort()]
+        d = d if w.output_permutation is None else d.index_select(1, w.output_permutation.argsort())
         d, x = d.view(-1, w.a.n, w.b.n), w.columns(x.float())
         found: dict[str, Tensor | None] = {}
         if _trains("a", wanted):
-            found |= w.a.gradients(torch.stack([torch.einsum("mij,mkj->ik", d, x @ b_r.t()) for b_r in b]))
+            products = [_product(d.transpose(0, 1), (x @ b_r.t()).transpose(0, 1)) for b_r in b]
+            found |= w.a.gradients(torch.stack(products))
         if _trains("b", wanted):
-            found |= w.b.gradients(torch.stack([torch.einsum("mij,mik->jk", d, a_r @ x) for a_r in a]))
+            products = [_product(d.permute(2, 0, 1), (a_r @ x).permute(2, 0, 1)) for a_r in a]
+            found |= w.b.gradients(torch.stack(products))
         return found
 
     def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
@@ -328,14 +353,44 @@ class KronOperands(Operands):
         d = w.columns(grad.reshape(-1, w.k).float()).view(-1, w.a.k, w.b.k)
         found: dict[str, Tensor | None] = {}
         if _trains("a", wanted):
-            products = [(d @ b_r[of_b].unsqueeze(-1)).squeeze(-1) for b_r in b]
-            sums = [torch.zeros_like(a[0]).index_add_(0, of_a, product) for product in products]
+            products = [(d @ b_r.index_select(0, of_b).unsqueeze(-1)).squeeze(-1) for b_r in b]
+            sums = [product.new_zeros(a[0].shape).index_add_(0, of_a, product) for product in products]
             found |= w.a.gradients(torch.stack(sums))
         if _trains("b", wanted):
-            products = [(a_r[of_a].unsqueeze(1) @ d).squeeze(1) for a_r in a]
-            sums = [torch.zeros_like(b[0]).index_add_(0, of_b, product) for product in products]
+            products = [(a_r.index_select(0, of_a).unsqueeze(1) @ d).squeeze(1) for a_r in a]
+            sums = [product.new_zeros(b[0].shape).index_add_(0, of_b, product) for product in products]
             found |= w.b.gradients(torch.stack(sums))
         return found
+
+    def dense_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """With D as [n1, n2, k1, k2]: da[r] = sum D b[r], db[r] = sum D a[r]."""
+        w = self.product
+        d = d.float() if w.output_permutation is None else d.float().index_select(0, w.output_permutation.argsort())
+        d = w.columns(d).view(w.a.n, w.b.n, w.a.k, w.b.k).transpose(1, 2).reshape(w.a.n * w.a.k, -1)
+        found: dict[str, Tensor | None] = {}
+        if _trains("a", wanted):
+            found |= w.a.gradients((w.b.dense().view(w.rank, -1) @ d.t()).view(w.rank, w.a.n, w.a.k))
+        if _trains("b", wanted):
+            found |= w.b.gradients((w.a.dense().view(w.rank, -1) @ d).view(w.rank, w.b.n, w.b.k))
+        return found
+
+    def tangent(self, k: int, tangents: Mapping[str, Tensor]) -> Tensor:
+        """``sum_r a'[r] ⊗ b[r] + a[r] ⊗ b'[r]``, between the permutations."""
+        w = self.product
+        a, b = w.a.tangent(tangents), w.b.tangent(tangents)
+        pairs = [(a, w.b.dense())] if a is not None else []
+        pairs += [(w.a.dense(), b)] if b is not None else []
+        of_a, of_b = (torch.cat(factors) for factors in zip(*pairs, strict=True))
+        moved = of_a.reshape(len(of_a), -1).t() @ of_b.reshape(len(of_b), -1)
+        moved = moved.view(w.a.n, w.a.k, w.b.n, w.b.k).transpose(1, 2).reshape(w.n, w.k)
+        moved = moved if w.output_permutation is None else moved.index_select(0, w.output_permutation)
+        return moved if w.input_permutation is None else moved.index_select(1, w.input_permutation)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``sum a[i, m, j] b[k, m, j]``, ``[i, k]``."""
+    size = a.shape[1] * a.shape[2]
+    return a.reshape(a.shape[0], size) @ b.reshape(b.shape[0], size).t()
 
 
 def _trains(factor: str, wanted: Collection[str]) -> bool:

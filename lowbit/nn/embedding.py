@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowbit.core.family import Format, Weight
+from lowbit.nn.call import traced
 from lowbit.nn.layer import Layer
 
 
@@ -73,7 +75,13 @@ class EmbeddingLayer(Layer):
         layer.validate()
         return layer.prepare()
 
+    def arguments(self, ids: Tensor) -> tuple[Any, ...]:
+        """The arguments of the op for ``ids``."""
+        return (ids, *self.weight_arguments(self.operands()), *self.size_arguments(), self.dtype)
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced(self, input)
         y = self._gather(input)
         return y if self.output_scale == 1.0 else y * self._factor
 

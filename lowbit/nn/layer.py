@@ -169,6 +169,13 @@ class Layer(nn.Module):
         weight: Tensor = op(*self.weight_arguments(self.operands()), *self.size_arguments(), computed)
         return weight if wanted == computed else weight.to(wanted)
 
+    def __prepare_scriptable__(self) -> Layer:
+        # torch.jit.script asks for it: without it, an error that names an annotation
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self.title()}: "
+            "use torch.compile or torch.export, or torch.jit.trace"
+        )
+
     def to_float(self) -> nn.Module:
         """A plain torch layer with the dequantized weight."""
         raise NotImplementedError

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lowbit.core.activations import ActivationSpec
 from lowbit.core.family import Spec, Weight
+from lowbit.nn.call import traced
 from lowbit.nn.layer import Layer
 
 
@@ -83,7 +85,15 @@ class LinearLayer(Layer):
         layer.validate()
         return layer.prepare()
 
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """The arguments of the op for ``x``."""
+        t, activation = self.operands(), self.operands_class.activation
+        own = () if activation is None else activation.tensor_names
+        return (x, *self.weight_arguments(t), self.bias, *(t[name] for name in own), *self._activation)
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced(self, input)
         if not input.dim() or input.size(-1) != self._in_features:
             found = tuple(input.shape)
             raise ValueError(f"input must have in_features={self._in_features} as its last size: got shape {found}")

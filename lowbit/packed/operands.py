@@ -8,7 +8,7 @@ the sum with an outlier once more.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class PackedOperands(CodedOperands):
     zeros: Tensor | None
 
     family = "packed"
+    differentiable = ("scales", "zeros", "outlier_values")
     min_bits = 2
     activation = PackedActivation
 
@@ -90,12 +91,14 @@ class PackedOperands(CodedOperands):
 
     def _centered(self, group: Tensor) -> Tensor:
         """``code - zero`` as float32 ``[N, K]``; ``group[k]`` is the group of column k."""
-        zero: Tensor | float = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.float()[:, group]
-        return self.codes(len(group)).float() - zero
+        codes = self.codes(len(group)).float()
+        if self.zeros is None:
+            return codes - (1 << (self.bits - 1))
+        return codes - self.zeros.float().index_select(1, group)
 
     def coded_part(self, k: int) -> Tensor:
         group = self.groups(k)
-        return self._centered(group) * self.scales.float()[:, group]
+        return self._centered(group) * self.scales.float().index_select(1, group)
 
     def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
         """Integer dot products (exact in float64) of each run of columns that share a scale of the weight and one of x,
@@ -122,3 +125,13 @@ class PackedOperands(CodedOperands):
         if "zeros" in wanted and zeros is not None:
             found["zeros"] = (-scales.float() * sum_per_scale(d, scales, group)).to(zeros.dtype)
         return found
+
+    def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
+        """``(code − zero) · scale' − zero' · scale``."""
+        parts, group = [], self.groups(k)
+        if "scales" in tangents:
+            parts.append(self._centered(group) * tangents["scales"].float().index_select(1, group))
+        if "zeros" in tangents:
+            moved = (-tangents["zeros"].float() * self.scales.float()).index_select(1, group)
+            parts.append(moved.expand(self.out_features, -1))
+        return parts

@@ -271,17 +271,17 @@ def test_meta_tensors_give_shapes():
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_autocast_changes_nothing(where, int8):
-    def run():
+def test_autocast_casts_x_and_nothing_else(where, int8):
+    def run(dtype):
         w = random_weight(KINDS[0])
         found = trainable(w, "codebook", "scales")
         x = activations(3, 70, torch.float32).requires_grad_()
-        y = w.linear(x, torch.ones(10), int8=int8)
-        return y.detach(), *torch.autograd.grad(y, [x, *found.values()], activations(3, 10, torch.float32, seed=2))
+        y = w.linear(x.to(dtype), torch.ones(10), int8=int8)
+        return y.detach(), *torch.autograd.grad(y, [x, *found.values()], activations(3, 10, torch.bfloat16, seed=2))
 
-    expected = run()
+    expected = run(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run()
+        found = run(torch.float32)
     for tensor, want in zip(found, expected, strict=True):
         assert_bitwise_equal(tensor, want)
 

@@ -180,16 +180,16 @@ def test_meta_tensors_give_shapes_and_refuse_wrong_ones(weight):
         weight.linear(x, **{**meta, "rank": weight.rank + 1})
 
 
-def test_autocast_changes_nothing(where, weight):
-    def run():
+def test_autocast_casts_x_and_nothing_else(where, weight):
+    def run(dtype):
         x = activations(3, weight.k, torch.float32).requires_grad_()
-        y = weight.linear(x, torch.ones(weight.n))
-        y.backward(activations(3, weight.n, torch.float32, seed=2))
+        y = weight.linear(x.to(dtype), torch.ones(weight.n))
+        y.backward(activations(3, weight.n, torch.bfloat16, seed=2))
         return y.detach(), x.grad
 
-    expected = run()
+    expected = run(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run()
+        found = run(torch.float32)
     for tensor, want in zip(found, expected, strict=True):
         assert_bitwise_equal(tensor, want)
 

@@ -229,16 +229,16 @@ def test_layers_are_called_by_keyword_like_those_they_replace(where, format):
 
 @pytest.mark.parametrize("mode", [{}, {"int8": True}, {"int8": True, "x_group": 32}], ids=["float", "int8", "groups"])
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
-def test_autocast_changes_nothing(where, format, mode):
-    def run():
+def test_autocast_casts_x_and_nothing_else(where, format, mode):
+    def run(dtype):
         x = activations(3, 70, torch.float32).requires_grad_()
-        y = random_weight(format).linear(x, torch.ones(10), **mode)
-        y.backward(activations(3, 10, torch.float32, seed=2))
+        y = random_weight(format).linear(x.to(dtype), torch.ones(10), **mode)
+        y.backward(activations(3, 10, torch.bfloat16, seed=2))
         return y.detach(), x.grad
 
-    expected = run()
+    expected = run(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run()
+        found = run(torch.float32)
     for tensor, want in zip(found, expected, strict=True):
         assert_bitwise_equal(tensor, want)
 

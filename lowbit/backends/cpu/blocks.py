@@ -18,6 +18,8 @@ canonical place.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -134,14 +136,14 @@ def _vectors(codes: Tensor, bits: int) -> Tensor:
 
 def _codes(vectors: Tensor, bits: int) -> Tensor:
     """The inverse of :func:`_vectors`."""
-    rows, units = vectors.shape[:2]
-    quads, low = torch.zeros(rows, units, UNIT // 4, dtype=torch.int32, device=vectors.device), 0
+    parts, low = [], 0
     for width in PLANES[bits]:
         shifts = torch.arange(0, 8, width, dtype=torch.int32, device=vectors.device)
         fields = vectors[:, :, low : low + width, None] >> shifts & ((1 << width) - 1) * _BYTES
-        quads |= fields.flatten(2) << low
+        parts.append(fields.flatten(2) << low)
         low += width
-    return quads.view(torch.uint8).flatten(1)
+    quads = reduce(torch.bitwise_or, parts)
+    return quads.contiguous().view(torch.uint8).flatten(1)
 
 
 BLOCKS = layouts.register(
