@@ -135,14 +135,14 @@ MINILM_SPECS = [
 
 CODEBOOK_SPECS = [
     Codebook(table="nf4", group_size=64),
-    Codebook(bits=4),
-    Codebook(bits=4, sensitivity=True),
-    Codebook(bits=4, sensitivity=True, activations="int8"),
-    Codebook(bits=3),
-    Codebook(bits=3, sensitivity=True),
-    Codebook(bits=3, outliers=0.005),
-    Codebook(bits=3, outliers=0.005, sensitivity=True),
-    Codebook(bits=2, outliers=0.005, sensitivity=True),
+    Codebook(bits=4, quantizer="kmeans"),
+    Codebook(bits=4, sensitivity=True, quantizer="kmeans"),
+    Codebook(bits=4, sensitivity=True, activations="int8", quantizer="kmeans"),
+    Codebook(bits=3, quantizer="kmeans"),
+    Codebook(bits=3, sensitivity=True, quantizer="kmeans"),
+    Codebook(bits=3, outliers=0.005, quantizer="kmeans"),
+    Codebook(bits=3, outliers=0.005, sensitivity=True, quantizer="kmeans"),
+    Codebook(bits=2, outliers=0.005, sensitivity=True, quantizer="kmeans"),
 ]
 
 

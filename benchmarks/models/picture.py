@@ -30,7 +30,7 @@ NOT_DRAWN = "Kronecker, half"  # far below the others without fine-tuning
 LINES: dict[str, dict[str, Spec]] = {
     "Packed, no data": {f"{b} bits": Packed(bits=b) for b in (8, 6, 5, 4, 3, 2)},
     "Packed, gptq": {f"{b} bits": Packed(bits=b, quantizer="gptq") for b in (4, 3, 2)},
-    "Codebook, k-means, no data": {f"{b} bits": Codebook(bits=b) for b in (4, 3)},
+    "Codebook, no data": {f"{b} bits": Codebook(bits=b) for b in (4, 3)},
     "Codebook, sensitivity": {f"{b} bits": Codebook(bits=b, sensitivity=True) for b in (4, 3, 2)},
     "NF4": {"4 bits": Codebook(table="nf4", group_size=64)},
     NOT_DRAWN: {"": Kronecker()},

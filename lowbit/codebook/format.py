@@ -68,7 +68,8 @@ class Codebook(Spec):
         scales: one scale per group (per row without ``group_size``): weights are divided by the group's ``max|w|``
             before a code is chosen. Default: on for a fixed ``table``.
         quantizer: how a table is learned: ``"kmeans"`` starts by k-means++ and makes ``iterations`` Lloyd rounds
-            (arXiv 2010.07109); ``"optimal"`` finds the exact optimum of one-dimensional k-means.
+            (arXiv 2010.07109); ``"optimal"`` finds the exact optimum of one-dimensional k-means. Default:
+            ``"optimal"``; ``"kmeans"`` where its arguments are given, and for one table per tensor: it is faster there.
         iterations: Lloyd rounds of ``"kmeans"``.
         sensitivity: weigh each weight's squared error by how much its input matters on calibration data; where
             ``convert`` is given a ``loss``, by the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629).
@@ -89,7 +90,7 @@ class Codebook(Spec):
     group_size: int | None = None
     table: str | Sequence[float] | Tensor | None = None
     scales: bool | None = None
-    quantizer: str = "kmeans"
+    quantizer: str | None = None
     iterations: int = 10
     sensitivity: bool = False
     outliers: float = 0.0
@@ -103,7 +104,6 @@ class Codebook(Spec):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
         if not is_integer(self.bits) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 1 and 8: got bits={self.bits!r}")
-        choice("quantizer", self.quantizer, names("codebook"))
         self.activation.check(None)
         check_size("iterations", self.iterations)
         check_seed(self.seed)
@@ -120,6 +120,11 @@ class Codebook(Spec):
             own = "tensor" if self.scales else "row" if self.group_size is None else "group"
             object.__setattr__(self, "granularity", own)
         choice("granularity", self.granularity, GRANULARITIES)
+        if self.quantizer is None:
+            asked_for = (self.iterations, self.seed) != (Codebook.iterations, Codebook.seed)
+            kmeans = asked_for or self.granularity == "tensor"
+            object.__setattr__(self, "quantizer", "kmeans" if kmeans else "optimal")
+        choice("quantizer", self.quantizer, names("codebook"))
         if self.granularity == "group" and (self.group_size is None or self.scales):
             raise ValueError(
                 "granularity='group' is a table per group: it requires a group_size, and takes no scales "

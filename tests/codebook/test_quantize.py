@@ -775,3 +775,11 @@ def test_kmeans_finds_the_values_of_a_weight_that_was_trained_by_kmeans(bits: in
     weight = torch.randn(64, 2**bits).gather(1, codes)
     found = Codebook(bits=bits, codebook_dtype=torch.float32).quantize(weight)
     assert torch.equal(found.codebook[:, 0].gather(1, found.codes.long()), weight)
+
+
+def test_the_default_quantizer() -> None:
+    """Exact, but where k-means is asked for by its arguments, or one table serves the tensor (docs/accuracy.md)."""
+    assert Codebook().quantizer == Codebook(bits=2, group_size=16).quantizer == "optimal"
+    assert Codebook(granularity="tensor").quantizer == Codebook(scales=True).quantizer == "kmeans"
+    assert Codebook(iterations=20).quantizer == Codebook(seed=1).quantizer == "kmeans"
+    assert Codebook(iterations=20, quantizer="optimal").quantizer == "optimal"
