@@ -22,6 +22,7 @@ from lowbit.integrations.after_import import after_import
 from lowbit.model import hooks
 
 _OURS = "lowbit.integrations.pretrained"
+_LOADING = "lowbit.integrations.loading"
 
 
 def register() -> None:
@@ -95,18 +96,18 @@ class Transformers(libraries.Library):
 
     def load(self, folder: Path, model: nn.Module | None, device: torch.device | str) -> Any:
         try:
-            pretrained = _pretrained()
+            loading = importlib.import_module(_LOADING)
         except ImportError as error:
             raise ImportError(
                 f"{folder} holds a transformers model: loading it needs the package transformers"
             ) from error
-        return pretrained.load(folder, model, device)
+        return loading.load(folder, model, device)
 
     def load_float(self, folder: Path) -> Any:
-        return _pretrained().load_float(folder)
+        return importlib.import_module(_LOADING).load_float(folder)
 
     def open_float(self, folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
-        return _pretrained().open_float(folder, checkpoint)  # type: ignore[no-any-return]
+        return importlib.import_module(_LOADING).open_float(folder, checkpoint)  # type: ignore[no-any-return]
 
 
 def _pretrained() -> Any:

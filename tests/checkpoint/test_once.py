@@ -30,11 +30,13 @@ def calls(monkeypatch):
             count(made, name, lambda layer, *_: id(layer))
     count(metadata, "parse")
     try:
-        from lowbit.integrations import pretrained
+        from lowbit.integrations import loading, pretrained, ties
     except ImportError:
         return counted
     monkeypatch.setattr(pretrained, "parse", metadata.parse)
-    count(pretrained, "retie")
+    count(ties, "retie")
+    for module in (loading, pretrained):
+        monkeypatch.setattr(module, "retie", ties.retie)
     return counted
 
 

@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.quantizers import auto  # noqa: E402
 
-from lowbit.integrations.pretrained import NOTICE  # noqa: E402
+from lowbit.integrations.matching import NOTICE  # noqa: E402
 
 SPEC = lowbit.Packed(bits=4, group_size=32)
 IDS = torch.arange(3, 12)[None]

@@ -1,0 +1,293 @@
+"""How the files and descriptions of saved transformers models match the modules of a model: names, headers, guards."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.checkpoint import foreign, stream
+from lowbit.checkpoint.metadata import Metadata, apply, place_of
+from lowbit.checkpoint.reader import Checkpoint, Entry
+from lowbit.core.activations import ActivationSpec
+from lowbit.model.candidates import embedding_extras
+from lowbit.nn.layer import LayerConfig, layer_class, layers
+
+# Without lowbit, transformers would only warn and start packed layers at random. So a saved file also holds, for every
+# packed layer, an empty tensor under the name of its float weight: transformers stops at the mismatch of its size. What
+# it prints then lists this name too.
+NOTICE = "this_model_needs_lowbit.pip_install_lowbit.import_lowbit_before_from_pretrained"
+
+
+def guards(model: Any) -> dict[str, Tensor]:
+    """What stops transformers without lowbit: see ``NOTICE``."""
+    tied = {target.rpartition(".")[0] for target in model.all_tied_weights_keys}
+    found = {f"{name}.weight": layer for name, layer in layers(model).items() if name not in tied}
+    names = [name for name in found if _is_saved_as_is(model, name)]
+    return {name: torch.empty(0, dtype=found[name].dtype) for name in names} | {NOTICE: torch.empty(0)}
+
+
+def _is_saved_as_is(model: Any, name: str) -> bool:
+    """Whether transformers does not compute what it saves for ``name`` from several tensors."""
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = _conversions(model)
+    if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
+        return True
+    try:
+        return all(tensor.numel() == 0 for tensor in revert_weight_conversion(model, {name: torch.empty(0)}).values())
+    except Exception:  # an operation that needs a weight of its own shape, or all of them
+        return False
+
+
+def is_guard(name: str, entry: Entry) -> bool:
+    """Whether this is a guard, of a model whose packed layer has this name."""
+    return entry.shape == (0,) and (name == NOTICE or name.rpartition(".")[2] == "weight")
+
+
+@dataclass
+class Match:
+    """How a checkpoint's names correspond to a model's.
+
+    Attributes:
+        names: name in the model's state_dict -> name in the checkpoint.
+        unexpected: what the model has no place for: the model's name it would have -> name in the checkpoint.
+        transformed: model names that transformers computes from several tensors or by an operation -> the names of
+            those in the checkpoint.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
+    transformed: dict[str, list[str]] = field(default_factory=dict)
+
+
+def _conversions(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    conversions: list[Any] = get_model_conversion_mapping(model)
+    return conversions
+
+
+def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None = None) -> Match:
+    """Match names as transformers' loader does: its renamings, the base model's prefix added or removed."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if conversions is None:
+        conversions = _conversions(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    found = Match()
+    for key in checkpoint:
+        name, operation = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, operation = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            found.unexpected[name] = key
+        elif operation is not None:
+            found.transformed.setdefault(name, []).append(key)
+        else:
+            found.names[name] = key
+    return found
+
+
+def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str] | None = None) -> None:
+    """Compare the headers with a model whose layers were swapped in; raises ``ValueError`` naming file and tensor.
+
+    Packed layers must find exactly their tensors. For the rest, loading the class that was saved is strict as
+    well; another class (a base model, another head) may leave tensors out or start new ones, as in
+    transformers.
+    """
+    provided = set(found.names) | set(found.transformed)
+    tied = {**model.all_tied_weights_keys}
+    for target, source in tied.items():
+        if {target, source} & provided:
+            provided |= {target, source}
+    same_class = _same_class(model, saved)
+    packed = layers(model, duplicates=True)
+    ignored = "|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)"
+    folder = next(iter(checkpoint.entries.values())).file.parent if checkpoint.entries else "the checkpoint"
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        # a head that was packed only because its weight is tied starts with a new bias
+        is_new = leaf == "bias" and f"{owner}.packed" not in found.names
+        mandatory = (owner in packed and not is_new) or (same_class and re.search(ignored, name) is None)
+        if mandatory and name not in provided:
+            raise ValueError(f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required")
+    ignored = _left_out(model)
+    for name, key in found.unexpected.items():
+        file = checkpoint.entries[key].file
+        if is_guard(name, checkpoint.entries[key]) and (name == NOTICE or name.rpartition(".")[0] in packed):
+            continue
+        if name.rpartition(".")[0] in packed:
+            raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")
+        if same_class and re.search(ignored, name) is None:
+            raise ValueError(f"{file}: tensor {key!r} belongs to no module of {type(model).__name__}")
+    stream.check_shapes(model, checkpoint, found.names)
+
+
+def _left_out(model: Any) -> str:
+    """A pattern of the names of tensors that transformers leaves out without a word, as its loader has it."""
+    buffers = [name for name, _ in model.named_buffers()]
+    more = {  # those that are no longer saved, and may have another owner than in the files
+        r"rotary_emb\.inv_freq": any(name.endswith("rotary_emb.inv_freq") for name in buffers),
+        r"(^|\.)position_ids$": any(name.endswith("position_ids") for name in buffers),
+    }
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), *(p for p, wanted in more.items() if wanted)]
+    return "|".join(f"({pattern})" for pattern in patterns) or "(?!)"
+
+
+def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
+    """Check the headers of a *float* model: a tensor that no module takes may belong to a quantized format.
+
+    What transformers leaves out without a word is left out. So is what belongs to a module that ``model`` does not
+    have, such as a head, with a warning.
+
+    Raises:
+        ValueError: naming file, tensor and format: a tensor beside the weight of a module that does not take it, one
+            in the model's layers with the name of a scale or of codes, or a weight that is not stored in float16,
+            bfloat16, float32 or float64.
+    """
+    state, cls, prefix = model.state_dict(), type(model).__name__, model.base_model_prefix + "."
+    buffers = {name for name, _ in model.named_buffers()}
+    children = {name for name, _ in model.named_children()}
+    owners = {name for name, m in model.named_modules(remove_duplicate=False) if m._parameters and name} | set(state)
+    ignored, left_out = _left_out(model), []
+    for name, key in found.unexpected.items():
+        names = (name, name.removeprefix(prefix), prefix + name)  # a base model's file, or a file of a base model
+        if re.search(ignored, name) or buffers.intersection(names):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        sign = foreign.sign_of(leaf)
+        beside = any(n.rpartition(".")[0] in owners or any(n.startswith(f"{t}_") for t in state) for n in names)
+        if beside or (sign is not None and any(n.partition(".")[0] in children for n in names[:2])):
+            kind = f", as {sign} has it" if sign else ""
+            raise ValueError(
+                f"{entries[key].file}: tensor {key!r} ({_dtype(entries[key])}) of layer "
+                f"{owner.removesuffix('.weight')!r} belongs to no module of {cls}: the folder is not a plain float "
+                f"model{kind}. lowbit does not read other quantized formats: give the float model"
+            )
+        left_out.append(key)
+    for name, keys in [*((name, [key]) for name, key in found.names.items()), *found.transformed.items()]:
+        for key in keys:
+            if state[name].is_floating_point() and entries[key].dtype not in foreign.FLOATS:
+                raise ValueError(
+                    f"{entries[key].file}: tensor {key!r} is stored as {_dtype(entries[key])}: {cls} has a float "
+                    "tensor there. lowbit does not read quantized formats of other libraries: give the float model"
+                )
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(f"left out, {cls} has no module for it: {', '.join(left_out[:5])}{more}", stacklevel=2)
+
+
+def _dtype(entry: Entry) -> str:
+    return str(entry.dtype).removeprefix("torch.")
+
+
+def _same_class(model: Any, saved: Sequence[str] | None) -> bool:
+    """Whether ``model`` is of the class that was saved: one of ``saved``, or of what its own config says."""
+    return type(model).__name__ in _saved_classes(model, saved)
+
+
+def _saved_classes(model: Any, saved: Sequence[str] | None) -> Sequence[str]:
+    return saved or model.config.architectures or ()
+
+
+def swap_in(model: Any, described: Metadata, saved: Sequence[str] | None = None) -> None:
+    """Swap the described layers into a transformers skeleton, under the names this class has for them."""
+    described = described.renamed(names_in(model, described, saved))
+    if not _same_class(model, saved):
+        described = _with_tied_partners(model, described)
+    plan = dtype_plan(model)
+    wanted = model.config.dtype
+
+    def dtype_of(name: str, saved: torch.dtype) -> torch.dtype:
+        return kept_dtype(plan, f"{name}.weight") or wanted or saved
+
+    apply(model, described, dtype_of=dtype_of)
+
+
+def forget_kept_dtypes(model: Any, packed: Iterable[str]) -> None:
+    # versions before 5.21 would cast every tensor of the modules that they keep in float32, codes too
+    names = [f"{name}.weight" for name in packed]
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "dtype_plan"):
+        kept = getattr(model, attribute, None)
+        if kept:
+            free = [p for p in kept if not any(re.search(p.replace("*", ".*"), name) for name in names)]
+            setattr(model, attribute, {p: kept[p] for p in free} if isinstance(kept, dict) else type(kept)(free))
+
+
+def dtype_plan(model: Any) -> dict[str, torch.dtype]:
+    plan: dict[str, torch.dtype] = (
+        model._get_dtype_plan(model.config.dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan  # 5.0
+    )
+    return plan
+
+
+def kept_dtype(plan: dict[str, torch.dtype], name: str) -> torch.dtype | None:
+    # transformers keeps some modules in float32 whatever the dtype of the model
+    return next((dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
+
+
+def names_in(model: Any, described: Metadata, saved: Sequence[str] | None = None) -> dict[str, str]:
+    """Name of each described layer -> its name in ``model``, which may be a base model or have another head.
+
+    A layer may be missing only with everything around it (a head, a decoder) and only from another class than
+    the one that was saved: a layer that silently stayed float would run on random weights.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix, same_class = model.base_model_prefix + ".", _same_class(model, saved)
+    names: dict[str, str] = {}
+    missing = []
+    for name in described.layers:
+        options = (name, name.removeprefix(prefix), prefix + name)
+        found = next((n for n in options if place_of(modules, n) is not None), None)
+        if found is not None:
+            names[name] = found
+        elif same_class or any("." in n and n.rpartition(".")[0] in modules for n in options[:2]):
+            missing.append(name)
+    has_base = hasattr(model, model.base_model_prefix)
+    is_related = same_class or (names and not has_base) or not any("." in name for name in described.layers)
+    if not missing and not is_related and not any(name.startswith(prefix) for name in names.values()):
+        missing = list(described.layers)[:1]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no layer {missing[0]!r}: "
+            f"the packed model was saved from {', '.join(_saved_classes(model, saved)) or 'another class'}"
+        )
+    return names
+
+
+def _with_tied_partners(model: Any, described: Metadata) -> Metadata:
+    """Describe also the new layers that this class ties to described ones, such as a head on a base model."""
+    configs, tied = dict(described.layers), [list(group) for group in described.tied]
+    for pair in model.all_tied_weights_keys.items():
+        names = [name.removesuffix(".weight") for name in pair]
+        known = [name for name in names if name in described.layers]
+        if len(known) != 1 or any(name in described.skipped for name in names):
+            continue
+        (partner,) = (name for name in names if name not in known)
+        module = model.get_submodule(partner)
+        like = configs[known[0]]
+        is_embedding = isinstance(module, nn.Embedding)
+        made = layer_class(like.layer_class.family, "embedding" if is_embedding else "linear")
+        bias = not is_embedding and module.bias is not None
+        extras = embedding_extras(module) if is_embedding else {}
+        if extras is None:  # a forward of its own: its weight is tied, and float
+            continue
+        extras = made.check_extras(bias, extras)
+        config = LayerConfig(made, like.format.with_activation(ActivationSpec()), bias, like.dtype, extras)
+        configs[partner] = config
+        group = next((group for group in tied if known[0] in group), None)
+        if group is None:
+            tied.append([known[0], partner])
+        else:
+            group.append(partner)
+    return replace(described, layers=configs, tied=tuple(tuple(group) for group in tied))
