@@ -12,7 +12,7 @@ from torch.autograd import forward_ad as _forward_ad
 from lowbit.backends.operands import Operands
 from lowbit.backends.transforms import below_autograd
 
-_is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 # Not public: a torch without one of them makes the plain call.
 _in_transform: Any = getattr(torch._C, "_are_functorch_transforms_active", None)

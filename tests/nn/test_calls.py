@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit.backends import registry
+from lowbit.backends.layouts import CANONICAL
 from lowbit.nn.layer import layer_class
 from lowbit.testing.numerics import assert_bitwise_equal
 
@@ -157,3 +159,16 @@ def test_a_torch_without_the_names_that_are_not_public_makes_the_plain_call(monk
         monkeypatch.setattr("lowbit.nn.call._in_transform", None)
         monkeypatch.setattr("lowbit.nn.call._below_autograd", None)
         assert torch.equal(layer(x), expected)
+
+
+def test_a_tied_model_that_has_not_run_is_exported():
+    """A tied layer learns of its layout in the first call: the call that failed must not be in the graph."""
+    model = nn.Sequential(nn.Embedding(40, 64), nn.Tanh(), nn.Linear(64, 40, bias=False))
+    model[2].weight = model[0].weight
+    lowbit.convert(model, lowbit.Packed(bits=4, group_size=16))
+    ids = torch.tensor([[3, 1, 39]])
+    for strict in (False, True):
+        fresh = copy.deepcopy(model)
+        fresh[0]._record(CANONICAL)  # the head has moved the codes since
+        program = torch.export.export(fresh, (ids,), strict=strict)
+        torch.testing.assert_close(program.module()(ids), model(ids))
