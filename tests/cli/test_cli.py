@@ -399,6 +399,20 @@ def test_sample_sentences_do_not_overlap() -> None:
     assert not evaluated & set(demo.sample_text())
 
 
+def test_demo_times_int8_activations_that_are_int8() -> None:
+    torch.manual_seed(0)
+    model = lowbit.convert(nn.Sequential(nn.Linear(64, 48)), lowbit.Packed(bits=4, group_size=32))
+    int8, x = demo.with_int8_activations(model), torch.randn(3, 64)
+    assert int8 is not None
+    weight = lowbit.Packed(bits=4, group_size=32).quantize(model[0].dequantize())
+    expected = lowbit.PackedLinear.from_weight(weight, model[0].bias, activations="int8")
+    assert int8[0].format.activations == "int8" and not torch.equal(int8(x), model(x))
+    torch.testing.assert_close(int8(x), expected(x), rtol=1e-2, atol=1e-2)
+    int8[0].become(model[0].format, int8[0].canonical())
+    assert torch.equal(int8(x), model(x))
+    assert demo.with_int8_activations(lowbit.convert(nn.Sequential(nn.Linear(64, 48)), lowbit.Kronecker())) is None
+
+
 def test_demo_refuses_an_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert demo.main([str(tmp_path / "absent")]) == 2
     assert "lowbit demo: " in capsys.readouterr().err
