@@ -83,7 +83,9 @@ def test_an_average_of_one_model_is_the_model(spec, average):
 def test_ties_survive_moves_and_copies(spec):
     m = model(spec)
     y = m(IDS)
-    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), m.to("cpu"), m.bfloat16().float(), m.share_memory()):
+    copied = m._apply(torch.clone)  # new tensors, as from another device
+    moves = [m.to("cpu"), m.bfloat16().float(), m.share_memory(), copied]
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), *moves):
         for name in other[0].format.weight_tensors():
             assert getattr(other[0], name) is getattr(other[3], name), name
         assert_bitwise_equal(other[0](IDS), m[0](IDS))
