@@ -278,6 +278,12 @@ def recipes(bits: Sequence[int], group_size: int, quantizer: str) -> dict[str, S
     }
 
 
+def converted(model: nn.Module, spec: Spec, calibration: list[Any]) -> nn.Module:
+    """A packed copy; ``calibration``: batches for the specs that make use of them."""
+    packed: nn.Module = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration if spec.statistics else None)
+    return packed
+
+
 def cpu_model() -> str:
     """The processor's own name."""
     try:
@@ -342,7 +348,7 @@ def run(source: str, bit_widths: Sequence[int], group_size: int, quantizer: str)
         for number, (label, spec) in enumerate(rows.items()):
             folder = Path(scratch) / str(number)
             start = time.perf_counter()
-            packed = lowbit.convert(copy.deepcopy(model), spec, calibration=task.calibration)
+            packed = converted(model, spec, task.calibration)
             seconds = time.perf_counter() - start
             lowbit.save(packed, folder)
             packed = lowbit.load(folder).eval()

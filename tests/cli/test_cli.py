@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -397,6 +399,23 @@ def test_sample_sentences_do_not_overlap() -> None:
     assert {pair.grade for pair in pairs} <= set(map(float, range(6)))
     evaluated = {sentence for pair in pairs for sentence in (pair.first, pair.second)}
     assert not evaluated & set(demo.sample_text())
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "minmax"])
+def test_demo_calibrates_the_rows_that_make_use_of_it(quantizer: str) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(64, 48)), [torch.randn(3, 64)]
+    differ = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "calibration= changes nothing"
+        for label, spec in demo.recipes([4], 64, quantizer).items():
+            given, plain = demo.converted(model, spec, batches), None
+            if not spec.needs_calibration:
+                plain = lowbit.convert(copy.deepcopy(model), spec)
+            differ[label] = plain is None or not torch.equal(given[0].dequantize(), plain[0].dequantize())
+    assert [label for label, differs in differ.items() if not differs] == [
+        *(["4-bit"] if quantizer == "minmax" else []), "NF4", "4-bit k-means", "Kronecker, half"
+    ]  # fmt: skip
 
 
 def test_demo_times_int8_activations_that_are_int8() -> None:
