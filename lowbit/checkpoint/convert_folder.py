@@ -22,7 +22,7 @@ from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
-from lowbit.model.plan import Swap, make_plan, problem_of
+from lowbit.model.plan import Swap, check_arguments, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
@@ -55,7 +55,9 @@ def convert_folder(
         FileNotFoundError, FileExistsError: ``src`` is not a model folder; ``dst`` is not empty.
         ValueError: as :func:`lowbit.convert`; for a malformed checkpoint; and naming format, file and layer for a
             model that another library quantized, or that is packed already.
+        TypeError: for what is no spec.
     """
+    check_arguments(spec, skip)
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")

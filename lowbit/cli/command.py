@@ -32,7 +32,7 @@ import lowbit
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean
+from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean, written_spec
 from lowbit.core.quantizer import names
 from lowbit.model.kept import SHARE, Kept, with_float_copies
 from lowbit.model.report import Report, Row
@@ -51,7 +51,7 @@ CALIBRATION_LENGTH = 512  # tokens of one calibration sample
 
 _SPECS: dict[str, type[Spec]] = {cls.__name__: cls for cls in (lowbit.Packed, lowbit.Codebook, lowbit.Kronecker)}
 # "Codebook(bits=3)", or "*.mlp.*=Codebook(bits=3)"
-_SPEC_TEXT = re.compile(r"(?:(?P<pattern>[^=()]+)=)?(?P<spec>\s*[\w.]+\s*\(.*\)|\s*None)", re.DOTALL)
+_SPEC_TEXT = re.compile(r"(?:(?P<pattern>[^=()]+)=)?(?P<spec>\s*[\w.]+\s*(?:\(.*\))?)", re.DOTALL)
 
 
 def parse_spec(text: str) -> Spec | None:
@@ -60,7 +60,10 @@ def parse_spec(text: str) -> Spec | None:
     Arguments are literals, specs, or names of dtypes. Raises ``ValueError`` for anything else: nothing is evaluated.
     """
     try:
-        spec = _spec_value(ast.parse(text.strip(), mode="eval").body)
+        node = ast.parse(text.strip(), mode="eval").body
+        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node).removeprefix("lowbit.") not in _SPECS:
+            raise ValueError(_no_spec(ast.unparse(node)))
+        spec = _spec_value(node)
     except SyntaxError as error:
         raise ValueError(f"{text!r} is not a spec: {error}") from None
     except TypeError as error:  # an argument that it does not have
@@ -70,13 +73,19 @@ def parse_spec(text: str) -> Spec | None:
     return spec
 
 
+def _no_spec(written: str) -> str:
+    return f"{written!r} is not a spec{did_you_mean(written.rpartition('.')[2], _SPECS)}"
+
+
 def _spec_value(node: ast.expr) -> Any:
-    if not isinstance(node, ast.Call):
-        return _literal(node)
-    written = ast.unparse(node.func)
+    written = ast.unparse(node.func if isinstance(node, ast.Call) else node)
     name = written.removeprefix("lowbit.")
+    if not isinstance(node, ast.Call):
+        if made := written_spec(_SPECS.get(name)):
+            raise ValueError(f"{written!r} is not a spec, but their class: write {made}")
+        return _literal(node)
     if name not in _SPECS:
-        raise ValueError(f"{written!r} is not a spec{did_you_mean(name.rpartition('.')[2], _SPECS)}")
+        raise ValueError(_no_spec(written))
     arguments = {keyword.arg: _spec_value(keyword.value) for keyword in node.keywords if keyword.arg is not None}
     if node.args or len(arguments) < len(node.keywords):
         raise ValueError(f"{ast.unparse(node)!r} is not a spec: name every argument, each once")

@@ -85,6 +85,7 @@ class Codebook(Spec):
     """
 
     family = "codebook"
+    example = "bits=4"
     bits: int = 4
     granularity: Granularity | None = None
     group_size: int | None = None

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
+from inspect import isabstract
 from numbers import Real
 from operator import index
 from typing import Any, ClassVar, Literal, SupportsIndex
@@ -43,6 +44,7 @@ class Spec(ABC):
     """
 
     family: ClassVar[str]
+    example: ClassVar[str] = ""  # arguments as a user may write them, for messages
     quantizer: Any  # the name of one: a field of most specs
     activations: Activations
 
@@ -206,6 +208,12 @@ class Weight(ABC):
 
 
 # ------------------------------------------------------------------------------------- checks and parts in common
+
+
+def written_spec(value: object) -> str | None:
+    """What to write instead of ``value``, where that is the class of a spec: ``Packed(bits=4)``."""
+    is_class = isinstance(value, type) and issubclass(value, Spec) and not isabstract(value)
+    return f"{value.__name__}({value.example})" if is_class else None  # type: ignore[attr-defined]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

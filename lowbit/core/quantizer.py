@@ -72,8 +72,11 @@ def register(quantizer: Quantizer[Any, Any]) -> None:
     """Let specs of ``quantizer.family`` name this quantizer; a second one of the same name replaces the first.
 
     Raises:
+        TypeError: it is the class.
         ValueError: it wants a statistic to be measured that does not exist.
     """
+    if isinstance(quantizer, type):
+        raise TypeError(f"quantizer must be made, not the class itself: write {quantizer.__name__}()")
     known = [field.name for field in fields(Statistics)]
     for name in sorted({*quantizer.needs, *quantizer.uses}):
         if name not in known:

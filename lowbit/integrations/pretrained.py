@@ -36,6 +36,7 @@ from lowbit.integrations.ties import retie, submodels
 from lowbit.model.accelerate import canonical_state_dict
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.foreign import why_foreign
+from lowbit.model.plan import check_arguments
 from lowbit.nn.layer import Layer, layers
 
 METHOD = "lowbit"
@@ -52,12 +53,14 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Raises:
         ValueError: naming the layer and the field of a description that is not valid.
+        TypeError: for what is no spec.
     """
 
     def __init__(
         self, spec: Any = None, *, skip: Any = (), calibration: Any = None, loss: Any = None, **description: Any
     ) -> None:
         description.pop("quant_method", None)
+        check_arguments(spec, skip)
         self.spec, self.skip, self.calibration, self.loss = spec, skip, calibration, loss
         self._describe(None if spec is not None else parse(description), description)
 

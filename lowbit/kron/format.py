@@ -27,6 +27,7 @@ from lowbit.core.family import (
     check_size,
     choice,
     dtype_name,
+    written_spec,
 )  # fmt: skip
 from lowbit.core.quantizer import find, names
 from lowbit.kron.shapes import nearest_shapes, shape_problem
@@ -57,6 +58,7 @@ class Kronecker(Spec):
     """
 
     family = "kron"
+    example = "compression=2"
     compression: float | None = None
     shape: tuple[int, int] | None = None
     rank: int = 1
@@ -94,7 +96,9 @@ class Kronecker(Spec):
         check_seed(self.seed)
         if self.factors is not None:
             if not isinstance(self.factors, Packed):
-                raise ValueError(f"factors must be a Packed or None: got {type(self.factors).__name__}")
+                made = written_spec(self.factors)
+                instead = f"the class itself: write factors={made}" if made else type(self.factors).__name__
+                raise ValueError(f"factors must be a Packed or None: got {instead}")
             if self.factors.activations != "float" or self.factors.outliers or self.factors.needs:
                 raise ValueError(
                     "factors takes float activations, no outliers and no quantizer='gptq': "

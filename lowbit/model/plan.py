@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.core.family import FLOAT_DTYPES, Spec
+from lowbit.core.family import FLOAT_DTYPES, Spec, written_spec
 from lowbit.model import adapters, candidates, foreign, sources
 from lowbit.model.candidates import Swap as Swap
 from lowbit.model.kept import kept_float, untied
@@ -42,7 +42,7 @@ class Plan:
 
 def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) -> Plan:
     """Decide for every layer, validating everything; raises ``ValueError`` with all problems, changes nothing."""
-    _check_arguments(spec, skip)
+    check_arguments(spec, skip)
     found, skipped = candidates.find(model)
     found = _refuse_foreign(model, found, spec, skip, skipped)
     found = _without_trained(model, found, spec, skipped)
@@ -146,7 +146,8 @@ def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, s
             skipped[where] = f"{skipped[where]}; {text}" if where in skipped else text
 
 
-def _check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
+def check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
+    """Raise ``TypeError`` for what is no spec, or no patterns, saying what to write."""
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
     for pattern in skip:
@@ -154,17 +155,16 @@ def _check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
             raise TypeError(f"skip must be a sequence of patterns, texts: got {pattern!r:.200}")
     if spec is None or isinstance(spec, Spec):
         return
-    if isinstance(spec, type) and issubclass(spec, Spec):
-        raise TypeError(f"spec must be made, not the class itself: write {spec.__name__}(), with its arguments")
+    if made := written_spec(spec):
+        raise TypeError(f"spec must be made, not the class itself: write {made}")
     if isinstance(spec, (list, tuple, set)):
         raise TypeError(f"spec must be one spec, or a mapping of patterns to specs, such as "
                         f"{{'*.mlp.*': lowbit.Packed(bits=4)}}: got a {type(spec).__name__} {spec!r:.200}")  # fmt: skip
     if not isinstance(spec, Mapping):
         raise TypeError(f"spec must be None, {_SPECS}, or a mapping of patterns to them: got {type(spec).__name__}")
     for pattern, value in spec.items():
-        if isinstance(value, type) and issubclass(value, Spec):
-            raise TypeError(f"spec must map patterns to specs, not to their class: for {pattern!r}, write "
-                            f"{value.__name__}(), with its arguments")  # fmt: skip
+        if made := written_spec(value):
+            raise TypeError(f"spec must map patterns to specs, not to their class: for {pattern!r}, write {made}")
         if not isinstance(pattern, str) or not (value is None or isinstance(value, Spec)):
             raise TypeError(f"spec maps name patterns to {_SPECS} or to None: got {pattern!r}: {value!r}")
 

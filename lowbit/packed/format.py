@@ -79,6 +79,7 @@ class Packed(Spec):
     """
 
     family = "packed"
+    example = "bits=4"
     bits: int = 4
     group_size: int | None = None
     granularity: Granularity | None = None

@@ -261,6 +261,11 @@ def test_convert_with_specs_by_pattern(
         (["--spec", "Codebook(bits=3, bits=4)"], "name every argument, each once"),
         (["--spec", "Codebook()", "--spec", "Kronecker()"], "--spec must give each pattern once: got '*' again"),
         (["--spec", "nothing.*=Codebook()"], "spec pattern 'nothing.*': matches no layer"),
+        (["--spec", "Packed"], "'Packed' is not a spec, but their class: write Packed(bits=4)"),
+        (["--spec", "*.mlp.*=lowbit.Codebook"], "but their class: write Codebook(bits=4)"),
+        (["--spec", "Kronecker"], "write Kronecker(compression=2)"),
+        (["--spec", "Kronecker(factors=Packed)"], "'Packed' is not a spec, but their class: write Packed(bits=4)"),
+        (["--spec", "Codebok"], "'Codebok' is not a spec: did you mean 'Codebook'?"),
     ],
 )
 def test_convert_refuses_bad_specs(

@@ -346,6 +346,8 @@ def test_generate(name, tmp_path):
 def test_convert_while_loading(tmp_path):
     plain = make("gpt2", spec=None)
     plain.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"write Packed\(bits=4\)$"):
+        lowbit.integrations.transformers.LowbitConfig(spec=lowbit.Packed)
     config = lowbit.integrations.transformers.LowbitConfig(spec=SPEC, skip=["*.attn"])
     model = GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
     same_bits(model, make("gpt2", skip=["*.attn"]))

@@ -8,7 +8,9 @@ from torch import nn
 
 import lowbit
 from lowbit import Packed
+from lowbit.core.family import Spec, written_spec
 from lowbit.model import sources
+from lowbit.packed.quantize import GridQuantizer
 
 
 class Block(nn.Module):
@@ -50,15 +52,34 @@ def test_what_is_no_model(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Packed, r"spec must be made, not the class itself: write Packed\(\), with its arguments"),
-        ({"*": Packed}, r"for '\*', write Packed\(\), with its arguments"),
+        (Packed, r"^spec must be made, not the class itself: write Packed\(bits=4\)$"),
+        (lowbit.Codebook, r"write Codebook\(bits=4\)$"),
+        (lowbit.Kronecker, r"write Kronecker\(compression=2\)$"),
+        ({"*.q_proj": None, "*": Packed}, r"not to their class: for '\*', write Packed\(bits=4\)$"),
+        ({"*": lowbit.Kronecker}, r"for '\*', write Kronecker\(compression=2\)$"),
+        (Spec, r"spec must be None, a Packed, Codebook or Kronecker, or .*: got ABCMeta"),
         ([Packed(), Packed()], r"a mapping of patterns to specs, such as .*: got a list"),
         ((Packed(),), "got a tuple"),
     ],
 )
-def test_what_is_no_spec(spec, message):
+def test_what_is_no_spec(spec, message, tmp_path):
     with pytest.raises(TypeError, match=message):
         lowbit.convert(Model(), spec)
+    with pytest.raises(TypeError, match=message):
+        lowbit.convert_folder(tmp_path / "nowhere", tmp_path / "packed", spec)
+
+
+def test_every_family_has_an_example_of_its_spec():
+    for cls in (Packed, lowbit.Codebook, lowbit.Kronecker):
+        made = eval(written_spec(cls), {cls.__name__: cls})
+        assert made == cls(), "the example is what an empty call gives"
+
+
+def test_classes_instead_of_objects_elsewhere():
+    with pytest.raises(ValueError, match=r"got the class itself: write factors=Packed\(bits=4\)$"):
+        lowbit.Kronecker(factors=Packed)
+    with pytest.raises(TypeError, match=r"not the class itself: write GridQuantizer\(\)$"):
+        lowbit.register_quantizer(GridQuantizer)
 
 
 def test_skip_is_made_of_texts():
