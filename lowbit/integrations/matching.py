@@ -147,17 +147,19 @@ def _left_out(model: Any) -> str:
 def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
     """Check the headers of a *float* model: a tensor that no module takes may belong to a quantized format.
 
-    What transformers leaves out without a word is left out. So is what belongs to a module that ``model`` does not
-    have, such as a head, with a warning.
+    What transformers leaves out without a word is left out. So is, with a warning, what belongs to a module that
+    ``model`` does not have, such as a head. A scale is left out only at the root (CLIP's ``logit_scale``), and in the
+    file of another class with float tensors beside it, where it was learned.
 
     Raises:
         ValueError: naming file, tensor and format: a tensor beside the weight of a module that does not take it, one
-            in the model's layers with the name of a scale or of codes, or a weight that is not stored in float16,
-            bfloat16, float32 or float64.
+            with the name of a scale or of codes, or a weight that is not stored in float16, bfloat16, float32 or
+            float64.
     """
     state, cls, prefix = model.state_dict(), type(model).__name__, model.base_model_prefix + "."
     buffers = {name for name, _ in model.named_buffers()}
     children = {name for name, _ in model.named_children()}
+    is_other = not _same_class(model, None)
     owners = {name for name, m in model.named_modules(remove_duplicate=False) if m._parameters and name} | set(state)
     ignored, left_out = _left_out(model), []
     for name, key in found.unexpected.items():
@@ -167,7 +169,8 @@ def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
         owner, _, leaf = name.rpartition(".")
         sign = foreign.sign_of(leaf)
         beside = any(n.rpartition(".")[0] in owners or any(n.startswith(f"{t}_") for t in state) for n in names)
-        if beside or (sign is not None and any(n.partition(".")[0] in children for n in names[:2])):
+        inside = any(n.partition(".")[0] in children for n in names[:2])
+        if beside or (sign is not None and (inside or not _is_learned(key, sign, entries, is_other))):
             kind = f", as {sign} has it" if sign else ""
             raise ValueError(
                 f"{entries[key].file}: tensor {key!r} ({_dtype(entries[key])}) of layer "
@@ -185,6 +188,18 @@ def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
     if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         warnings.warn(f"left out, {cls} has no module for it: {', '.join(left_out[:5])}{more}", stacklevel=2)
+
+
+def _is_learned(key: str, sign: str, entries: Mapping[str, Entry], is_other: bool) -> bool:
+    """Whether a tensor called as a scale is one that a float model learns; it is in no module of the model.
+
+    ``is_other``: the file is another class's, whose modules need not be here.
+    """
+    owner, dot, _ = key.rpartition(".")
+    if sign or (dot and not is_other):
+        return False
+    beside = [entry for name, entry in entries.items() if name.rpartition(".")[0] == owner] if is_other else []
+    return all(entry.dtype in foreign.FLOATS for entry in (entries[key], *beside))
 
 
 def _dtype(entry: Entry) -> str:

@@ -169,6 +169,12 @@ def test_a_weight_that_is_not_stored_in_floats(dtype, folder):
         ("lm_head.weight_scale", "lm_head"),
         (f"{PROJ}.bias", "up_proj.bias"),  # the model would run without it
         (f"{PROJ}.weight._data", "quanto"),
+        ("score.scale", "score"),  # of a module that the model does not have
+        ("score.input_scale", "input_scale"),
+        ("vision_tower.layers.0.proj.weight_packed", "compressed-tensors"),
+        ("mtp.0.proj.qweight", "GPTQ"),
+        ("absent.weight_zero_point", "compressed-tensors"),
+        ("qweight", "GPTQ"),
     ],
 )
 def test_a_tensor_that_no_module_takes(extra, word, folder):
@@ -226,8 +232,7 @@ def test_fused_experts(tmp_path):
         ("model.embeddings.position_ids", True),
         ("model.layers.0.self_attn.masked_bias", True),
         ("score.weight", True),  # a head that this class does not have
-        ("score.scale", True),
-        ("logit_scale", True),
+        ("logit_scale", True),  # learned: no layer's
         ("model.layers.7.mlp.up_proj.weight", True),
     ],
 )
@@ -258,6 +263,34 @@ def test_a_base_model_folder_with_the_tensors_of_a_head(tmp_path):
     shutil.rmtree(tmp_path / "packed")
     rewrite(folder, lambda t: {**t, "bert.encoder.layer.0.output.dense.weight_scale": torch.ones(1)})
     refused(folder, "bert.encoder.layer.0.output.dense")
+
+
+def test_learned_scales(tmp_path):
+    """A model's own scales are taken; those of a tower that another class leaves out need not be anybody's codes'."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    text, vision = dict(sizes, vocab_size=61), dict(sizes, image_size=8, patch_size=4)
+    folder = tmp_path / "model"
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    model.logit_scale.data.fill_(3.0)
+    model.save_pretrained(folder)
+    config = lowbit.integrations.transformers.LowbitConfig(spec=SPEC)
+
+    def load_text():
+        return transformers.CLIPTextModel.from_pretrained(folder, quantization_config=config)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowbit.convert_folder(folder, tmp_path / "packed", SPEC)
+    assert lowbit.load(tmp_path / "packed").logit_scale.item() == 3.0
+    shutil.rmtree(tmp_path / "packed")
+    extra = "vision_model.encoder.layers.0.layer_scale1.scale"
+    rewrite(folder, lambda t: {**t, extra: torch.ones(32)})
+    with pytest.warns(UserWarning, match="left out, CLIPTextModel has no module for it: logit_scale"):
+        load_text()
+    refused(folder, extra)
+    rewrite(folder, lambda t: {**t, extra.replace("scale1.scale", "scale1.weight"): torch.ones(4, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match=re.escape(repr(extra))):
+        load_text()
 
 
 def test_an_importer_takes_its_format(folder, monkeypatch):
