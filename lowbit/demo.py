@@ -259,7 +259,7 @@ def with_int8_activations(model: nn.Module) -> nn.Module | None:
     linears = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
     able = [layer for layer in linears if "int8" in layer.format.supported_activations]
     for layer in able:
-        layer.become(replace(layer.format, activations="int8"), layer.canonical())
+        layer.format = replace(layer.format, activations="int8")
     return model if able else None
 
 

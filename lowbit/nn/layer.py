@@ -34,7 +34,8 @@ class Layer(nn.Module):
     Subclasses set ``family``, ``kind`` and what these consist of, and are found by them when a saved model is rebuilt.
 
     Attributes:
-        format: the stored form; shapes and dtypes of all tensors follow from it.
+        format: the stored form; shapes and dtypes of all tensors follow from it. Another one may be assigned that has
+            the same tensors, such as one with ``activations="int8"``; :meth:`become` is for the rest.
         dtype: the compute dtype that ``.weight`` shows; ``.to(dtype)`` changes it and the bias, never the
             packed form.
         weight_error: relative Frobenius error of the weight against the float original, where it is known.
@@ -214,14 +215,37 @@ class Layer(nn.Module):
             self._buffers[name] = tensor.detach().contiguous()
 
     def become(self, format: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Be a layer of this format, which holds these tensors, in the form that files have them."""
-        self.format = format
+        """Be a layer of this format, which holds these tensors, in the form that files have them: :meth:`canonical`.
+
+        What was trained is frozen then. Raises ``ValueError``, naming the layer, for a tensor that is missing or has
+        another shape or dtype than the format says; nothing has changed then.
+        """
+        wanted = format.tensors()
+        for name, (shape, dtype) in wanted.items():
+            self.check_tensor(self.title(), name, tensors.get(name), shape, dtype)
+        for name in self.trained():
+            del self._parameters[name]
         for name in self._buffers:
-            if name not in format.tensors():
+            if name not in wanted:
                 self._buffers[name] = None
-        self.store({name: tensors[name] for name in format.tensors()})
+        self.store({name: tensors[name] for name in wanted})
+        self._set_format(format)
+
+    def _set_format(self, format: Any) -> None:
+        self.__dict__["format"] = format
         self._derive()
         self.prepare()
+
+    def _require_same_tensors(self, format: Any) -> None:
+        """Raise unless a layer of this format holds the tensors that are held now."""
+        if not isinstance(format, self.format_class):
+            raise TypeError(f"{self.title()}: format must be a {self.format_class.__name__}: got {format!r:.200}")
+        mine, other = ((f.out_features, f.in_features, f.tensors()) for f in (self.format, format))
+        if mine != other:
+            raise ValueError(
+                f"{self.title()}: the tensors of {self.format.describe()} are not those of [{other[0]}, {other[1]}] "
+                f"{format.describe()}: write layer.become(format, tensors), with tensors as layer.canonical() has them"
+            )
 
     def share_weight(self, source: Layer) -> None:
         """Hold the very tensors of ``source``: every tensor of the weight that both formats have."""
@@ -388,6 +412,10 @@ class Layer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(f"{self.title()}: .weight cannot be assigned: the layer holds the packed form")
+        if name == "format" and "format" in self.__dict__:
+            self._require_same_tensors(value)
+            self._set_format(value)
+            return
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +78,57 @@ def test_gradients_come_where_they_are_wanted(spec):
     with torch.no_grad():
         y = layer(x.detach())
     assert not y.is_inference()
+
+
+def test_another_format_counts_in_the_next_call():
+    layer, x = linear(lowbit.Packed(bits=4, group_size=16)), torch.randn(3, 48)
+    tied = copy.deepcopy(layer)
+    tied.share_weight(layer)
+    y, before, held = layer(x), layer.format, layer.named_tensors()
+    int8 = copy.deepcopy(layer)
+    int8.become(replace(before, activations="int8"), layer.canonical())
+    expected = int8(x)
+    assert not torch.equal(expected, y)
+    layer.format = replace(before, activations="int8")
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_bitwise_equal(other(x), expected)
+    assert layer.named_tensors().keys() == held.keys()
+    assert all(tensor is held[name] for name, tensor in layer.named_tensors().items())
+    assert_bitwise_equal(tied(x), y)
+    layer.format = before
+    assert_bitwise_equal(layer(x), y)
+
+
+@family
+def test_a_format_with_other_tensors_is_refused(spec):
+    layer, x = linear(spec), torch.randn(2, 48)
+    y, before = layer(x), layer.format
+    others = {
+        "packed": [dict(bits=8), dict(group_size=24), dict(zeros="int"), dict(outliers=3), dict(in_features=50),
+                   dict(activations="int8_static")],
+        "codebook": [dict(bits=3), dict(out_features=23), dict(scales="float16")],
+        "kron": [dict(rank=2), dict(n1=24, n2=1, k1=1, k2=48), dict(dtype="float16")],
+    }[spec.family]  # fmt: skip
+    for fields in others:
+        other = replace(before, **fields)
+        with pytest.raises(ValueError, match=r"Linear \[24, 48\]: the tensors of .*write layer\.become\("):
+            layer.format = other
+        with pytest.raises(ValueError, match=r"Linear \[24, 48\]\)?\.\w+ (must have|must be|is missing)"):
+            layer.become(other, layer.canonical())
+        assert layer.format is before
+        assert_bitwise_equal(layer(x), y)
+    with pytest.raises(TypeError, match=rf"format must be a {type(before).__name__}: got 'int8'"):
+        layer.format = "int8"
+
+
+@family
+def test_a_layer_that_becomes_another_is_frozen(spec):
+    layer, x = linear(spec), torch.randn(2, 48)
+    y = layer(x)
+    lowbit.make_trainable(layer, *layer.trainable())
+    layer.become(layer.format, layer.canonical())
+    assert not layer.trained()
+    assert_bitwise_equal(layer(x), y)
 
 
 @family
