@@ -13,9 +13,8 @@ from lowbit.core.bitpack import pack
 from lowbit.core.family import FLOAT_DTYPES, Format
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.layer import Layer, LayerConfig, make_trainable
+from lowbit.nn.rows import OUTLIERS, cut_rows, row_tensors
 from lowbit.packed.format import Packed, PackedFormat
-
-_OUTLIERS = ("outlier_values", "outlier_columns", "outlier_rows")
 
 
 @torch.no_grad()
@@ -33,25 +32,20 @@ def resized(layer: Layer, rows: Tensor, bias: nn.Parameter | None, padding_idx: 
     """
     if not isinstance(layer, CodedLayer):
         return None
-    n, m, old = layer.format.out_features, len(rows), layer.format.weight_tensors()
-    tensors, kept = layer.canonical(), min(n, m)
-    count = int(tensors["outlier_rows"][kept]) if "outlier_rows" in tensors else 0
-    format: Any = replace(layer.format, out_features=m, outliers=count)
-    shared = _shared(format)
-    of_rows = {name for name in old if name not in shared and name not in _OUTLIERS}
-    if any(shape[0] != m for name, (shape, _) in format.weight_tensors().items() if name in of_rows):
+    n, m, of_rows = layer.format.out_features, len(rows), row_tensors(layer.format)
+    shared = _shared(layer.format)
+    if not layer.format.weight_tensors().keys() <= {*of_rows, *shared, *OUTLIERS}:
         return None
-    if m > n and shared and (isinstance(format, PackedFormat) or format.scales == "none"):
+    if m > n and shared and (isinstance(layer.format, PackedFormat) or layer.format.scales == "none"):
         return None
-    stored = {name: tensor for name, tensor in tensors.items() if count or name not in _OUTLIERS}
-    stored |= {name: tensors[name][:kept] for name in of_rows}
+    tensors = layer.canonical()
+    stored = cut_rows(tensors, layer.format, slice(0, min(n, m)))
+    format: Any = replace(layer.format, out_features=m, outliers=len(stored.get("outlier_values", ())))
     if m > n:
         added = _compressed(rows[n:], replace(format, out_features=m - n, outliers=0), tensors)
         stored |= {name: torch.cat([stored[name], added[name]]) for name in of_rows}
-    if count:
-        ends = tensors["outlier_rows"][: kept + 1]
-        stored |= {name: tensors[name][:count] for name in _OUTLIERS[:2]}
-        stored["outlier_rows"] = torch.cat([ends, ends[-1:].expand(m - kept)])
+        if format.outliers:
+            stored["outlier_rows"] = nn.functional.pad(stored["outlier_rows"], (0, m - n), value=format.outliers)
     config = LayerConfig.of(layer)
     extras = dict(config.extras)
     if layer.kind == "embedding":

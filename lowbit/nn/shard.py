@@ -13,6 +13,7 @@ from lowbit.core.family import MAX_INT16_COLUMNS
 from lowbit.core.outliers import column_indices
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.linear import LinearLayer
+from lowbit.nn.rows import cut_rows
 
 OUTPUT, INPUT = 0, 1  # the dimension of W [N, K] that is cut
 
@@ -43,23 +44,12 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
         raise ValueError(f"{layer.title()}: cannot be split over {count} devices: {problem}")
     whole = layer.out_features, layer.in_features
     tensors = layer.canonical()
-    cut = (_rows if dim == OUTPUT else _columns)(tensors, format, share)
+    cut = (cut_rows if dim == OUTPUT else _columns)(tensors, format, share)
     fields = {"out_features" if dim == OUTPUT else "in_features": share.stop - share.start}
     if dim == INPUT and format.group_size == size:
         fields["group_size"] = share.stop - share.start
     layer.become(replace(format, **fields, outliers=len(cut.get("outlier_values", ()))), cut)
     layer.whole = whole
-
-
-def _rows(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str, Tensor]:
-    n = format.out_features
-    cut = {name: t[share] if len(t) == n and name not in _SPARSE else t for name, t in tensors.items()}
-    if "outlier_rows" in tensors:
-        ends = tensors["outlier_rows"][share.start : share.stop + 1]
-        entries = slice(int(ends[0]), int(ends[-1]))
-        cut |= {name: tensors[name][entries] for name in _SPARSE[:2]}
-        cut["outlier_rows"] = ends - ends[0]
-    return cut
 
 
 def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str, Tensor]:
@@ -79,6 +69,3 @@ def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str,
         before = torch.cat([inside.new_zeros(1, dtype=torch.int64), inside.cumsum(0)])
         cut["outlier_rows"] = before[ends.to(torch.int64)].to(torch.int32)
     return cut
-
-
-_SPARSE = ("outlier_values", "outlier_columns", "outlier_rows")
