@@ -20,14 +20,15 @@ def row_tensors(format: Any) -> list[str]:
 def cut_rows(tensors: dict[str, Tensor], format: Any, rows: slice) -> dict[str, Tensor]:
     """``tensors`` of ``format``, as files have them, of these rows alone: what serves all rows stays as it is.
 
-    Without the tensors of outliers where these rows have none, as formats are.
+    What is cut is copied, so that the rest can be freed. Without the tensors of outliers where these rows have none, as
+    formats are.
     """
     cut = {name: tensor for name, tensor in tensors.items() if name not in OUTLIERS}
-    cut |= {name: tensors[name][rows] for name in row_tensors(format)}
+    cut |= {name: tensors[name][rows].clone() for name in row_tensors(format)}
     if "outlier_rows" in tensors:
         ends = tensors["outlier_rows"][rows.start : rows.stop + 1]
         first, last = int(ends[0]), int(ends[-1])
         if last > first:
-            cut |= {name: tensors[name][first:last] for name in OUTLIERS[:2]}
+            cut |= {name: tensors[name][first:last].clone() for name in OUTLIERS[:2]}
             cut["outlier_rows"] = ends - ends[0]
     return cut

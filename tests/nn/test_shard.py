@@ -37,6 +37,8 @@ def test_shares_are_parts_of_the_weight(spec, count):
             shard(part, dim, index, count)
             part.bias = None
             part.validate()
+            for name, tensor in part.named_tensors().items():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} keeps the whole layer's in memory"
             assert (part.in_features, part.out_features) == (192, 90)
             parts.append(part)
         found = torch.cat([part.dequantize() for part in parts], dim)
