@@ -16,9 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit.checkpoint import card, foreign, stream
-from lowbit.checkpoint.folder import DESCRIPTION_FILE, save
+from lowbit.checkpoint.folder import save
 from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
+from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
@@ -61,7 +62,7 @@ def convert_folder(
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")
-    if (src / DESCRIPTION_FILE).is_file() or foreign.is_packed(src):
+    if is_packed(src):
         raise ValueError(f"{src} is a lowbit folder already: lowbit.load reads it, lowbit.dequantize makes it float")
     declared = foreign.declared(src)
     importer = None if declared is None else foreign.importers.get(declared.format)

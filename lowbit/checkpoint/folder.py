@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint import card, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
+from lowbit.core.folder import DESCRIPTION_FILE as DESCRIPTION_FILE
 from lowbit.model.accelerate import canonical_state_dict
 from lowbit.nn.layer import layers
-
-DESCRIPTION_FILE = "lowbit.json"
 
 
 @contextmanager

@@ -6,7 +6,6 @@ importer is registered for a format, a folder in it is refused.
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, Entry, read_json
+from lowbit.core.folder import is_packed as is_packed
+from lowbit.core.folder import sections
+from lowbit.core.foreign import sign_of as sign_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,22 +29,7 @@ _OWN_FILES = {
     "hf_quant_config.json": "modelopt",
     "quantization_config.json": "auto-round",
 }
-_SECTIONS = ("quantization_config", "compression_config")
 _DETAILS = ("format", "fmt", "checkpoint_format", "packing_format", "quant_type", "quant_algo", "version")
-# The last part of a tensor's name -> whose tensor that is. The first that fits counts.
-_SIGNS = {
-    r"^qweight$|^qzeros$|^g_idx$": "GPTQ or AWQ",
-    r"^weight_packed$|^weight_shape$|^weight_zero_point$|^weight_g_idx$|^weight_global_scale$": "compressed-tensors",
-    r"scale_inv$": "FP8 in blocks",
-    r"_(blocks|scales)$": "MXFP4",
-    r"absmax|quant_map|quant_state|bitsandbytes": "bitsandbytes, 4 bits",
-    r"^SCB$|^weight_format$": "bitsandbytes, 8 bits",
-    r"qdata": "torchao",
-    r"^W_q$": "HQQ",
-    r"^_(data|scale|shift)$": "quanto",
-    r"^code(book)?s$": "AQLM",
-    r"scale|zero_?(point)?s?$|amax": "",
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ def declared(folder: Path) -> Foreign | None:
     """The foreign format that a config file of ``folder`` names, or that its only weights are in."""
     config = folder / "config.json"
     if config.is_file():
-        for section in _sections(read_json(config)):
+        for section in sections(read_json(config)):
             if section.get("quant_method") != "lowbit":
                 return _foreign(section, config, "unknown")
     for name, format in _OWN_FILES.items():
@@ -90,22 +77,6 @@ def declared(folder: Path) -> Foreign | None:
     if files and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)) and not _pickles(folder):
         return Foreign("gguf", files[0])
     return None
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether ``config.json`` of ``folder`` says that lowbit saved the model."""
-    config = folder / "config.json"
-    return config.is_file() and any(s.get("quant_method") == "lowbit" for s in _sections(read_json(config)))
-
-
-def _sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every ``quantization_config`` of a configuration and of those nested in it."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            if key in _SECTIONS:
-                yield value
-            else:
-                yield from _sections(value)
 
 
 def _foreign(section: dict[str, Any], file: Path, default: str) -> Foreign:
@@ -135,11 +106,6 @@ def _example(folder: Path) -> str:
 
 def _dtype(entry: Entry) -> str:
     return str(entry.dtype).removeprefix("torch.")
-
-
-def sign_of(leaf: str) -> str | None:
-    """Whose quantized tensors are called ``leaf``: a format, ``""`` where several do, ``None`` where none does."""
-    return next((format for pattern, format in _SIGNS.items() if re.search(pattern, leaf)), None)
 
 
 def headers(folder: Path) -> dict[str, Entry]:

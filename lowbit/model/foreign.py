@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import dtype_name
+from lowbit.core.foreign import is_foreign
 from lowbit.model import sources
 from lowbit.nn.layer import Layer
 
 _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128))
-# parts that no float module stores
-_PARTS = re.compile(
-    r"q_?weight|W_q|qzeros|weight_(packed|scale_inv|zero_points?|global_scale|blocks|scb)|quant_(map|state)|SCB|.*_scale_inv"
-    r"|_packed_params"
-)
 _TOGETHER = ({"codes", "codebooks"}, {"indices", "centroids"}, {"scales", "qzeros"}, {"scales", "zeros"})
 _WEIGHT = re.compile(r"(.*_)?(weight|proj|qweight|W_q)(_.*)?")
 QUANTIZED = "quantized by another library"  # how the reason starts
@@ -63,7 +59,7 @@ def _sign(module: nn.Module) -> str | None:
         coded = tensor.dtype not in _FLOATS and tensor.dtype is not torch.bool and tensor.dim() >= 2
         if coded and (sized or _WEIGHT.fullmatch(name)):
             return f"{cls.__module__}.{cls.__name__} holds its {name} as {dtype_name(tensor.dtype)}"
-    parts = [name for name in tensors if _PARTS.fullmatch(name)]
+    parts = [name for name in tensors if is_foreign(name)]
     parts += [name for names in _TOGETHER if names <= tensors.keys() for name in sorted(names)]
     parts = [f"{name} ({dtype_name(tensors[name].dtype)})" for name in dict.fromkeys(parts)]
     return f"{cls.__module__}.{cls.__name__} holds {', '.join(parts)}" if parts else None

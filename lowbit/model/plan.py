@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import FLOAT_DTYPES, Spec, written_spec
+from lowbit.core.folder import is_packed
 from lowbit.model import adapters, candidates, foreign, sources
 from lowbit.model.candidates import Swap as Swap
 from lowbit.model.kept import kept_float, untied
@@ -180,20 +179,11 @@ def _no_model(model: object) -> str:
     if not isinstance(model, (str, os.PathLike)):
         return text
     folder = Path(model)
-    if _is_packed_folder(folder):
+    if is_packed(folder):
         return f"{text}, which is already a lowbit folder: lowbit.load({str(model)!r}) gives its model"
     if (folder / "config.json").is_file():
         return f"{text}: load the model first, or convert the folder with lowbit.convert_folder(src, dst, spec)"
     return f"{text}: load the model first, for example with AutoModelForCausalLM.from_pretrained({str(model)!r})"
-
-
-def _is_packed_folder(folder: Path) -> bool:
-    if (folder / "lowbit.json").is_file():
-        return True
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return bool(config.get("quantization_config", {}).get("quant_method") == "lowbit")
-    return False
 
 
 def _matching(patterns: Iterable[str], names: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import lowbit
 from lowbit.checkpoint import foreign
+from lowbit.core.foreign import is_foreign, sign_of
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -152,6 +153,22 @@ def test_undeclared_formats(change, only, folder):
     config = lowbit.integrations.transformers.LowbitConfig(spec=SPEC)
     with pytest.raises(ValueError, match="give the float model"):
         transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+NAMES = {  # the last part of a name: whose it is in a file; whether a module that has it is quantized
+    "qweight": ("GPTQ or AWQ", True), "g_idx": ("GPTQ or AWQ", False), "weight_packed": ("compressed-tensors", True),
+    "weight_zero_point": ("compressed-tensors", True), "weight_scale_inv": ("FP8 in blocks", True),
+    "gate_up_proj_blocks": ("MXFP4", False), "quant_map": ("bitsandbytes, 4 bits", True),
+    "nested_absmax": ("bitsandbytes, 4 bits", False), "SCB": ("bitsandbytes, 8 bits", True), "W_q": ("HQQ", True),
+    "weight_qdata": ("torchao", False), "_scale": ("quanto", False), "codes": ("AQLM", False),
+    "weight_scale": ("", False), "zeros": ("", False), "input_amax": ("", False), "logit_scale": ("", False),
+    "weight": (None, False), "bias": (None, False), "gamma": (None, False), "q_proj": (None, False),
+    "k_zero_conv": (None, False),
+}  # fmt: skip
+
+
+def test_names_in_files_and_on_modules():
+    assert {name: (sign_of(name), is_foreign(name)) for name in NAMES} == NAMES
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])

@@ -39,7 +39,9 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "packed").mkdir()
     config = {"quantization_config": {"quant_method": "lowbit"}}
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
-    for folder in ("plain", "packed"):
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "config.json").write_text(json.dumps({"text_config": config}))
+    for folder in ("plain", "packed", "nested"):
         for path in (tmp_path / folder, str(tmp_path / folder)):
             with pytest.raises(TypeError, match=r"is already a lowbit folder: lowbit\.load\("):
                 lowbit.convert(path, Packed())
