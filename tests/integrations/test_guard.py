@@ -11,6 +11,7 @@ from torch import nn
 import lowbit
 from lowbit.checkpoint import card
 from lowbit.checkpoint.reader import Checkpoint, read_header
+from lowbit.testing.tiny import BERT, GPT2, LLAMA, T5
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -37,18 +38,12 @@ from transformers.quantizers import auto  # noqa: E402
 from lowbit.integrations.matching import NOTICE  # noqa: E402
 
 SPEC = lowbit.Packed(bits=4, group_size=32)
-IDS = torch.arange(3, 12)[None]
-LLAMA = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=101,
-)  # fmt: skip
-BERT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=101)
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "bert": lambda: BertForMaskedLM(BertConfig(**BERT)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=101, n_positions=64)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(d_model=64, d_kv=16, d_ff=96, num_layers=1, vocab_size=101)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=2)),
 }
 

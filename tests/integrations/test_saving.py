@@ -9,6 +9,7 @@ from torch import nn
 
 import lowbit
 from lowbit.nn.layer import canonical_state_dict, layers
+from lowbit.testing.tiny import GPT2, IDS, LLAMA, TOWER
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -26,11 +27,6 @@ from transformers import (  # noqa: E402
 )
 
 SPEC = lowbit.Packed(bits=4, group_size=32)
-IDS = torch.arange(3, 12)[None]
-LLAMA = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=101,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +37,12 @@ def _quiet():
 
 def llama(tied=False):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)).eval()
+    return LlamaForCausalLM(LlamaConfig(**LLAMA | {"num_hidden_layers": 2}, tie_word_embeddings=tied)).eval()
 
 
 def gpt2():
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=101, n_positions=64)).eval()
+    model = GPT2LMHeadModel(GPT2Config(**GPT2)).eval()
     for tensor in model.parameters():
         tensor.data += 0.05 * torch.randn_like(tensor)
     return model
@@ -126,11 +122,10 @@ def test_packed_layers_tied_by_hand(tmp_path):
 
 
 def test_a_tower_of_a_multimodal_model(tmp_path):
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     torch.manual_seed(0)
     config = CLIPConfig(
-        text_config=CLIPTextConfig(**sizes, vocab_size=101, eos_token_id=11).to_dict(),
-        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=16).to_dict(),
+        text_config=CLIPTextConfig(**TOWER, vocab_size=101, eos_token_id=11).to_dict(),
+        vision_config=CLIPVisionConfig(**TOWER, image_size=32, patch_size=16).to_dict(),
     )
     model = CLIPModel(config).eval()
     lowbit.convert(model.text_model, SPEC)
