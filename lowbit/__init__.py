@@ -17,6 +17,7 @@ from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
 from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
+from lowbit.integrations import averaging as _averaging
 from lowbit.integrations import bitsandbytes as _bitsandbytes
 from lowbit.integrations import peft as _peft
 from lowbit.integrations import savers as _savers
@@ -42,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 registry.initialize()
+_averaging.register()
 _bitsandbytes.register()
 _peft.register()
 _savers.register()

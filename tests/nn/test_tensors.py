@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import lowbit
 from lowbit.nn.layer import canonical_state_dict, layers
@@ -70,13 +70,47 @@ def test_state_dicts_move_between_forms(spec):
 
 
 @specs
-@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.5)], ids=["mean", "ema"])
-def test_an_average_of_one_model_is_the_model(spec, average):
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize(
+    "average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}, {"avg_fn": get_ema_avg_fn(0.999)}],
+    ids=["mean", "ema", "ema-one-by-one"],
+)  # fmt: skip
+def test_an_average_of_one_model_is_the_model(spec, average, use_buffers):
     m = model(spec)
-    averaged = AveragedModel(m, multi_avg_fn=average)
+    averaged = AveragedModel(m, use_buffers=use_buffers, **average)
     for _ in range(3):
         averaged.update_parameters(m)
-    assert_bitwise_equal(averaged(IDS), m(IDS))
+    assert averaged.n_averaged == 3
+    bias, stored = "1.bias", canonical_state_dict(m)
+    for name, tensor in canonical_state_dict(averaged.module).items():
+        torch.testing.assert_close(tensor, stored[name], rtol=1e-6 if name == bias else 0, atol=0)
+    torch.testing.assert_close(averaged(IDS), m(IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_of_buffers_leaves_stored_tensors_out():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48))
+    first, second = (lowbit.convert(copy.deepcopy(plain), lowbit.Packed(bits=4, group_size=16)) for _ in range(2))
+    for m in (first, second):
+        lowbit.make_trainable(m, "scales")
+    with torch.no_grad():
+        second[0].scales.mul_(3)
+        second[0].packed.bitwise_not_()
+        second[1].running_mean.fill_(2.0)
+    with lowbit.use_backend("reference"):  # in another layout
+        averaged = AveragedModel(first, use_buffers=True)
+        averaged.to("cpu")
+    for m in (first, second):
+        averaged.update_parameters(m)
+    found = averaged.module
+    torch.testing.assert_close(found[0].scales, 2 * first[0].scales)
+    torch.testing.assert_close(found[1].running_mean, torch.ones(48))
+    assert_bitwise_equal(found[0].canonical()["packed"], second[0].canonical()["packed"])
+    with pytest.raises(ValueError, match="model must have the 1 packed layers of the averaged one: got 0"):
+        averaged.update_parameters(plain)
+    averaged = AveragedModel(plain, use_buffers=True)  # nothing to do with us
+    averaged.update_parameters(plain)
+    assert_bitwise_equal(averaged.module[0].weight, plain[0].weight)
 
 
 @specs
