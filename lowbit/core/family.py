@@ -216,6 +216,14 @@ def written_spec(value: object) -> str | None:
     return f"{value.__name__}({value.example})" if is_class else None  # type: ignore[attr-defined]
 
 
+def check_spec(spec: object, family: str) -> None:
+    """Raise ``TypeError`` unless ``spec`` is one of this family."""
+    if not isinstance(spec, Spec) or spec.family != family:
+        made = written_spec(spec)
+        given = f"the class itself: write {made}" if made else f"{spec!r:.200}"
+        raise TypeError(f"spec must be one of family {family!r}: got {given}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``: did you mean 'bits'?`` of the known name that is nearest, else ``: choose from 'bits', ...``."""
     by_letters = {each.lower().replace("_", ""): each for each in known}

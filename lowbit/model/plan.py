@@ -160,7 +160,8 @@ def check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
         raise TypeError(f"spec must be one spec, or a mapping of patterns to specs, such as "
                         f"{{'*.mlp.*': lowbit.Packed(bits=4)}}: got a {type(spec).__name__} {spec!r:.200}")  # fmt: skip
     if not isinstance(spec, Mapping):
-        raise TypeError(f"spec must be None, {_SPECS}, or a mapping of patterns to them: got {type(spec).__name__}")
+        raise TypeError(f"spec must be None, {_SPECS}, or a mapping of patterns to them: "
+                        f"got {type(spec).__name__} {spec!r:.200}")  # fmt: skip
     for pattern, value in spec.items():
         if made := written_spec(value):
             raise TypeError(f"spec must map patterns to specs, not to their class: for {pattern!r}, write {made}")

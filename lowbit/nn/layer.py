@@ -74,6 +74,7 @@ class Layer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self._require_format_class(format)
         self.format = format
         self._derive()
         self.dtype = dtype or torch.get_default_dtype()
@@ -220,6 +221,7 @@ class Layer(nn.Module):
         What was trained is frozen then. Raises ``ValueError``, naming the layer, for a tensor that is missing or has
         another shape or dtype than the format says; nothing has changed then.
         """
+        self._require_format_class(format)
         wanted = format.tensors()
         for name, (shape, dtype) in wanted.items():
             self.check_tensor(self.title(), name, tensors.get(name), shape, dtype)
@@ -236,10 +238,14 @@ class Layer(nn.Module):
         self._derive()
         self.prepare()
 
+    def _require_format_class(self, format: object) -> None:
+        if not isinstance(format, self.format_class):
+            name = self.title() if "format" in self.__dict__ else type(self).__name__
+            raise TypeError(f"{name}: format must be a {self.format_class.__name__}: got {format!r:.200}")
+
     def _require_same_tensors(self, format: Any) -> None:
         """Raise unless a layer of this format holds the tensors that are held now."""
-        if not isinstance(format, self.format_class):
-            raise TypeError(f"{self.title()}: format must be a {self.format_class.__name__}: got {format!r:.200}")
+        self._require_format_class(format)
         mine, other = ((f.out_features, f.in_features, f.tensors()) for f in (self.format, format))
         if mine != other:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lowbit.core.activations import ActivationSpec
-from lowbit.core.family import Spec, Weight
+from lowbit.core.family import Spec, Weight, check_spec
 from lowbit.nn.call import traced
 from lowbit.nn.layer import Layer
 
@@ -51,8 +51,10 @@ class LinearLayer(Layer):
     ) -> Any:
         """Quantize a float weight ``[N, K]`` with ``spec``; the bias is kept as it is.
 
-        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given.
+        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given;
+        ``TypeError`` for what is no spec of this family.
         """
+        check_spec(spec, cls.family)
         if problem := spec.problem(*weight.shape):
             raise ValueError(problem)
         stored = spec.quantize(weight, hessian=hessian)

@@ -80,6 +80,14 @@ def test_every_family_has_an_example_of_its_spec():
 def test_classes_instead_of_objects_elsewhere():
     with pytest.raises(ValueError, match=r"got the class itself: write factors=Packed\(bits=4\)$"):
         lowbit.Kronecker(factors=Packed)
+    weight = torch.zeros(8, 64)
+    with pytest.raises(TypeError, match=r"family 'packed': got the class itself: write Packed\(bits=4\)$"):
+        lowbit.PackedLinear.from_float(weight, Packed)
+    with pytest.raises(TypeError, match=r"spec must be one of family 'kron': got Packed\(bits=4"):
+        lowbit.KroneckerLinear.from_float(weight, Packed())
+    for cls in (lowbit.PackedLinear, lowbit.PackedEmbedding):
+        with pytest.raises(TypeError, match=rf"^{cls.__name__}: format must be a PackedFormat: got CodebookFormat\("):
+            cls.from_weight(lowbit.Codebook().quantize(weight))
     with pytest.raises(TypeError, match=r"not the class itself: write GridQuantizer\(\)$"):
         lowbit.register_quantizer(GridQuantizer)
 
