@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from lowbit.testing.where import Where
 
 Function = Callable[[Tensor], Tensor]
 TOLERANCE = 5e-6  # relative, of float32 against float64: a derivative is a product or two, and sums of less than 100
@@ -84,3 +87,12 @@ def assert_same(name: str, f: Function, exact: Function, x: Tensor) -> None:
     assert norm > 0, f"{name}: a test needs a derivative that is not zero"
     error = float((found - want).norm()) / norm
     assert error < TOLERANCE, f"{name}: relative error {error:.2e}"
+
+
+def opcheck(where: Where, op: Any, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None) -> None:
+    """``torch.library.opcheck`` of a call. Registrations and graphs lie above the backends: they are checked with the
+    reference, and with the others what depends on a kernel, which is what it changes and the form of its result."""
+    of_a_kernel = ("test_schema", "test_faketensor")
+    everything = (*of_a_kernel, "test_autograd_registration", "test_aot_dispatch_dynamic")
+    utilities = everything if where.backend == "reference" else of_a_kernel
+    torch.library.opcheck(op, tuple(arguments), dict(named or {}), test_utils=utilities)

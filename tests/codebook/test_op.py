@@ -16,6 +16,7 @@ from lowbit.core.bitpack import pack
 from lowbit.testing.codebook_cases import Kind, Weight, random_weight
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES, activations
+from lowbit.testing.transforms import opcheck
 from lowbit.testing.where import everywhere, running
 
 KINDS = [
@@ -28,7 +29,10 @@ KINDS = [
 ]
 
 
-@pytest.fixture(params=[w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa], ids=str)
+PLACES = [w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa]
+
+
+@pytest.fixture(params=PLACES, ids=str)
 def where(request):
     """The reference, and the compiled kernels on this machine's best ISA."""
     with running(request.param):
@@ -74,19 +78,11 @@ def test_opcheck(where, kind):
     x = activations(3, kind.k, torch.float32).requires_grad_()
     bias = torch.randn(kind.n, requires_grad=True)
     trainable(w, "codebook", "scales", "outlier_values")
-    torch.library.opcheck(
-        torch.ops.lowbit.codebook_linear.default,
-        (x, *w.operands, bias, None, int8),
-    )
+    opcheck(where, torch.ops.lowbit.codebook_linear.default, (x, *w.operands, bias, None, int8))
     w = random_weight(kind)
-    torch.library.opcheck(
-        torch.ops.lowbit.codebook_dequantize.default,
-        (*w.operands, kind.k, torch.float16),
-    )
-    torch.library.opcheck(
-        torch.ops.lowbit.codebook_embedding.default,
-        (torch.tensor([[1, 0], [7, 7]]), *w.operands, kind.k, torch.bfloat16),
-    )
+    opcheck(where, torch.ops.lowbit.codebook_dequantize.default, (*w.operands, kind.k, torch.float16))
+    ids = torch.tensor([[1, 0], [7, 7]])
+    opcheck(where, torch.ops.lowbit.codebook_embedding.default, (ids, *w.operands, kind.k, torch.bfloat16))
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
@@ -228,7 +224,12 @@ class Model(nn.Module):
         return torch.relu(y) + 1
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [(KINDS[0], True), (KINDS[1], False), (KINDS[1], True)], ids=str)
+# a graph knows no backend: each is met with sizes that change, and one with sizes that do not
+@pytest.mark.parametrize(
+    ("where", "kind", "dynamic"),
+    [(PLACES[-1], KINDS[0], True), (PLACES[0], KINDS[1], True), (PLACES[-1], KINDS[1], False)],
+    indirect=["where"], ids=str,
+)  # fmt: skip
 def test_compile_fullgraph(where, kind, dynamic):
     torch._dynamo.reset()
     model = Model(kind)

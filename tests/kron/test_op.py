@@ -7,6 +7,7 @@ from lowbit.backends import registry
 from lowbit.testing.kron_cases import Kind, Weight, random_weight
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES, activations
+from lowbit.testing.transforms import opcheck
 from lowbit.testing.where import everywhere, running
 
 # rank, n1, k1, n2, k2: either product first, either factor the inner one
@@ -20,7 +21,10 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(params=[w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa], ids=str)
+PLACES = [w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa]
+
+
+@pytest.fixture(params=PLACES, ids=str)
 def where(request):
     """The reference, and the compiled kernels on this machine's best ISA."""
     with running(request.param):
@@ -40,10 +44,10 @@ def test_opcheck(where, weight, dtype):
         name: value.clone().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in weight.arguments.items()
     }
-    torch.library.opcheck(torch.ops.lowbit.kron_linear.default, (x,), {"bias": bias, **arguments})
-    torch.library.opcheck(torch.ops.lowbit.kron_dequantize.default, (), {"dtype": dtype, **weight.arguments})
+    opcheck(where, torch.ops.lowbit.kron_linear.default, (x,), {"bias": bias, **arguments})
+    opcheck(where, torch.ops.lowbit.kron_dequantize.default, (), {"dtype": dtype, **weight.arguments})
     ids = torch.tensor([[1, 0], [7, 7]])
-    torch.library.opcheck(torch.ops.lowbit.kron_embedding.default, (ids,), {"dtype": dtype, **weight.arguments})
+    opcheck(where, torch.ops.lowbit.kron_embedding.default, (ids,), {"dtype": dtype, **weight.arguments})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,11 +133,16 @@ class Model(torch.nn.Module):
         return torch.relu(self.weight.linear(self.weight.embedding(ids), self.bias)) + 1
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+# a graph knows no backend: every weight meets both, one of them with sizes that change
+@pytest.mark.parametrize(
+    ("where", "weight", "dynamic"),
+    [(PLACES[(i + dynamic) % len(PLACES)], name, dynamic) for i, name in enumerate(WEIGHTS) for dynamic in (0, 1)],
+    indirect=["where", "weight"], ids=str,
+)  # fmt: skip
 def test_compile_fullgraph(where, weight, dynamic):
     torch._dynamo.reset()
     model = Model(weight)
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=bool(dynamic), backend="aot_eager")
     for shape in ((2, 3), (4, 5), (1, 1)):
         ids = torch.randint(0, weight.n, shape)
         assert_bitwise_equal(compiled(ids).detach(), model(ids).detach())

@@ -17,6 +17,7 @@ from lowbit.packed.module import PackedEmbedding, PackedLinear
 from lowbit.packed.operands import PackedOperands
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES, activations, random_weight
+from lowbit.testing.transforms import opcheck
 from lowbit.testing.where import everywhere, running
 
 FORMATS = [
@@ -27,7 +28,10 @@ FORMATS = [
 format_ids = [f.describe() for f in FORMATS]
 
 
-@pytest.fixture(params=[w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa], ids=str)
+PLACES = [w for w in everywhere() if w.backend == "reference" or w.isa == everywhere()[1].isa]
+
+
+@pytest.fixture(params=PLACES, ids=str)
 def where(request):
     """The reference, and the compiled kernels on this machine's best ISA."""
     with running(request.param):
@@ -50,30 +54,17 @@ def layer_of(format: PackedFormat, bias: bool = True) -> PackedLinear:
     return layer
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("format", FORMATS, ids=format_ids)
-def test_opcheck(where, format, int8):
-    w = random_weight(format)
-    f = format
-    x = activations(3, f.in_features, torch.float32).requires_grad_()
-    bias = torch.randn(f.out_features, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.lowbit.packed_linear.default,
-        (x, *w.operands, bias, None, int8, 0),
-        # finite differences of a rounded input say nothing: gradients are checked against formulas below
-    )
-    torch.library.opcheck(
-        torch.ops.lowbit.packed_linear.default,
-        (x, *w.operands, bias, None, True, 32),
-    )
-    torch.library.opcheck(
-        torch.ops.lowbit.packed_dequantize.default,
-        (*w.operands, f.in_features, torch.float16),
-    )
-    torch.library.opcheck(
-        torch.ops.lowbit.packed_embedding.default,
-        (torch.tensor([[1, 0], [7, 7]]), *w.operands, f.in_features, torch.bfloat16),
-    )
+def test_opcheck(where, format):
+    w, k = random_weight(format), format.in_features
+    x = activations(3, k, torch.float32).requires_grad_()
+    bias = torch.randn(format.out_features, requires_grad=True)
+    # finite differences of a rounded input say nothing: gradients are checked against formulas below
+    for int8, x_group in ((False, 0), (True, 0), (True, 32)):
+        opcheck(where, torch.ops.lowbit.packed_linear.default, (x, *w.operands, bias, None, int8, x_group))
+    opcheck(where, torch.ops.lowbit.packed_dequantize.default, (*w.operands, k, torch.float16))
+    ids = torch.tensor([[1, 0], [7, 7]])
+    opcheck(where, torch.ops.lowbit.packed_embedding.default, (ids, *w.operands, k, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,12 +155,16 @@ class Model(nn.Module):
         return torch.relu(self.up(self.embed(ids))) + 1
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
-@pytest.mark.parametrize("dynamic", [False, True])
+# a graph knows no backend: every format meets both, one of them with sizes that change
+@pytest.mark.parametrize(
+    ("where", "format", "dynamic"),
+    [(PLACES[(i + dynamic) % len(PLACES)], f, dynamic) for i, f in enumerate(FORMATS) for dynamic in (0, 1)],
+    indirect=["where"], ids=lambda p: p.describe() if isinstance(p, PackedFormat) else str(p),
+)  # fmt: skip
 def test_compile_fullgraph(where, format, dynamic):
     torch._dynamo.reset()
     model = Model(format)
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=bool(dynamic), backend="aot_eager")
     for shape in ((2, 3), (4, 5), (1, 1)):
         ids = torch.randint(0, 20, shape)
         assert_bitwise_equal(compiled(ids).detach(), model(ids).detach())
