@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -40,15 +39,11 @@ class EmbeddingLayer(Layer):
         super().__init__(format, False, dtype, device)
         self.padding_idx = padding_idx
         self.output_scale, self.round_output_scale = output_scale, round_output_scale
-        self._factor = self._rounded_scale()
 
-    def _rounded_scale(self) -> float:
-        return rounded(self.output_scale, self.dtype) if self.round_output_scale else self.output_scale
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
-        super()._apply(fn, recurse)
-        self._factor = self._rounded_scale()
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("output_scale", "round_output_scale", "dtype") and "round_output_scale" in self.__dict__:
+            self._factor = rounded(self.output_scale, self.dtype) if self.round_output_scale else self.output_scale
 
     @property
     def num_embeddings(self) -> int:

@@ -99,6 +99,20 @@ def test_another_format_counts_in_the_next_call():
     assert_bitwise_equal(layer(x), y)
 
 
+def test_another_output_scale_counts_in_the_next_call():
+    layer, ids = embedding(lowbit.Packed(bits=4)), torch.tensor([3, 1])
+    y = layer(ids)
+    layer.output_scale = 3.3
+    assert_bitwise_equal(layer(ids), y * 3.3)
+    layer.output_scale = 0.7
+    assert_bitwise_equal(layer(ids), y * 0.7)
+    layer.round_output_scale = True
+    for other in (layer.bfloat16(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_bitwise_equal(other(ids), layer.dequantize()[ids] * torch.tensor(0.7, dtype=torch.bfloat16))
+    layer.dtype = torch.float32
+    assert_bitwise_equal(layer(ids), y * torch.tensor(0.7))
+
+
 @family
 def test_a_format_with_other_tensors_is_refused(spec):
     layer, x = linear(spec), torch.randn(2, 48)
