@@ -79,6 +79,7 @@ inline float float_of(uint32_t u) {
 //   sum4_add(a, b, c, d, out): out[0..3] += the sum of each vector's lanes, always by the same tree
 //   sum_add(a, out): the same for one vector; for Ints, out holds the bits of int32
 //   in_register(v): v; the compiler must hold it in a register from here on
+//   loaded_in_order(v): the same, and such vectors are loaded in the order of the source: the hardware fetches ahead
 
 #if defined(__AVX512F__)
 
@@ -219,8 +220,13 @@ inline Int in_register(Int v) {
   asm("" : "+v"(v));
   return v;
 }
+inline Int loaded_in_order(Int v) {
+  asm volatile("" : "+v"(v));
+  return v;
+}
 #else
 inline Int in_register(Int v) { return v; }
+inline Int loaded_in_order(Int v) { return v; }
 #endif
 inline Int load_bytes(const void* p) { return load(static_cast<const int32_t*>(p)); }
 inline void store_bytes(void* p, Int v) { store(static_cast<int32_t*>(p), v); }

@@ -340,7 +340,7 @@ def test_few_rows_where_the_batch_may_matter(where, bits):
     """bfloat16 rows are then multiplied as float32 ones are: up to 4 bits one, at 8 bits up to three."""
     if where.backend != "cpu":
         pytest.skip("how the compiled kernels run")
-    few = {2: 1, 3: 1, 4: 1, 8: 3}.get(bits, 0) if where.isa == "avx512bf16" else 0
+    few, differ = {2: 1, 3: 1, 4: 1, 8: 3}.get(bits, 0) if where.isa == "avx512bf16" else 0, False
     for i, format in enumerate(formats(bits, 70, 644, 64)):
         weight = random_weight(format, i)
         for m in (1, 2, 3, 4, 16):
@@ -352,8 +352,8 @@ def test_few_rows_where_the_batch_may_matter(where, bits):
                 assert_bitwise_equal(weight.linear(x.float(), bias), as_float32)
             assert_bitwise_equal(faster, as_float32.to(torch.bfloat16) if m <= few else y)
             assert_bitwise_equal(weight.linear(x, bias), y)
-            if where.isa == "avx512bf16" and m > 4:
-                assert not torch.equal(y, as_float32.to(torch.bfloat16))
+            differ |= m > 4 and not torch.equal(y, as_float32.to(torch.bfloat16))
+    assert differ == (where.isa == "avx512bf16")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -506,7 +506,8 @@ def test_every_element_of_x_counts_whatever_its_weights_are(where, bits, dtype):
         weight.packed = pack(weight.codes, bits)
         x = hard_rows(k, dtype, i)
         y = weight.linear(x)
-        assert_linear_close(y, x, weight.dense())
+        in_pieces = where.isa in ("avx512vnni", "avx512bf16") and dtype == torch.float32
+        assert_linear_close(y, x, weight.dense(), any_x=in_pieces)
         if where.backend != "cpu":
             continue
         weight.packed = blocks.block(weight.packed, bits)

@@ -76,7 +76,8 @@ class Multiplier {
     float *acc = acc_ + row * kPanelN, *sure = sure_ + row * kPanelN;
     TileArguments args{};
     args.x = x_.words + before * p_.row_steps();
-    args.x_sum = x_.sums + before * p_.segments + s0 * rows * p_.pieces;
+    args.x_lowest = x_.lowest + t * p_.tile * p_.row_steps();
+    args.x_sum = x_.sums + (t * p_.tile * p_.segments + s0 * rows) * p_.sums;
     args.x_scale = x_.scale + of_rows;
     args.x_doubt = x_.doubt + of_rows;
     args.segments = segments_ + s0;
@@ -90,8 +91,8 @@ class Multiplier {
     const bool straight = fused(n1_ - n0_);
     const uint8_t* panel = is_panel() ? place_of_block(w_, n0_).vector + p_.begin(s0) / 4 * kStepBytes : panel_;
     if (!straight && in_block(w_, n0_)) prefetch_next(m, s0, s1);
-    const bool one_by_one = p_.tall || (pieces == kPieces && rows > 1);
-    const int64_t most = one_by_one ? 1 : straight ? kPanelBlocks : kTileBlocks;  // at a time
+    const int64_t expanded = pieces == kFourPieces && rows > 1 ? kTileBlocks / 2 : kTileBlocks;
+    const int64_t most = p_.tall ? 1 : straight ? kPanelBlocks : expanded;  // at a time
     for (int64_t b = 0, next; b < blocks; b = next) {
       const bool many = b + most <= blocks;
       next = b + (many ? most : 1);
@@ -110,7 +111,7 @@ class Multiplier {
         blocks_tile<Dot>(w_.bits, rows, pieces)(args);
       } else {
         args.weights = panel + b * 64;
-        (many && most > 1 ? panel_tile<Dot, kTileBlocks> : panel_tile<Dot, 1>)(rows, pieces)(args);
+        (!many || most == 1 ? panel_tile<Dot, 1> : panel_tile<Dot, kTileBlocks>)(rows, pieces)(args);
       }
     }
   }
@@ -118,8 +119,8 @@ class Multiplier {
   // How many pieces of the rows of the register tile at row m are multiplied.
   int pieces_of(int64_t m) const {
     for (int64_t i = m; i < min64(m + p_.tile, a_.M); ++i)
-      if (x_.four[i]) return kPieces;
-    return kMostOften;
+      if (x_.four[i]) return kFourPieces;
+    return kPieces;
   }
 
   int64_t prefetch_distance() const {
@@ -169,9 +170,9 @@ class Multiplier {
   }
 
   static bool all_sure(const float* sure, int64_t count) {
-    bool all = true;
-    for (int64_t i = 0; i < count; ++i) all &= sure[i] >= 0;
-    return all;
+    int unsure = 0;
+    for (int64_t i = 0; i < count; ++i) unsure |= !(sure[i] >= 0);
+    return !unsure;
   }
 
   // acc += the listed elements of rows [m0, m1) of x times their weights, each row's in order

@@ -23,10 +23,11 @@ struct Survey {
 
 // Where kHasVnni:
 //   survey(x, n)
-//   held_off(x, n, low, share): the sum of |x - q| - share * |x| where positive, q the multiple of 2^low next to x
-//   to_pieces(x, n, words, rows, sums, low, four): the digits of x[0:n] in units of 2^(low - 8), lowest first; the
-//     lowest is 0 but where `four`. n is a multiple of 4. One digit of four neighbours is a word,
-//     words[i / 4 * rows + digit]; sums[digit] becomes the sum of a digit.
+//   to_pieces<kFour>(x, n, low, share, words, rows, lowest, lowest_rows, sums): the digits of q, the integers next to
+//     x[0:n] in units of 2^low, of 2^(low - 8) where kFour; n is a multiple of 4. A digit of four neighbours is a word:
+//     the three upper ones, lowest first, words[i / 4 * rows + digit], the fourth, lower one lowest[i / 4 * lowest_rows].
+//     sums[digit] becomes the sum of a digit, all four from the lowest. Returns the sum of |x - q| - share * |x| where
+//     that is positive.
 #if defined(__AVX512VNNI__)
 inline __mmask16 first_lanes(int64_t n) { return __mmask16((1u << min64(n, 16)) - 1); }
 
@@ -42,31 +43,26 @@ inline Survey survey(const float* x, int64_t n) {
   return {_mm512_reduce_max_epu32(largest), _mm512_reduce_add_ps(magnitudes), _mm512_reduce_add_ps(squares)};
 }
 
-inline float held_off(const float* x, int64_t n, int low, float share) {
-  const Float factor = splat(power_of_two(-low)), unit = splat(power_of_two(low)), allowed = splat(share);
-  Float off = splat(0.0f);
-  for (int64_t i = 0; i < n; i += 16) {
-    const Float v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
-    const Float q = _mm512_mul_ps(to_float(_mm512_cvtps_epi32(_mm512_mul_ps(v, factor))), unit);
-    const Float beyond = negated_fma(allowed, _mm512_abs_ps(v), _mm512_abs_ps(_mm512_sub_ps(v, q)));
-    off = off + _mm512_max_ps(beyond, splat(0.0f));
-  }
-  return _mm512_reduce_add_ps(off);
-}
-
-inline void to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, float* sums, int low, bool four) {
-  const Float factor = splat(power_of_two(four ? 8 - low : -low));
-  const __m128i left = _mm_cvtsi32_si128(four ? 0 : 8);
+template <bool kFour>
+inline float to_pieces(const float* x, int64_t n, int low, float share, int32_t* words, int64_t rows, int32_t* lowest,
+                       int64_t lowest_rows, float* sums) {
+  constexpr int kDigits = kFour ? 4 : 3;
+  const int unit_exponent = kFour ? low - 8 : low;
+  const Float factor = splat(power_of_two(-unit_exponent)), unit = splat(power_of_two(unit_exponent));
+  const Float allowed = splat(share);
   const Int by_quad = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const Int ones = splat(0x01010101);
   Int total = zero_int();  // of digit p in lane 4 * quad + p
+  Float off = splat(0.0f);
   for (int64_t i = 0; i < n; i += 16) {
-    Int v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(first_lanes(n - i), x + i), factor));
-    v = _mm512_sll_epi32(v, left);
-    __m128i digit[kPieces];
-    LOWBIT_UNROLL for (int p = 0; p < kPieces; ++p) {
-      digit[p] = _mm512_cvtepi32_epi8(v);
-      v = _mm512_srai_epi32(_mm512_add_epi32(v, splat(128)), 8);
+    const Float v = _mm512_maskz_loadu_ps(first_lanes(n - i), x + i);
+    Int q = _mm512_cvtps_epi32(_mm512_mul_ps(v, factor));
+    const Float size = _mm512_abs_ps(v), error = _mm512_abs_ps(negated_fma(to_float(q), unit, v));
+    off = off + _mm512_max_ps(negated_fma(allowed, size, error), splat(0.0f));
+    __m128i digit[4] = {_mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128()};
+    LOWBIT_UNROLL for (int p = 4 - kDigits; p < 4; ++p) {
+      digit[p] = _mm512_cvtepi32_epi8(q);
+      if (p < 3) q = _mm512_srai_epi32(_mm512_add_epi32(q, splat(128)), 8);
     }
     const Int all = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(digit[1], digit[0])),
                                        _mm256_set_m128i(digit[3], digit[2]), 1);
@@ -74,17 +70,22 @@ inline void to_pieces(const float* x, int64_t n, int32_t* words, int64_t rows, f
     total = dot4<true>(total, ones, quads);
     int32_t out[16];
     store(out, quads);
-    for (int64_t q = 0; q < min64(n - i, 16) / 4; ++q)
-      std::memcpy(words + (i / 4 + q) * rows, out + 4 * q, kPieces * sizeof(int32_t));
+    for (int64_t j = 0; j < min64(n - i, 16) / 4; ++j) {
+      std::memcpy(words + (i / 4 + j) * rows, out + 4 * j + 1, kPieces * sizeof(int32_t));
+      lowest[(i / 4 + j) * lowest_rows] = out[4 * j];
+    }
   }
   int32_t lanes[16];
   store(lanes, total);
-  for (int p = 0; p < kPieces; ++p) sums[p] = float(lanes[p] + lanes[4 + p] + lanes[8 + p] + lanes[12 + p]);
+  for (int p = 0; p < 4; ++p) sums[p] = float(lanes[p] + lanes[4 + p] + lanes[8 + p] + lanes[12 + p]);
+  return _mm512_reduce_add_ps(off);
 }
 #else
 inline Survey survey(const float*, int64_t) { absent(); }
-inline float held_off(const float*, int64_t, int, float) { absent(); }
-inline void to_pieces(const float*, int64_t, int32_t*, int64_t, float*, int, bool) { absent(); }
+template <bool kFour>
+inline float to_pieces(const float*, int64_t, int, float, int32_t*, int64_t, int32_t*, int64_t, float*) {
+  absent();
+}
 #endif
 
 }  // namespace

@@ -1,5 +1,7 @@
 // x in the form that a schedule asks for.
 #pragma once
+#include <type_traits>
+
 #include "cpu/arena.h"
 #include "cpu/outliers.h"
 #include "cpu/packed/pieces.h"
@@ -18,7 +20,8 @@ struct Listed {
 struct PreparedX {
   // Of each register tile in turn:
   int32_t* words;     // [steps, rows * pieces]
-  float* sums;        // [segments, rows * pieces]: sums of x
+  int32_t* lowest;    // pieces only: [steps, rows], the fourth, 0 in rows that do without it
+  float* sums;        // [segments, rows]: sums of x, for pieces four each
   float* scale;       // [segments, rows]; only where segments have a scale
   float* doubt;       // pieces only: [segments, rows], by how much pieces may be off, in units of what is allowed
   // Of the call:
@@ -37,7 +40,8 @@ struct PreparedX {
     Arena arena(const_cast<void*>(prepared));
     const int64_t rows = p.tall ? round_up(a.M, p.tile) : a.M;
     words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
-    sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.pieces * p.segments);
+    lowest = arena.take<int32_t>(p.kind == Kind::pieces ? rows * p.row_steps() : 0);
+    sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.sums * p.segments);
     scale = arena.take<float>(p.scaled ? rows * p.segments : 0);
     doubt = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);
     total = arena.take<int32_t>(p.exact ? a.M : 0);
@@ -126,54 +130,60 @@ class Lister {
 };
 
 // A row of x in pieces. An element of a segment is off by half a unit at most, 2^-23 of the largest. That is more than
-// may be where it is much smaller than the largest, so
-// - elements much larger than the segment's mean are listed, where they are few;
-// - the row gets a fourth piece, where the sums could otherwise not tell that all is well;
-// - `doubt` has what elements may still be off, beyond what each is allowed. What is allowed in all is sqrt(K) units of
-//   rounding of sum |x w|; half is allowed each element, the other half is the unit of `doubt`, here times the largest
-//   |code - zero| unless zeros are floats. end_segment compares with the sums of the segments. An element of y that these
-//   leave in doubt is multiplied in float32 (kernel.cpp).
+// may be where it is much smaller than the largest. `doubt` has what the elements of a segment are off beyond what each
+// is allowed. What is allowed in all is allowed_units(K) units of rounding of sum |x w|; half is allowed each element,
+// the other half is the unit of `doubt`, here times the largest |code - zero| unless zeros are floats. end_segment
+// compares with the sums of the segments. An element of y that these leave in doubt is multiplied in float32
+// (kernel.cpp). So that these are few,
+// - elements much larger than the mean of such a segment are listed, where they are few;
+// - the row gets a fourth piece, where the sums could otherwise not tell that all is well.
 template <class Linear>
 void write_pieces(const Linear& a, const Schedule& p, const PreparedX& out, const RowBuffers& b, int64_t m,
                   const float* x) {
   const int64_t t = m / p.tile, i = m % p.tile, rows = p.rows(a.M, t), K = a.weight.K;
   int32_t* words = out.words + t * p.tile * p.pieces * p.row_steps() + i * p.pieces;
-  float* sums = out.sums + (t * p.tile * p.segments + i) * p.pieces;
+  int32_t* lowest = out.lowest + t * p.tile * p.row_steps() + i;
+  float* sums = out.sums + (t * p.tile * p.segments + i) * p.sums;
   float *scale = out.scale + t * p.tile * p.segments + i, *doubt = out.doubt + t * p.tile * p.segments + i;
-  const float share = 0x1p-25f * __builtin_sqrtf(float(K));
+  const float share = 0x1p-25f * allowed_units(K);
   const auto& w = a.weight;
   const bool integers = w.zeros && w.zeros_dtype == DType::u8;
   const float largest_weight = !w.zeros ? float(1 << (w.bits - 1)) : integers ? float((1 << w.bits) - 1) : 1;
+  const float average = surely(w.G > 1, integers) * largest_weight;
   Lister<Linear> list(a, p, out, b.x, m);
+  const auto write = [&](int64_t s, int low, auto four) {
+    const int64_t begin = p.begin(s), n = p.end(s) - begin, step = begin / 4;
+    scale[s * rows] = power_of_two(low);
+    doubt[s * rows] = largest_weight / share *
+                      to_pieces<decltype(four)::value>(x + begin, n, low, share, words + step * rows * p.pieces,
+                                                       rows * p.pieces, lowest + step * rows, rows,
+                                                       sums + s * rows * p.sums);
+    return doubt[s * rows];
+  };
   float doubts = 0, norms = 0;
   for (int64_t s = 0; s < p.segments; ++s) {
     const int64_t begin = p.begin(s), n = p.end(s) - begin, columns = p.in_place ? min64(n, K - begin) : n;
     Survey found = survey(x + begin, n);
-    for (int round = 0; round < 3; ++round) {  // what is left has a smaller mean
+    float in_doubt = write(s, lowest_exponent(found.largest), std::false_type{});
+    // What is left of a segment without its largest elements has a smaller mean.
+    for (int round = 0; round < 3 && in_doubt > kListedDoubt * average * __builtin_sqrtf(found.squares); ++round) {
       const float large = kListedMeans * found.magnitudes / float(columns);
       if (!(float_of(found.largest) > large)) break;
       bool left = false;
       x = list(x, s, max64(1, n / kColumnsPerListed), left, [large](float v) { return (v < 0 ? -v : v) > large; });
       if (left) break;
       found = survey(x + begin, n);
+      in_doubt = write(s, lowest_exponent(found.largest), std::false_type{});
     }
-    const int low = lowest_exponent(found.largest);
-    scale[s * rows] = power_of_two(low);
-    doubt[s * rows] = held_off(x + begin, n, low, share) / share * largest_weight;
-    doubts += doubt[s * rows];
+    doubts += in_doubt;
     norms += __builtin_sqrtf(found.squares);
   }
   // The fewer segments, the more their sums differ from the average.
-  const float spread = 1.5f / __builtin_sqrtf(float(p.segments)), average = surely(w.G > 1, integers);
-  const bool four = doubts > 0 && doubts > average * (1 - spread) * largest_weight * norms;
-  out.four[m] = four;
-  for (int64_t s = 0; s < p.segments; ++s) {
-    const int64_t begin = p.begin(s), n = p.end(s) - begin;
-    const int low = int(bits_of(scale[s * rows]) >> 23) - 127;
-    int32_t* to = words + begin / 4 * rows * p.pieces;
-    to_pieces(x + begin, n, to, rows * p.pieces, sums + s * rows * p.pieces, low, four);
-    if (four) doubt[s * rows] = held_off(x + begin, n, low - 8, share) / share * largest_weight;
-  }
+  const float spread = 1.5f / __builtin_sqrtf(float(p.segments));
+  out.four[m] = doubts > 0 && doubts > average * (1 - spread) * norms;
+  if (!out.four[m]) return;
+  for (int64_t s = 0; s < p.segments; ++s)
+    write(s, int(bits_of(scale[s * rows]) >> 23) - 127, std::true_type{});
 }
 
 // Columns (0, 2) and (1, 3) of each quad, a word each; x holds what stood there as bf16. n is a multiple of 32.

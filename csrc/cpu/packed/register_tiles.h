@@ -13,8 +13,8 @@
 namespace lowbit {
 namespace {
 
-constexpr int kPieces = 4;     // int8 rows that hold one row of floats
-constexpr int kMostOften = 3;  // of these, the upper ones, are multiplied where no row of the register tile needs more
+constexpr int kPieces = 3;      // int8 rows that hold one row of floats, and
+constexpr int kFourPieces = 4;  // with the one that few rows need, which stands apart
 constexpr int64_t kStepBytes = kPanelBlocks * 64;  // of a panel
 
 struct Segment {
@@ -25,7 +25,8 @@ struct Segment {
 // The arguments of a register tile: some segments of K.
 struct TileArguments {
   const int32_t* x;           // [steps, rows of x * pieces]
-  const float* x_sum;         // [segments, rows of x * pieces]: sums of x; only where Dot::kRest
+  const int32_t* x_lowest;    // [steps, rows of x]: the fourth piece
+  const float* x_sum;         // [segments, rows of x] sums of x, of four pieces each; only where Dot::kRest
   const float* x_scale;       // [segments, rows of x]: of rows held in pieces or quantized in groups
   const float* x_doubt;       // [segments, rows of x]: of rows held in pieces (prepare.h)
   const Segment* segments;
@@ -47,9 +48,12 @@ LOWBIT_INLINE void start_segment(typename Dot::Sum (&sum)[MR][NV]) {
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = Dot::start();
 }
 
-// Row `row` of a register tile, which multiplies P pieces of each row of x, among all rows of words.
+// The word of row `row` of a register tile in a step; of four pieces of a row of x the lowest comes first.
 template <int P>
-constexpr int held(int row) { return P == 1 ? row : row / P * kPieces + kPieces - P + row % P; }
+LOWBIT_INLINE int32_t word_of(const int32_t* x, const int32_t* lowest, int row) {
+  if (P != kFourPieces) return x[row];
+  return row % P == 0 ? lowest[row / P] : x[row / P * kPieces + row % P - 1];
+}
 
 // The end of a segment: adds its sums to acc. P rows hold the digits of one row of x to base 256, lowest first.
 // `sure` gains what is surely in sum |x w| of the segment, |total|, less `doubt`, what the pieces of x may be off
@@ -58,7 +62,7 @@ template <class Dot, int MR, int NB, int P, bool kFloats>
 LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
   const int64_t group = t.segments[s].group;
   constexpr int kRows = MR / P;
-  const float *x_sum = t.x_sum + s * (P > 1 ? kRows * kPieces : MR), *x_scale = t.x_scale + s * kRows;
+  const float *x_sum = t.x_sum + s * (P > 1 ? kRows * kFourPieces : MR), *x_scale = t.x_scale + s * kRows;
   float* const acc = t.acc;
   LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
     const Float scale = t.scale.at<kFloats>(group, t.row + v * kLanes);
@@ -69,13 +73,13 @@ LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename
     LOWBIT_UNROLL for (int m = 0; m < kRows; ++m) {
       Float total = splat(0.0f);
       LOWBIT_UNROLL for (int p = P - 1; p >= 0; --p) {
-        const int row = m * P + p;
+        const int row = m * P + p, sum_of_x = P == 1 ? row : (m + 1) * kFourPieces - P + p;
         Float value = Dot::lanes(sum[row][v]);
-        if (Dot::kRest) value = negated_fma(rest, splat(x_sum[held<P>(row)]), value);
+        if (Dot::kRest) value = negated_fma(rest, splat(x_sum[sum_of_x]), value);
         total = p == P - 1 ? value : fma(total, splat(256.0f), value);
       }
       if constexpr (P > 1) {
-        total = total * splat(P == kPieces ? x_scale[m] * (1.0f / 256) : x_scale[m]);
+        total = total * splat(P == kFourPieces ? x_scale[m] * (1.0f / 256) : x_scale[m]);
         float* sure = t.sure + m * kPanelN + v * kLanes;
         const Float surely = negated_fma(splat(t.x_doubt[s * kRows + m]), range, magnitude(total));
         store(sure, fma(surely, magnitude(scale), load(sure)));
@@ -100,17 +104,19 @@ LOWBIT_INLINE void end_exact_segment(const TileArguments& t, const typename Dot:
 // Out of a panel: [steps, kPanelBlocks, 64 bytes].
 template <class Dot, int MR, int NB, int P>
 LOWBIT_TILE void tile_panel(const TileArguments& t) {
-  constexpr int NV = NB * kParts, kWords = P > 1 ? MR / P * kPieces : MR;
+  constexpr int NV = NB * kParts, kRows = MR / P, kWords = P > 1 ? kRows * kPieces : MR;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     typename Dot::Sum sum[MR][NV];
     start_segment<Dot>(sum);
     const uint8_t* w = t.weights + (t.segments[s].begin - t.first_step) * kStepBytes;
     const int32_t* x = t.x + int64_t(t.segments[s].begin) * kWords;
+    const int32_t* lowest = t.x_lowest + int64_t(t.segments[s].begin) * kRows;
     for (const int32_t* end = t.x + int64_t(t.segments[s].end) * kWords; x < end; x += kWords, w += kStepBytes) {
       Int wv[NV];
       LOWBIT_UNROLL for (int v = 0; v < NV; ++v) wv[v] = in_register(load_bytes(w + v * kPartBytes));
       LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NV; ++v)
-        sum[m][v] = Dot::add(sum[m][v], wv[v], x[held<P>(m)]);
+        sum[m][v] = Dot::add(sum[m][v], wv[v], word_of<P>(x, lowest, m));
+      if (P == kFourPieces) lowest += kRows;
     }
     if (t.exact)
       end_exact_segment<Dot, MR, NB>(t, sum);
@@ -122,7 +128,7 @@ LOWBIT_TILE void tile_panel(const TileArguments& t) {
 // Straight from NB blocks of a panel in blocks; segments are whole chunks.
 template <class Dot, int MR, int NB, int kBits, int P>
 LOWBIT_TILE void tile_blocks(const TileArguments& t) {
-  constexpr int NV = NB * kParts, kWords = P > 1 ? MR / P * kPieces : MR;
+  constexpr int NV = NB * kParts, kRows = MR / P, kWords = P > 1 ? kRows * kPieces : MR;
   constexpr int64_t kChunkBytes = kPanelBlocks * 64 * kBits;
   const uint8_t *w = t.weights, *ahead = t.ahead;
   for (int64_t s = 0; s < t.segment_count; ++s) {
@@ -133,14 +139,18 @@ LOWBIT_TILE void tile_blocks(const TileArguments& t) {
       center[v] =
           Dot::center(Dot::kCentred ? t.zero.at(t.segments[s].group, t.row + v * kLanes) : splat(0.0f), kBits);
     const int32_t* x = t.x + int64_t(t.segments[s].begin) * kWords;
+    const int32_t* lowest = t.x_lowest + int64_t(t.segments[s].begin) * kRows;
     for (const int32_t* end = t.x + int64_t(t.segments[s].end) * kWords; x < end; w += kChunkBytes) {
       LOWBIT_UNROLL for (int v = 0; v < NB * kBits; ++v) __builtin_prefetch(ahead + 64 * v, 0, 2);
       ahead += 64 * NB * kBits;
       LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q) LOWBIT_UNROLL for (int i = 0; i < Dot::kSteps; ++i, x += kWords) {
         LOWBIT_UNROLL for (int v = 0; v < NV; ++v) {
-          const Int wv = Dot::template weights<kBits>(w + v / kParts * 64, kStepBytes, v % kParts, q, i, center[v]);
-          LOWBIT_UNROLL for (int m = 0; m < MR; ++m) sum[m][v] = Dot::add(sum[m][v], wv, x[held<P>(m)]);
+          Int wv = Dot::template weights<kBits>(w + v / kParts * 64, kStepBytes, v % kParts, q, i, center[v]);
+          if (kBits == 8 && Dot::kCodes) wv = loaded_in_order(wv);
+          LOWBIT_UNROLL for (int m = 0; m < MR; ++m)
+            sum[m][v] = Dot::add(sum[m][v], wv, word_of<P>(x, lowest, m));
         }
+        if (P == kFourPieces) lowest += kRows;
       }
     }
     if (t.exact) {
@@ -200,13 +210,13 @@ RowTile panel_tile(int64_t rows, int pieces) {
     const auto tile = [rows](auto p) -> RowTile {
       constexpr int P = decltype(p)::value;
       return rows == 1   ? tile_panel<Dot, P, NB, P>
-             : rows == 2 ? tile_panel<Dot, 2 * P, P == kPieces ? 1 : NB, P>
+             : rows == 2 ? tile_panel<Dot, 2 * P, P == kFourPieces ? (NB + 1) / 2 : NB, P>
              : rows == 3 ? tile_panel<Dot, 3 * P, 1, P>
              : rows == 4 ? tile_panel<Dot, 4 * P, 1, P>
                          : tile_panel<Dot, 5 * P, 1, P>;
     };
-    if (pieces == kMostOften) return tile(Count<kMostOften>{});
     if (pieces == kPieces) return tile(Count<kPieces>{});
+    if (pieces == kFourPieces) return tile(Count<kFourPieces>{});
   }
   (void)pieces;
   if constexpr (kHasAvx512) {
@@ -240,8 +250,8 @@ RowTile blocks_tile_of(int64_t rows, int pieces) {
              : rows == 4 ? tile_blocks<Dot, 4 * P, 1, kBits, P>
                          : tile_blocks<Dot, 5 * P, 1, kBits, P>;
     };
-    if (pieces == kMostOften) return tile(Count<kMostOften>{});
     if (pieces == kPieces) return tile(Count<kPieces>{});
+    if (pieces == kFourPieces) return tile(Count<kFourPieces>{});
   }
   (void)pieces;
   if (rows == 1) return tile_blocks<Dot, 1, NB, kBits, 1>;

@@ -21,7 +21,8 @@ enum class Kind { int8, pieces, bf16, f32 };
 
 struct Schedule {
   Kind kind;
-  int pieces;        // rows of words that hold one row of x
+  int pieces;        // rows of words that hold one row of x (a fourth piece stands apart)
+  int sums;          // of a segment of a row: one, or one for each of four pieces
   int steps;         // of a quad of columns
   int64_t tile;      // rows of x in a register tile
   bool fused;        // few rows of x: register tiles unpack blocks themselves
@@ -45,6 +46,7 @@ struct Schedule {
       kind = Kind::bf16;
     if (a.int8) kind = Kind::int8;
     pieces = kind == Kind::pieces ? kPieces : 1;
+    sums = kind == Kind::pieces ? kFourPieces : 1;
     steps = kind == Kind::f32 ? FloatDot32::kSteps : kind == Kind::bf16 ? 2 : 1;
     // A run of columns has one group of w and one of x. One of their sizes divides the other, where there are groups.
     const bool x_groups = kind == Kind::int8 && a.x_group > 0 && a.x_group < w.K;
@@ -54,13 +56,12 @@ struct Schedule {
     scaled = kind == Kind::pieces || x_groups;
     in_place = runs == 1 || run % 4 == 0;
     whole_chunks = runs == 1 || run % kChunkColumns == 0;
-    const int multiplied = kind == Kind::pieces ? kMostOften : 1;
-    const int64_t rows = a.M * multiplied;
+    const int64_t rows = a.M * pieces;
     fused = w.blocks && whole_chunks && rows <= (kind == Kind::f32 ? kTallTileRows : kMostTallRows);
-    tall = fused && rows > max64(kWideTileRows, multiplied);
-    const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallTileRows / multiplied));
+    tall = fused && rows > max64(kWideTileRows, pieces);
+    const int64_t tall_tiles = ceil_div(a.M, max64(1, kTallTileRows / pieces));
     const int64_t tall_rows = ceil_div(a.M, tall_tiles);
-    tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kPanelTileRows / multiplied);
+    tile = tall ? (pieces > 1 ? tall_rows : round_up(tall_rows, 4)) : max64(1, kPanelTileRows / pieces);
     stride = runs == 1 ? round_up(w.K, kChunkColumns) : round_up(run, 4);
     padded = in_place ? round_up(w.K, kChunkColumns) : round_up(runs * stride, kChunkColumns);
     const int64_t longest = kind == Kind::int8 ? kIntSegment : 2 * kFloatSegment;

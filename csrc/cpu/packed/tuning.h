@@ -20,9 +20,12 @@ constexpr int64_t kFloatSegment = 256;  // columns that share the exponent of th
 constexpr int64_t kIntSegment = 2048;
 constexpr int64_t kGroupsAtOnce = 16;   // groups whose scales are read together
 
-// Pieces: elements larger than so many means of their segment are listed (none of Gaussian ones is), where they are at
-// most one of so many columns.
-constexpr float kListedMeans = 8;
+// Pieces: an element of y may be off by so many units of rounding of sum |x w|, whatever x (lowbit/testing/numerics.py).
+inline float allowed_units(int64_t K) { return 8 + __builtin_sqrtf(float(max64(K, 4096))); }
+// In segments whose doubt exceeds this share of what their sum is on average, elements larger than so many means are
+// listed (none of Gaussian ones is), where they are at most one of so many columns.
+constexpr float kListedDoubt = 0.5f;
+constexpr float kListedMeans = 16;
 constexpr int64_t kColumnsPerListed = 32;
 // What the sum of a segment is on average, of its norm times the largest |code - zero|: 4/5 of what it is for Gaussian
 // weights. A row that this leaves in doubt gets a fourth piece.
