@@ -8,6 +8,26 @@ namespace lowbit {
 namespace packed {
 namespace {
 
+// The codes of whole chunks of a block, quad after quad: [quads, 64 bytes].
+template <int kBits>
+LOWBIT_TILE void chunks_to_quads(const uint8_t* chunk, int64_t step, int64_t chunks, uint8_t* quads) {
+  for (; chunks > 0; --chunks, chunk += step * kBits)
+    LOWBIT_UNROLL for (int q = 0; q < kQuads; ++q, quads += 64) LOWBIT_UNROLL for (int part = 0; part < kParts; ++part)
+      store_bytes(quads + part * kPartBytes, quad<kBits>(chunk, step, part, q));
+}
+
+inline decltype(&chunks_to_quads<8>) to_quads(int bits) {
+  switch (bits) {
+    case 2: return chunks_to_quads<2>;
+    case 3: return chunks_to_quads<3>;
+    case 4: return chunks_to_quads<4>;
+    case 5: return chunks_to_quads<5>;
+    case 6: return chunks_to_quads<6>;
+    case 7: return chunks_to_quads<7>;
+    default: return chunks_to_quads<8>;
+  }
+}
+
 template <class Dot>
 class PanelExpander {
  public:
@@ -16,7 +36,7 @@ class PanelExpander {
       : w_(w),
         p_(p),
         panel_(arena.take<uint8_t>(needed ? positions(p) / 4 * Dot::kSteps * kStepBytes : 0)),
-        quads_(arena.take<uint8_t>(positions(p) / 4 * 64)),
+        quads_(arena.take<uint8_t>((positions(p) + kChunkColumns) / 4 * 64)),
         codes_(arena.take<uint8_t>(positions(p) + 2 * kChunkColumns + kUnpackSlack)) {}
 
   // The weights of rows [n0, n1) and segments [s0, s1): [steps, kPanelBlocks, 64 bytes]. `zero`: of these rows
@@ -27,7 +47,7 @@ class PanelExpander {
     for (int64_t n = n0; n < n1; n += blocks * kBlockRows) {
       const bool chunks = in_block(w_, n) && p_.whole_chunks;
       const BlockPlace block = place_of_block(w_, n);
-      for (int64_t i = 0; !chunks && i < min64(kBlockRows, n1 - n); ++i) write_quads(n + i, s0, s1, quads_ + 4 * i);
+      const uint8_t* quads = chunks ? nullptr : quads_of(n, min64(kBlockRows, n1 - n), s0, s1, block);
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t p = p_.begin(s), count = p_.end(s) - p;
         typename Dot::Center center[kTileBlocks * kParts];
@@ -38,7 +58,7 @@ class PanelExpander {
           (many ? expansion<Dot, kTileBlocks> : expansion<Dot, 1>)(w_.bits)(
               block.vector + p / kChunkColumns * w_.bits * block.step, block.step, count / kChunkColumns, center, to);
         else
-          expand_quads<Dot>(quads_ + (p - p0) / 4 * 64, count / 4, w_.bits, center, to);
+          expand_quads<Dot>(quads + (p - p0) / 4 * 64, count / 4, w_.bits, center, to);
       }
     }
     return panel_;
@@ -46,6 +66,17 @@ class PanelExpander {
 
  private:
   static int64_t positions(const Schedule& p) { return min64(p.slice * p.segment, p.padded) + kChunkColumns; }
+
+  // The codes of a block's rows at the positions of segments [s0, s1), quad after quad.
+  const uint8_t* quads_of(int64_t n, int64_t rows, int64_t s0, int64_t s1, const BlockPlace& block) {
+    if (in_block(w_, n) && p_.in_place) {
+      const int64_t begin = p_.begin(s0), first = begin / kChunkColumns, last = ceil_div(p_.end(s1 - 1), kChunkColumns);
+      to_quads(w_.bits)(block.vector + first * w_.bits * block.step, block.step, last - first, quads_);
+      return quads_ + (begin - first * kChunkColumns) / 4 * 64;
+    }
+    for (int64_t i = 0; i < rows; ++i) write_quads(n + i, s0, s1, quads_ + 4 * i);
+    return quads_;
+  }
 
   // The codes of row n at the positions of segments [s0, s1), four codes every 64 bytes; zeros between groups.
   void write_quads(int64_t n, int64_t s0, int64_t s1, uint8_t* out) {
