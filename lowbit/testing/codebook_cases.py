@@ -113,8 +113,8 @@ class Weight:
         codebook, absmax, offset = self.nested
         if self.scales is None or codebook is None or absmax is None or offset is None:
             return None if self.scales is None else self.scales.float()
-        flat = [codebook[code] * absmax[i // 256] + offset[0] for i, code in enumerate(self.scales.flatten().tolist())]
-        return torch.stack(flat).view(self.scales.shape)
+        block = torch.arange(self.scales.numel()) // 256
+        return (codebook[self.scales.flatten().long()] * absmax[block] + offset[0]).view(self.scales.shape)
 
     def dense(self, outliers: bool = True) -> Tensor:
         """The float64 holding of the weight by the format's definition, written independently of the package."""
@@ -130,9 +130,8 @@ class Weight:
             weight = weight * scale[row, group]
         values, columns, rows = self.outliers
         if outliers and values is not None and columns is not None and rows is not None:
-            for n in range(kind.n):
-                for i in range(int(rows[n]), int(rows[n + 1])):
-                    weight[n, int(columns[i])] += float(values[i])
+            row_of = torch.repeat_interleave(torch.arange(kind.n), rows.diff().long())
+            weight.index_put_((row_of, columns.long()), values.float(), accumulate=True)
         self._dense[outliers] = weight.double()
         return self._dense[outliers]
 

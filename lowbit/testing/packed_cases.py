@@ -107,9 +107,8 @@ class Weight:
         weight = (self.codes.float() - zeros) * scales
         values, columns, rows = self.outliers
         if outliers and values is not None and columns is not None and rows is not None:
-            for n in range(f.out_features):
-                for i in range(int(rows[n]), int(rows[n + 1])):
-                    weight[n, int(columns[i])] += float(values[i])
+            row_of = torch.repeat_interleave(torch.arange(f.out_features), rows.diff().long())
+            weight.index_put_((row_of, columns.long()), values.float(), accumulate=True)
         self._dense[outliers] = weight.double()
         return self._dense[outliers]
 

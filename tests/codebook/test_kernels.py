@@ -178,13 +178,14 @@ def test_int8_sums_do_not_overflow(where, bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_identity_activations_give_the_dequantized_weight(where, bits, dtype):
     for _, weight in share(where, all_weights(bits), DTYPES.index(dtype), 16):
-        eye = torch.eye(weight.kind.k).to(dtype)
+        some = slice(None) if weight.kind.k < 200 else slice(DTYPES.index(dtype), None, 3)  # of the dtypes together all
+        eye = torch.eye(weight.kind.k)[some].to(dtype)
         y = weight.linear(eye).t().contiguous()
         if where.backend == "triton" and dtype != torch.float32 and not multiplied_densely(weight, len(eye), dtype):
             # one rounding of the entry, and one of the result
-            assert_bitwise_equal(y, multiplied(where, weight, dtype).float().to(dtype))
+            assert_bitwise_equal(y, multiplied(where, weight, dtype).float().to(dtype)[:, some])
         else:
-            assert_bitwise_equal(y, weight.dequantize(dtype))
+            assert_bitwise_equal(y, weight.dequantize(dtype)[:, some])
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
@@ -192,8 +193,10 @@ def test_identity_activations_give_the_dequantized_weight(where, bits, dtype):
 def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits, int8):
     if where.backend != "cpu":
         pytest.skip("promised for the compiled kernels: the reference is torch's matmul, and a GPU has its own test")
-    for n, k, group_size in [(37, 172, 32), (130, 256, None), (64, 1088, 64), (19, 100, 7)]:
+    for turn, (n, k, group_size) in enumerate([(37, 172, 32), (130, 256, None), (64, 1088, 64), (19, 100, 7)]):
         for i, kind in enumerate(kinds(bits, n, k, group_size)):
+            if (i + turn + bits + int8) % 2:  # half of the product: every two of shape, kind, bits and int8 meet
+                continue
             weight = random_weight(kind, i)
             for m, dtype in ((2, DTYPES[i % 2]), (4, DTYPES[2]), (5, DTYPES[i % 3]), (33, DTYPES[(i + bits) % 3])):
                 x = activations(m, k, dtype, seed=m)
@@ -216,12 +219,15 @@ def test_wide_rows_and_many(where, bits, arithmetic):
     if where == Where("triton"):
         pytest.skip("too much for the interpreter: backends/triton/test_configurations.py has several tiles and blocks")
     int8, dtype = arithmetic == "int8", torch.float32 if arithmetic == "float32" else torch.bfloat16
+    turn = WHERE.index(where) + bits + ("float32", "bfloat16", "int8").index(arithmetic)
     for i, (group_size, tables, scales, outliers) in enumerate(
         [(64, "tensor", "float", 0), (32, "row", "nested", 0), (128, "group", "none", 0), (4200, "row", "float", 0),
          (96, "tensor", "float", 0), (64, "group", "float", 500), (16, "row", "float", 0), (32, "tensor", "float", 500),
          (4200, "tensor", "none", 500), (128, "tensor", "float", 0), (384, "row", "nested", 0),
          (192, "tensor", "float", 0)]
     ):  # fmt: skip
+        if (i + turn) % 2:  # half of the product: every two of kind, bits, arithmetic and instruction set meet
+            continue
         kind = Kind(bits, 39, 4200, group_size, tables, scales, DTYPES[i % 3], DTYPES[-i % 3], outliers)
         weight = random_weight(kind)
         x = activations(140, 4200, dtype, seed=i)

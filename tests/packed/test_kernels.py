@@ -124,7 +124,9 @@ def test_codes_in_blocks(where, bits, dtype):
             weight.scales = by_group(weight.scales)
             weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
         assert weight.packed.dim() == 4
-        for m in (1, 2, 3, 4, 5, 8, 11, 16, 19, 31, 38, 128, 131):
+        numbers = (1, 2, 3, 4, 5, 8, 11, 16, 19, 31, 38, 128, 131)
+        # of a large weight every other number, the others at the next number of bits and of the next dtype
+        for m in numbers if n * k < 50_000 else numbers[(bits + i + DTYPES.index(dtype)) % 2 :: 2]:
             assert_bitwise_equal(weight.linear(x[:m], bias), plain[:m])
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True), int8[:m])
         assert_bitwise_equal(weight.dequantize(), dense.float())
@@ -146,7 +148,8 @@ def test_codes_in_blocks_with_activations_in_groups(where, bits):
         if weight.format.granularity == "group":
             weight.scales = by_group(weight.scales)
             weight.zeros = None if weight.zeros is None else by_group(weight.zeros)
-        for m in (*range(1, 20), 131):
+        numbers = (*range(1, 20), 131)
+        for m in numbers if n * k < 50_000 else numbers[(bits + i) % 2 :: 2]:  # the others at the next number of bits
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True, x_group=x_group), y[:m])
 
 
@@ -301,8 +304,10 @@ def test_int8_sums_do_not_overflow(where, bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_identity_activations_give_the_dequantized_weight(where, bits, dtype):
     for _, weight in share(where, all_weights(bits), DTYPES.index(dtype), 12):
-        eye = torch.eye(weight.format.in_features).to(dtype)
-        assert_bitwise_equal(weight.linear(eye).t().contiguous(), weight.dequantize(dtype))
+        k = weight.format.in_features
+        some = slice(None) if k < 200 else slice(DTYPES.index(dtype), None, 3)  # of the dtypes together all
+        eye = torch.eye(k)[some].to(dtype)
+        assert_bitwise_equal(weight.linear(eye).t().contiguous(), weight.dequantize(dtype)[:, some])
 
 
 MODES = ("float", "int8", "int8 in groups")
@@ -320,8 +325,11 @@ def mode_of(mode: str, group_size: int | None) -> dict[str, int]:
 def test_a_row_does_not_depend_on_its_batch_the_threads_or_the_call(where, bits, mode):
     if where.backend != "cpu":
         pytest.skip("promised for the compiled kernels: the reference is torch's matmul, and a GPU has its own test")
-    for n, k, group_size in [(37, 172, 32), (130, 256, None), (64, 320, 64), (19, 300, 7)]:
+    for turn, (n, k, group_size) in enumerate([(37, 172, 32), (130, 256, None), (64, 320, 64), (19, 300, 7)]):
         for i, format in enumerate(formats(bits, n, k, group_size)):
+            # half of the product: every two of shape, zeros, outliers, bits and mode meet
+            if (i + i // 2 + turn + bits + MODES.index(mode)) % 2:
+                continue
             weight = random_weight(format, i)
             for m in (2, 5, 16, 33, 70):
                 x = activations(m, k, DTYPES[i % 3], seed=m)
