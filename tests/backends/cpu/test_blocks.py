@@ -29,6 +29,7 @@ from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.transforms import opcheck
 from lowbit.testing.where import everywhere, running
 
 BITS = range(1, 9)
@@ -211,14 +212,10 @@ def test_opcheck(where, format):
     weight = tuple(replace(w, packed=blocks.block(w.packed, f.bits)).operands)
     x = activations(3, f.in_features, torch.float32).requires_grad_()
     with running(where):
-        torch.library.opcheck(torch.ops.lowbit.packed_linear.default, (x, *weight, None, None, False, 0))
-        torch.library.opcheck(
-            torch.ops.lowbit.packed_dequantize.default, (*weight, f.in_features, torch.float16)
-        )
-        torch.library.opcheck(
-            torch.ops.lowbit.packed_embedding.default,
-            (torch.tensor([[1, 0], [15, 15]]), *weight, f.in_features, torch.bfloat16),
-        )
+        opcheck(where, torch.ops.lowbit.packed_linear.default, (x, *weight, None, None, False, 0))
+        opcheck(where, torch.ops.lowbit.packed_dequantize.default, (*weight, f.in_features, torch.float16))
+        ids = torch.tensor([[1, 0], [15, 15]])
+        opcheck(where, torch.ops.lowbit.packed_embedding.default, (ids, *weight, f.in_features, torch.bfloat16))
 
 
 @pytest.mark.parametrize("outliers", [0, 20])
