@@ -169,9 +169,10 @@ def test_a_module_that_is_not_there_is_an_error(project) -> None:
     result.stderr.fnmatch_lines(["*lowbit.colonel must be a module of lowbit or benchmarks: there is none*"])
 
 
-def test_workers_agree(project) -> None:
+def test_workers_agree(project, monkeypatch) -> None:
     pytest.importorskip("xdist")
-    command = ("tests", *WITHOUT, "-n", "2")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others take seconds to import in each process
+    command = ("tests", *WITHOUT, "-p", "xdist.plugin", "-n", "2")
     assert project.runpytest_subprocess(*command, "--record").parseoutcomes() == {"passed": 6}
     assert project.runpytest_subprocess(*command, "--verdicts").parseoutcomes() == {"passed": 2, "skipped": 4}
 
