@@ -27,6 +27,8 @@ _ATTRIBUTES: set[Any] = {
     )
 }  # fmt: skip
 _ITSELF = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+# An address outlives what it points to: two weights that are dequantized in turn would have the same one.
+_ADDRESSES: set[Any] = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage}
 _FREEZES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 
 
@@ -60,6 +62,12 @@ class LazyWeight(Tensor):
             return args[0]
         if func in _FREEZES and not (args[1] if args[1:] else kwargs.get("requires_grad", True)):
             return args[0]  # it never requires a gradient
+        if func in _ADDRESSES:
+            layer = args[0].layer
+            raise RuntimeError(
+                f"{layer.title()}: .weight has no memory of its own ({func.__name__}): take that of "
+                "layer.dequantize(), and keep it"
+            )
         if func is Tensor.__repr__:
             return repr(args[0])
         _refuse_writing(func, args, kwargs)

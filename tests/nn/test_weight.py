@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 import lowbit
@@ -118,6 +119,23 @@ def test_writing_is_refused(spec, write):
     with pytest.raises((RuntimeError, AttributeError), match=type(layer).__name__ + r".*\.weight cannot be"):
         write(layer)
     assert_bitwise_equal(layer.dequantize(), before)
+
+
+ADDRESSES = {
+    "data_ptr": lambda w: w.data_ptr(),
+    "of data": lambda w: w.data.data_ptr(),
+    "untyped_storage": lambda w: w.untyped_storage(),
+    "storage": lambda w: w.storage(),
+    "safetensors": lambda w: save({"weight": w}),
+}
+
+
+@family
+@pytest.mark.parametrize("ask", ADDRESSES.values(), ids=ADDRESSES)
+def test_a_weight_has_no_address(spec, ask):
+    """That of a dequantized copy would be the next copy's too: different layers would look tied, files hold garbage."""
+    with pytest.raises(RuntimeError, match=r"Linear \[24, 48\]\): \.weight has no memory of its own .*dequantize"):
+        ask(lowbit.convert(nn.Sequential(nn.Linear(48, 24)), spec)[0].weight)
 
 
 class Queries(nn.Module):
