@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.checkpoint import card, foreign, stream
 from lowbit.checkpoint.metadata import Metadata, parse, train_again
 from lowbit.checkpoint.reader import Checkpoint
-from lowbit.integrations import resize, tensor_parallel
+from lowbit.integrations import resize, tensor_parallel, unread
 from lowbit.integrations.matching import (
     NOTICE,
     check,
@@ -309,6 +309,7 @@ def install() -> None:
 
     _install_card(PreTrainedModel)
     resize.install(PreTrainedModel)
+    unread.install(PreTrainedModel)
 
 
 def _install_card(cls: Any) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from lowbit.checkpoint import libraries
 from lowbit.checkpoint.libraries import FloatFolder
 from lowbit.checkpoint.reader import Checkpoint
+from lowbit.integrations import unread
 from lowbit.integrations.after_import import after_import
 from lowbit.model import hooks
 
@@ -55,10 +56,15 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a quantized model that transformers loaded without its quantizer: it is random then."""
+    """Raise ``ValueError`` for a quantized model that transformers loaded without its quantizer: it is random then.
+
+    Also where its loading left tensors of layers unread.
+    """
     for name, inner in model.named_modules():
         if not is_pretrained(inner):
             continue
+        if said := unread.problem(inner):
+            raise ValueError(f"{name or type(inner).__name__}: {said}")
         config: Any = getattr(inner.config, "quantization_config", None)
         fields = config if isinstance(config, dict) else getattr(config, "__dict__", {})
         loaded = getattr(inner, "hf_quantizer", None) is not None or getattr(inner.config, "_is_quantized", False)

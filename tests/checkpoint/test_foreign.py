@@ -396,3 +396,35 @@ def test_a_model_whose_format_transformers_did_not_load(folder):
         lowbit.convert(wrapped, SPEC)
     model.config.quantization_config = None
     lowbit.convert(model, SPEC)
+
+
+UNREAD = {
+    "scales beside codes": lambda w: {"weight": w * 9, "weight_scale_inv": torch.ones(1, 1)},
+    "nameless factors": lambda w: {"weight": w * 9, "alpha": torch.ones(len(w))},
+    "VPTQ": lambda w: {"indices": torch.zeros(8, 8, dtype=torch.int32), "centroids.weight": torch.ones(1, 64)},
+    "QuIP": lambda w: {"Qidxs": torch.zeros(8, 8, dtype=torch.int64), "SU": torch.ones(len(w))},
+    "an adapter's base": lambda w: {"base_layer.weight": w, "lora_A.weight": torch.ones(2, w.shape[1])},
+}
+
+
+@pytest.mark.parametrize("replace", UNREAD.values(), ids=UNREAD)
+@pytest.mark.parametrize("cls", [transformers.LlamaForCausalLM, transformers.LlamaModel])
+def test_a_model_whose_layers_transformers_left_unread(replace, cls, folder):
+    """No config file says a word, and transformers only logs it: such a weight is random, or codes without scales."""
+    rewrite(folder, quantized(replace, PROJ))
+    model = cls.from_pretrained(folder)
+    before = {name: id(module) for name, module in model.named_modules()}
+    words = re.escape(f"such as '{PROJ}.")
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(ValueError, match=f"{cls.__name__ if whole is model else '0'}: .*unread.*{words}"):
+            lowbit.convert(whole, SPEC)
+    assert before == {name: id(module) for name, module in model.named_modules()}
+    del model.lowbit_unread
+    lowbit.convert(model, SPEC)
+
+
+def test_what_no_layer_would_have_read_is_no_matter(folder):
+    extra = ("score.weight", "logit_scale", "model.layers.0.self_attn.k_scale")
+    rewrite(folder, lambda tensors: {**tensors, **{name: torch.ones(1) for name in extra}})
+    for cls in (transformers.LlamaForCausalLM, transformers.LlamaModel):
+        lowbit.convert(cls.from_pretrained(folder), SPEC)
