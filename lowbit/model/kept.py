@@ -33,10 +33,11 @@ def kept_float(
     """
     found: dict[int, Kept] = {}
     for name, module, tensor in named_tensors(model, packed):
-        size = tensor.numel() * tensor.dtype.itemsize
+        held = storages([tensor])
+        size = min(tensor.numel() * tensor.dtype.itemsize, sum(held.values()))  # it may be sparse, or expanded
         if not tensor.is_floating_point() or size <= more_than or isinstance(module, Layer):
             continue
-        for key in list(storages([tensor]))[:1]:
+        for key in list(held)[:1]:
             found.setdefault(key, Kept(name, size, _reason(name, module, tensor, skipped)))
     return sorted(found.values(), key=lambda kept: -kept.bytes)
 

@@ -149,6 +149,8 @@ def check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
     """Raise ``TypeError`` for what is no spec, or no patterns, saying what to write."""
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"skip must be a sequence of patterns: got {type(skip).__name__} {skip!r:.200}")
     for pattern in skip:
         if not isinstance(pattern, str):
             raise TypeError(f"skip must be a sequence of patterns, texts: got {pattern!r:.200}")
@@ -287,6 +289,8 @@ def cause_of(swap: Swap) -> str | None:
     weight = swap.weight()
     if 0 in weight.shape:
         return f"a weight needs N, K >= 1: got shape {tuple(weight.shape)}"
+    if weight.layout is not torch.strided:
+        return f"the weight must be dense: got layout {weight.layout}"
     if weight.dtype not in FLOAT_DTYPES.values():
         return f"the weight must be float32, float16 or bfloat16: got {weight.dtype}"
     bias = swap.bias()

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
 Storages = dict[int, int]  # what identifies a storage -> its bytes
 
 
@@ -23,11 +29,14 @@ def storages(tensors: Iterable[Tensor]) -> Storages:
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor subclass is made of."""
+    """The plain tensors that a tensor subclass, or a sparse tensor, is made of."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _parts(getattr(tensor, name))
-    else:
+    elif tensor.layout in _SPARSE:
+        for name in _SPARSE[tensor.layout]:
+            yield getattr(tensor, name)()
+    elif tensor.layout is torch.strided:  # others have no storage
         yield tensor
 
 
@@ -54,7 +63,7 @@ def named_tensors(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
 
 def place(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common that show the very same values, whether they are one object or two."""
-    if is_traceable_wrapper_subclass(tensor):
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
         return (id(tensor),)
     storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -368,3 +368,42 @@ def test_a_trained_module_that_shares_its_weight(monkeypatch):
         assert report.skipped == {"w": "untied: a float copy of 3072 bytes is kept (a is packed)"}
         assert (report.total_before, report.total_after) == (before, storage_bytes(model))
         assert [(row.bytes_before, row.note) for row in report.rows] == [(0, "of its own"), (3072, "of its own")]
+
+
+def sparse(layout):
+    """A [20, 20] identity, and the bytes of what it is made of."""
+    if layout is torch.sparse_coo:
+        return torch.eye(20).to_sparse(), 20 * (2 * 8 + 4)
+    side = 5 if layout in (torch.sparse_bsr, torch.sparse_bsc) else 1
+    n = 20 // side
+    values = torch.eye(side).expand(n, side, side).contiguous() if side > 1 else torch.ones(n)
+    made = torch.sparse_compressed_tensor(torch.arange(n + 1), torch.arange(n), values, (20, 20), layout=layout)
+    return made, 8 * (n + 1) + 8 * n + values.nbytes
+
+
+LAYOUTS = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sparse_tensors_are_counted(layout):
+    """Such as the edges of a graph. A weight that is one is named."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    before = storage_bytes(model)
+    edges, edges_bytes = sparse(layout)
+    model.register_buffer("edges", edges)
+    planned = lowbit.convert(model, Packed(), dry_run=True)
+    assert planned.total_before == before + edges_bytes
+    assert [(kept.name, kept.bytes) for kept in planned.kept if kept.name == "edges"] == [("edges", edges_bytes)]
+    model[1].weight = nn.Parameter(torch.ones(8, 32).to_sparse())
+    with pytest.raises(ValueError, match="1: the weight must be dense: got layout torch.sparse_coo"):
+        lowbit.convert(model, Packed())
+    lowbit.convert(model, Packed(), skip=["1"])
+    assert isinstance(model[0], lowbit.PackedLinear) and model.edges is edges
+
+
+def test_tensors_without_a_storage_count_nothing():
+    model = nn.Sequential(nn.Linear(64, 32))
+    before = storage_bytes(model)
+    model.register_buffer("blocked", torch.eye(20).to_mkldnn())
+    assert lowbit.convert(model, Packed(), dry_run=True).total_before == before
