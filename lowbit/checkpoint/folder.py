@@ -22,6 +22,7 @@ from lowbit.checkpoint import card, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
 from lowbit.core.folder import DESCRIPTION_FILE as DESCRIPTION_FILE
 from lowbit.model.accelerate import canonical_state_dict
+from lowbit.model.plan import require_model
 from lowbit.nn.layer import layers
 
 
@@ -61,8 +62,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: Any = N
 
     Raises:
         ValueError: the model has no packed layer, or holds values that are not valid (NaN scales, ...).
-        TypeError: ``tokenizer`` has no ``save_pretrained``.
+        TypeError: ``model`` is no module, or ``tokenizer`` has no ``save_pretrained``.
     """
+    require_model(model)
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(f"tokenizer must be a tokenizer or processor of transformers: got {type(tokenizer).__name__}")
     if not layers(model):

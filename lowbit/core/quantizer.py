@@ -72,11 +72,13 @@ def register(quantizer: Quantizer[Any, Any]) -> None:
     """Let specs of ``quantizer.family`` name this quantizer; a second one of the same name replaces the first.
 
     Raises:
-        TypeError: it is the class.
+        TypeError: it is the class, or no quantizer.
         ValueError: it wants a statistic to be measured that does not exist.
     """
     if isinstance(quantizer, type):
         raise TypeError(f"quantizer must be made, not the class itself: write {quantizer.__name__}()")
+    if not isinstance(quantizer, Quantizer):
+        raise TypeError(f"quantizer must be a lowbit.Quantizer: got {type(quantizer).__name__} {quantizer!r:.200}")
     known = [field.name for field in fields(Statistics)]
     for name in sorted({*quantizer.needs, *quantizer.uses}):
         if name not in known:

@@ -488,13 +488,14 @@ def make_trainable(model: nn.Module, *names: str) -> list[nn.Parameter]:
     and small squares in float16. Forward uses them rounded to the stored dtype, as :func:`freeze` and saving will store
     them; the gradient goes straight through. Tied layers share one Parameter. Frozen layers are otherwise as they were.
 
-    Raises ``ValueError`` for a name that no layer can train, naming those that one can.
+    Raises ``ValueError`` for a name that no layer can train, and where there is none, naming those that one can.
     """
     found = layers(model)
     known = {name for layer in found.values() for name in layer.trainable()}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"names must be of {', '.join(sorted(known)) or 'a packed layer'}: got {name!r}")
+    for name in names or (None,):
+        if not isinstance(name, str) or name not in known:
+            got = "no name" if name is None else repr(name)
+            raise ValueError(f"names must be of {', '.join(sorted(known)) or 'a packed layer'}: got {got}")
     made: dict[int, nn.Parameter] = {}
     for layer in found.values():
         for name in names:

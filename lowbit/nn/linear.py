@@ -98,7 +98,8 @@ class LinearLayer(Layer):
             return traced(self, input)
         if not input.dim() or input.size(-1) != self._in_features:
             found = tuple(input.shape)
-            raise ValueError(f"input must have in_features={self._in_features} as its last size: got shape {found}")
+            required = f"input must have in_features={self._in_features} as its last size"
+            raise ValueError(f"{self.title()}: {required}: got shape {found}")
         parameters = self._parameters
         bias = parameters["bias"] if parameters else self.bias  # a replica in nn.DataParallel has attributes only
         if self.dtype is torch.float64:

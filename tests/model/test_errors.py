@@ -32,7 +32,7 @@ class Model(nn.Module):
 def test_what_is_no_model(tmp_path):
     with pytest.raises(TypeError, match=r"^model must be an nn.Module: got str 'gpt2': load the model first, .*'gpt2'"):
         lowbit.convert("gpt2", Packed())
-    for function in (lowbit.convert, lowbit.report, lowbit.dequantize):
+    for function in (lowbit.convert, lowbit.report, lowbit.dequantize, lambda model: lowbit.save(model, tmp_path)):
         with pytest.raises(TypeError, match="model must be an nn.Module: got Tensor"):
             function(torch.zeros(2, 2))
     lowbit.save(lowbit.convert(nn.Sequential(nn.Linear(8, 8)), Packed()), tmp_path / "plain")
@@ -90,6 +90,8 @@ def test_classes_instead_of_objects_elsewhere():
             cls.from_weight(lowbit.Codebook().quantize(weight))
     with pytest.raises(TypeError, match=r"not the class itself: write GridQuantizer\(\)$"):
         lowbit.register_quantizer(GridQuantizer)
+    with pytest.raises(TypeError, match=r"^quantizer must be a lowbit.Quantizer: got int 3$"):
+        lowbit.register_quantizer(3)
 
 
 def test_skip_is_made_of_texts():

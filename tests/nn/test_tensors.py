@@ -193,6 +193,9 @@ def test_names_that_cannot_be_trained_are_refused():
     for name in ("packed", "codebook", "weight", "zeros"):
         with pytest.raises(ValueError, match=f"names must be of outlier_values, scales: got '{name}'"):
             lowbit.make_trainable(m, name)
+    for names, got in (((), "no name"), ((["scales"],), r"\['scales'\]"), ((3,), "3")):
+        with pytest.raises(ValueError, match=f"names must be of outlier_values, scales: got {got}"):
+            lowbit.make_trainable(m, *names)
     assert [name for name, _ in m.named_parameters()] == ["1.bias"]
 
 
