@@ -4,7 +4,9 @@ Environment:
     LOWBIT_NO_NATIVE=1                    install pure Python: a slow reference runs instead of the kernels
     LOWBIT_SANITIZE=address,undefined     build an instrumented library (see tests/sanitize.py)
     MAX_JOBS                              how many compilers run at a time (default: one per core)
-    CXX, CXXFLAGS, LDFLAGS                as usual; NVCC and NVCCFLAGS for csrc/cuda
+    CXX, CXXFLAGS, LDFLAGS                as usual
+    LOWBIT_CUDA=1                         also build liblowbit_cuda.so of csrc/cuda, by NVCC with NVCCFLAGS; nothing in
+                                          the package calls it yet
 
 This file writes build/native/build.ninja, and ninja builds what has changed. The objects stay in that folder.
 
@@ -61,6 +63,7 @@ FLAGS = ["-std=c++17", "-Icsrc", "-fPIC", "-fvisibility=hidden", "-ffp-contract=
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
 CUDA_LIBRARY = "liblowbit_cuda.so"
+CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")  # unless NVCCFLAGS names others
 
 # -MD, not -MMD: another version of torch or of the compiler rebuilds too.
 RULES = """\
@@ -137,11 +140,12 @@ def edge(output: Path, rule: str, *inputs: object, **variables: str) -> str:
 
 
 def cuda_edges(folder: Path, nvcc: str | None) -> list[str]:
-    """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu, where there are such files and nvcc.
+    """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu, where they are wanted and there is nvcc.
 
     The library has C entry points and knows no torch, so that one build serves every torch.
     """
-    sources = sorted(Path("csrc/cuda").rglob("*.cu"))
+    wanted = os.environ.get("LOWBIT_CUDA", "0") not in ("", "0")
+    sources = sorted(Path("csrc/cuda").rglob("*.cu")) if wanted else []
     if sources and not nvcc:
         print("lowbit: building without CUDA kernels (no nvcc found)", file=sys.stderr)
     if not sources or not nvcc:
@@ -167,12 +171,15 @@ def write_ninja(folder: Path, library: str) -> list[str]:
     includes = ["-isystem", str(root / "include"), "-isystem", str(root / "include/torch/csrc/api/include")]
     link += [f"-L{root / 'lib'}", *environment_flags("LDFLAGS"), "-ltorch_cpu", "-ltorch"]
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    nvcc_command = [nvcc or "nvcc", "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    nvcc_command = [nvcc or "nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    nvcc_flags = environment_flags("NVCCFLAGS")
+    if not any(flag.startswith(("-arch", "--gpu-architecture", "-gencode", "--generate-code")) for flag in nvcc_flags):
+        nvcc_flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_ARCHITECTURES]
     shell = {
         "cxx": compiler(),
         "flags": [*FLAGS, *mode, *DEFINES, *includes, *environment_flags("CXXFLAGS")],
         "link": link,
-        "nvcc": [*nvcc_command, *environment_flags("NVCCFLAGS")],
+        "nvcc": [*nvcc_command, *nvcc_flags],
     }
     commands = {name: shlex.join(words).replace("$", "$$") for name, words in shell.items()}
     objects = [folder / f"{name}.o" for name in OBJECTS]

@@ -1,0 +1,320 @@
+// Few rows of x times a weight of the family `packed`. For M <= 16 it equals the PyTorch line
+//
+//   y = torch.nn.functional.linear(x, (codes - zeros[:, group]) * scales[:, group] + outliers, bias)
+//
+// with group = torch.arange(K) // group_size, float32 sums and one rounding to the dtype of x.
+//
+// Codes are in tiles (lowbit/backends/triton/tiles.py). Weights are the left operand of mma.sync, so 16 rows of W by up
+// to 8 rows of x are one product, and no weight is moved between threads: the 16 bytes that thread 4g + t loads from a
+// part of a plane are lanes 8t .. 8t+7 of row g. After one shift they are the codes of 8 neighbouring columns: the
+// operands of two products whose x is read at the same columns.
+//
+// The operands are the exact integers code - center, where center is the zero point, or the integer nearest to it. What
+// that leaves (the residual) multiplies the sum of x, which a second product makes. The scale multiplies the float32
+// sum of a group. So no weight is ever rounded.
+//
+// A block has ROW_WARPS x K_WARPS warps. Warp (r, k) multiplies 16 rows of W, every K_WARPS-th tile of them. At the end
+// the K_WARPS sums are added in this order. No order of sums depends on M: a row of y is the same in every batch.
+#pragma once
+#include "common/packed.h"
+#include "cuda/primitives.h"
+
+namespace lowbit {
+namespace cuda {
+namespace decode {
+
+constexpr int ROW_WARPS = 2, K_WARPS = 4, THREADS = 32 * ROW_WARPS * K_WARPS, ROWS = 16 * ROW_WARPS;
+constexpr int TILE = 256, CHUNK = 32;
+constexpr int SLICE = K_WARPS * TILE;  // columns that a block multiplies at a time
+constexpr int DEPTH = 2;               // tiles that a warp has on their way to its registers
+
+// The bytes of a row of x in shared memory. With 64 bytes between, rows g and g + 1 are in different banks.
+constexpr int PITCH = 2 * SLICE + 64;
+
+// Slices of x in shared memory: while one is read, the others are on their way.
+template <int M_TILES>
+constexpr int STAGES_OF = M_TILES == 1 ? 3 : 2;
+
+template <int M_TILES>
+int shared_bytes(int rows_of_x) {
+  const int x = STAGES_OF<M_TILES> * rows_of_x * PITCH, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
+  return x > sums ? x : sums;
+}
+
+LOWBIT_DEVICE float float_at(const void* values, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return load(static_cast<const float*>(values) + i);
+  if (dtype == DType::u8) return load(static_cast<const uint8_t*>(values) + i);
+  const uint16_t bits = load(static_cast<const uint16_t*>(values) + i);
+  return dtype == DType::f16 ? to_float<DType::f16>(bits) : to_float<DType::bf16>(bits);
+}
+
+LOWBIT_DEVICE uint32_t word(const Words4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// What one thread holds of one row of a tile: lanes 8t .. 8t+7 of all planes. The planes of 8, 4 and 2 bits have
+// BITS / 2 parts of 32 x 16 bits; then, for odd BITS, comes a plane of 32 x 8 bits.
+template <int BITS>
+struct TileRow {
+  Words4 parts[BITS / 2 + (BITS == 1)];
+  Words2 octets;
+
+  LOWBIT_DEVICE void fetch(const uint8_t* row, int t) {
+    LOWBIT_UNROLL
+    for (int p = 0; p < BITS / 2; ++p) parts[p] = load_once(reinterpret_cast<const Words4*>(row + 64 * p + 16 * t));
+    if constexpr (BITS % 2) octets = load_once(reinterpret_cast<const Words2*>(row + 64 * (BITS / 2) + 8 * t));
+  }
+
+  // The codes of columns 32 * chunk + 8t + 2i and the next, as a pair of integers.
+  LOWBIT_DEVICE uint32_t codes(int chunk, int i) const {
+    uint32_t pair = 0;
+    if constexpr (BITS > 1) {
+      constexpr int WIDTH = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, FIELDS = 16 / WIDTH;
+      constexpr uint32_t MASK = ((1u << WIDTH) - 1) * 0x00010001u;
+      pair = word(parts[chunk / FIELDS], i) >> chunk % FIELDS * WIDTH & MASK;
+    }
+    if constexpr (BITS == 6 || BITS == 7) pair |= (word(parts[2], i) >> 2 * chunk & 0x00030003u) << 4;
+    if constexpr (BITS % 2) {
+      const uint32_t two = (i < 2 ? octets.x : octets.y) >> 16 * (i % 2) & 0xFFFFu;
+      pair |= ((two | two << 8) >> chunk & 0x00010001u) << (BITS - 1);
+    }
+    return pair;
+  }
+};
+
+// Integers 0 .. 2^BITS - 1 as numbers of 16 bits, less a center: both exact. An integer in the low bits of 1024
+// (float16) or 128 (bfloat16, which has room for 7 bits) is added to it.
+template <int BITS, DType T>
+struct Centered {
+  static constexpr bool SPLIT = T == DType::bf16 && BITS == 8;
+  static constexpr uint32_t BASE = T == DType::f16 ? 0x6400u : 0x4300u;
+
+  // What to_operand() takes for a center in 0 .. 2^BITS - 1.
+  LOWBIT_DEVICE static uint32_t prepare(int center) {
+    return (SPLIT ? from_float<T>(static_cast<float>(center)) : BASE + center) * 0x00010001u;
+  }
+
+  LOWBIT_DEVICE static uint32_t to_operand(uint32_t codes, uint32_t center) {
+    constexpr uint32_t BASES = BASE * 0x00010001u;
+    if constexpr (!SPLIT) return subtract_pair<T>(codes | BASES, center);
+    // 128 + the low 7 bits, and 128 or 256 for the top bit; 256 less the former is exact, and so is what remains
+    const uint32_t low = (codes & 0x007F007Fu) | BASES, top = (codes & 0x00800080u) | BASES;
+    return subtract_pair<T>(subtract_pair<T>(top, center), subtract_pair<T>(0x43804380u, low));
+  }
+};
+
+// The bytes of a pair whose columns, column and the next, are in [begin, end).
+LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
+  return (column >= begin && column < end ? 0x0000FFFFu : 0u) |
+         (column + 1 >= begin && column + 1 < end ? 0xFFFF0000u : 0u);
+}
+
+// Args:
+//   BITS, T: of the codes; the dtype of x and y.
+//   M_TILES: products that 8 rows of x take each; M <= 8 * M_TILES.
+//   CUT: groups may end inside a chunk of 32 columns. Then each group's columns are multiplied with the others masked.
+//   scale_row, scale_group, zero_row, zero_group: between the values of neighbouring rows and groups; 0: one for all.
+//   group_factor: 2^31 / (chunks of a group), rounded up; not read where CUT.
+//   copy_x: the rows of x begin at multiples of 16 bytes.
+template <int BITS, DType T, int M_TILES, bool CUT>
+LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 ? 2 : 1)
+kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
+       const void* outlier_columns, const int32_t* outlier_rows, const uint16_t* x, uint16_t* y, int M, int N, int K,
+       int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,
+       int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x) {
+  constexpr int STAGES = STAGES_OF<M_TILES>, TILE_BYTES = TILE * BITS / 8;
+  const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
+  const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
+  const int tile_count = (K + TILE - 1) / TILE, slices = (tile_count + K_WARPS - 1) / K_WARPS;
+  const int first_row = block_index() * ROWS;
+  // Rows past the last one repeat it and are not stored, so that no load needs a mask for them.
+  int row[2];
+  const uint8_t* codes[2];
+  LOWBIT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int n = first_row + 16 * row_warp + 8 * half + g;
+    row[half] = n < N ? n : N - 1;
+    codes[half] = tiles + static_cast<int64_t>(row[half]) * tile_count * TILE_BYTES;
+  }
+
+  TileRow<BITS> held[DEPTH][2];
+  auto fetch_weights = [&](TileRow<BITS>(&into)[2], int tile) {
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) into[half].fetch(codes[half] + static_cast<int64_t>(tile) * TILE_BYTES, t);
+  };
+
+  auto fetch_x = [&](int slice) {
+    const int stage = slice % STAGES * M * PITCH, first = slice * SLICE;
+    if (slice < slices && copy_x) {
+      for (int i = thread_index(); i < M * (SLICE / 8); i += THREADS) {
+        const int m = i / (SLICE / 8), column = i % (SLICE / 8) * 8;
+        const bool beyond = first + column >= K;
+        copy_async(stage + m * PITCH + 2 * column,
+                   x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column), beyond);
+      }
+    } else if (slice < slices) {
+      for (int i = thread_index(); i < M * SLICE; i += THREADS) {
+        const int m = i / SLICE, column = i % SLICE;
+        const bool beyond = first + column >= K;
+        store_shared(stage + m * PITCH + 2 * column,
+                     beyond ? uint16_t(0) : load(x + static_cast<int64_t>(m) * K + first + column));
+      }
+    }
+    commit_copies();  // one group for every slice, so that waiting can count them
+  };
+
+  float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
+  float scale[2] = {}, residual[2] = {};
+  uint32_t center[2] = {};
+  const bool residuals = zeros != nullptr && DType(zero_dtype) != DType::u8;
+  int group = -1;
+
+  auto end_group = [&]() {
+    LOWBIT_UNROLL
+    for (int m = 0; m < M_TILES; ++m)
+      LOWBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float exact = fused_multiply_add(residual[i / 2], x_sums[m][i], products[m][i]);
+        sums[m][i] = fused_multiply_add(scale[i / 2], exact, sums[m][i]);
+        products[m][i] = x_sums[m][i] = 0.0f;
+      }
+  };
+
+  auto enter_group = [&](int next) {
+    if (next == group) return;
+    if (group >= 0) end_group();
+    group = next;
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = row[half];
+      scale[half] = float_at(scales, DType(scale_dtype), n * scale_row + static_cast<int64_t>(group) * scale_group);
+      int nearest = 1 << (BITS - 1);
+      if (zeros != nullptr) {
+        const float zero = float_at(zeros, DType(zero_dtype), n * zero_row + static_cast<int64_t>(group) * zero_group);
+        const float largest = static_cast<float>((1 << BITS) - 1);
+        nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
+        residual[half] = static_cast<float>(nearest) - zero;
+      }
+      center[half] = Centered<BITS, T>::prepare(nearest);
+    }
+  };
+
+  // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end).
+  auto multiply_chunk = [&](const TileRow<BITS>(&w)[2], int chunk, const Words4(&xs)[M_TILES], int column, int begin,
+                            int end) {
+    LOWBIT_UNROLL
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[4], ones[2];
+      LOWBIT_UNROLL
+      for (int i = 0; i < 4; ++i)
+        a[i] = Centered<BITS, T>::to_operand(w[i % 2].codes(chunk, 2 * step + i / 2), center[i % 2]);
+      LOWBIT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        ones[i] = T == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
+        if constexpr (CUT) {
+          const uint32_t mask = inside(column + 4 * step + 2 * i, begin, end);
+          ones[i] &= mask, a[2 * i] &= mask, a[2 * i + 1] &= mask;
+        }
+      }
+      LOWBIT_UNROLL
+      for (int m = 0; m < M_TILES; ++m) {
+        const uint32_t b0 = word(xs[m], 2 * step), b1 = word(xs[m], 2 * step + 1);
+        multiply_matrices<T>(products[m], a[0], a[1], a[2], a[3], b0, b1);
+        if (residuals) multiply_matrices<T>(x_sums[m], ones[0], ones[0], ones[1], ones[1], b0, b1);
+      }
+    }
+  };
+
+  auto multiply_tile = [&](const TileRow<BITS>(&w)[2], int tile, int stage) {
+    LOWBIT_UNROLL
+    for (int chunk = 0; chunk < TILE / CHUNK; ++chunk) {
+      const int k = tile * TILE + chunk * CHUNK;
+      if (k >= K) break;
+      Words4 xs[M_TILES] = {};  // rows of x that are not there are zeros
+      LOWBIT_UNROLL
+      for (int m = 0; m < M_TILES; ++m)
+        if (8 * m + g < M) {
+          const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
+          xs[m] = load_shared4(stage + (8 * m + g) * PITCH + 2 * column);
+        }
+      if constexpr (CUT) {
+        const int end = k + CHUNK < K ? k + CHUNK : K;
+        for (int next = k / group_size; next * group_size < end; ++next) {
+          enter_group(next);
+          multiply_chunk(w, chunk, xs, k + 8 * t, next * group_size, (next + 1) * group_size);
+        }
+      } else {
+        enter_group(static_cast<int>(multiply_high(2u * (k / CHUNK), group_factor)));
+        multiply_chunk(w, chunk, xs, 0, 0, 0);
+      }
+    }
+  };
+
+  // Its outliers are shared out to the K_WARPS warps of a row.
+  auto add_outliers = [&]() {
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int end = load(outlier_rows + row[half] + 1);
+      for (int i = load(outlier_rows + row[half]) + k_warp; i < end; i += K_WARPS) {
+        const float value = float_at(outlier_values, DType(outlier_dtype), i);
+        const int column = wide_columns ? load(static_cast<const int32_t*>(outlier_columns) + i)
+                                        : load(static_cast<const uint16_t*>(outlier_columns) + i);
+        LOWBIT_UNROLL
+        for (int m = 0; m < M_TILES; ++m)
+          LOWBIT_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            const int x_row = 8 * m + 2 * t + j;
+            if (x_row < M) {
+              float& sum = sums[m][2 * half + j];
+              sum = fused_multiply_add(value, to_float<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
+            }
+          }
+      }
+    }
+  };
+
+  // Adds the sums of the K_WARPS warps in order, then the bias.
+  auto write_result = [&]() {
+    constexpr int COLUMNS = 8 * M_TILES;
+    barrier();  // nobody reads x any more, and no copy is on its way
+    LOWBIT_UNROLL
+    for (int m = 0; m < M_TILES; ++m)
+      LOWBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int n = 16 * row_warp + 8 * (i / 2) + g, x_row = 8 * m + 2 * t + i % 2;
+        store_shared(4 * ((k_warp * COLUMNS + x_row) * ROWS + n), sums[m][i]);
+      }
+    barrier();
+    for (int i = thread_index(); i < M * ROWS; i += THREADS) {
+      const int n = first_row + i % ROWS, m = i / ROWS;
+      if (n >= N) continue;
+      float sum = load_shared(4 * i);
+      LOWBIT_UNROLL
+      for (int k = 1; k < K_WARPS; ++k) sum += load_shared(4 * (k * COLUMNS * ROWS + i));
+      if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
+      store(y + static_cast<int64_t>(m) * N + n, from_float<T>(sum));
+    }
+  };
+
+  LOWBIT_UNROLL
+  for (int d = 0; d < DEPTH; ++d)
+    if (d * K_WARPS + k_warp < tile_count) fetch_weights(held[d], d * K_WARPS + k_warp);
+  for (int slice = 0; slice < STAGES - 1; ++slice) fetch_x(slice);
+  if (outlier_values != nullptr) add_outliers();
+  for (int first = 0; first < slices; first += DEPTH) {
+    LOWBIT_UNROLL
+    for (int d = 0; d < DEPTH; ++d) {
+      const int slice = first + d, tile = slice * K_WARPS + k_warp;
+      if (slice >= slices) break;
+      wait_copies<STAGES - 2>();
+      barrier();  // the slice is there for all threads, and nobody reads the one before it any more
+      fetch_x(slice + STAGES - 1);
+      if (tile < tile_count) multiply_tile(held[d], tile, slice % STAGES * M * PITCH);
+      if (tile + DEPTH * K_WARPS < tile_count) fetch_weights(held[d], tile + DEPTH * K_WARPS);
+    }
+  }
+  if (group >= 0) end_group();
+  write_result();
+}
+
+}  // namespace decode
+}  // namespace cuda
+}  // namespace lowbit

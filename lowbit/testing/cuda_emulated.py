@@ -1,0 +1,181 @@
+"""The CUDA C++ kernels on the CPU: their sources compiled by g++ on ``csrc/cuda/emulation.h``, in a pybind11 module.
+
+The module is for tests alone: ninja builds it when a test first asks for it, into ``build/cuda_emulated``. A planted
+bug is a substitution in a copy of the sources, compiled the same way.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.triton.tiles import tile, tiles_per_row
+from lowbit.testing.packed_cases import Weight
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "lowbit_cuda_emulated"
+BUILD = ROOT / "build" / "cuda_emulated"
+FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
+    "-DLOWBIT_EMULATED",
+)  # fmt: skip
+RULES = """\
+rule compile
+  command = g++ $flags {flags} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = g++ -shared $in -o $out
+"""
+
+
+def why_not() -> str | None:
+    """Why the module cannot be built here; None: it can."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        return "not run from a source checkout"
+    if shutil.which("g++") is None:
+        return "no g++"
+    if ninja() is None:
+        return "no ninja"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "no Python.h"
+    return None
+
+
+def ninja() -> str | None:
+    try:
+        import ninja as package  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(package.BIN_DIR, "ninja"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Tests run in several processes: one of them builds, the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(folder: Path, edges: str, flags: str) -> None:
+    """Has ninja make ``edges`` in ``folder``, where nothing else is."""
+    text = f"builddir = {folder}\n{RULES.format(flags=' '.join((*FLAGS, flags)))}{edges}"
+    with locked(folder):
+        (folder / "build.ninja").write_text(text)
+        command = [str(ninja()), "-f", str(folder / "build.ninja"), "-j1", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulated kernels do not build:\n{done.stdout}{done.stderr}")
+
+
+@cache
+def module() -> ModuleType:
+    """The pybind11 module, which loads kernels: its class ``Kernels``."""
+    csrc, folder = ROOT / "csrc", BUILD / "module"
+    includes = f"-isystem {Path(torch.__file__).parent / 'include'} -isystem {sysconfig.get_path('include')}"
+    target = folder / f"{NAME}.so"
+    edges = (
+        f"build {folder}/module.o: compile {csrc}/cuda/emulated_module.cpp\n  flags = -I{csrc} {includes}\n"
+        f"build {target}: link {folder}/module.o\n"
+    )
+    build(folder, edges, "-O0")
+    spec = importlib.util.spec_from_file_location(NAME, target)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@cache
+def kernels() -> Any:
+    """All kernels, as they are."""
+    return built(ROOT / "csrc", BUILD / "kernels")
+
+
+def built(csrc: Path, folder: Path, bits: int | None = None) -> Any:
+    """The kernels of the sources in ``csrc``, built in ``folder``; with ``bits``, only those of that width."""
+    target = folder / "kernels.so"
+    edges = (
+        f"build {folder}/kernels.o: compile {csrc}/cuda/emulated_kernels.cpp\n  flags = -I{csrc}\n"
+        f"build {target}: link {folder}/kernels.o\n"
+    )
+    build(folder, edges, "-O1" if bits is None else f"-O1 -DLOWBIT_CUDA_BITS={bits}")
+    return module().Kernels(str(target))
+
+
+def planted(file: str, old: str, new: str, bits: int) -> Any:
+    """Kernels of a copy of the sources in which ``old``, which must be there once, is ``new``."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-planted-") as name:  # what is loaded stays
+        csrc = Path(name, "csrc")
+        for part in ("cuda", "common"):
+            shutil.copytree(ROOT / "csrc" / part, csrc / part)
+        text = (csrc / "cuda" / file).read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"old must be in {file} once: got {text.count(old)} times {old!r}")
+        (csrc / "cuda" / file).write_text(text.replace(old, new), encoding="utf-8")
+        return built(csrc, Path(name, "build"), bits)
+
+
+def packed_decode(
+    weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, by_group: bool = False,
+    int8: bool = False,
+) -> Tensor:  # fmt: skip
+    """``y = x @ W.T + bias`` by the kernel ``csrc/cuda/packed/decode.cuh``, on the layer's own tensors in tiles.
+
+    Args:
+        order: 0: the warps of a block run first to last; 1: last to first.
+        of: what :func:`planted` gave; None: the kernels as they are.
+        by_group: scales and zeros lie group after group.
+    """
+    f = weight.format
+    n, k, bits = f.out_features, f.in_features, f.bits
+    (m, _), (values, columns, rows) = x.shape, weight.outliers
+    tiles = aligned(tile(weight.packed, bits, k))
+    per_tensor = weight.scales.shape[0] == 1 and n > 1
+    groups = weight.scales.shape[1]
+    scales, zeros = weight.scales, weight.zeros
+    if by_group:
+        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    y = torch.full((m, n), torch.nan, dtype=x.dtype)
+    wide = columns is not None and columns.dtype == torch.int32
+    arguments: dict[str, Any] = dict(
+        N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits, M=m, int8=int8,
+        per_tensor=per_tensor, scales_row=1 if by_group else groups, scales_group=n if by_group else 1, order=order,
+        packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
+        zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
+        outlier_columns=array(columns), outlier_rows=array(rows), wide=wide, x=array(x), dtype=name(x),
+        bias=array(bias), bias_dtype=name(bias), y=array(y),
+    )  # fmt: skip
+    result = (of or kernels()).packed_decode(arguments)
+    assert result == 0, result
+    return y
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A copy that begins at a multiple of 16 bytes, as torch's allocator gives on a GPU."""
+    room = torch.empty(t.nbytes + 16, dtype=torch.uint8)
+    skip = -room.data_ptr() % 16
+    return room[skip : skip + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
+
+
+def array(t: Tensor | None) -> tuple[int, int] | None:
+    return None if t is None else (t.data_ptr(), t.nbytes)
+
+
+def name(t: Tensor | None) -> str | None:
+    return None if t is None else str(t.dtype).removeprefix("torch.")

@@ -1,0 +1,117 @@
+"""Bugs planted in the CUDA C++ kernels, to show that their tests find them.
+
+``python -m lowbit.testing.cuda_planted`` plants each of them in a copy of the sources and prints what found it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit.packed.format import PackedFormat
+from lowbit.testing import cuda_emulated
+from lowbit.testing.numerics import assert_linear_close
+from lowbit.testing.packed_cases import activations, formats, random_weight
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``old``, which is once in ``file`` (below ``csrc/cuda``), becomes ``new``; kernels of ``bits`` are built."""
+
+    name: str
+    bits: int
+    old: str
+    new: str
+    file: str = "packed/decode.cuh"
+
+
+BUGS = (
+    Bug("a slice is multiplied before all threads have it", 4, "barrier();  // the slice is there", "// "),
+    Bug("a field of a plane is looked for at the wrong bit", 4, "chunk % FIELDS * WIDTH",
+        "chunk % FIELDS * (WIDTH - 1)"),
+    Bug("a group is looked up with a factor that is rounded down", 4, "+ chunks - 1) / chunks", ") / chunks",
+        "packed/decode.cu"),
+    Bug("the plane of one bit is added one bit too high", 3, "0x00010001u) << (BITS - 1)", "0x00010001u) << BITS"),
+    Bug("the plane of two bits is taken from the next chunk", 7, ">> 2 * chunk & 0x00030003u) << 4",
+        ">> 2 * (chunk + 1) & 0x00030003u) << 4"),
+    Bug("the top bit of 8 counts as half", 8, "(codes & 0x00800080u) | BASES", "(codes >> 1 & 0x00400040u) | BASES"),
+    Bug("the zero of symmetric formats is one too low", 4, "nearest = 1 << (BITS - 1)",
+        "nearest = (1 << (BITS - 1)) - 1"),
+    Bug("what the center leaves of a zero has the wrong sign", 2, "static_cast<float>(nearest) - zero",
+        "zero - static_cast<float>(nearest)"),
+    Bug("a group's sums are not added before the next group", 4, "if (group >= 0) end_group();\n    group = next;",
+        "group = next;"),
+    Bug("one column of the next group belongs to a group", 5, "column + 1 < end ?", "column + 1 <= end ?"),
+    Bug("a ragged K: a copy begins at K", 4, "const bool beyond = first + column >= K;\n        copy_async",
+        "const bool beyond = first + column > K;\n        copy_async"),
+    Bug("a ragged K: an element is read at K", 4, "const bool beyond = first + column >= K;\n        store_shared",
+        "const bool beyond = first + column > K;\n        store_shared"),
+    Bug("weights are fetched one tile too far", 4, "if (tile + DEPTH * K_WARPS < tile_count)",
+        "if (tile + DEPTH * K_WARPS <= tile_count)"),
+    Bug("rows past the last one are read", 4, "n < N ? n : N - 1", "n"),
+    Bug("a row of x that is not there is read", 4, "if (8 * m + g < M) {", "if (8 * m + g <= M) {"),
+    Bug("one copy too few is waited for", 4, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
+    Bug("a slice overwrites the one that is read", 4, "fetch_x(slice + STAGES - 1);", "fetch_x(slice + STAGES);"),
+    Bug("sums overwrite x while a warp still reads it", 4, "barrier();  // nobody reads x any more", "// "),
+    Bug("sums are added before all warps have stored theirs", 4,
+        "    barrier();\n    for (int i = thread_index(); i < M",
+        "    for (int i = thread_index(); i < M"),
+    Bug("every warp adds all outliers", 4, "i = load(outlier_rows + row[half]) + k_warp; i < end; i += K_WARPS",
+        "i = load(outlier_rows + row[half]); i < end; ++i"),
+    Bug("the last warp's sums are left out", 4, "k < K_WARPS; ++k) sum", "k < K_WARPS - 1; ++k) sum"),
+    Bug("an operand has its rows exchanged", 4, "w[i % 2].codes", "w[1 - i % 2].codes"),
+)  # fmt: skip
+
+# (N, K, group_size or None): blocks cut by N; K cut inside a chunk, and inside copies of 16 bytes; the ring of slices
+# goes round twice
+SHAPES = ((33, 257, 64), (13, 172, 32), (9, 172, 7), (17, 96, None), (35, 7176, 128), (4, 1000, 96))
+
+
+def some_formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[PackedFormat]:
+    """:func:`~lowbit.testing.packed_cases.formats`, and of one bit, which the kernels have and the layers have not."""
+    for found in formats(max(bits, 2), n, k, group_size):
+        object.__setattr__(found, "bits", bits)
+        yield found
+
+
+def check(kernels: Any, bits: int) -> int:
+    """Compares a few cases of one width with float64; raises where one is wrong. The number of cases."""
+    cases = 0
+    for i, shape in enumerate(SHAPES):
+        for j, found in enumerate(some_formats(bits, *shape)):
+            weight = random_weight(found, i)
+            x = activations((1, 16, 5)[(i + j) % 3], shape[1], (torch.float16, torch.bfloat16)[(i + j // 2) % 2], j)
+            y = cuda_emulated.packed_decode(weight, x, order=j % 2, of=kernels)
+            assert_linear_close(y, x, weight.dense())
+            cases += 1
+    return cases
+
+
+def caught(bug: Bug) -> str | None:
+    """What found the bug; None: nothing."""
+    kernels = cuda_emulated.planted(bug.file, bug.old, bug.new, bug.bits)
+    try:
+        check(kernels, bug.bits)
+    except AssertionError:
+        return "wrong numbers"
+    except RuntimeError as fault:
+        return str(fault)
+    return None
+
+
+def main() -> None:
+    print("| planted | bits | found by |\n|---|---|---|")
+    missed = 0
+    for bug in BUGS:
+        found = caught(bug)
+        missed += found is None
+        print(f"| {bug.name} | {bug.bits} | {found or '**nothing**'} |", flush=True)
+    if missed:
+        raise SystemExit(f"{missed} of {len(BUGS)} bugs were not found")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""CUDA C++ kernels on the CPU, compiled by g++ on csrc/cuda/emulation.h: the case list of the CPU kernels.
+
+Every access is checked, and what is read was synchronised. What else the emulation finds is in ``emulation.h``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from lowbit.core.bitpack import pack
+from lowbit.packed.format import PackedFormat
+from lowbit.testing import cuda_emulated
+from lowbit.testing.cuda_emulated import packed_decode
+from lowbit.testing.cuda_planted import BUGS, caught, check, some_formats
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weight
+
+pytestmark = pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}")
+
+BITS = tuple(range(1, 9))
+DTYPES = (torch.float16, torch.bfloat16)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 0)
+# Slices of 1024 columns: several, the last one cut; a group longer than a slice, and than a tile; blocks cut by N
+LONG = ((35, 7176, 128), (33, 4104, 2048), (32, 2560, 512), (3, 3001, 37))
+
+
+@functools.cache
+def all_weights(bits: int) -> list[Weight]:
+    """Of every format; of the long shapes, which take their time, of two."""
+    every = [f for shape in SHAPES for f in some_formats(bits, *shape)]
+    long = [f for i, shape in enumerate(LONG) for f in list(some_formats(bits, *shape))[(bits + i) % 3 :: 3]]
+    return [random_weight(f, seed) for seed, f in enumerate((*every, *long))]
+
+
+def kernel_format(
+    bits: int, n: int, k: int, group_size: int | None, zeros: str, outliers: bool = False
+) -> PackedFormat:
+    """The format of :func:`some_formats` with these zeros and outliers."""
+    found = some_formats(bits, n, k, group_size)
+    return next(f for f in found if f.zeros == zeros and bool(f.outliers) == outliers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_linear(bits, dtype):
+    """Every shape and format, with rows of x, bias, order of scales and of warps in rotation."""
+    for i, weight in enumerate(all_weights(bits)):
+        n, k = weight.format.out_features, weight.format.in_features
+        x = activations(ROWS[(i + bits) % len(ROWS)], k, dtype, seed=i)
+        bias = None if i % 3 == 0 else activations(1, n, (torch.float32, *DTYPES)[i % 3], seed=n)[0]
+        by_group = i % 4 < 2 and weight.scales.shape[0] == n
+        y = packed_decode(weight, x, bias, order=i % 2, by_group=by_group)
+        assert_linear_close(y, x, weight.dense(), bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_arithmetic_is_exact(bits, dtype):
+    """Small integers and powers of two: float32 sums are exact, so y is the float64 result, rounded once."""
+    for i, (n, k, group_size) in enumerate(SHAPES):
+        for j, format in enumerate(some_formats(bits, n, k, group_size)):
+            weight = random_weight(format, i, power_of_two=True)
+            x = torch.randint(-3, 4, (5, k), generator=torch.Generator().manual_seed(j)).to(dtype)
+            exact = x.double() @ weight.dense().t()
+            assert_bitwise_equal(packed_decode(weight, x), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_is_the_same_in_every_batch(bits, dtype):
+    """Bit for bit, whatever M is and in whatever order the warps run."""
+    for i, (n, k, group_size, zeros, outliers) in enumerate(
+        ((35, 1096, 64, "float", True), (17, 2600, None, "int", False), (5, 300, 20, "float", True))
+    ):
+        weight = random_weight(kernel_format(bits, n, k, group_size, zeros, outliers), i)
+        x, bias = activations(16, k, dtype), torch.randn(n)
+        whole = packed_decode(weight, x, bias)
+        assert_bitwise_equal(packed_decode(weight, x, bias, order=1), whole)
+        for m in (1, 2, 7, 8, 9):
+            for first in (0, 16 - m):
+                rows = slice(first, first + m)
+                assert_bitwise_equal(packed_decode(weight, x[rows].clone(), bias), whole[rows])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("zeros", ["none", "int", "float"])
+def test_what_is_not_finite_stays_in_its_row(zeros, value):
+    weight = random_weight(kernel_format(4, 19, 300, 32, zeros, outliers=True))
+    x = activations(11, 300, torch.float16)
+    before = packed_decode(weight, x)
+    x[6, 299] = value
+    y = packed_decode(weight, x)
+    rest = [m for m in range(11) if m != 6]
+    assert_bitwise_equal(y[rest], before[rest])
+    assert not y[6].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_is_the_operand_it_stands_for(dtype):
+    """One-hot x: the weights themselves, for every code and every center."""
+    for bits in BITS:
+        count = 1 << bits
+        format = kernel_format(bits, count, count, None, "int")
+        object.__setattr__(format, "granularity", "row")
+        weight = random_weight(format, power_of_two=True)
+        weight.codes = torch.arange(count, dtype=torch.uint8).expand(count, count).contiguous()
+        weight.packed = pack(weight.codes, bits)
+        weight.zeros = torch.arange(count, dtype=torch.uint8)[:, None]
+        exact = weight.dense().t()
+        for first in range(0, count, 16):
+            x = torch.eye(count, dtype=dtype)[first : first + 16]
+            assert_bitwise_equal(packed_decode(weight, x), exact[first : first + 16].to(dtype))
+
+
+def test_x_at_any_address():
+    """Rows that begin at no multiple of 16 bytes are not copied asynchronously, and give the same."""
+    weight = random_weight(kernel_format(4, 19, 1048, 64, "int"))
+    room = torch.empty(9 * 1048 + 1, dtype=torch.float16)
+    x = activations(9, 1048, torch.float16)
+    elsewhere = room[1:].view(9, 1048).copy_(x)
+    assert x.data_ptr() % 16 == 0 and elsewhere.data_ptr() % 16
+    assert_bitwise_equal(packed_decode(weight, elsewhere), packed_decode(weight, x))
+
+
+def test_columns_of_outliers_beyond_16_bits():
+    weight = random_weight(kernel_format(2, 3, 66_000, None, "none", outliers=True))
+    assert weight.outliers[1] is not None and weight.outliers[1].dtype == torch.int32
+    x = activations(2, 66_000, torch.bfloat16)
+    assert_linear_close(packed_decode(weight, x), x, weight.dense())
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "options", "reason"),
+    [
+        (17, torch.float16, {}, "up to 16 rows of x"),
+        (1, torch.float32, {}, "x in float16 or bfloat16"),
+        (1, torch.float16, dict(int8=True), "no int8 activations"),
+    ],
+)
+def test_a_call_that_is_declined_says_why(rows, dtype, options, reason):
+    weight = random_weight(kernel_format(4, 5, 64, 32, "int"))
+    with pytest.raises(ValueError, match=reason):
+        packed_decode(weight, activations(rows, 64, dtype), **options)
+
+
+def test_numbers_of_16_bits_are_torchs():
+    """Every float16; and float32 close to the middle between two numbers, and at the ends."""
+    module = cuda_emulated.module()
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    halves = patterns.view(torch.float16)
+    read = torch.tensor([module.half_to_float(int(bits) & 0xFFFF) for bits in patterns])
+    assert_bitwise_equal(read, halves.float())
+    finite = halves[halves.isfinite()].float().unique()
+    middle = (finite[1:] + finite[:-1]) / 2
+    near = torch.cat([middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(-torch.tensor(torch.inf))])
+    near = torch.cat([near[::37], torch.tensor([65519.0, 65520.0, 7e4, 1e-9, -1e-9, 3e38, torch.inf])])
+    for dtype, function in ((torch.float16, module.float_to_half), (torch.bfloat16, module.float_to_bfloat)):
+        bits = torch.tensor([function(float(value)) for value in near], dtype=torch.int32).to(torch.int16)
+        assert_bitwise_equal(bits.view(dtype), near.to(dtype))
+
+
+# The others take as long: python -m lowbit.testing.cuda_planted
+@pytest.mark.parametrize("bug", BUGS[:3], ids=lambda bug: bug.name)
+def test_a_planted_bug_is_found(bug):
+    assert caught(bug) is not None
+
+
+def test_the_kernels_as_they_are_pass_what_finds_the_bugs():
+    for bits in sorted({bug.bits for bug in BUGS}):
+        assert check(cuda_emulated.kernels(), bits)
+
+
+def test_a_bug_that_cannot_be_planted_is_an_error():
+    with pytest.raises(ValueError, match="once: got 0 times"):
+        cuda_emulated.planted("packed/decode.cuh", "no such text", "", 4)
