@@ -1,0 +1,131 @@
+"""CUDA C++ kernels as nvcc compiles them: PTX of sm_80 executed on the CPU, and the record of every architecture."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.tools import cuda_compiled
+from lowbit.testing import cuda_ptx, verdicts
+from lowbit.testing.cuda_planted import some_formats
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.ptx_emulator import Fault, Statistics
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
+
+DTYPES = (torch.float16, torch.bfloat16)
+ROWS = (2, 4, 8, 16)
+# (N, K, group_size or None): K cut inside a chunk, N inside a block; groups that end inside chunks, and at their ends
+SHAPES = ((33, 1109, 64), (13, 308, 20), (35, 1304, None), (7, 520, 96))
+RING = (5, 5128, 1024)  # the ring of slices goes round twice
+
+
+def turn_of(choices: int) -> int:
+    """Another number below ``choices`` at another commit."""
+    return int(hashlib.sha256(verdicts.commit(ROOT).encode()).hexdigest(), 16) % choices
+
+
+@cache
+def ptx(bits: int) -> str:
+    return cuda_compiled.compile_ptx("sm_80", bits)
+
+
+def run(text: str, bits: int, shape: tuple[int, int, int | None], m: int, dtype: torch.dtype, turn: int) -> Statistics:
+    """One case, of the format that ``turn`` says, against float64."""
+    found = list(some_formats(bits, *shape))
+    weight = random_weight(found[turn % len(found)], turn)
+    x, bias = activations(m, shape[1], dtype, turn), torch.randn(shape[0])
+    dtype_name = str(dtype).removeprefix("torch.")
+    tiles, cut = 1 if m <= 8 else 2, cuda_ptx.cuts_chunks(weight)
+    name = cuda_compiled.mangled(bits, dtype_name, tiles, cut, text)
+    y, statistics = cuda_ptx.packed_decode(text, name, cuda_compiled.shared_bytes(m), weight, x, bias)
+    assert_linear_close(y, x, weight.dense(), bias)
+    assert statistics.count("mma.sync") > 0
+    return statistics
+
+
+@needs_nvcc
+@pytest.mark.parametrize("bits", cuda_compiled.BITS)
+def test_compiled_code(bits, request):
+    """Every dtype × range of M of this width, on all shapes in rotation. Of the widths, `make test` takes two."""
+    if request.config.getoption("verdicts") and (bits + turn_of(4)) % 4:
+        pytest.skip("`make test` runs two widths, others at another commit; `make test-all` runs all")
+    for i, dtype in enumerate(DTYPES):
+        for j, m in enumerate(ROWS):
+            run(ptx(bits), bits, SHAPES[(bits + i + j) % len(SHAPES)], m, dtype, bits + 3 * i + 5 * j)
+        run(ptx(bits), bits, RING, (3, 11)[i], dtype, bits + 2 * i)
+
+
+@needs_nvcc
+def test_a_row_is_the_same_in_every_batch():
+    (found, *_) = some_formats(4, 19, 1109, 64)
+    weight, x = random_weight(found), activations(16, 1109, torch.float16)
+
+    def rows(m: int) -> torch.Tensor:
+        name = cuda_compiled.mangled(4, "float16", 1 if m <= 8 else 2, False, ptx(4))
+        return cuda_ptx.packed_decode(ptx(4), name, cuda_compiled.shared_bytes(m), weight, x[:m].clone())[0]
+
+    whole = rows(16)
+    for m in (1, 7, 9):
+        assert_bitwise_equal(rows(m), whole[:m])
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("bar.sync", "// ", Fault),
+        ("cp.async.wait_group 1;", "cp.async.wait_group 2;", Fault),
+        ("sub.f16x2", "add.f16x2", AssertionError),
+    ],
+)
+def test_a_bug_planted_in_compiled_code_is_found(old, new, found):
+    text = ptx(4)
+    assert old in text
+    run(text, 4, SHAPES[2], 8, torch.float16, 0)
+    with pytest.raises(found):
+        run(text.replace(old, new), 4, SHAPES[2], 8, torch.float16, 0)
+
+
+# --- the record ---
+
+
+def test_the_record_is_that_of_the_sources():
+    fresh = cuda_compiled.fingerprint()
+    assert cuda_compiled.read_record()["fingerprint"] == fresh, "python -m benchmarks.tools.cuda_compiled --write"
+
+
+@pytest.mark.parametrize("architecture", cuda_compiled.ARCHITECTURES)
+def test_gates(architecture):
+    entries = cuda_compiled.read_record()["entries"][architecture]
+    assert len(entries) == len(cuda_compiled.BITS) * 2 * 2 * 2
+    found = {name: list(cuda_compiled.complaints(name, entry)) for name, entry in entries.items()}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(spills=8), "spills: must be 0 bytes: got 8"),
+        (dict(blocks=0), "blocks of a processor: must be at least 1"),
+        (dict(weight_loads=[4, 16]), "loads of weights: must be [16]: got [4, 16]"),
+    ],
+)
+def test_planted_entry_is_flagged(change, complaint):
+    name = "4-bit float16 M<=8"
+    entry = cuda_compiled.read_record()["entries"]["sm_90a"][name]
+    (found,) = cuda_compiled.complaints(name, {**entry, **change})
+    assert complaint in found
+
+
+@needs_nvcc
+def test_a_sample_compiles_to_the_record():
+    """One architecture and width, others at another commit."""
+    pairs = [(architecture, bits) for architecture in cuda_compiled.ARCHITECTURES for bits in cuda_compiled.BITS]
+    assert list(cuda_compiled.differences(cuda_compiled.read_record(), [pairs[turn_of(len(pairs))]])) == []
