@@ -507,8 +507,8 @@ def make_trainable(model: nn.Module, *names: str) -> list[nn.Parameter]:
             elif tensor is not None:
                 if id(tensor) not in made:
                     made[id(tensor)] = nn.Parameter(tensor.detach().to(torch.float32).clone().contiguous())
+                layer._parameters[name] = made[id(tensor)]  # first: an interrupt leaves no layer without its tensor
                 del layer._buffers[name]
-                layer.register_parameter(name, made[id(tensor)])
     return list(made.values())
 
 
@@ -518,10 +518,10 @@ def freeze(model: nn.Module) -> None:
     for layer in layers(model).values():
         types = layer.format.tensors()
         for name in layer.trained():
-            master = layer._parameters.pop(name)
+            master = layer._parameters[name]
             assert master is not None
-            stored = made.setdefault(id(master), master.detach().to(types[name][1]))
-            layer.register_buffer(name, stored)
+            layer._buffers[name] = made.setdefault(id(master), master.detach().to(types[name][1]))
+            del layer._parameters[name]
         layer.prepare()
 
 

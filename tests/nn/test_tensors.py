@@ -4,7 +4,9 @@ for."""
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -186,6 +188,47 @@ def test_trained_tensors_in_a_compiled_graph():
     expected = torch.autograd.grad(m(IDS).square().sum(), m[1].scales)[0]
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(IDS).square().sum(), m[1].scales)[0], expected)
+
+
+def interrupted(call, functions, line):
+    """Call, with Ctrl-C before the ``line``-th line of these functions; whether they had that many."""
+    seen = 0
+
+    def lines(frame, event, argument):
+        nonlocal seen
+        seen += event == "line"
+        if event == "line" and seen == line:
+            raise KeyboardInterrupt
+        return lines
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: lines if frame.f_code in functions else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@specs
+def test_an_interrupt_leaves_every_tensor_in_its_layer(spec):
+    functions = {lowbit.make_trainable.__code__, lowbit.freeze.__code__}
+
+    def there_and_back():
+        lowbit.make_trainable(m, name)
+        lowbit.freeze(m)
+
+    for line in itertools.count(1):
+        m = model(spec)
+        name = next(iter(m[1].trainable()))
+        y = m(IDS)
+        is_over = not interrupted(there_and_back, functions, line)
+        assert_bitwise_equal(m(IDS), y)
+        if is_over:
+            break
+    assert line > 20
 
 
 def test_names_that_cannot_be_trained_are_refused():
