@@ -19,7 +19,8 @@ _CALLING = frozenset((
     "lora", "miss", "oft", "psoft", "pvera", "randlora", "road", "tinylora", "unilora", "vera", "waveft",
 ))  # fmt: skip
 _LORA = frozenset(("Linear", "Linear4bit"))  # of lora's layers, those that only call it
-_FRAMES = ("PeftModel", "PeftMixedModel", "BaseTuner")  # hold the whole model
+# Hold the whole model, or a part of it that they only call.
+_FRAMES = ("PeftModel", "PeftMixedModel", "BaseTuner", "AdaptionPromptModel", "_BaseAdaptedAttention")
 _OWN_NAME = re.compile(r"(^|\.)lora_")
 BEING_TRAINED = "it is being trained while most of the model is frozen; a spec for this very name converts it"
 

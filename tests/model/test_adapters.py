@@ -109,6 +109,23 @@ def test_prompts_and_saved_modules_of_peft_are_left_alone(peft):
     assert len(reasons) == 2 and all("PEFT's ModulesToSaveWrapper trains a copy" in r for r in reasons.values())
 
 
+def test_adaption_prompts_stand_around_the_whole_model(peft):
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1)
+    model = peft.get_peft_model(llama(), config)
+    spread(model)
+    before = trainable(model)
+    lowbit.convert(model, SPEC)
+    assert trainable(model) == before and len(layers(model)) == 9
+    y, gradients = logits_and_gradients(model)
+    dense = lowbit.dequantize(copy.deepcopy(model))
+    for name, parameter in dense.named_parameters():
+        parameter.requires_grad_(name in before).grad = None
+    expected, others = logits_and_gradients(dense)
+    assert float((y - expected).norm() / expected.norm()) < 1e-5
+    for name in before:
+        assert float((gradients[name] - others[name]).norm()) <= 1e-4 * float(others[name].norm()), name
+
+
 def test_lora_on_layers_of_bitsandbytes(peft):
     """QLoRA: what bitsandbytes holds in 4 bits is read without loss, the adapter stays and trains."""
     bnb = pytest.importorskip("bitsandbytes")
