@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lowbit.core.family import dtype_name
 from lowbit.model.storage import named_tensors, storages
 from lowbit.nn.layer import Layer, layers
 
@@ -27,15 +28,16 @@ class Kept:
 def kept_float(
     model: nn.Module, packed: Iterable[nn.Module], skipped: Mapping[str, str], more_than: float
 ) -> list[Kept]:
-    """Float tensors of more than so many bytes that are in no module of ``packed``, the largest first.
+    """Tensors of more than so many bytes that are in no module of ``packed``, the largest first.
 
-    A tensor with several names is listed once.
+    Float and complex ones, and Parameters of any dtype. A tensor with several names is listed once.
     """
     found: dict[int, Kept] = {}
     for name, module, tensor in named_tensors(model, packed):
         held = storages([tensor])
         size = min(tensor.numel() * tensor.dtype.itemsize, sum(held.values()))  # it may be sparse, or expanded
-        if not tensor.is_floating_point() or size <= more_than or isinstance(module, Layer):
+        listed = isinstance(tensor, nn.Parameter) or tensor.is_floating_point() or tensor.is_complex()
+        if not listed or size <= more_than or isinstance(module, Layer):
             continue
         for key in list(held)[:1]:
             found.setdefault(key, Kept(name, size, _reason(name, module, tensor, skipped)))
@@ -81,6 +83,8 @@ def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, 
     what = type(module).__name__
     if leaf not in module._parameters:
         return f"a buffer of {what}"
+    if not tensor.is_floating_point():
+        return f"a Parameter {list(tensor.shape)} of {what}, in {dtype_name(tensor.dtype)}"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weights"
     if isinstance(module, nn.RNNBase):

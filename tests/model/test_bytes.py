@@ -251,12 +251,15 @@ class Zoo(nn.Module):
         self.experts = nn.Parameter(torch.randn(3, 8, 8))
         self.queries = nn.Parameter(torch.randn(9, 8))
         self.register_buffer("table", torch.randn(9, 9))
+        self.codes = nn.Parameter(torch.ones(9, 9, dtype=torch.int32), requires_grad=False)
+        self.waves = nn.Parameter(torch.ones(9, 5, dtype=torch.complex64))
         self.register_buffer("ids", torch.zeros(999, dtype=torch.int64))
 
 
 REASONS = {
     "attention.in_proj_weight": "MultiheadAttention", "lstm.weight_ih_l0": "LSTM", "lstm.weight_hh_l0": "LSTM",
     "bag.weight": "sums embeddings", "conv.weight": "Conv1d", "experts": "a stack of 3 weights",
+    "codes": "a Parameter [9, 9] of Zoo, in int32", "waves": "a Parameter [9, 5] of Zoo, in complex64",
     "queries": "a Parameter [9, 8] of Zoo", "table": "a buffer of Zoo", "attention.out_proj.weight": "reads its weight",
 }  # fmt: skip
 
@@ -270,7 +273,7 @@ def test_what_stays_float_is_listed_with_bytes_and_reason():
         for name, reason in REASONS.items():
             assert reason in kept[name].reason, name
             tensor = model.get_parameter(name) if name != "table" else model.table
-            assert kept[name].bytes == tensor.numel() * 4
+            assert kept[name].bytes == tensor.nbytes
         assert "ids" not in kept and not any(name.startswith("linear.weight") for name in kept)
         assert [k.bytes for k in report.kept] == sorted((k.bytes for k in report.kept), reverse=True)
         assert "float: experts: a stack of 3 weights [8, 8] in one Parameter of Zoo" in str(report)
