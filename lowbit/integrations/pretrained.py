@@ -5,6 +5,7 @@ Names inside transformers that this file depends on were checked with 5.0, 5.4, 
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -307,9 +308,23 @@ def install() -> None:
     save_pretrained.__doc__, save_pretrained.__wrapped__ = original.__doc__, original  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained
 
+    for name in ("half", "float"):
+        _install_cast(PreTrainedModel, name)
     _install_card(PreTrainedModel)
     resize.install(PreTrainedModel)
     unread.install(PreTrainedModel)
+
+
+def _install_cast(cls: Any, name: str) -> None:
+    """``model.half()`` and ``model.float()``, which transformers refuses quantized models: packed layers know them."""
+    original, plain = getattr(cls, name), getattr(nn.Module, name)
+
+    @functools.wraps(original)
+    def cast(self: Any, *args: Any) -> Any:
+        is_ours = isinstance(getattr(self, "hf_quantizer", None), LowbitQuantizer)
+        return (plain if is_ours else original)(self, *args)
+
+    setattr(cls, name, cast)
 
 
 def _install_card(cls: Any) -> None:

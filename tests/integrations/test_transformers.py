@@ -306,6 +306,17 @@ def test_other_dtype(name, dtype, tmp_path):
         same_bits(other, lowbit.load(tmp_path / "bf16"))
 
 
+def test_half_and_float_cast_a_packed_model(tmp_path):
+    model = make("llama-tied")
+    before = {n: t.clone() for layer in layers(model).values() for n, t in layer.named_tensors().items()}
+    assert model.half() is model and model.dtype == torch.float16 and run(model).dtype == torch.float16
+    assert model.float() is model and model.dtype == torch.float32
+    after = {n: t for layer in layers(model).values() for n, t in layer.named_tensors().items()}
+    assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in before.items())
+    model.half().save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).dtype == torch.float16
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_device_map(device_map, tmp_path):
     model = make("gpt2")
