@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -45,11 +46,17 @@ class LazyWeight(Tensor):
 
     @classmethod
     def of(cls, layer: Any) -> LazyWeight:
+        """The weight of ``layer``: the same object as long as somebody has it, for tied layers too."""
+        key = _identity(layer)
+        known = _shown.get(key)
+        if known is not None and _identity(known.layer) == key:
+            return known
         shape = (layer.format.out_features, layer.format.in_features)
         weight: LazyWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=layer.dtype, device=layer.device
         )
         weight.layer, weight._is_hf_initialized = layer, True
+        _shown[key] = weight
         return weight
 
     @classmethod
@@ -83,6 +90,16 @@ class LazyWeight(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of {type(self.layer).__name__})"
+
+
+_shown: WeakValueDictionary[tuple[Any, ...], LazyWeight] = WeakValueDictionary()
+
+
+def _identity(layer: Any) -> tuple[Any, ...]:
+    """What layers have in common whose weights are one: the class of format, the very same tensors, and the dtype."""
+    parameters = layer._parameters
+    held = (*layer._buffers.values(), *(parameters[name] for name in parameters if name != "bias"))
+    return (type(layer.format), layer.dtype, *[id(tensor) for tensor in held if tensor is not None])
 
 
 def _values(weight: LazyWeight) -> Tensor:

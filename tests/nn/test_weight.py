@@ -138,6 +138,27 @@ def test_a_weight_has_no_address(spec, ask):
         ask(lowbit.convert(nn.Sequential(nn.Linear(48, 24)), spec)[0].weight)
 
 
+@reads
+@family
+def test_tied_layers_have_one_weight(spec):
+    """What code asks that looks for ties; other layers, dtypes and tensors have another weight."""
+    model = nn.Sequential(nn.Embedding(24, 48), nn.Linear(48, 24), nn.Linear(48, 24))
+    model[1].weight = model[0].weight
+    lowbit.convert(model, spec)
+    assert model[1].weight is model[0].weight is model[0].weight
+    held, old = model[0].weight, model[0].dequantize()
+    assert model[2].weight is not held and copy.deepcopy(model)[0].weight is not held
+    half = copy.deepcopy(model).half()
+    assert half[1].weight is half[0].weight and half[1].weight.dtype == torch.float16
+    name = model[2].trainable()[0]
+    lowbit.make_trainable(model, name)
+    with torch.no_grad():
+        model[0]._parameters[name].mul_(2)
+    assert model[1].weight is model[0].weight
+    assert_bitwise_equal(model[1].weight.sum(), model[0].dequantize().sum())
+    assert not torch.equal(model[0].dequantize(), old)
+
+
 class Queries(nn.Module):
     """The pattern of DETR, SAM, DeBERTa, SigLIP 2 and LayoutLM: an embedding whose weight is added."""
 
