@@ -86,7 +86,7 @@ class Layer(nn.Module):
         for name in self.optional_tensors():
             if name not in self._buffers:
                 self.register_buffer(name, None)
-        self._stored = len(self._buffers)
+        self._stored = len(self._buffers)  # tells pickles from those of before stored tensors were buffers
         bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
         self.register_parameter("bias", None if bias_tensor is None else nn.Parameter(bias_tensor))
         self._register_state_dict_hook(_finish_state_dict)  # type: ignore[no-untyped-call]
@@ -108,7 +108,7 @@ class Layer(nn.Module):
 
     def trained(self) -> list[str]:
         """The stored tensors that are trained now: see :func:`make_trainable`."""
-        return [name for name in self._parameters if name != "bias"]
+        return [name for name in self._parameters if name in self._dtypes]
 
     def trainable(self) -> list[str]:
         """The stored tensors that can be trained: float ones of the weight."""
@@ -122,7 +122,7 @@ class Layer(nn.Module):
 
     def operands(self) -> Mapping[str, Tensor | None]:
         """The stored tensors that :meth:`forward` reads, by name; trained ones as they will be stored."""
-        if len(self._buffers) == self._stored:
+        if len(self._parameters) == 1:  # the bias, or its place
             return self._buffers
         # a replica in nn.DataParallel has Parameters as attributes only
         types = self._dtypes.items()

@@ -97,8 +97,7 @@ _shown: WeakValueDictionary[tuple[Any, ...], LazyWeight] = WeakValueDictionary()
 
 def _identity(layer: Any) -> tuple[Any, ...]:
     """What layers have in common whose weights are one: the class of format, the very same tensors, and the dtype."""
-    parameters = layer._parameters
-    held = (*layer._buffers.values(), *(parameters[name] for name in parameters if name != "bias"))
+    held = (*layer._buffers.values(), *(layer._parameters[name] for name in layer.trained()))
     return (type(layer.format), layer.dtype, *[id(tensor) for tensor in held if tensor is not None])
 
 

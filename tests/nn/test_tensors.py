@@ -231,6 +231,19 @@ def test_an_interrupt_leaves_every_tensor_in_its_layer(spec):
     assert line > 20
 
 
+def test_parameters_of_others_are_no_stored_tensors():
+    m = model(SPECS[0])
+    m[1].gate = nn.Parameter(torch.ones(3))
+    m[1].register_buffer("mask", torch.ones(3))
+    y = m(IDS)
+    lowbit.make_trainable(m, "scales")
+    assert m[1].trained() == ["scales"]
+    assert_bitwise_equal(m(IDS), y)
+    lowbit.freeze(m)
+    assert isinstance(m[1].gate, nn.Parameter) and m[1].trained() == []
+    assert_bitwise_equal(copy.deepcopy(m)(IDS), y)
+
+
 def test_names_that_cannot_be_trained_are_refused():
     m = model(SPECS[0])
     for name in ("packed", "codebook", "weight", "zeros"):
