@@ -58,7 +58,7 @@ def convert_folder(
             model that another library quantized, or that is packed already.
         TypeError: for what is no spec.
     """
-    check_arguments(spec, skip)
+    skip = check_arguments(spec, skip)
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")

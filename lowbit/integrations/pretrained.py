@@ -61,7 +61,7 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self, spec: Any = None, *, skip: Any = (), calibration: Any = None, loss: Any = None, **description: Any
     ) -> None:
         description.pop("quant_method", None)
-        check_arguments(spec, skip)
+        skip = check_arguments(spec, skip)
         self.spec, self.skip, self.calibration, self.loss = spec, skip, calibration, loss
         self._describe(None if spec is not None else parse(description), description)
 

@@ -64,7 +64,7 @@ def convert(
     """
     require_model(model)
     hooks.before_convert(model)
-    plan = make_plan(model, spec, () if skip is None else skip)
+    plan = make_plan(model, spec, skip)
     batches = None if calibration is None else batches_of(calibration)
     check_calibration(plan, batches, loss)
     if unused := unused_arguments(plan, calibration, loss):

@@ -39,9 +39,9 @@ class Plan:
         return [swap for group in self.groups for swap in group]
 
 
-def make_plan(model: nn.Module, spec: Specs | None, skip: Sequence[str] = ()) -> Plan:
+def make_plan(model: nn.Module, spec: Specs | None, skip: Iterable[str] | None = ()) -> Plan:
     """Decide for every layer, validating everything; raises ``ValueError`` with all problems, changes nothing."""
-    check_arguments(spec, skip)
+    skip = check_arguments(spec, skip)
     found, skipped = candidates.find(model)
     found = _refuse_foreign(model, found, spec, skip, skipped)
     found = _without_trained(model, found, spec, skipped)
@@ -145,15 +145,28 @@ def _say_untied(model: nn.Module, groups: list[list[Swap]], skipped: dict[str, s
             skipped[where] = f"{skipped[where]}; {text}" if where in skipped else text
 
 
-def check_arguments(spec: Specs | None, skip: Sequence[str]) -> None:
-    """Raise ``TypeError`` for what is no spec, or no patterns, saying what to write."""
+def check_arguments(spec: Specs | None, skip: Iterable[str] | None) -> tuple[str, ...]:
+    """The patterns of ``skip``; raises ``TypeError`` for what is no spec, or no patterns, saying what to write."""
+    patterns = _patterns(skip)
+    _check_spec(spec)
+    return patterns
+
+
+def _patterns(skip: Iterable[str] | None) -> tuple[str, ...]:
+    if skip is None:
+        return ()
     if isinstance(skip, str):
         raise TypeError(f"skip must be a sequence of patterns, not a string: got skip={skip!r}; write skip=[{skip!r}]")
     if not isinstance(skip, Iterable):
         raise TypeError(f"skip must be a sequence of patterns: got {type(skip).__name__} {skip!r:.200}")
-    for pattern in skip:
+    patterns = tuple(skip)  # an iterator gives them once
+    for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"skip must be a sequence of patterns, texts: got {pattern!r:.200}")
+    return patterns
+
+
+def _check_spec(spec: Specs | None) -> None:
     if spec is None or isinstance(spec, Spec):
         return
     if made := written_spec(spec):

@@ -94,7 +94,16 @@ def test_classes_instead_of_objects_elsewhere():
         lowbit.register_quantizer(3)
 
 
+def test_skip_may_be_an_iterator():
+    model = lowbit.convert(Model(), Packed(), skip=(name for name in ["layers", "embed"]))
+    assert type(model.embed) is nn.Embedding and type(model.layers[3].q_proj) is nn.Linear
+    assert type(model.lm_head) is lowbit.PackedLinear
+
+
 def test_skip_is_made_of_texts():
+    for wrong in (0, 0.5, False):
+        with pytest.raises(TypeError, match=f"skip must be a sequence of patterns: got {type(wrong).__name__} {wrong}"):
+            lowbit.convert(Model(), Packed(), skip=wrong)
     with pytest.raises(TypeError, match=r"skip must be a sequence of patterns, texts: got LayerNorm"):
         lowbit.convert(Model(), Packed(), skip=[Model().norm])
 
