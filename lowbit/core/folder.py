@@ -20,6 +20,8 @@ def sections(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield value
             else:
                 yield from sections(value)
+        elif value and key in _SECTIONS:  # no form that a library writes: what it names is not read either
+            yield {"quant_method": value if isinstance(value, str) else "unknown"}
 
 
 def is_packed(folder: Path) -> bool:

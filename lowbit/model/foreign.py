@@ -77,7 +77,7 @@ def config_method(model: nn.Module) -> str | None:
     """The method that the model's ``config.quantization_config`` names, where it is another library's and in force."""
     for module in model.modules():
         config = getattr(getattr(module, "config", None), "quantization_config", None)
-        if config is None:
+        if not config:
             continue
         method = _field(config, "quant_method")
         method = str(getattr(method, "value", method))

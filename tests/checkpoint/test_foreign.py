@@ -423,6 +423,22 @@ def test_a_model_whose_layers_transformers_left_unread(replace, cls, folder):
     lowbit.convert(model, SPEC)
 
 
+@pytest.mark.parametrize(("section", "format"), [("fp8", "fp8"), ([{"quant_method": "fp8"}], "unknown")])
+def test_a_section_that_is_no_object(section, format, folder, tmp_path):
+    configure(folder, quantization_config=section)
+    with pytest.raises(ValueError, match=f"config.json: the model is quantized in the format '{format}'"):
+        lowbit.convert_folder(folder, tmp_path / "packed", SPEC)
+    with pytest.raises(ValueError, match=f"config.json: the model is quantized in the format '{format}'"):
+        lowbit.load(folder)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_empty_section_says_nothing(folder, tmp_path):
+    configure(folder, quantization_config={})
+    lowbit.convert_folder(folder, tmp_path / "packed", SPEC)
+    assert lowbit.report(lowbit.load(tmp_path / "packed")).rows
+
+
 def test_what_no_layer_would_have_read_is_no_matter(folder):
     extra = ("score.weight", "logit_scale", "model.layers.0.self_attn.k_scale")
     rewrite(folder, lambda tensors: {**tensors, **{name: torch.ones(1) for name in extra}})
