@@ -54,7 +54,10 @@ def fingerprint() -> str:
 
 
 def instance(mangled: str) -> str | None:
-    """What an instance is called here: ``4-bit float16 M<=8``; None for another function."""
+    """What an instance is called here: ``4-bit float16 M<=8``, ``splits float16``; None for another function."""
+    adding = re.search(r"decode10add_splitsILNS_5DTypeE(\d)E", mangled)
+    if adding is not None:
+        return f"splits {DTYPES[int(adding[1])]}"
     match = re.search(r"decode6kernelILi(\d)ELNS_5DTypeE(\d)ELi(\d)ELb([01])E", mangled)
     if match is None:
         return None
@@ -126,7 +129,7 @@ def compiled(architecture: str, bits: int) -> dict[str, Entry]:
             continue
         spills = re.findall(r"(\d+) bytes spill", part)
         (registers,) = re.findall(r"Used (\d+) registers", part)
-        shared = shared_bytes(16 if "M<=16" in name else 8)
+        shared = 0 if name.startswith("splits") else shared_bytes(16 if "M<=16" in name else 8)
         entries[name] = dict(
             registers=int(registers), spills=sum(map(int, spills)), shared=shared,
             blocks=blocks(architecture, int(registers), shared), weight_loads=loads[name],
@@ -140,7 +143,7 @@ def complaints(name: str, entry: Entry) -> Iterator[str]:
         yield f"spills: must be 0 bytes: got {entry['spills']}"
     if entry["blocks"] < 1:
         yield f"blocks of a processor: must be at least 1: got {entry['blocks']}"
-    bits = int(name[0])
+    bits = 0 if name.startswith("splits") else int(name[0])
     expected = [*([8] if bits % 2 else []), *([16] if bits > 1 else [])]  # a plane of one bit has 8 bytes
     if entry["weight_loads"] != expected:
         yield f"bytes of the loads of weights: must be {expected}: got {entry['weight_loads']}"

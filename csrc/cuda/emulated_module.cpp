@@ -2,6 +2,9 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+#include <vector>
+
 #include "cuda/packed/decode.h"
 #include "cuda/primitives.h"
 
@@ -30,6 +33,7 @@ class Kernels {
     find("lowbit_emulation_begin", begin_);
     find("lowbit_emulation_allow", allow_);
     find("lowbit_cuda_packed_decode_declines", declines_);
+    find("lowbit_cuda_packed_decode_splits", splits_);
     find("lowbit_cuda_packed_decode", decode_);
   }
 
@@ -53,7 +57,10 @@ class Kernels {
     call.int8 = number("int8");
     call.y = const_cast<char*>(array(a["y"]));
     if (const char* reason = declines_(&call)) throw py::value_error(reason);
-    return decode_(&call, nullptr);
+    const int splits = splits_(&call, static_cast<int>(number("processors")));
+    std::vector<float> parts(splits > 1 ? splits * call.M * w.N : 0, std::nanf(""));
+    allow_(reinterpret_cast<const char*>(parts.data()), parts.size() * sizeof(float));
+    return decode_(&call, parts.data(), splits, nullptr);
   }
 
  private:
@@ -75,6 +82,7 @@ class Kernels {
   void (*begin_)(int);
   void (*allow_)(const char*, size_t);
   decltype(&lowbit_cuda_packed_decode_declines) declines_;
+  decltype(&lowbit_cuda_packed_decode_splits) splits_;
   decltype(&lowbit_cuda_packed_decode) decode_;
 };
 

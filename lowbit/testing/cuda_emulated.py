@@ -133,13 +133,14 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
 
 def packed_decode(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, by_group: bool = False,
-    int8: bool = False,
+    int8: bool = False, processors: int = 1,
 ) -> Tensor:  # fmt: skip
     """``y = x @ W.T + bias`` by the kernel ``csrc/cuda/packed/decode.cuh``, on the layer's own tensors in tiles.
 
     Args:
         order: 0: the warps of a block run first to last; 1: last to first.
         of: what :func:`planted` gave; None: the kernels as they are.
+        processors: of the GPU; with many of them K is cut into splits.
         by_group: scales and zeros lie group after group.
     """
     f = weight.format
@@ -155,6 +156,7 @@ def packed_decode(
     wide = columns is not None and columns.dtype == torch.int32
     arguments: dict[str, Any] = dict(
         N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits, M=m, int8=int8,
+        processors=processors,
         per_tensor=per_tensor, scales_row=1 if by_group else groups, scales_group=n if by_group else 1, order=order,
         packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
         zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),

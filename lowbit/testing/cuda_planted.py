@@ -49,8 +49,8 @@ BUGS = (
         "const bool beyond = first + column > K;\n        copy_async"),
     Bug("a ragged K: an element is read at K", 4, "const bool beyond = first + column >= K;\n        store_shared",
         "const bool beyond = first + column > K;\n        store_shared"),
-    Bug("weights are fetched one tile too far", 4, "if (tile + DEPTH * K_WARPS < tile_count)",
-        "if (tile + DEPTH * K_WARPS <= tile_count)"),
+    Bug("weights are fetched one tile too far", 4, "DEPTH < end_slice && tile + DEPTH * K_WARPS < tile_count",
+        "DEPTH <= end_slice && tile + DEPTH * K_WARPS <= tile_count"),
     Bug("rows past the last one are read", 4, "n < N ? n : N - 1", "n"),
     Bug("a row of x that is not there is read", 4, "if (8 * m + g < M) {", "if (8 * m + g <= M) {"),
     Bug("one copy too few is waited for", 4, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
@@ -59,9 +59,14 @@ BUGS = (
     Bug("sums are added before all warps have stored theirs", 4,
         "    barrier();\n    for (int i = thread_index(); i < M",
         "    for (int i = thread_index(); i < M"),
-    Bug("every warp adds all outliers", 4, "i = load(outlier_rows + row[half]) + k_warp; i < end; i += K_WARPS",
-        "i = load(outlier_rows + row[half]); i < end; ++i"),
+    Bug("every warp adds all outliers", 4, "i = load(outlier_rows + row[half]) + split * K_WARPS + k_warp;",
+        "i = load(outlier_rows + row[half]);"),
     Bug("the last warp's sums are left out", 4, "k < K_WARPS; ++k) sum", "k < K_WARPS - 1; ++k) sum"),
+    Bug("a split begins one slice late", 4, "first_slice = split * slices / splits",
+        "first_slice = split * slices / splits + (split > 0)"),
+    Bug("a split is written over another", 4, "static_cast<int64_t>(split) * M + m",
+        "static_cast<int64_t>(0) * M + m"),
+    Bug("the first split is added twice", 4, "for (int split = 1; split", "for (int split = 0; split"),
     Bug("an operand has its rows exchanged", 4, "w[i % 2].codes", "w[1 - i % 2].codes"),
 )  # fmt: skip
 
@@ -84,7 +89,7 @@ def check(kernels: Any, bits: int) -> int:
         for j, found in enumerate(some_formats(bits, *shape)):
             weight = random_weight(found, i)
             x = activations((1, 16, 5)[(i + j) % 3], shape[1], (torch.float16, torch.bfloat16)[(i + j // 2) % 2], j)
-            y = cuda_emulated.packed_decode(weight, x, order=j % 2, of=kernels)
+            y = cuda_emulated.packed_decode(weight, x, order=j % 2, of=kernels, processors=(1, 132)[j % 2])
             assert_linear_close(y, x, weight.dense())
             cases += 1
     return cases

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,12 @@ def cuts_chunks(weight: Weight) -> bool:
 
 
 def packed_decode(
-    ptx: str, name: str, shared_bytes: int, weight: Weight, x: Tensor, bias: Tensor | None = None
+    ptx: str, name: str, shared_bytes: int, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1
 ) -> tuple[Tensor, Statistics]:
-    """``y = x @ W.T + bias`` by the instance ``name`` of a PTX text, with the arguments that decode.cu gives it."""
+    """``y = x @ W.T + bias`` by the instance ``name`` of a PTX text, with the arguments that decode.cu gives it.
+
+    Where splits > 1, a second kernel adds them.
+    """
     f, (m, k) = weight.format, x.shape
     n = f.out_features
     values, columns, rows = weight.outliers
@@ -42,4 +47,12 @@ def packed_decode(
         *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
         columns is not None and columns.dtype == torch.int32, k % 8 == 0,
     )  # fmt: skip
-    return y, execute(ptx, name, (-(-n // ROWS),), THREADS, arguments, shared_bytes)
+    parts = torch.full((splits, m, n), torch.nan)
+    where = parts if splits > 1 else 0
+    statistics = execute(ptx, name, (splits * -(-n // ROWS),), THREADS, (*arguments, where, splits), shared_bytes)
+    if splits > 1:
+        found = re.search(rf"\.entry (\w*add_splitsILNS_5DTypeE{number_of(x)}E\w*)\(", ptx)
+        assert found is not None
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        execute(ptx, found[1], (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics

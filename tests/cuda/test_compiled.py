@@ -23,7 +23,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 ROWS = (2, 4, 8, 16)
 # (N, K, group_size or None): K cut inside a chunk, N inside a block; groups that end inside chunks, and at their ends
 SHAPES = ((33, 1109, 64), (13, 308, 20), (35, 1304, None), (7, 520, 96))
-RING = (5, 5128, 1024)  # the ring of slices goes round twice
+RING = (5, 5128, 1024)  # the ring of slices goes round twice, and where K is split, each part has slices
 
 
 def turn_of(choices: int) -> int:
@@ -36,7 +36,10 @@ def ptx(bits: int) -> str:
     return cuda_compiled.compile_ptx("sm_80", bits)
 
 
-def run(text: str, bits: int, shape: tuple[int, int, int | None], m: int, dtype: torch.dtype, turn: int) -> Statistics:
+def run(
+    text: str, bits: int, shape: tuple[int, int, int | None], m: int, dtype: torch.dtype, turn: int,
+    splits: int = 1,
+) -> Statistics:  # fmt: skip
     """One case, of the format that ``turn`` says, against float64."""
     found = list(some_formats(bits, *shape))
     weight = random_weight(found[turn % len(found)], turn)
@@ -44,7 +47,7 @@ def run(text: str, bits: int, shape: tuple[int, int, int | None], m: int, dtype:
     dtype_name = str(dtype).removeprefix("torch.")
     tiles, cut = 1 if m <= 8 else 2, cuda_ptx.cuts_chunks(weight)
     name = cuda_compiled.mangled(bits, dtype_name, tiles, cut, text)
-    y, statistics = cuda_ptx.packed_decode(text, name, cuda_compiled.shared_bytes(m), weight, x, bias)
+    y, statistics = cuda_ptx.packed_decode(text, name, cuda_compiled.shared_bytes(m), weight, x, bias, splits)
     assert_linear_close(y, x, weight.dense(), bias)
     assert statistics.count("mma.sync") > 0
     return statistics
@@ -59,7 +62,8 @@ def test_compiled_code(bits, request):
     for i, dtype in enumerate(DTYPES):
         for j, m in enumerate(ROWS):
             run(ptx(bits), bits, SHAPES[(bits + i + j) % len(SHAPES)], m, dtype, bits + 3 * i + 5 * j)
-        run(ptx(bits), bits, RING, (3, 11)[i], dtype, bits + 2 * i)
+        for splits in (1, 3):
+            run(ptx(bits), bits, RING, (3, 11)[i], dtype, bits + 2 * i, splits)
 
 
 @needs_nvcc
@@ -104,7 +108,7 @@ def test_the_record_is_that_of_the_sources():
 @pytest.mark.parametrize("architecture", cuda_compiled.ARCHITECTURES)
 def test_gates(architecture):
     entries = cuda_compiled.read_record()["entries"][architecture]
-    assert len(entries) == len(cuda_compiled.BITS) * 2 * 2 * 2
+    assert len(entries) == len(cuda_compiled.BITS) * 2 * 2 * 2 + 2
     found = {name: list(cuda_compiled.complaints(name, entry)) for name, entry in entries.items()}
     assert {name: what for name, what in found.items() if what} == {}
 

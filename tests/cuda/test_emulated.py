@@ -46,13 +46,13 @@ def kernel_format(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_linear(bits, dtype):
-    """Every shape and format, with rows of x, bias, order of scales and of warps in rotation."""
+    """Every shape and format, with rows of x, bias, order of scales and of warps, and splits of K in rotation."""
     for i, weight in enumerate(all_weights(bits)):
         n, k = weight.format.out_features, weight.format.in_features
         x = activations(ROWS[(i + bits) % len(ROWS)], k, dtype, seed=i)
         bias = None if i % 3 == 0 else activations(1, n, (torch.float32, *DTYPES)[i % 3], seed=n)[0]
         by_group = i % 4 < 2 and weight.scales.shape[0] == n
-        y = packed_decode(weight, x, bias, order=i % 2, by_group=by_group)
+        y = packed_decode(weight, x, bias, order=i % 2, by_group=by_group, processors=(1, 132)[i // 2 % 2])
         assert_linear_close(y, x, weight.dense(), bias)
 
 
@@ -83,6 +83,18 @@ def test_a_row_is_the_same_in_every_batch(bits, dtype):
             for first in (0, 16 - m):
                 rows = slice(first, first + m)
                 assert_bitwise_equal(packed_decode(weight, x[rows].clone(), bias), whole[rows])
+
+
+@pytest.mark.parametrize("processors", [3, 8, 132])
+def test_a_row_is_the_same_in_every_batch_where_k_is_split(processors):
+    """On GPUs of several sizes: the splits depend on N, K and the GPU alone."""
+    for outliers in (False, True):
+        weight = random_weight(kernel_format(4, 35, 9000, 128, "float", outliers))
+        x, bias = activations(16, 9000, torch.float16), torch.randn(35)
+        whole = packed_decode(weight, x, bias, processors=processors)
+        assert_linear_close(whole, x, weight.dense(), bias)
+        for m in (1, 8, 9):
+            assert_bitwise_equal(packed_decode(weight, x[:m].clone(), bias, processors=processors), whole[:m])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)

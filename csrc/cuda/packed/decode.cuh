@@ -14,7 +14,8 @@
 // sum of a group. So no weight is ever rounded.
 //
 // A block has ROW_WARPS x K_WARPS warps. Warp (r, k) multiplies 16 rows of W, every K_WARPS-th tile of them. At the end
-// the K_WARPS sums are added in this order. No order of sums depends on M: a row of y is the same in every batch.
+// the K_WARPS sums are added in this order. Where N is small, K is also cut into splits, whose float32 sums a second
+// kernel adds in order. No order of sums depends on M: a row of y is the same in every batch.
 #pragma once
 #include "common/packed.h"
 #include "cuda/primitives.h"
@@ -114,17 +115,21 @@ LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
 //   scale_row, scale_group, zero_row, zero_group: between the values of neighbouring rows and groups; 0: one for all.
 //   group_factor: 2^31 / (chunks of a group), rounded up; not read where CUT.
 //   copy_x: the rows of x begin at multiples of 16 bytes.
+//   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
 template <int BITS, DType T, int M_TILES, bool CUT>
 LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 ? 2 : 1)
 kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
        const void* outlier_columns, const int32_t* outlier_rows, const uint16_t* x, uint16_t* y, int M, int N, int K,
        int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,
-       int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x) {
+       int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts,
+       int splits) {
   constexpr int STAGES = STAGES_OF<M_TILES>, TILE_BYTES = TILE * BITS / 8;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
   const int tile_count = (K + TILE - 1) / TILE, slices = (tile_count + K_WARPS - 1) / K_WARPS;
-  const int first_row = block_index() * ROWS;
+  const int row_blocks = (N + ROWS - 1) / ROWS, split = block_index() / row_blocks;
+  const int first_row = block_index() % row_blocks * ROWS;
+  const int first_slice = split * slices / splits, end_slice = (split + 1) * slices / splits;
   // Rows past the last one repeat it and are not stored, so that no load needs a mask for them.
   int row[2];
   const uint8_t* codes[2];
@@ -143,14 +148,14 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
 
   auto fetch_x = [&](int slice) {
     const int stage = slice % STAGES * M * PITCH, first = slice * SLICE;
-    if (slice < slices && copy_x) {
+    if (slice < end_slice && copy_x) {
       for (int i = thread_index(); i < M * (SLICE / 8); i += THREADS) {
         const int m = i / (SLICE / 8), column = i % (SLICE / 8) * 8;
         const bool beyond = first + column >= K;
         copy_async(stage + m * PITCH + 2 * column,
                    x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column), beyond);
       }
-    } else if (slice < slices) {
+    } else if (slice < end_slice) {
       for (int i = thread_index(); i < M * SLICE; i += THREADS) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
@@ -248,12 +253,12 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     }
   };
 
-  // Its outliers are shared out to the K_WARPS warps of a row.
+  // Its outliers are shared out to the splits and warps of a row.
   auto add_outliers = [&]() {
     LOWBIT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int end = load(outlier_rows + row[half] + 1);
-      for (int i = load(outlier_rows + row[half]) + k_warp; i < end; i += K_WARPS) {
+      for (int i = load(outlier_rows + row[half]) + split * K_WARPS + k_warp; i < end; i += splits * K_WARPS) {
         const float value = float_at(outlier_values, DType(outlier_dtype), i);
         const int column = wide_columns ? load(static_cast<const int32_t*>(outlier_columns) + i)
                                         : load(static_cast<const uint16_t*>(outlier_columns) + i);
@@ -271,7 +276,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     }
   };
 
-  // Adds the sums of the K_WARPS warps in order, then the bias.
+  // Adds the sums of the K_WARPS warps in order, then the bias, unless there are other splits to add.
   auto write_result = [&]() {
     constexpr int COLUMNS = 8 * M_TILES;
     barrier();  // nobody reads x any more, and no copy is on its way
@@ -289,30 +294,49 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
       float sum = load_shared(4 * i);
       LOWBIT_UNROLL
       for (int k = 1; k < K_WARPS; ++k) sum += load_shared(4 * (k * COLUMNS * ROWS + i));
+      if (splits > 1) {
+        store(parts + (static_cast<int64_t>(split) * M + m) * N + n, sum);
+        continue;
+      }
       if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
       store(y + static_cast<int64_t>(m) * N + n, from_float<T>(sum));
     }
   };
 
   LOWBIT_UNROLL
-  for (int d = 0; d < DEPTH; ++d)
-    if (d * K_WARPS + k_warp < tile_count) fetch_weights(held[d], d * K_WARPS + k_warp);
-  for (int slice = 0; slice < STAGES - 1; ++slice) fetch_x(slice);
+  for (int d = 0; d < DEPTH; ++d) {
+    const int tile = (first_slice + d) * K_WARPS + k_warp;
+    if (first_slice + d < end_slice && tile < tile_count) fetch_weights(held[d], tile);
+  }
+  for (int d = 0; d < STAGES - 1; ++d) fetch_x(first_slice + d);
   if (outlier_values != nullptr) add_outliers();
-  for (int first = 0; first < slices; first += DEPTH) {
+  for (int first = first_slice; first < end_slice; first += DEPTH) {
     LOWBIT_UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const int slice = first + d, tile = slice * K_WARPS + k_warp;
-      if (slice >= slices) break;
+      if (slice >= end_slice) break;
       wait_copies<STAGES - 2>();
       barrier();  // the slice is there for all threads, and nobody reads the one before it any more
       fetch_x(slice + STAGES - 1);
       if (tile < tile_count) multiply_tile(held[d], tile, slice % STAGES * M * PITCH);
-      if (tile + DEPTH * K_WARPS < tile_count) fetch_weights(held[d], tile + DEPTH * K_WARPS);
+      if (slice + DEPTH < end_slice && tile + DEPTH * K_WARPS < tile_count)
+        fetch_weights(held[d], tile + DEPTH * K_WARPS);
     }
   }
   if (group >= 0) end_group();
   write_result();
+}
+
+// y = parts.sum(0) + bias, in the order of the splits.
+template <DType T>
+LOWBIT_KERNEL(THREADS, 1)
+add_splits(const float* parts, const void* bias, uint16_t* y, int M, int N, int splits, int bias_dtype) {
+  const int i = block_index() * THREADS + thread_index();
+  if (i >= M * N) return;
+  float sum = load(parts + i);
+  for (int split = 1; split < splits; ++split) sum += load(parts + static_cast<int64_t>(split) * M * N + i);
+  if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), i % N);
+  store(y + i, from_float<T>(sum));
 }
 
 }  // namespace decode
