@@ -63,6 +63,7 @@ FLAGS = ["-std=c++17", "-Icsrc", "-fPIC", "-fvisibility=hidden", "-ffp-contract=
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
 CUDA_LIBRARY = "liblowbit_cuda.so"
+CUDA_WIDTHS = range(1, 9)
 CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")  # unless NVCCFLAGS names others
 
 # -MD, not -MMD: another version of torch or of the compiler rebuilds too.
@@ -77,7 +78,7 @@ rule link
   command = {cxx} -shared $in {link} -o $out
   description = link $out
 rule cuda
-  command = {nvcc} -MD -MF $out.d -c $in -o $out
+  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -142,7 +143,8 @@ def edge(output: Path, rule: str, *inputs: object, **variables: str) -> str:
 def cuda_edges(folder: Path, nvcc: str | None) -> list[str]:
     """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu, where they are wanted and there is nvcc.
 
-    The library has C entry points and knows no torch, so that one build serves every torch.
+    The library has C entry points and knows no torch, so that one build serves every torch. A source that contains
+    LOWBIT_BITS is compiled once for each width of codes.
     """
     wanted = os.environ.get("LOWBIT_CUDA", "0") not in ("", "0")
     sources = sorted(Path("csrc/cuda").rglob("*.cu")) if wanted else []
@@ -150,8 +152,14 @@ def cuda_edges(folder: Path, nvcc: str | None) -> list[str]:
         print("lowbit: building without CUDA kernels (no nvcc found)", file=sys.stderr)
     if not sources or not nvcc:
         return []
-    objects = [folder / "cuda" / source.relative_to("csrc/cuda").with_suffix(".o") for source in sources]
-    edges = [edge(target, "cuda", source) for target, source in zip(objects, sources, strict=True)]
+    objects, edges = [], []
+    for source in sources:
+        stem = folder / "cuda" / source.relative_to("csrc/cuda").with_suffix("")
+        widths = CUDA_WIDTHS if "LOWBIT_BITS" in source.read_text(encoding="utf-8") else [None]
+        for width in widths:
+            target = stem.with_name(f"{stem.name}.o" if width is None else f"{stem.name}_{width}.o")
+            edges.append(edge(target, "cuda", source, flags="" if width is None else f"-DLOWBIT_BITS={width}"))
+            objects.append(target)
     return [*edges, edge(folder / CUDA_LIBRARY, "cuda_link", *objects)]
 
 

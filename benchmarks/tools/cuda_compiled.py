@@ -29,8 +29,8 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 BITS = tuple(range(1, 9))
 FLAGS = ("-std=c++17", "-O3")
 SOURCES = (
-    "csrc/cuda/primitives.h", "csrc/cuda/packed/decode.cuh", "csrc/cuda/packed/decode.cu", "csrc/cuda/packed/decode.h",
-    "csrc/common/packed.h", "csrc/common/operands.h", "csrc/common/dtype.h",
+    "csrc/cuda/primitives.h", "csrc/cuda/library.h", "csrc/cuda/codes.h", "csrc/cuda/packed/decode.cuh",
+    "csrc/cuda/packed/decode.cu", "csrc/cuda/packed/decode.h", "csrc/common/packed.h", "csrc/common/operands.h", "csrc/common/dtype.h",
 )  # fmt: skip
 DTYPES = {2: "float16", 3: "bfloat16"}  # lowbit::DType
 THREADS = 256
@@ -55,10 +55,10 @@ def fingerprint() -> str:
 
 def instance(mangled: str) -> str | None:
     """What an instance is called here: ``4-bit float16 M<=8``, ``splits float16``; None for another function."""
-    adding = re.search(r"decode10add_splitsILNS_5DTypeE(\d)E", mangled)
+    adding = re.search(r"packed_decode10add_splitsILNS_5DTypeE(\d)E", mangled)
     if adding is not None:
         return f"splits {DTYPES[int(adding[1])]}"
-    match = re.search(r"decode6kernelILi(\d)ELNS_5DTypeE(\d)ELi(\d)ELb([01])E", mangled)
+    match = re.search(r"packed_decode6kernelILi(\d)ELNS_5DTypeE(\d)ELi(\d)ELb([01])E", mangled)
     if match is None:
         return None
     bits, dtype, m_tiles, cut = (int(n) for n in match.groups())
@@ -68,7 +68,7 @@ def instance(mangled: str) -> str | None:
 def mangled(bits: int, dtype: str, m_tiles: int, cut: bool, ptx: str) -> str:
     """The name of an instance in a PTX text."""
     number = next(n for n, name in DTYPES.items() if name == dtype)
-    found = re.search(rf"\.entry (\w*decode6kernelILi{bits}ELNS_5DTypeE{number}ELi{m_tiles}ELb{int(cut)}E\w*)\(", ptx)
+    found = re.search(rf"\.entry (\w*packed_decode6kernelILi{bits}ELNS_5DTypeE{number}ELi{m_tiles}ELb{int(cut)}E\w*)\(", ptx)
     assert found is not None, (bits, dtype, m_tiles, cut)
     return found[1]
 
@@ -96,7 +96,7 @@ def nvcc_version() -> str | None:
 def run_nvcc(architecture: str, bits: int, output: Path, *flags: str) -> str:
     """What nvcc prints; raises where it fails or warns."""
     source = ROOT / "csrc" / "cuda" / "packed" / "decode.cu"
-    command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture}", f"-DLOWBIT_CUDA_BITS={bits}", *flags]
+    command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch={architecture}", f"-DLOWBIT_BITS={bits}", *flags]
     done = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True)
     text = done.stdout + done.stderr
     if done.returncode or "warning" in text:

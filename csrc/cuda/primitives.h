@@ -1,14 +1,15 @@
-// What the kernels of this folder ask of a GPU, one small function each: here as PTX, in emulation.h as C++ that runs
+// What the kernels of this folder ask of a GPU, one small function each: here as PTX, in emulated/emulation.h as C++ that runs
 // on the CPU. A kernel uses nothing else of CUDA, so that one source serves both.
 #pragma once
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "cuda/library.h"
 
 #define LOWBIT_UNROLL _Pragma("unroll")
 
 #ifdef LOWBIT_EMULATED
-#include "cuda/emulation.h"
+#include "cuda/emulated/emulation.h"
 #else
 #include <cuda_runtime.h>
 
@@ -135,6 +136,19 @@ LOWBIT_DEVICE void multiply_matrices(float (&sums)[4], uint32_t a0, uint32_t a1,
 }
 
 // ------------------------------------------------------------------------------------------------------------ the host
+
+inline int read_device(int index, Device& device) {
+  int major = 0, minor = 0;
+  const auto read = [&](int& value, cudaDeviceAttr what) { return cudaDeviceGetAttribute(&value, what, index); };
+  cudaError_t error = read(major, cudaDevAttrComputeCapabilityMajor);
+  if (error == cudaSuccess) error = read(minor, cudaDevAttrComputeCapabilityMinor);
+  if (error == cudaSuccess) error = read(device.processors, cudaDevAttrMultiProcessorCount);
+  if (error == cudaSuccess) error = read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device.architecture = 10 * major + minor;
+  return static_cast<int>(error);
+}
+
+inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 // Starts `kernel` on a stream; CUDA's error code, 0 for none.
 template <class... Parameters, class... Arguments>

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on the CPU: their sources compiled by g++ on ``csrc/cuda/emulation.h``, in a pybind11 module.
+"""The CUDA C++ kernels on the CPU: their sources compiled by g++ on ``csrc/cuda/emulated/emulation.h``, in a pybind11 module.
 
 The module is for tests alone: ninja builds it when a test first asks for it, into ``build/cuda_emulated``. A planted
 bug is a substitution in a copy of the sources, compiled the same way.
@@ -26,6 +26,7 @@ from lowbit.backends.triton.tiles import tile, tiles_per_row
 from lowbit.testing.packed_cases import Weight
 
 ROOT = Path(__file__).resolve().parents[2]
+WIDTHS = tuple(range(1, 9))
 NAME = "lowbit_cuda_emulated"
 BUILD = ROOT / "build" / "cuda_emulated"
 FLAGS = (
@@ -77,7 +78,7 @@ def build(folder: Path, edges: str, flags: str) -> None:
     text = f"builddir = {folder}\n{RULES.format(flags=' '.join((*FLAGS, flags)))}{edges}"
     with locked(folder):
         (folder / "build.ninja").write_text(text)
-        command = [str(ninja()), "-f", str(folder / "build.ninja"), "-j1", "--quiet"]
+        command = [str(ninja()), "-f", str(folder / "build.ninja"), "-j2", "--quiet"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulated kernels do not build:\n{done.stdout}{done.stderr}")
@@ -90,7 +91,7 @@ def module() -> ModuleType:
     includes = f"-isystem {Path(torch.__file__).parent / 'include'} -isystem {sysconfig.get_path('include')}"
     target = folder / f"{NAME}.so"
     edges = (
-        f"build {folder}/module.o: compile {csrc}/cuda/emulated_module.cpp\n  flags = -I{csrc} {includes}\n"
+        f"build {folder}/module.o: compile {csrc}/cuda/emulated/module.cpp\n  flags = -I{csrc} {includes}\n"
         f"build {target}: link {folder}/module.o\n"
     )
     build(folder, edges, "-O0")
@@ -109,13 +110,26 @@ def kernels() -> Any:
 
 def built(csrc: Path, folder: Path, bits: int | None = None) -> Any:
     """The kernels of the sources in ``csrc``, built in ``folder``; with ``bits``, only those of that width."""
+    return module().Kernels(str(built_library(csrc, folder, bits)))
+
+
+def built_library(csrc: Path, folder: Path, bits: int | None = None) -> Path:
+    """The library itself. A source that contains LOWBIT_BITS is compiled once for each width."""
+    widths = WIDTHS if bits is None else (bits,)
+    sources = [*sorted((csrc / "cuda").rglob("*.cu")), csrc / "cuda" / "emulated" / "library.cpp"]
+    edges, objects = "", []
+    for source in sources:
+        stem = "_".join(source.relative_to(csrc / "cuda").with_suffix("").parts)
+        each: tuple[int | None, ...] = widths if "LOWBIT_BITS" in source.read_text(encoding="utf-8") else (None,)
+        for width in each:
+            target = folder / (f"{stem}.o" if width is None else f"{stem}_{width}.o")
+            defined = "" if width is None else f" -DLOWBIT_BITS={width}"
+            edges += f"build {target}: compile {source}\n  flags = -x c++ -I{csrc}{defined}\n"
+            objects.append(str(target))
     target = folder / "kernels.so"
-    edges = (
-        f"build {folder}/kernels.o: compile {csrc}/cuda/emulated_kernels.cpp\n  flags = -I{csrc}\n"
-        f"build {target}: link {folder}/kernels.o\n"
-    )
-    build(folder, edges, "-O1" if bits is None else f"-O1 -DLOWBIT_CUDA_BITS={bits}")
-    return module().Kernels(str(target))
+    edges += f"build {target}: link {' '.join(objects)}\n"
+    build(folder, edges, "-O1" if bits is None else f"-O1 -DLOWBIT_WIDTHS={bits}")
+    return target
 
 
 def planted(file: str, old: str, new: str, bits: int) -> Any:
@@ -131,16 +145,16 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
         return built(csrc, Path(name, "build"), bits)
 
 
-def packed_decode(
+def packed_linear(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, by_group: bool = False,
-    int8: bool = False, processors: int = 1,
+    int8: bool = False, processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
 ) -> Tensor:  # fmt: skip
-    """``y = x @ W.T + bias`` by the kernel ``csrc/cuda/packed/decode.cuh``, on the layer's own tensors in tiles.
+    """``y = x @ W.T + bias`` by ``csrc/cuda/packed``, on the layer's own tensors in tiles.
 
     Args:
         order: 0: the warps of a block run first to last; 1: last to first.
         of: what :func:`planted` gave; None: the kernels as they are.
-        processors: of the GPU; with many of them K is cut into splits.
+        processors: of the GPU; with many of them K is cut into splits. So are architecture and shared_bytes.
         by_group: scales and zeros lie group after group.
     """
     f = weight.format
@@ -156,14 +170,14 @@ def packed_decode(
     wide = columns is not None and columns.dtype == torch.int32
     arguments: dict[str, Any] = dict(
         N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits, M=m, int8=int8,
-        processors=processors,
+        device=(architecture, processors, shared_bytes),
         per_tensor=per_tensor, scales_row=1 if by_group else groups, scales_group=n if by_group else 1, order=order,
         packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
         zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
         outlier_columns=array(columns), outlier_rows=array(rows), wide=wide, x=array(x), dtype=name(x),
         bias=array(bias), bias_dtype=name(bias), y=array(y),
     )  # fmt: skip
-    result = (of or kernels()).packed_decode(arguments)
+    result = (of or kernels()).packed_linear(arguments)
     assert result == 0, result
     return y
 

@@ -31,13 +31,15 @@ class Bug:
 BUGS = (
     Bug("a slice is multiplied before all threads have it", 4, "barrier();  // the slice is there", "// "),
     Bug("a field of a plane is looked for at the wrong bit", 4, "chunk % FIELDS * WIDTH",
-        "chunk % FIELDS * (WIDTH - 1)"),
+        "chunk % FIELDS * (WIDTH - 1)", "codes.h"),
     Bug("a group is looked up with a factor that is rounded down", 4, "+ chunks - 1) / chunks", ") / chunks",
         "packed/decode.cu"),
-    Bug("the plane of one bit is added one bit too high", 3, "0x00010001u) << (BITS - 1)", "0x00010001u) << BITS"),
+    Bug("the plane of one bit is added one bit too high", 3, "0x00010001u) << (BITS - 1)", "0x00010001u) << BITS",
+        "codes.h"),
     Bug("the plane of two bits is taken from the next chunk", 7, ">> 2 * chunk & 0x00030003u) << 4",
-        ">> 2 * (chunk + 1) & 0x00030003u) << 4"),
-    Bug("the top bit of 8 counts as half", 8, "(codes & 0x00800080u) | BASES", "(codes >> 1 & 0x00400040u) | BASES"),
+        ">> 2 * (chunk + 1) & 0x00030003u) << 4", "codes.h"),
+    Bug("the top bit of 8 counts as half", 8, "(codes & 0x00800080u) | BASES", "(codes >> 1 & 0x00400040u) | BASES",
+        "codes.h"),
     Bug("the zero of symmetric formats is one too low", 4, "nearest = 1 << (BITS - 1)",
         "nearest = (1 << (BITS - 1)) - 1"),
     Bug("what the center leaves of a zero has the wrong sign", 2, "static_cast<float>(nearest) - zero",
@@ -89,7 +91,7 @@ def check(kernels: Any, bits: int) -> int:
         for j, found in enumerate(some_formats(bits, *shape)):
             weight = random_weight(found, i)
             x = activations((1, 16, 5)[(i + j) % 3], shape[1], (torch.float16, torch.bfloat16)[(i + j // 2) % 2], j)
-            y = cuda_emulated.packed_decode(weight, x, order=j % 2, of=kernels, processors=(1, 132)[j % 2])
+            y = cuda_emulated.packed_linear(weight, x, order=j % 2, of=kernels, processors=(1, 132)[j % 2])
             assert_linear_close(y, x, weight.dense())
             cases += 1
     return cases

@@ -1,4 +1,4 @@
-"""CUDA C++ kernels on the CPU, compiled by g++ on csrc/cuda/emulation.h: the case list of the CPU kernels.
+"""CUDA C++ kernels on the CPU, compiled by g++ on csrc/cuda/emulated/emulation.h: the case list of the CPU kernels.
 
 Every access is checked, and what is read was synchronised. What else the emulation finds is in ``emulation.h``.
 """
@@ -13,7 +13,7 @@ import torch
 from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
 from lowbit.testing import cuda_emulated
-from lowbit.testing.cuda_emulated import packed_decode
+from lowbit.testing.cuda_emulated import packed_linear
 from lowbit.testing.cuda_planted import BUGS, caught, check, some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weight
@@ -52,7 +52,7 @@ def test_linear(bits, dtype):
         x = activations(ROWS[(i + bits) % len(ROWS)], k, dtype, seed=i)
         bias = None if i % 3 == 0 else activations(1, n, (torch.float32, *DTYPES)[i % 3], seed=n)[0]
         by_group = i % 4 < 2 and weight.scales.shape[0] == n
-        y = packed_decode(weight, x, bias, order=i % 2, by_group=by_group, processors=(1, 132)[i // 2 % 2])
+        y = packed_linear(weight, x, bias, order=i % 2, by_group=by_group, processors=(1, 132)[i // 2 % 2])
         assert_linear_close(y, x, weight.dense(), bias)
 
 
@@ -65,7 +65,7 @@ def test_integer_arithmetic_is_exact(bits, dtype):
             weight = random_weight(format, i, power_of_two=True)
             x = torch.randint(-3, 4, (5, k), generator=torch.Generator().manual_seed(j)).to(dtype)
             exact = x.double() @ weight.dense().t()
-            assert_bitwise_equal(packed_decode(weight, x), exact.to(dtype))
+            assert_bitwise_equal(packed_linear(weight, x), exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,12 +77,12 @@ def test_a_row_is_the_same_in_every_batch(bits, dtype):
     ):
         weight = random_weight(kernel_format(bits, n, k, group_size, zeros, outliers), i)
         x, bias = activations(16, k, dtype), torch.randn(n)
-        whole = packed_decode(weight, x, bias)
-        assert_bitwise_equal(packed_decode(weight, x, bias, order=1), whole)
+        whole = packed_linear(weight, x, bias)
+        assert_bitwise_equal(packed_linear(weight, x, bias, order=1), whole)
         for m in (1, 2, 7, 8, 9):
             for first in (0, 16 - m):
                 rows = slice(first, first + m)
-                assert_bitwise_equal(packed_decode(weight, x[rows].clone(), bias), whole[rows])
+                assert_bitwise_equal(packed_linear(weight, x[rows].clone(), bias), whole[rows])
 
 
 @pytest.mark.parametrize("processors", [3, 8, 132])
@@ -91,10 +91,10 @@ def test_a_row_is_the_same_in_every_batch_where_k_is_split(processors):
     for outliers in (False, True):
         weight = random_weight(kernel_format(4, 35, 9000, 128, "float", outliers))
         x, bias = activations(16, 9000, torch.float16), torch.randn(35)
-        whole = packed_decode(weight, x, bias, processors=processors)
+        whole = packed_linear(weight, x, bias, processors=processors)
         assert_linear_close(whole, x, weight.dense(), bias)
         for m in (1, 8, 9):
-            assert_bitwise_equal(packed_decode(weight, x[:m].clone(), bias, processors=processors), whole[:m])
+            assert_bitwise_equal(packed_linear(weight, x[:m].clone(), bias, processors=processors), whole[:m])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
@@ -102,9 +102,9 @@ def test_a_row_is_the_same_in_every_batch_where_k_is_split(processors):
 def test_what_is_not_finite_stays_in_its_row(zeros, value):
     weight = random_weight(kernel_format(4, 19, 300, 32, zeros, outliers=True))
     x = activations(11, 300, torch.float16)
-    before = packed_decode(weight, x)
+    before = packed_linear(weight, x)
     x[6, 299] = value
-    y = packed_decode(weight, x)
+    y = packed_linear(weight, x)
     rest = [m for m in range(11) if m != 6]
     assert_bitwise_equal(y[rest], before[rest])
     assert not y[6].isfinite().any()
@@ -124,7 +124,7 @@ def test_every_code_is_the_operand_it_stands_for(dtype):
         exact = weight.dense().t()
         for first in range(0, count, 16):
             x = torch.eye(count, dtype=dtype)[first : first + 16]
-            assert_bitwise_equal(packed_decode(weight, x), exact[first : first + 16].to(dtype))
+            assert_bitwise_equal(packed_linear(weight, x), exact[first : first + 16].to(dtype))
 
 
 def test_x_at_any_address():
@@ -134,14 +134,14 @@ def test_x_at_any_address():
     x = activations(9, 1048, torch.float16)
     elsewhere = room[1:].view(9, 1048).copy_(x)
     assert x.data_ptr() % 16 == 0 and elsewhere.data_ptr() % 16
-    assert_bitwise_equal(packed_decode(weight, elsewhere), packed_decode(weight, x))
+    assert_bitwise_equal(packed_linear(weight, elsewhere), packed_linear(weight, x))
 
 
 def test_columns_of_outliers_beyond_16_bits():
     weight = random_weight(kernel_format(2, 3, 66_000, None, "none", outliers=True))
     assert weight.outliers[1] is not None and weight.outliers[1].dtype == torch.int32
     x = activations(2, 66_000, torch.bfloat16)
-    assert_linear_close(packed_decode(weight, x), x, weight.dense())
+    assert_linear_close(packed_linear(weight, x), x, weight.dense())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_columns_of_outliers_beyond_16_bits():
 def test_a_call_that_is_declined_says_why(rows, dtype, options, reason):
     weight = random_weight(kernel_format(4, 5, 64, 32, "int"))
     with pytest.raises(ValueError, match=reason):
-        packed_decode(weight, activations(rows, 64, dtype), **options)
+        packed_linear(weight, activations(rows, 64, dtype), **options)
 
 
 def test_numbers_of_16_bits_are_torchs():

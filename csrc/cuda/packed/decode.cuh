@@ -17,17 +17,14 @@
 // the K_WARPS sums are added in this order. Where N is small, K is also cut into splits, whose float32 sums a second
 // kernel adds in order. No order of sums depends on M: a row of y is the same in every batch.
 #pragma once
-#include "common/packed.h"
-#include "cuda/primitives.h"
+#include "cuda/codes.h"
+#include "cuda/packed/decode.h"
 
 namespace lowbit {
 namespace cuda {
-namespace decode {
+namespace packed_decode {
 
-constexpr int ROW_WARPS = 2, K_WARPS = 4, THREADS = 32 * ROW_WARPS * K_WARPS, ROWS = 16 * ROW_WARPS;
-constexpr int TILE = 256, CHUNK = 32;
-constexpr int SLICE = K_WARPS * TILE;  // columns that a block multiplies at a time
-constexpr int DEPTH = 2;               // tiles that a warp has on their way to its registers
+constexpr int DEPTH = 2;  // tiles that a warp has on their way to its registers
 
 // The bytes of a row of x in shared memory. With 64 bytes between, rows g and g + 1 are in different banks.
 constexpr int PITCH = 2 * SLICE + 64;
@@ -41,66 +38,6 @@ int shared_bytes(int rows_of_x) {
   const int x = STAGES_OF<M_TILES> * rows_of_x * PITCH, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
   return x > sums ? x : sums;
 }
-
-LOWBIT_DEVICE float float_at(const void* values, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return load(static_cast<const float*>(values) + i);
-  if (dtype == DType::u8) return load(static_cast<const uint8_t*>(values) + i);
-  const uint16_t bits = load(static_cast<const uint16_t*>(values) + i);
-  return dtype == DType::f16 ? to_float<DType::f16>(bits) : to_float<DType::bf16>(bits);
-}
-
-LOWBIT_DEVICE uint32_t word(const Words4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// What one thread holds of one row of a tile: lanes 8t .. 8t+7 of all planes. The planes of 8, 4 and 2 bits have
-// BITS / 2 parts of 32 x 16 bits; then, for odd BITS, comes a plane of 32 x 8 bits.
-template <int BITS>
-struct TileRow {
-  Words4 parts[BITS / 2 + (BITS == 1)];
-  Words2 octets;
-
-  LOWBIT_DEVICE void fetch(const uint8_t* row, int t) {
-    LOWBIT_UNROLL
-    for (int p = 0; p < BITS / 2; ++p) parts[p] = load_once(reinterpret_cast<const Words4*>(row + 64 * p + 16 * t));
-    if constexpr (BITS % 2) octets = load_once(reinterpret_cast<const Words2*>(row + 64 * (BITS / 2) + 8 * t));
-  }
-
-  // The codes of columns 32 * chunk + 8t + 2i and the next, as a pair of integers.
-  LOWBIT_DEVICE uint32_t codes(int chunk, int i) const {
-    uint32_t pair = 0;
-    if constexpr (BITS > 1) {
-      constexpr int WIDTH = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, FIELDS = 16 / WIDTH;
-      constexpr uint32_t MASK = ((1u << WIDTH) - 1) * 0x00010001u;
-      pair = word(parts[chunk / FIELDS], i) >> chunk % FIELDS * WIDTH & MASK;
-    }
-    if constexpr (BITS == 6 || BITS == 7) pair |= (word(parts[2], i) >> 2 * chunk & 0x00030003u) << 4;
-    if constexpr (BITS % 2) {
-      const uint32_t two = (i < 2 ? octets.x : octets.y) >> 16 * (i % 2) & 0xFFFFu;
-      pair |= ((two | two << 8) >> chunk & 0x00010001u) << (BITS - 1);
-    }
-    return pair;
-  }
-};
-
-// Integers 0 .. 2^BITS - 1 as numbers of 16 bits, less a center: both exact. An integer in the low bits of 1024
-// (float16) or 128 (bfloat16, which has room for 7 bits) is added to it.
-template <int BITS, DType T>
-struct Centered {
-  static constexpr bool SPLIT = T == DType::bf16 && BITS == 8;
-  static constexpr uint32_t BASE = T == DType::f16 ? 0x6400u : 0x4300u;
-
-  // What to_operand() takes for a center in 0 .. 2^BITS - 1.
-  LOWBIT_DEVICE static uint32_t prepare(int center) {
-    return (SPLIT ? from_float<T>(static_cast<float>(center)) : BASE + center) * 0x00010001u;
-  }
-
-  LOWBIT_DEVICE static uint32_t to_operand(uint32_t codes, uint32_t center) {
-    constexpr uint32_t BASES = BASE * 0x00010001u;
-    if constexpr (!SPLIT) return subtract_pair<T>(codes | BASES, center);
-    // 128 + the low 7 bits, and 128 or 256 for the top bit; 256 less the former is exact, and so is what remains
-    const uint32_t low = (codes & 0x007F007Fu) | BASES, top = (codes & 0x00800080u) | BASES;
-    return subtract_pair<T>(subtract_pair<T>(top, center), subtract_pair<T>(0x43804380u, low));
-  }
-};
 
 // The bytes of a pair whose columns, column and the next, are in [begin, end).
 LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
@@ -339,6 +276,6 @@ add_splits(const float* parts, const void* bias, uint16_t* y, int M, int N, int 
   store(y + i, from_float<T>(sum));
 }
 
-}  // namespace decode
+}  // namespace packed_decode
 }  // namespace cuda
 }  // namespace lowbit

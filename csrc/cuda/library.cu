@@ -1,0 +1,10 @@
+#include "cuda/library.h"
+
+#include "cuda/packed/linear.h"
+#include "cuda/primitives.h"
+
+const lowbit::cuda::Library* lowbit_cuda_library() {
+  using namespace lowbit::cuda;
+  static const Library library = {sizeof(Library), read_device, error_text, packed_linear::OP};
+  return &library;
+}

@@ -1,0 +1,47 @@
+// What liblowbit_cuda.so exports: one function, which returns a table of functions. The library knows no torch, so that
+// one build serves every torch; csrc/cuda/ops has the ops of torch that call it.
+#pragma once
+#include <cstdint>
+
+#include "common/packed.h"
+
+namespace lowbit {
+namespace cuda {
+
+struct Device {
+  int architecture;  // 10 * major + minor of its compute capability
+  int processors;
+  int shared_bytes;  // of shared memory, the most that a block may ask for
+};
+
+// y = x @ W.T + bias is a Linear<Weight>; this is out[i, :] = W[ids[i], :].
+template <class Weight>
+struct Rows {
+  Weight weight;
+  const void* ids;  // [count], int32 or, when wide, int64; null: all rows of W
+  bool wide;
+  int64_t count;
+  void* out;  // [count, K]
+  DType dtype;
+};
+
+// One op of one family. Nothing here waits for the GPU, allocates, or reads a tensor.
+template <class Call>
+struct Op {
+  const char* (*declines)(const Call& call, const Device& device);  // why it takes no such call; null: it does
+  int64_t (*workspace_bytes)(const Call& call, const Device& device);
+  // Starts the kernels on a stream of the current device; an error code of CUDA, 0: none.
+  int (*run)(const Call& call, const Device& device, void* workspace, void* stream);
+};
+
+struct Library {
+  int64_t bytes;                     // sizeof(Library): who was compiled with another header sees it here
+  int (*device)(int index, Device&);  // an error code of CUDA, 0: none
+  const char* (*error)(int code);
+  Op<Linear<packed::Weight>> packed_linear;
+};
+
+}  // namespace cuda
+}  // namespace lowbit
+
+extern "C" __attribute__((visibility("default"))) const lowbit::cuda::Library* lowbit_cuda_library();

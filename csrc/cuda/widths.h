@@ -1,0 +1,33 @@
+// Sources that contain LOWBIT_BITS are compiled once for each width, 1 to 8. This finds what was compiled for one.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+// Tests of one planted bug compile one width.
+#ifndef LOWBIT_WIDTHS
+#define LOWBIT_WIDTHS 1, 2, 3, 4, 5, 6, 7, 8
+#endif
+
+namespace lowbit {
+namespace cuda {
+
+// function(std::integral_constant<int, bits>()); `otherwise` where `bits` is no width that was compiled.
+template <int... WIDTHS, class Function>
+auto with_width(int bits, Function function, decltype(function(std::integral_constant<int, 4>())) otherwise,
+                std::integer_sequence<int, WIDTHS...>) {
+  auto result = otherwise;
+  ((bits == WIDTHS ? void(result = function(std::integral_constant<int, WIDTHS>())) : void()), ...);
+  return result;
+}
+
+template <class Function>
+auto with_width(int bits, Function function, decltype(function(std::integral_constant<int, 4>())) otherwise) {
+  return with_width(bits, function, otherwise, std::integer_sequence<int, LOWBIT_WIDTHS>());
+}
+
+inline bool has_width(int bits) {
+  return with_width(bits, [](auto) { return true; }, false);
+}
+
+}  // namespace cuda
+}  // namespace lowbit
