@@ -30,7 +30,8 @@ BITS = tuple(range(1, 9))
 FLAGS = ("-std=c++17", "-O3")
 SOURCES = (
     "csrc/cuda/primitives.h", "csrc/cuda/library.h", "csrc/cuda/codes.h", "csrc/cuda/packed/decode.cuh",
-    "csrc/cuda/packed/decode.cu", "csrc/cuda/packed/decode.h", "csrc/common/packed.h", "csrc/common/operands.h", "csrc/common/dtype.h",
+    "csrc/cuda/packed/decode.cu", "csrc/cuda/packed/decode.h", "csrc/common/packed.h",
+    "csrc/common/operands.h", "csrc/common/dtype.h",
 )  # fmt: skip
 DTYPES = {2: "float16", 3: "bfloat16"}  # lowbit::DType
 THREADS = 256
@@ -68,7 +69,8 @@ def instance(mangled: str) -> str | None:
 def mangled(bits: int, dtype: str, m_tiles: int, cut: bool, ptx: str) -> str:
     """The name of an instance in a PTX text."""
     number = next(n for n, name in DTYPES.items() if name == dtype)
-    found = re.search(rf"\.entry (\w*packed_decode6kernelILi{bits}ELNS_5DTypeE{number}ELi{m_tiles}ELb{int(cut)}E\w*)\(", ptx)
+    parameters = f"Li{bits}ELNS_5DTypeE{number}ELi{m_tiles}ELb{int(cut)}E"
+    found = re.search(rf"\.entry (\w*packed_decode6kernelI{parameters}\w*)\(", ptx)
     assert found is not None, (bits, dtype, m_tiles, cut)
     return found[1]
 

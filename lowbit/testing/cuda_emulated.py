@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on the CPU: their sources compiled by g++ on ``csrc/cuda/emulated/emulation.h``, in a pybind11 module.
+"""The CUDA C++ kernels on the CPU: compiled by g++ on ``csrc/cuda/emulated/emulation.h``, called by a pybind11 module.
 
 The module is for tests alone: ninja builds it when a test first asks for it, into ``build/cuda_emulated``. A planted
 bug is a substitution in a copy of the sources, compiled the same way.
