@@ -1,4 +1,5 @@
-"""Runs the kernel tests on a library instrumented by AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Runs the kernel tests on a library instrumented by AddressSanitizer and UndefinedBehaviorSanitizer; so CUDA kernels
+that are emulated on the CPU, of one width of codes, another at another commit.
 
     python tests/sanitize.py [pytest arguments]
 
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from lowbit.testing import cuda_emulated, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
@@ -61,9 +64,19 @@ def run_tests(arguments: Sequence[str], extra: Mapping[str, str], cwd: Path = RO
     return subprocess.run([*command, *arguments], env=settings, cwd=cwd).returncode
 
 
+def run_emulated(arguments: Sequence[str]) -> int:
+    """pytest's exit status of the checks of CUDA kernels, emulated and instrumented, of one width."""
+    widths = {cuda_emulated.SANITIZE: str(1 + verdicts.turn_of(8, ROOT))}
+    making = "from lowbit.testing import cuda_emulated; cuda_emulated.build_all()"  # here, where g++ preloads nothing
+    subprocess.run([sys.executable, "-c", making], check=True, cwd=ROOT, env={**os.environ, **widths})
+    tests = [str(ROOT / "tests" / "cuda" / "test_planted.py"), "-k", "a_kernel_as_it_is"]
+    return run_tests([*tests, *arguments], widths)
+
+
 def main(arguments: list[str]) -> int:
     files = sorted(str(file) for file in (ROOT / "tests").glob("*/test_kernels.py"))
-    return run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
+    failed = run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
+    return failed or run_emulated(arguments)
 
 
 if __name__ == "__main__":

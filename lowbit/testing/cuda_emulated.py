@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -23,16 +24,21 @@ import torch
 from torch import Tensor
 
 from lowbit.backends.triton.tiles import tile, tiles_per_row
+from lowbit.testing import cuda_sources
 from lowbit.testing.packed_cases import Weight
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTHS = tuple(range(1, 9))
+# tests/sanitize.py: instrumented, of some widths, compiled fast
+SANITIZE, SANITIZED = "LOWBIT_EMULATED_SANITIZE", os.environ.get("LOWBIT_EMULATED_SANITIZE", "")
+WIDTHS = tuple(map(int, SANITIZED.split(","))) if SANITIZED else tuple(range(1, 9))
 NAME = "lowbit_cuda_emulated"
 BUILD = ROOT / "build" / "cuda_emulated"
+KERNELS = BUILD / ("sanitized" if SANITIZED else "kernels")
 FLAGS = (
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
     "-DLOWBIT_EMULATED",
 )  # fmt: skip
+INSTRUMENTED = "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 RULES = """\
 rule compile
   command = g++ $flags {flags} -MD -MF $out.d -c $in -o $out
@@ -102,38 +108,50 @@ def module() -> ModuleType:
     return found
 
 
+def build_all() -> None:
+    """What :func:`kernels` loads."""
+    module()
+    built_library(ROOT / "csrc", KERNELS)
+
+
 @cache
 def kernels() -> Any:
     """All kernels, as they are."""
-    return built(ROOT / "csrc", BUILD / "kernels")
+    return built(ROOT / "csrc", KERNELS)
 
 
-def built(csrc: Path, folder: Path, bits: int | None = None) -> Any:
-    """The kernels of the sources in ``csrc``, built in ``folder``; with ``bits``, only those of that width."""
-    return module().Kernels(str(built_library(csrc, folder, bits)))
+def built(csrc: Path, folder: Path, changed: str | None = None, bits: int | None = None) -> Any:
+    """The kernels of the sources in ``csrc``, built in ``folder``.
+
+    With ``changed``, a file below ``csrc/cuda``, only what includes it is compiled, and of widths only ``bits``.
+    """
+    return module().Kernels(str(built_library(csrc, folder, changed, bits)))
 
 
-def built_library(csrc: Path, folder: Path, bits: int | None = None) -> Path:
+def built_library(csrc: Path, folder: Path, changed: str | None = None, bits: int | None = None) -> Path:
     """The library itself. A source that contains LOWBIT_BITS is compiled once for each width."""
-    widths = WIDTHS if bits is None else (bits,)
     sources = [*sorted((csrc / "cuda").rglob("*.cu")), csrc / "cuda" / "emulated" / "library.cpp"]
-    edges, objects = "", []
+    edges, fresh, others = "", [], []
     for source in sources:
+        below = source.relative_to(csrc).as_posix()
         stem = "_".join(source.relative_to(csrc / "cuda").with_suffix("").parts)
-        each: tuple[int | None, ...] = widths if "LOWBIT_BITS" in source.read_text(encoding="utf-8") else (None,)
-        for width in each:
-            target = folder / (f"{stem}.o" if width is None else f"{stem}_{width}.o")
+        for width in cuda_sources.widths(csrc, below, WIDTHS):
+            name = f"{stem}.o" if width is None else f"{stem}_{width}.o"
+            if changed and (width not in (None, bits) or f"cuda/{changed}" not in cuda_sources.included(csrc, below)):
+                others.append(str(KERNELS / name))
+                continue
             defined = "" if width is None else f" -DLOWBIT_BITS={width}"
-            edges += f"build {target}: compile {source}\n  flags = -x c++ -I{csrc}{defined}\n"
-            objects.append(str(target))
+            edges += f"build {folder / name}: compile {source}\n  flags = -x c++ -I{csrc}{defined}\n"
+            fresh.append(str(folder / name))
     target = folder / "kernels.so"
-    edges += f"build {target}: link {' '.join(objects)}\n"
-    build(folder, edges, "-O1" if bits is None else f"-O1 -DLOWBIT_WIDTHS={bits}")
+    # of an inline function that several objects have, the linker takes the first: that of the change
+    edges += f"build {target}: link {' '.join((*fresh, *others))}\n"
+    build(folder, edges, f"{INSTRUMENTED} -DLOWBIT_WIDTHS={SANITIZED}" if SANITIZED else "-O1")
     return target
 
 
 def planted(file: str, old: str, new: str, bits: int) -> Any:
-    """Kernels of a copy of the sources in which ``old``, which must be there once, is ``new``."""
+    """The kernels of a copy of the sources in which ``old``, which must be there once, is ``new`` for ``bits``."""
     with tempfile.TemporaryDirectory(prefix="lowbit-planted-") as name:  # what is loaded stays
         csrc = Path(name, "csrc")
         for part in ("cuda", "common"):
@@ -142,7 +160,8 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
         if text.count(old) != 1:
             raise ValueError(f"old must be in {file} once: got {text.count(old)} times {old!r}")
         (csrc / "cuda" / file).write_text(text.replace(old, new), encoding="utf-8")
-        return built(csrc, Path(name, "build"), bits)
+        kernels()  # what the change does not touch is linked from there
+        return built(csrc, Path(name, "build"), file, bits)
 
 
 def packed_linear(

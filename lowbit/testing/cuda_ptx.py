@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from lowbit.backends.triton.tiles import tile
 from lowbit.testing.cuda_emulated import aligned
+from lowbit.testing.cuda_names import DTYPES, symbol
 from lowbit.testing.packed_cases import Weight
 from lowbit.testing.ptx_emulator import Statistics, execute
 
 THREADS, ROWS = 256, 32  # of a block of csrc/cuda/packed/decode.cuh
-DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.uint8)  # lowbit::DType
 
 
 def number_of(t: Tensor | None) -> int:
-    return DTYPES.index(None if t is None else t.dtype)
+    """The DType of C++."""
+    return 0 if t is None else DTYPES.index(dtype_name(t))
+
+
+def dtype_name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 def cuts_chunks(weight: Weight) -> bool:
@@ -26,10 +29,16 @@ def cuts_chunks(weight: Weight) -> bool:
     return f.group_size < f.in_features and f.group_size % 32 != 0
 
 
+def packed_decode_bytes(m: int) -> int:
+    """As ``shared_bytes`` of packed/decode.cuh."""
+    tiles = 1 if m <= 8 else 2
+    return max((3 if tiles == 1 else 2) * m * (2 * 1024 + 64), 4 * 32 * 8 * tiles * 4)
+
+
 def packed_decode(
-    ptx: str, name: str, shared_bytes: int, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1
 ) -> tuple[Tensor, Statistics]:
-    """``y = x @ W.T + bias`` by the instance ``name`` of a PTX text, with the arguments that decode.cu gives it.
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments that decode.cu gives it.
 
     Where splits > 1, a second kernel adds them.
     """
@@ -39,20 +48,21 @@ def packed_decode(
     groups = weight.scales.shape[1]
     row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
     chunks = f.group_size // 32
-    factor = 0 if cuts_chunks(weight) or f.group_size >= k else -(-(1 << 31) // chunks)
+    cut = cuts_chunks(weight)
+    factor = 0 if cut or f.group_size >= k else -(-(1 << 31) // chunks)
     y = torch.full((m, n), torch.nan, dtype=x.dtype)
     pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
+    parts = torch.full((splits, m, n), torch.nan)
     arguments = (
         *(0 if t is None else t for t in pointers), aligned(x), y, m, n, k, f.group_size, factor, row, 1, row, 1,
         *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
-        columns is not None and columns.dtype == torch.int32, k % 8 == 0,
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, parts if splits > 1 else 0, splits,
     )  # fmt: skip
-    parts = torch.full((splits, m, n), torch.nan)
-    where = parts if splits > 1 else 0
-    statistics = execute(ptx, name, (splits * -(-n // ROWS),), THREADS, (*arguments, where, splits), shared_bytes)
+    name = symbol(ptx, "packed_decode::kernel", f.bits, dtype_name(x), 1 if m <= 8 else 2, cut)
+    blocks = splits * -(-n // ROWS)
+    statistics = execute(ptx, name, (blocks,), THREADS, arguments, packed_decode_bytes(m))
     if splits > 1:
-        found = re.search(rf"\.entry (\w*add_splitsILNS_5DTypeE{number_of(x)}E\w*)\(", ptx)
-        assert found is not None
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
-        execute(ptx, found[1], (-(-m * n // THREADS),), THREADS, given)
+        adding = symbol(ptx, "packed_decode::add_splits", dtype_name(x))
+        execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
     return y, statistics

@@ -235,6 +235,17 @@ def commit(root: Path) -> str:
     return done.stdout.strip() or "no commit"
 
 
+def turn_of(choices: int, root: Path) -> int:
+    """Another number below ``choices`` at another commit."""
+    return int(hashlib.sha256(commit(root).encode()).hexdigest(), 16) % choices
+
+
+def only_in_turn(config: pytest.Config, number: int, choices: int) -> None:
+    """Where verdicts are trusted, skip a test but at every ``choices``-th commit; ``number`` says at which."""
+    if config.getoption("verdicts") and number % choices != turn_of(choices, config.rootpath):
+        pytest.skip("`make test` runs a sample of these, another at another commit; `make test-all` runs all")
+
+
 # ------------------------------------------------------------------------------------------------------- the plugin
 
 

@@ -1,22 +1,20 @@
-"""CUDA C++ kernels as nvcc compiles them: PTX of sm_80 executed on the CPU, and the record of every architecture."""
+"""CUDA C++ kernels as nvcc compiles them: PTX of sm_80 executed on the CPU."""
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.tools import cuda_compiled
+from benchmarks.tools.cuda_kernels import PACKED_DECODE, WIDTHS
 from lowbit.testing import cuda_ptx, verdicts
-from lowbit.testing.cuda_planted import some_formats
+from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
 from lowbit.testing.ptx_emulator import Fault, Statistics
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -26,14 +24,9 @@ SHAPES = ((33, 1109, 64), (13, 308, 20), (35, 1304, None), (7, 520, 96))
 RING = (5, 5128, 1024)  # the ring of slices goes round twice, and where K is split, each part has slices
 
 
-def turn_of(choices: int) -> int:
-    """Another number below ``choices`` at another commit."""
-    return int(hashlib.sha256(verdicts.commit(ROOT).encode()).hexdigest(), 16) % choices
-
-
 @cache
 def ptx(bits: int) -> str:
-    return cuda_compiled.compile_ptx("sm_80", bits)
+    return cuda_compiled.compile_ptx(PACKED_DECODE, "sm_80", bits)
 
 
 def run(
@@ -44,21 +37,17 @@ def run(
     found = list(some_formats(bits, *shape))
     weight = random_weight(found[turn % len(found)], turn)
     x, bias = activations(m, shape[1], dtype, turn), torch.randn(shape[0])
-    dtype_name = str(dtype).removeprefix("torch.")
-    tiles, cut = 1 if m <= 8 else 2, cuda_ptx.cuts_chunks(weight)
-    name = cuda_compiled.mangled(bits, dtype_name, tiles, cut, text)
-    y, statistics = cuda_ptx.packed_decode(text, name, cuda_compiled.shared_bytes(m), weight, x, bias, splits)
+    y, statistics = cuda_ptx.packed_decode(text, weight, x, bias, splits)
     assert_linear_close(y, x, weight.dense(), bias)
     assert statistics.count("mma.sync") > 0
     return statistics
 
 
 @needs_nvcc
-@pytest.mark.parametrize("bits", cuda_compiled.BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_compiled_code(bits, request):
     """Every dtype × range of M of this width, on all shapes in rotation. Of the widths, `make test` takes two."""
-    if request.config.getoption("verdicts") and (bits + turn_of(4)) % 4:
-        pytest.skip("`make test` runs two widths, others at another commit; `make test-all` runs all")
+    verdicts.only_in_turn(request.config, bits, 4)
     for i, dtype in enumerate(DTYPES):
         for j, m in enumerate(ROWS):
             run(ptx(bits), bits, SHAPES[(bits + i + j) % len(SHAPES)], m, dtype, bits + 3 * i + 5 * j)
@@ -72,8 +61,7 @@ def test_a_row_is_the_same_in_every_batch():
     weight, x = random_weight(found), activations(16, 1109, torch.float16)
 
     def rows(m: int) -> torch.Tensor:
-        name = cuda_compiled.mangled(4, "float16", 1 if m <= 8 else 2, False, ptx(4))
-        return cuda_ptx.packed_decode(ptx(4), name, cuda_compiled.shared_bytes(m), weight, x[:m].clone())[0]
+        return cuda_ptx.packed_decode(ptx(4), weight, x[:m].clone())[0]
 
     whole = rows(16)
     for m in (1, 7, 9):
@@ -95,41 +83,3 @@ def test_a_bug_planted_in_compiled_code_is_found(old, new, found):
     run(text, 4, SHAPES[2], 8, torch.float16, 0)
     with pytest.raises(found):
         run(text.replace(old, new), 4, SHAPES[2], 8, torch.float16, 0)
-
-
-# --- the record ---
-
-
-def test_the_record_is_that_of_the_sources():
-    fresh = cuda_compiled.fingerprint()
-    assert cuda_compiled.read_record()["fingerprint"] == fresh, "python -m benchmarks.tools.cuda_compiled --write"
-
-
-@pytest.mark.parametrize("architecture", cuda_compiled.ARCHITECTURES)
-def test_gates(architecture):
-    entries = cuda_compiled.read_record()["entries"][architecture]
-    assert len(entries) == len(cuda_compiled.BITS) * 2 * 2 * 2 + 2
-    found = {name: list(cuda_compiled.complaints(name, entry)) for name, entry in entries.items()}
-    assert {name: what for name, what in found.items() if what} == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (dict(spills=8), "spills: must be 0 bytes: got 8"),
-        (dict(blocks=0), "blocks of a processor: must be at least 1"),
-        (dict(weight_loads=[4, 16]), "loads of weights: must be [16]: got [4, 16]"),
-    ],
-)
-def test_planted_entry_is_flagged(change, complaint):
-    name = "4-bit float16 M<=8"
-    entry = cuda_compiled.read_record()["entries"]["sm_90a"][name]
-    (found,) = cuda_compiled.complaints(name, {**entry, **change})
-    assert complaint in found
-
-
-@needs_nvcc
-def test_a_sample_compiles_to_the_record():
-    """One architecture and width, others at another commit."""
-    pairs = [(architecture, bits) for architecture in cuda_compiled.ARCHITECTURES for bits in cuda_compiled.BITS]
-    assert list(cuda_compiled.differences(cuda_compiled.read_record(), [pairs[turn_of(len(pairs))]])) == []

@@ -14,7 +14,7 @@ from lowbit.core.bitpack import pack
 from lowbit.packed.format import PackedFormat
 from lowbit.testing import cuda_emulated
 from lowbit.testing.cuda_emulated import packed_linear
-from lowbit.testing.cuda_planted import BUGS, caught, check, some_formats
+from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weight
 
@@ -172,19 +172,3 @@ def test_numbers_of_16_bits_are_torchs():
     for dtype, function in ((torch.float16, module.float_to_half), (torch.bfloat16, module.float_to_bfloat)):
         bits = torch.tensor([function(float(value)) for value in near], dtype=torch.int32).to(torch.int16)
         assert_bitwise_equal(bits.view(dtype), near.to(dtype))
-
-
-# The others take as long: python -m lowbit.testing.cuda_planted
-@pytest.mark.parametrize("bug", BUGS[:3], ids=lambda bug: bug.name)
-def test_a_planted_bug_is_found(bug):
-    assert caught(bug) is not None
-
-
-def test_the_kernels_as_they_are_pass_what_finds_the_bugs():
-    for bits in sorted({bug.bits for bug in BUGS}):
-        assert check(cuda_emulated.kernels(), bits)
-
-
-def test_a_bug_that_cannot_be_planted_is_an_error():
-    with pytest.raises(ValueError, match="once: got 0 times"):
-        cuda_emulated.planted("packed/decode.cuh", "no such text", "", 4)

@@ -1,45 +1,32 @@
-"""Bugs planted in the CUDA C++ kernels, to show that their tests find them.
-
-``python -m lowbit.testing.cuda_planted`` plants each of them in a copy of the sources and prints what found it.
-"""
+"""Bugs planted in ``csrc/cuda/packed/decode.cuh``, and what it shares."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from lowbit.packed.format import PackedFormat
-from lowbit.testing import cuda_emulated
+from lowbit.testing import cuda_emulated, cuda_planted
 from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations, formats, random_weight
 
-
-@dataclass(frozen=True)
-class Bug:
-    """``old``, which is once in ``file`` (below ``csrc/cuda``), becomes ``new``; kernels of ``bits`` are built."""
-
-    name: str
-    bits: int
-    old: str
-    new: str
-    file: str = "packed/decode.cuh"
-
+Bug = partial(cuda_planted.Bug, file="packed/decode.cuh")
 
 BUGS = (
     Bug("a slice is multiplied before all threads have it", 4, "barrier();  // the slice is there", "// "),
     Bug("a field of a plane is looked for at the wrong bit", 4, "chunk % FIELDS * WIDTH",
-        "chunk % FIELDS * (WIDTH - 1)", "codes.h"),
+        "chunk % FIELDS * (WIDTH - 1)", file="codes.h"),
     Bug("a group is looked up with a factor that is rounded down", 4, "+ chunks - 1) / chunks", ") / chunks",
-        "packed/decode.cu"),
+        file="packed/decode.cu"),
     Bug("the plane of one bit is added one bit too high", 3, "0x00010001u) << (BITS - 1)", "0x00010001u) << BITS",
-        "codes.h"),
+        file="codes.h"),
     Bug("the plane of two bits is taken from the next chunk", 7, ">> 2 * chunk & 0x00030003u) << 4",
-        ">> 2 * (chunk + 1) & 0x00030003u) << 4", "codes.h"),
+        ">> 2 * (chunk + 1) & 0x00030003u) << 4", file="codes.h"),
     Bug("the top bit of 8 counts as half", 8, "(codes & 0x00800080u) | BASES", "(codes >> 1 & 0x00400040u) | BASES",
-        "codes.h"),
+        file="codes.h"),
     Bug("the zero of symmetric formats is one too low", 4, "nearest = 1 << (BITS - 1)",
         "nearest = (1 << (BITS - 1)) - 1"),
     Bug("what the center leaves of a zero has the wrong sign", 2, "static_cast<float>(nearest) - zero",
@@ -95,30 +82,3 @@ def check(kernels: Any, bits: int) -> int:
             assert_linear_close(y, x, weight.dense())
             cases += 1
     return cases
-
-
-def caught(bug: Bug) -> str | None:
-    """What found the bug; None: nothing."""
-    kernels = cuda_emulated.planted(bug.file, bug.old, bug.new, bug.bits)
-    try:
-        check(kernels, bug.bits)
-    except AssertionError:
-        return "wrong numbers"
-    except RuntimeError as fault:
-        return str(fault)
-    return None
-
-
-def main() -> None:
-    print("| planted | bits | found by |\n|---|---|---|")
-    missed = 0
-    for bug in BUGS:
-        found = caught(bug)
-        missed += found is None
-        print(f"| {bug.name} | {bug.bits} | {found or '**nothing**'} |", flush=True)
-    if missed:
-        raise SystemExit(f"{missed} of {len(BUGS)} bugs were not found")
-
-
-if __name__ == "__main__":
-    main()

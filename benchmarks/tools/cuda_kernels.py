@@ -1,0 +1,148 @@
+"""The CUDA C++ kernels that ship, one entry each: what the record of compiled kernels must know of them.
+
+A new kernel is a new entry. ``benchmarks/tools/cuda_compiled.py`` then compiles it, and the tests hold it to its gates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.testing import cuda_ptx, cuda_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
+WIDTHS = tuple(range(1, 9))
+HALVES = ("float16", "bfloat16")
+# How weights are loaded, in PTX; the group is a number of words, or of bytes after "0x" or alone
+LOAD_ONCE = r"ld\.global\.nc\.L1::no_allocate\S*\.v(?P<words>\d)\.u32"
+COPY_ASYNC = r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?P<bytes>\d+)"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel in C++, and all of its instances.
+
+    Args:
+        name: below ``lowbit::cuda``, as in ``packed_decode::kernel``.
+        parameters: of the template, in order: name -> the values that are compiled. Values are integers, bools, and
+            of a DType its name. Empty where it is no template.
+        label: what the record calls an instance: a text with the parameters' names in braces, or a function of them.
+        threads: of a block.
+        shared: bytes of shared memory of a block that is given most, by the parameters.
+        weight_loads: how many bytes the loads of weights have, by the parameters; how such a load is written is
+            ``weights``, a pattern of PTX.
+        blocks: of a processor, at least.
+    """
+
+    name: str
+    parameters: Mapping[str, tuple[Any, ...]]
+    label: str | Callable[..., str]
+    threads: int | Callable[..., int]
+    shared: Callable[..., int] = lambda **_: 0
+    weight_loads: Callable[..., list[int]] = lambda **_: []
+    weights: str = LOAD_ONCE
+    blocks: int = 1
+
+    def instances(self) -> Iterator[Instance]:
+        for values in itertools.product(*self.parameters.values()):
+            yield Instance(self, dict(zip(self.parameters, values, strict=True)))
+
+    def instance(self, values: tuple[Any, ...]) -> Instance:
+        """That of template arguments; a bool counts as the integer that it is, as C++ has it."""
+        return Instance(self, dict(zip(self.parameters, values, strict=True)))
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One function of the compiled code."""
+
+    function: Function
+    values: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        label = self.function.label
+        return label.format(**self.values) if isinstance(label, str) else label(**self.values)
+
+    @property
+    def threads(self) -> int:
+        threads = self.function.threads
+        return threads if isinstance(threads, int) else threads(**self.values)
+
+    @property
+    def shared(self) -> int:
+        return self.function.shared(**self.values)
+
+    @property
+    def weight_loads(self) -> list[int]:
+        return sorted(self.function.weight_loads(**self.values))
+
+    def loads(self, ptx: str) -> list[int]:
+        """The bytes of the loads of weights in a text of PTX."""
+        found = re.finditer(self.function.weights, ptx)
+        sizes = (4 * int(m["words"]) if "words" in m.groupdict() else int(m["bytes"]) for m in found)
+        return sorted(set(sizes))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one source is compiled to.
+
+    Args:
+        name: of the file of its record.
+        source: below ``csrc/cuda``. Where it has LOWBIT_BITS, it is compiled once for each of ``widths``.
+    """
+
+    name: str
+    source: str
+    functions: tuple[Function, ...]
+    architectures: tuple[str, ...] = ARCHITECTURES
+    widths: tuple[int, ...] = WIDTHS
+
+    @property
+    def path(self) -> Path:
+        return CSRC / "cuda" / self.source
+
+    @property
+    def compilations(self) -> tuple[int | None, ...]:
+        """The values of LOWBIT_BITS that the source is compiled with; None: it has none."""
+        return cuda_sources.widths(CSRC, f"cuda/{self.source}", self.widths)
+
+    def instances(self) -> dict[str, Instance]:
+        """By label."""
+        return {one.label: one for function in self.functions for one in function.instances()}
+
+
+# ------------------------------------------------------------------------------------------------------------- packed
+
+
+def tile_loads(bits: int, **_: Any) -> list[int]:
+    """Of a thread's part of a tile: planes of 8, 4 and 2 bits give 16 bytes, a plane of one bit gives 8."""
+    return [*([8] if bits % 2 else []), *([16] if bits > 1 else [])]
+
+
+PACKED_DECODE = Kernel(
+    "packed_decode",
+    "packed/decode.cu",
+    (
+        Function(
+            "packed_decode::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, m_tiles=(1, 2), cut=(False, True)),
+            label=lambda bits, dtype, m_tiles, cut: (
+                f"{bits}-bit {dtype} M<={8 * m_tiles}{', groups of any size' if cut else ''}"
+            ),
+            threads=256,
+            shared=lambda m_tiles, **_: cuda_ptx.packed_decode_bytes(8 * m_tiles),
+            weight_loads=tile_loads,
+        ),
+        Function("packed_decode::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+)
+
+KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE,)}

@@ -1,0 +1,44 @@
+"""Bugs planted in the CUDA C++ kernels are found by what their tests compare: lowbit/testing/cuda_planted/."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowbit.testing import cuda_emulated, cuda_planted, verdicts
+from lowbit.testing.cuda_planted import caught
+
+needs_emulation = pytest.mark.skipif(
+    cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
+)
+BUGS = cuda_planted.bugs()
+SAMPLE = 3  # of all bugs, in `make test`
+
+
+@needs_emulation
+@pytest.mark.parametrize("number", range(len(BUGS)), ids=lambda n: f"{BUGS[n][0]}: {BUGS[n][1].name}")
+def test_a_planted_bug_is_found(number, request):
+    verdicts.only_in_turn(request.config, number, max(1, len(BUGS) // SAMPLE))
+    assert caught(*BUGS[number]) is not None
+
+
+@needs_emulation
+@pytest.mark.parametrize("kernel", cuda_planted.kernels())
+def test_a_kernel_as_it_is_passes_what_finds_its_bugs(kernel):
+    """Under sanitizers (tests/sanitize.py): of the widths that were compiled."""
+    suite = cuda_planted.suite(kernel)
+    for bits in cuda_emulated.WIDTHS if cuda_emulated.SANITIZED else sorted({bug.bits for bug in suite.BUGS}):
+        assert suite.check(cuda_emulated.kernels(), bits)
+
+
+@pytest.mark.parametrize("kernel", cuda_planted.kernels())
+def test_the_document_has_every_bug(kernel):
+    table = cuda_planted.sections().get(kernel, [])
+    names = [bug.name for bug in cuda_planted.suite(kernel).BUGS]
+    assert cuda_planted.described(table) == names, f"python -m lowbit.testing.cuda_planted --write {kernel}"
+    assert len(names) >= 12 and not any("nothing" in line for line in table)
+
+
+@needs_emulation
+def test_a_bug_that_cannot_be_planted_is_an_error():
+    with pytest.raises(ValueError, match="once: got 0 times"):
+        cuda_emulated.planted("packed/decode.cuh", "no such text", "", 4)
