@@ -19,6 +19,7 @@ CSRC = ROOT / "csrc"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100", "sm_120")
 WIDTHS = tuple(range(1, 9))
 HALVES = ("float16", "bfloat16")
+FLOATS = ("float32", *HALVES)
 # How weights are loaded, in PTX; the group is a number of words, or of bytes after "0x" or alone
 LOAD_ONCE = r"ld\.global\.nc\.L1::no_allocate\S*\.v(?P<words>\d)\.u32"
 COPY_ASYNC = r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?P<bytes>\d+)"
@@ -145,4 +146,19 @@ PACKED_DECODE = Kernel(
     ),
 )
 
-KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE,)}
+PACKED_GATHER = Kernel(
+    "packed_gather",
+    "packed/gather.cu",
+    (
+        Function(
+            "packed_gather::kernel",
+            dict(bits=WIDTHS, dtype=FLOATS),
+            label="{bits}-bit {dtype}",
+            threads=256,
+            weight_loads=tile_loads,
+            blocks=4,
+        ),
+    ),
+)
+
+KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER)}

@@ -39,6 +39,7 @@ struct Library {
   int (*device)(int index, Device&);  // an error code of CUDA, 0: none
   const char* (*error)(int code);
   Op<Linear<packed::Weight>> packed_linear;
+  Op<Rows<packed::Weight>> packed_rows;
 };
 
 }  // namespace cuda

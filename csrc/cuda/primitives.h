@@ -87,6 +87,15 @@ LOWBIT_DEVICE void wait_copies() {
 LOWBIT_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LOWBIT_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+// Rounded, whatever is added to it.
+LOWBIT_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+
+LOWBIT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+
+LOWBIT_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+LOWBIT_DEVICE float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
+
 template <DType T>
 LOWBIT_DEVICE uint32_t subtract_pair(uint32_t a, uint32_t b) {
   uint32_t d;

@@ -201,6 +201,40 @@ def packed_linear(
     return y
 
 
+def packed_rows(
+    weight: Weight, ids: Tensor | None, dtype: torch.dtype, *, order: int = 0, of: Any = None, by_group: bool = False,
+    misaligned: bool = False,
+) -> Tensor:  # fmt: skip
+    """``W[ids]``, or W where ids is None, by ``csrc/cuda/packed/gather.cuh``; the arguments are those of
+    :func:`packed_linear`.
+
+    Args:
+        misaligned: the result begins at no multiple of 16 bytes.
+    """
+    f = weight.format
+    n, k, bits, (values, columns, rows) = f.out_features, f.in_features, f.bits, weight.outliers
+    tiles = aligned(tile(weight.packed, bits, k))
+    scales, zeros, groups = weight.scales, weight.zeros, weight.scales.shape[1]
+    if by_group:
+        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    count = n if ids is None else len(ids)
+    room = aligned(torch.full((count * k + 1,), torch.nan, dtype=dtype))
+    out = (room[1:] if misaligned else room[:-1]).view(count, k)
+    arguments: dict[str, Any] = dict(
+        N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits,
+        per_tensor=weight.scales.shape[0] == 1 and n > 1, scales_row=1 if by_group else groups,
+        scales_group=n if by_group else 1, packed=array(tiles), scales=array(scales), scales_dtype=name(scales),
+        zeros=array(zeros), zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
+        outlier_columns=array(columns), outlier_rows=array(rows),
+        wide=columns is not None and columns.dtype == torch.int32, ids=array(ids),
+        wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out), dtype=name(out),
+        device=(80, 1, 163 << 10), order=order,
+    )  # fmt: skip
+    result = (of or kernels()).packed_rows(arguments)
+    assert result == 0, result
+    return out
+
+
 def aligned(t: Tensor) -> Tensor:
     """A copy that begins at a multiple of 16 bytes, as torch's allocator gives on a GPU."""
     room = torch.empty(t.nbytes + 16, dtype=torch.uint8)

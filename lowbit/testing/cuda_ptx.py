@@ -66,3 +66,29 @@ def packed_decode(
         adding = symbol(ptx, "packed_decode::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
     return y, statistics
+
+
+def divisor(number: int) -> tuple[int, int]:
+    """As ``divisor_of`` of csrc/cuda/division.h."""
+    shift = (number - 1).bit_length()
+    return -(-(1 << 31 + shift) // number), shift
+
+
+def packed_gather(ptx: str, weight: Weight, ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
+    """``W[ids]``, or W where ids is None, by the instance of a PTX text, with the arguments that gather.cu gives it."""
+    f, (values, columns, rows) = weight.format, weight.outliers
+    n, k, groups = f.out_features, f.in_features, weight.scales.shape[1]
+    row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
+    count, tiles = n if ids is None else len(ids), -(-k // 256)
+    out = aligned(torch.full((count, k), torch.nan, dtype=dtype))
+    pointers = (weight.scales, weight.zeros, values, columns, rows, ids)
+    arguments = (
+        aligned(tile(weight.packed, f.bits, k)), *(0 if t is None else t for t in pointers), out, count, n, k,
+        f.group_size, *divisor(f.group_size), *divisor(tiles), row, 1, row, 1,
+        *(number_of(t) for t in (weight.scales, weight.zeros, values)),
+        columns is not None and columns.dtype == torch.int32, ids is not None and ids.dtype == torch.int64,
+        k * dtype.itemsize % 16 == 0,
+    )  # fmt: skip
+    name = symbol(ptx, "packed_gather::kernel", f.bits, dtype_name(out))
+    units = 32 if dtype == torch.float32 else 64
+    return out, execute(ptx, name, (-(-count * tiles // units),), THREADS, arguments)

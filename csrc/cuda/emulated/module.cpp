@@ -45,6 +45,13 @@ class Kernels {
     });
   }
 
+  int packed_rows(const py::dict& arguments) {
+    return run(table_->packed_rows, arguments, [&](Rows<lowbit::packed::Weight>& call) {
+      read_packed(arguments, call.weight);
+      read_rows(arguments, call);
+    });
+  }
+
  private:
   template <class Function>
   void find(const char* name, Function& function) {
@@ -106,6 +113,12 @@ class Kernels {
     call.y = array(a["y"]);
   }
 
+  template <class Weight>
+  void read_rows(const py::dict& a, Rows<Weight>& call) {
+    call.ids = array(a["ids"]), call.wide = number(a, "wide_ids"), call.count = number(a, "count");
+    call.out = array(a["out"]), call.dtype = dtype_of(a["dtype"]);
+  }
+
   void* library_;
   void (*begin_)(int);
   void (*allow_)(const char*, size_t);
@@ -124,5 +137,6 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
       .def(py::init<std::string>())
       .def("packed_linear", &Kernels::packed_linear,
            "y = x @ W.T + bias: every argument by its name, arrays as (address, bytes). ValueError: the call is "
-           "declined. RuntimeError: the kernel did something that a GPU would not survive.");
+           "declined. RuntimeError: the kernel did something that a GPU would not survive.")
+      .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.");
 }
