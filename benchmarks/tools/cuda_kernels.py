@@ -161,4 +161,21 @@ PACKED_GATHER = Kernel(
     ),
 )
 
-KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER)}
+# --------------------------------------------------------------------------------------------------------------- kron
+
+KRON_FUSED = Kernel(
+    "kron_fused",
+    "kron/fused.cu",
+    (
+        Function(
+            "kron_fused::kernel",
+            dict(dtype=HALVES, p_tiles=(8, 16)),
+            label=lambda dtype, p_tiles: f"{dtype} operands, NP{'<=64' if p_tiles == 8 else '>64'}",
+            threads=256,
+            # what a plan may ask for where two blocks, and one, fit on a processor of sm_89
+            shared=lambda p_tiles, **_: (49 if p_tiles == 8 else 99) << 10,
+        ),
+    ),
+)
+
+KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER, KRON_FUSED)}

@@ -1,11 +1,12 @@
 #include "cuda/library.h"
 
+#include "cuda/kron/linear.h"
 #include "cuda/packed/linear.h"
 #include "cuda/packed/rows.h"
 #include "cuda/primitives.h"
 
 const lowbit::cuda::Library* lowbit_cuda_library() {
   using namespace lowbit::cuda;
-  static const Library library = {sizeof(Library), read_device, error_text, packed_linear::OP, packed_rows::OP};
+  static const Library library = {sizeof(Library), read_device, error_text, packed_linear::OP, packed_rows::OP, kron_linear::OP};
   return &library;
 }

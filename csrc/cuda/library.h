@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/kron.h"
 #include "common/packed.h"
 
 namespace lowbit {
@@ -40,6 +41,7 @@ struct Library {
   const char* (*error)(int code);
   Op<Linear<packed::Weight>> packed_linear;
   Op<Rows<packed::Weight>> packed_rows;
+  Op<Linear<kron::Weight>> kron_linear;
 };
 
 }  // namespace cuda

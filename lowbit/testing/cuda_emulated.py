@@ -25,6 +25,8 @@ from torch import Tensor
 
 from lowbit.backends.triton.tiles import tile, tiles_per_row
 from lowbit.testing import cuda_sources
+from lowbit.testing.kron_cases import Factor as KronFactor
+from lowbit.testing.kron_cases import Weight as KronWeight
 from lowbit.testing.packed_cases import Weight
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +148,9 @@ def built_library(csrc: Path, folder: Path, changed: str | None = None, bits: in
     target = folder / "kernels.so"
     # of an inline function that several objects have, the linker takes the first: that of the change
     edges += f"build {target}: link {' '.join((*fresh, *others))}\n"
-    build(folder, edges, f"{INSTRUMENTED} -DLOWBIT_WIDTHS={SANITIZED}" if SANITIZED else "-O1")
+    # a bug may leave something unused, which is no error
+    plain = "-O1 -Wno-error" if changed else "-O1"
+    build(folder, edges, f"{INSTRUMENTED} -DLOWBIT_WIDTHS={SANITIZED}" if SANITIZED else plain)
     return target
 
 
@@ -233,6 +237,48 @@ def packed_rows(
     result = (of or kernels()).packed_rows(arguments)
     assert result == 0, result
     return out
+
+
+def kron_linear(
+    weight: KronWeight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, processors: int = 2,
+    shared_bytes: int = 163 << 10, misaligned: bool = False,
+) -> Tensor:  # fmt: skip
+    """``y = x @ W.T + bias`` by ``csrc/cuda/kron``; the arguments are those of :func:`packed_linear`.
+
+    Args:
+        misaligned: nothing begins at a multiple of 16 bytes.
+    """
+
+    def placed(t: Tensor) -> Tensor:
+        if not misaligned:
+            return aligned(t)
+        room = aligned(torch.cat([t.new_zeros(1), t.flatten()]))
+        return room[1:].view(t.shape)
+
+    def factor(f: KronFactor) -> dict[str, Any]:
+        _, n, k = f.values.shape
+        bits, group_size = f.numbers
+        values = placed(f.tensor)
+        kept.append(values)
+        per_tensor = f.scales is not None and f.scales.shape[0] < f.values.shape[0] * n
+        return dict(
+            N=n, K=k, G=1 if f.scales is None else f.scales.shape[1], group_size=group_size, bits=bits,
+            row_bytes=4 * f.tensor.shape[1] if bits else 0, values=array(values), dtype=None if bits else name(values),
+            scales=array(f.scales), scales_dtype=name(f.scales), zeros=array(f.zeros), zeros_dtype=name(f.zeros),
+            per_tensor=per_tensor,
+        )  # fmt: skip
+
+    kept: list[Tensor] = []  # their addresses are given
+    (m, _), n, x = x.shape, weight.n, placed(x)
+    y = placed(torch.full((m, n), torch.nan, dtype=x.dtype))
+    arguments: dict[str, Any] = dict(
+        a=factor(weight.a), b=factor(weight.b), R=weight.rank, input_permutation=array(weight.input_permutation),
+        output_permutation=array(weight.output_permutation), M=m, x=array(x), dtype=name(x), bias=array(bias),
+        bias_dtype=name(bias), int8=False, y=array(y), device=(80, processors, shared_bytes), order=order,
+    )  # fmt: skip
+    result = (of or kernels()).kron_linear(arguments)
+    assert result == 0, result
+    return y
 
 
 def aligned(t: Tensor) -> Tensor:

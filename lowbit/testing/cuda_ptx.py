@@ -8,6 +8,8 @@ from torch import Tensor
 from lowbit.backends.triton.tiles import tile
 from lowbit.testing.cuda_emulated import aligned
 from lowbit.testing.cuda_names import DTYPES, symbol
+from lowbit.testing.kron_cases import Factor as KronFactor
+from lowbit.testing.kron_cases import Weight as KronWeight
 from lowbit.testing.packed_cases import Weight
 from lowbit.testing.ptx_emulator import Statistics, execute
 
@@ -92,3 +94,59 @@ def packed_gather(ptx: str, weight: Weight, ids: Tensor | None, dtype: torch.dty
     name = symbol(ptx, "packed_gather::kernel", f.bits, dtype_name(out))
     units = 32 if dtype == torch.float32 else 64
     return out, execute(ptx, name, (-(-count * tiles // units),), THREADS, arguments)
+
+
+def planes_of(dtype: torch.dtype | None) -> int:
+    """Of csrc/cuda/kron/fused.cu; None: packed."""
+    return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 3) if dtype else 3
+
+
+def kron_fused(
+    ptx: str, weight: KronWeight, x: Tensor, bias: Tensor | None, *, a_first: bool = False, rows: int = 2,
+    stages: int = 2, blocks: int = 1,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` by the instance of a PTX text, with arguments as fused.cu makes them of a plan."""
+    q, p = (weight.a, weight.b) if a_first else (weight.b, weight.a)
+    (terms, q_n, q_k), (_, p_n, p_k) = q.values.shape, p.values.shape
+    n1, (_, n2, k2) = weight.a.values.shape[1], weight.b.values.shape
+    q_dtype, p_dtype = (None if f.kind.bits else f.tensor.dtype for f in (q, p))
+    direct = x.dtype == q_dtype == torch.float16
+    planes = (1 if direct else planes_of(q_dtype), planes_of(p_dtype), 1 if direct else planes_of(x.dtype))
+
+    def pitch(k: int) -> int:
+        padded = -(-k // 32) * 64
+        return padded + (0 if padded % 128 else 64)
+
+    q_plane, p_plane = -(-q_n // 16) * 16 * pitch(q_k), -(-p_n // 8) * 8 * pitch(p_k)
+    x_plane = -(-p_k // 32) * 32 * pitch(q_k)
+    y_pitch = 4 * ((n2 + 11) // 16 * 16 + 4)
+    p_begin = terms * planes[0] * q_plane
+    x_begin = p_begin + terms * planes[1] * p_plane
+    y_begin = x_begin + stages * rows * planes[2] * x_plane
+    total = y_begin + rows * n1 * y_pitch
+
+    def factor(f: KronFactor) -> tuple[int, ...]:
+        bits, group_size = f.numbers
+        per_tensor = f.scales is not None and f.scales.shape[0] < f.values.shape[0] * f.values.shape[1]
+        groups = 0 if f.scales is None or per_tensor else f.scales.shape[1]
+        words = f.tensor.shape[1] if bits else 0
+        dtype = 0 if bits else number_of(f.tensor)
+        return (dtype, bits, words, groups, group_size, number_of(f.scales), number_of(f.zeros))
+
+    def copied(f: KronFactor, dtype: torch.dtype) -> bool:
+        return f.kind.bits == 0 and f.tensor.dtype == dtype and f.values.shape[2] % 8 == 0
+
+    tensors = [aligned(q.tensor), q.scales, q.zeros, aligned(p.tensor), p.scales, p.zeros]
+    y = aligned(torch.full((len(x), weight.n), torch.nan, dtype=x.dtype))
+    pointers = (bias, weight.input_permutation, weight.output_permutation, *tensors)
+    copy_x = planes[2] == 1 and not a_first and weight.input_permutation is None and k2 % 8 == 0
+    operands = torch.float16 if direct else torch.bfloat16
+    arguments = (
+        aligned(x), y, *(0 if t is None else t for t in pointers), len(x), terms, q_n, q_k, p_n, p_k, a_first,
+        number_of(x), number_of(bias), *factor(q), *factor(p), *planes, rows, stages, blocks, copied(q, operands),
+        copied(p, torch.bfloat16), copy_x, weight.output_permutation is None and n2 % 4 == 0, *divisor(k2),
+        *divisor(n2), p_begin, x_begin, y_begin, pitch(q_k), pitch(p_k), y_pitch, q_plane, p_plane, x_plane,
+        n1 * y_pitch,
+    )  # fmt: skip
+    name = symbol(ptx, "kron_fused::kernel", str(operands).removeprefix("torch."), 8 if p_n <= 64 else 16)
+    return y, execute(ptx, name, (blocks,), THREADS, arguments, total)

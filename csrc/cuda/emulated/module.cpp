@@ -52,6 +52,13 @@ class Kernels {
     });
   }
 
+  int kron_linear(const py::dict& arguments) {
+    return run(table_->kron_linear, arguments, [&](lowbit::Linear<lowbit::kron::Weight>& call) {
+      read_kron(arguments, call.weight);
+      read_linear(arguments, call);
+    });
+  }
+
  private:
   template <class Function>
   void find(const char* name, Function& function) {
@@ -105,6 +112,22 @@ class Kernels {
     w.per_tensor = number(a, "per_tensor");
   }
 
+  void read_factor(const py::dict& a, lowbit::kron::Factor& f) {
+    f.N = number(a, "N"), f.K = number(a, "K"), f.G = number(a, "G"), f.group_size = number(a, "group_size");
+    f.bits = static_cast<int>(number(a, "bits")), f.row_bytes = number(a, "row_bytes");
+    f.values = array(a["values"]), f.dtype = dtype_of(a["dtype"]);
+    f.scales = array(a["scales"]), f.scales_dtype = dtype_of(a["scales_dtype"]);
+    f.zeros = array(a["zeros"]), f.zeros_dtype = dtype_of(a["zeros_dtype"]);
+    f.per_tensor = number(a, "per_tensor");
+  }
+
+  void read_kron(const py::dict& a, lowbit::kron::Weight& w) {
+    read_factor(a["a"].cast<py::dict>(), w.a), read_factor(a["b"].cast<py::dict>(), w.b);
+    w.R = number(a, "R"), w.N = w.a.N * w.b.N, w.K = w.a.K * w.b.K;
+    w.input_permutation = reinterpret_cast<const int32_t*>(array(a["input_permutation"]));
+    w.output_permutation = reinterpret_cast<const int32_t*>(array(a["output_permutation"]));
+  }
+
   template <class Weight>
   void read_linear(const py::dict& a, lowbit::Linear<Weight>& call) {
     call.M = number(a, "M"), call.x = array(a["x"]), call.dtype = dtype_of(a["dtype"]);
@@ -138,5 +161,6 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
       .def("packed_linear", &Kernels::packed_linear,
            "y = x @ W.T + bias: every argument by its name, arrays as (address, bytes). ValueError: the call is "
            "declined. RuntimeError: the kernel did something that a GPU would not survive.")
+      .def("kron_linear", &Kernels::kron_linear, "y = x @ W.T + bias: a factor is a dictionary of its own.")
       .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.");
 }
