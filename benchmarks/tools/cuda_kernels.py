@@ -22,6 +22,7 @@ HALVES = ("float16", "bfloat16")
 FLOATS = ("float32", *HALVES)
 # How weights are loaded, in PTX; the group is a number of words, or of bytes after "0x" or alone
 LOAD_ONCE = r"ld\.global\.nc\.L1::no_allocate\S*\.v(?P<words>\d)\.u32"
+LOAD_MATRICES = r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<words>\d)\.shared"
 COPY_ASYNC = r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (?P<bytes>\d+)"
 
 
@@ -178,4 +179,22 @@ KRON_FUSED = Kernel(
     ),
 )
 
-KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER, KRON_FUSED)}
+PACKED_BATCH_SM90 = Kernel(
+    "packed_batch_sm90",
+    "packed/batch_sm90.cu",
+    (
+        Function(
+            "packed_batch_sm90::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, x_rows=(64, 128)),
+            label="{bits}-bit {dtype} {x_rows} rows of x",
+            threads=384,
+            shared=lambda bits, x_rows, **_: cuda_ptx.packed_batch_sm90_bytes(bits, x_rows),
+            weight_loads=lambda bits, **_: [16] if bits > 1 else [],
+            weights=LOAD_MATRICES,
+        ),
+        Function("packed_batch_sm90::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+    architectures=("sm_90a",),
+)
+
+KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER, KRON_FUSED, PACKED_BATCH_SM90)}

@@ -131,8 +131,12 @@ def built(csrc: Path, folder: Path, changed: str | None = None, bits: int | None
 
 
 def built_library(csrc: Path, folder: Path, changed: str | None = None, bits: int | None = None) -> Path:
-    """The library itself. A source that contains LOWBIT_BITS is compiled once for each width."""
-    sources = [*sorted((csrc / "cuda").rglob("*.cu")), csrc / "cuda" / "emulated" / "library.cpp"]
+    """The library itself. A source that contains LOWBIT_BITS is compiled once for each width.
+
+    Kernels of sm_90a ask for what the emulation has not: they are executed as PTX (:mod:`lowbit.testing.cuda_ptx`).
+    """
+    here = [source for source in sorted((csrc / "cuda").rglob("*.cu")) if not source.stem.endswith("_sm90")]
+    sources = [*here, csrc / "cuda" / "emulated" / "library.cpp"]
     edges, fresh, others = "", [], []
     for source in sources:
         below = source.relative_to(csrc).as_posix()
@@ -154,9 +158,10 @@ def built_library(csrc: Path, folder: Path, changed: str | None = None, bits: in
     return target
 
 
-def planted(file: str, old: str, new: str, bits: int) -> Any:
-    """The kernels of a copy of the sources in which ``old``, which must be there once, is ``new`` for ``bits``."""
-    with tempfile.TemporaryDirectory(prefix="lowbit-planted-") as name:  # what is loaded stays
+@contextmanager
+def changed_sources(file: str, old: str, new: str) -> Iterator[Path]:
+    """A copy of ``csrc`` in which ``old``, which must be once in ``cuda/<file>``, is ``new``."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-planted-") as name:
         csrc = Path(name, "csrc")
         for part in ("cuda", "common"):
             shutil.copytree(ROOT / "csrc" / part, csrc / part)
@@ -164,8 +169,14 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
         if text.count(old) != 1:
             raise ValueError(f"old must be in {file} once: got {text.count(old)} times {old!r}")
         (csrc / "cuda" / file).write_text(text.replace(old, new), encoding="utf-8")
+        yield csrc
+
+
+def planted(file: str, old: str, new: str, bits: int) -> Any:
+    """The kernels of a copy of the sources in which ``old``, which must be there once, is ``new`` for ``bits``."""
+    with changed_sources(file, old, new) as csrc:  # what is loaded stays
         kernels()  # what the change does not touch is linked from there
-        return built(csrc, Path(name, "build"), file, bits)
+        return built(csrc, csrc.parent / "build", file, bits)
 
 
 def packed_linear(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -11,9 +16,22 @@ from lowbit.testing.cuda_names import DTYPES, symbol
 from lowbit.testing.kron_cases import Factor as KronFactor
 from lowbit.testing.kron_cases import Weight as KronWeight
 from lowbit.testing.packed_cases import Weight
-from lowbit.testing.ptx_emulator import Statistics, execute
+from lowbit.testing.ptx_emulator import Statistics, TensorMap, execute
 
 THREADS, ROWS = 256, 32  # of a block of csrc/cuda/packed/decode.cuh
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be compiled here; None: they can."""
+    return None if shutil.which("nvcc") else "no nvcc"
+
+
+def compiled(csrc: Path, source: str, architecture: str, bits: int) -> str:
+    """The PTX of one width of a source below ``csrc/cuda``."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-std=c++17", "-O3", f"-I{csrc}", f"-arch={architecture}", f"-DLOWBIT_BITS={bits}", "-ptx"]
+        subprocess.run([*command, str(csrc / "cuda" / source), "-o", f"{folder}/kernel.ptx"], check=True)
+        return Path(folder, "kernel.ptx").read_text()
 
 
 def number_of(t: Tensor | None) -> int:
@@ -150,3 +168,56 @@ def kron_fused(
     )  # fmt: skip
     name = symbol(ptx, "kron_fused::kernel", str(operands).removeprefix("torch."), 8 if p_n <= 64 else 16)
     return y, execute(ptx, name, (blocks,), THREADS, arguments, total)
+
+
+BATCH_ROWS, BATCH_THREADS = 128, 384  # of a block of csrc/cuda/packed/batch_sm90.cuh
+
+
+def packed_batch_sm90_bytes(bits: int, x_rows: int) -> int:
+    """As ``SHARED_BYTES`` of packed/batch_sm90.cuh."""
+    stage = 512 * x_rows + 32 * bits * BATCH_ROWS
+    return 1023 + min(4, 225 * 1024 // stage) * (stage + 16)
+
+
+def packed_batch_sm90(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1, *, blocks: int = 1,
+    by_group: bool = False, newest_first: bool = False,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments of batch_sm90.cu.
+
+    Args:
+        blocks: of the persistent grid.
+        by_group: scales and zeros lie group after group.
+        newest_first: see :func:`~lowbit.testing.ptx_emulator.execute`.
+    """
+    f, (m, k) = weight.format, x.shape
+    n, bits, groups = f.out_features, f.bits, weight.scales.shape[1]
+    values, columns, rows = weight.outliers
+    x_rows = 64 if m <= 64 else 128
+    codes, x = aligned(tile(weight.packed, bits, k)).view(n, -1).view(torch.uint8), aligned(x)
+    octets_map = TensorMap(codes, (BATCH_ROWS, 32))
+    parts_map = TensorMap(codes, (BATCH_ROWS, 64), 64) if bits > 1 else octets_map
+    scales, zeros = weight.scales, weight.zeros
+    if by_group:
+        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    row, group = (1, n) if by_group else (groups, 1)
+    row = 0 if weight.scales.shape[0] == 1 and n > 1 else row
+    factor = 0 if f.group_size >= k else -(-(1 << 31) // (f.group_size // 32))
+    y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
+    arguments = (
+        parts_map, octets_map, TensorMap(x, (x_rows, 64), 128),
+        *(0 if t is None else t for t in (scales, zeros, bias, values, columns, rows)),
+        x, y, m, n, k, factor, row, group, row, group, *(number_of(t) for t in (scales, zeros, bias, values)),
+        columns is not None and columns.dtype == torch.int32, parts if splits > 1 else 0, splits,
+    )  # fmt: skip
+    works = splits * -(-n // BATCH_ROWS) * -(-m // x_rows)
+    name = symbol(ptx, "packed_batch_sm90::kernel", bits, dtype_name(x), x_rows)
+    shared = packed_batch_sm90_bytes(bits, x_rows)
+    statistics = execute(
+        ptx, name, (min(works, blocks),), BATCH_THREADS, arguments, shared, newest_first=newest_first
+    )  # fmt: skip
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        adding = symbol(ptx, "packed_batch_sm90::add_splits", dtype_name(x))
+        execute(ptx, adding, (-(-m * n // 256),), 256, given)
+    return y, statistics

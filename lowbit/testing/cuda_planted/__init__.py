@@ -1,7 +1,8 @@
 """Bugs planted in the CUDA C++ kernels, to show that their tests find them.
 
 Each module of this package is a kernel's list: its ``BUGS``, and ``check(kernels, bits)``, which compares a few cases
-of one width with float64, raises where one is wrong, and returns their number.
+of one width with float64, raises where one is wrong, and returns their number. The kernels are those of the emulation,
+unless the module has ``why_not()`` and ``built(bits, bug)`` of its own (a bug, or None).
 
     python -m lowbit.testing.cuda_planted [KERNEL ...]           plants them in copies of the sources, prints the finds
     python -m lowbit.testing.cuda_planted --write [KERNEL ...]   and writes csrc/cuda/planted_bugs.md
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from lowbit.testing import cuda_emulated
+from lowbit.testing.ptx_emulator import Fault
 
 DOCUMENT = cuda_emulated.ROOT / "csrc" / "cuda" / "planted_bugs.md"
 
@@ -45,15 +48,29 @@ def bugs() -> list[tuple[str, Bug]]:
     return [(kernel, bug) for kernel in kernels() for bug in suite(kernel).BUGS]
 
 
+def why_not(kernel: str) -> str | None:
+    """Why the kernel cannot be built here; None: it can."""
+    own = getattr(suite(kernel), "why_not", None)
+    return own() if own else cuda_emulated.why_not()
+
+
+def built(kernel: str, bits: int, bug: Bug | None = None) -> Any:
+    """What :func:`suite` checks: the kernels of one width, as they are or with a bug."""
+    own = getattr(suite(kernel), "built", None)
+    if own:
+        return own(bits, bug)
+    return cuda_emulated.planted(bug.file, bug.old, bug.new, bug.bits) if bug else cuda_emulated.kernels()
+
+
 def caught(kernel: str, bug: Bug) -> str | None:
     """What found the bug; None: nothing."""
-    planted = cuda_emulated.planted(bug.file, bug.old, bug.new, bug.bits)
+    planted = built(kernel, bug.bits, bug)
     try:
         suite(kernel).check(planted, bug.bits)
     except AssertionError:
         return "wrong numbers"
-    except RuntimeError as fault:
-        return str(fault)
+    except (RuntimeError, Fault) as fault:
+        return re.split(r"\n| at: ", str(fault))[0]
     return None
 
 
@@ -62,7 +79,7 @@ def caught(kernel: str, bug: Bug) -> str | None:
 HEAD = """# Planted bugs
 
 Made by `python -m lowbit.testing.cuda_planted --write`. Each line is a bug that was planted in a copy of a kernel's
-sources, and what found it in the emulation. A test fails where a bug is missing here.
+sources, and what found it on a CPU: in the emulation, or in the executed PTX. A test fails where a bug is missing here.
 """
 
 
