@@ -40,6 +40,7 @@ class Function:
         weight_loads: how many bytes the loads of weights have, by the parameters; how such a load is written is
             ``weights``, a pattern of PTX.
         blocks: of a processor, at least.
+        compiled: which combinations of the parameters there are.
     """
 
     name: str
@@ -50,10 +51,13 @@ class Function:
     weight_loads: Callable[..., list[int]] = lambda **_: []
     weights: str = LOAD_ONCE
     blocks: int = 1
+    compiled: Callable[..., bool] = lambda **_: True
 
     def instances(self) -> Iterator[Instance]:
         for values in itertools.product(*self.parameters.values()):
-            yield Instance(self, dict(zip(self.parameters, values, strict=True)))
+            named = dict(zip(self.parameters, values, strict=True))
+            if self.compiled(**named):
+                yield Instance(self, named)
 
     def instance(self, values: tuple[Any, ...]) -> Instance:
         """That of template arguments; a bool counts as the integer that it is, as C++ has it."""
@@ -197,4 +201,29 @@ PACKED_BATCH_SM90 = Kernel(
     architectures=("sm_90a",),
 )
 
-KERNELS = {kernel.name: kernel for kernel in (PACKED_DECODE, PACKED_GATHER, KRON_FUSED, PACKED_BATCH_SM90)}
+PACKED_BATCH = Kernel(
+    "packed_batch",
+    "packed/batch.cu",
+    (
+        Function(
+            "packed_batch::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, m_tiles=(4, 8), cut=(False, True)),
+            label=lambda bits, dtype, m_tiles, cut: (
+                f"{bits}-bit {dtype} {8 * m_tiles} rows{', groups of any size' if cut else ''}"
+            ),
+            threads=256,
+            shared=lambda bits, m_tiles, **_: cuda_ptx.packed_batch_bytes(bits, m_tiles, stages=2),
+            weight_loads=lambda bits, **_: [16, *([8] if bits % 2 else [])],  # and those of x
+            weights=COPY_ASYNC,
+            compiled=lambda bits, m_tiles, cut, **_: m_tiles == 4 or (not cut and m_tiles == cuda_ptx.most_tiles(bits)),
+        ),
+        Function("packed_batch::sum_groups", dict(dtype=HALVES), label="sums {dtype}", threads=256),
+        Function("batch::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+)
+
+KERNELS = {
+    kernel.name: kernel for kernel in (
+        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, PACKED_BATCH_SM90, PACKED_BATCH,
+    )
+}  # fmt: skip

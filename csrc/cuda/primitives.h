@@ -66,11 +66,19 @@ LOWBIT_DEVICE float load_shared(int at) { return *reinterpret_cast<const float*>
 LOWBIT_DEVICE void store_shared(int at, float value) { *reinterpret_cast<float*>(lowbit_shared + at) = value; }
 LOWBIT_DEVICE void store_shared(int at, uint16_t value) { *reinterpret_cast<uint16_t*>(lowbit_shared + at) = value; }
 
+LOWBIT_DEVICE Words2 load_shared2(int at) { return *reinterpret_cast<const Words2*>(lowbit_shared + at); }
+
 // Begins to copy 16 bytes, or to write 16 zeros.
 LOWBIT_DEVICE void copy_async(int to, const void* from, bool zeros) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(lowbit_shared + to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");
+}
+
+// Begins to copy 8 bytes.
+LOWBIT_DEVICE void copy_async8(int to, const void* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(lowbit_shared + to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
 }
 
 LOWBIT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -181,7 +181,8 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
 
 def packed_linear(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, by_group: bool = False,
-    int8: bool = False, processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
+    int8: bool = False, batch_invariant: bool = False, processors: int = 1, architecture: int = 80,
+    shared_bytes: int = 163 << 10,
 ) -> Tensor:  # fmt: skip
     """``y = x @ W.T + bias`` by ``csrc/cuda/packed``, on the layer's own tensors in tiles.
 
@@ -204,7 +205,7 @@ def packed_linear(
     wide = columns is not None and columns.dtype == torch.int32
     arguments: dict[str, Any] = dict(
         N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits, M=m, int8=int8,
-        device=(architecture, processors, shared_bytes),
+        batch_invariant=batch_invariant, device=(architecture, processors, shared_bytes),
         per_tensor=per_tensor, scales_row=1 if by_group else groups, scales_group=n if by_group else 1, order=order,
         packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
         zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),

@@ -221,3 +221,58 @@ def packed_batch_sm90(
         adding = symbol(ptx, "packed_batch_sm90::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // 256),), 256, given)
     return y, statistics
+
+
+# --- packed/batch.cuh ---
+
+BATCH_ROWS = 256  # of W, of a block
+
+
+def most_tiles(bits: int) -> int:
+    """As ``MOST_TILES`` of batch.h."""
+    return 4 if bits == 7 else 8
+
+
+def packed_batch_bytes(bits: int, m_tiles: int, stages: int) -> int:
+    """As ``Shared`` of batch.h."""
+    pairs, octets = bits in (2, 3, 6, 7), bits % 2
+    wide = 2 if bits == 8 else int(bits >= 4)
+    tile_bytes = (16 * pairs + 8 * octets) * 4 * THREADS
+    stage = 8 * m_tiles * 256 + wide * 4 * THREADS * 16
+    return max(2 * BATCH_ROWS * 4 + 2 * tile_bytes + stages * stage, 8 * m_tiles * (BATCH_ROWS + 4) * 4)
+
+
+def packed_batch(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1, stages: int = 3
+) -> tuple[Tensor, Statistics]:
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments that batch.cu gives it."""
+    f, (m, k) = weight.format, x.shape
+    n = f.out_features
+    values, columns, rows = weight.outliers
+    groups = weight.scales.shape[1]
+    row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
+    cut = cuts_chunks(weight)
+    m_tiles = 4 if cut or m <= 32 else most_tiles(f.bits)
+    x, y = aligned(x), torch.full((m, n), torch.nan, dtype=x.dtype)
+    parts = torch.full((splits, m, n), torch.nan)
+    x_sums = None
+    if weight.zeros is not None and weight.zeros.dtype != torch.uint8:
+        x_sums = torch.full((-(-k // f.group_size), -(-m // 64) * 64), torch.nan)
+        summing = symbol(ptx, "packed_batch::sum_groups", dtype_name(x))
+        given: tuple[object, ...] = (x, x_sums, m, k, f.group_size)
+        execute(ptx, summing, (x_sums.numel() // 8,), THREADS, given, THREADS * 4)
+    pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
+    arguments = (
+        *(0 if t is None else t for t in pointers), x, 0 if x_sums is None else x_sums, y,
+        parts if splits > 1 else 0, m, n, k, f.group_size, row, 1, row, 1,
+        *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, splits, stages,
+    )  # fmt: skip
+    name = symbol(ptx, "packed_batch::kernel", f.bits, dtype_name(x), m_tiles, cut)
+    blocks = splits * -(-n // BATCH_ROWS) * -(-m // (8 * m_tiles))
+    statistics = execute(ptx, name, (blocks,), THREADS, arguments, packed_batch_bytes(f.bits, m_tiles, stages))
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        adding = symbol(ptx, "batch::add_splits", dtype_name(x))
+        execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics

@@ -171,8 +171,7 @@ struct Context {
 enum class At { ready, product, barrier, left };
 
 struct Copy {
-  int to;
-  bool zeros;
+  int to, size;
   char bytes[16];
   int group;
 };
@@ -371,6 +370,7 @@ T load_shared_as(int at) {
 }
 
 inline Words4 load_shared4(int at) { return load_shared_as<Words4>(at); }
+inline Words2 load_shared2(int at) { return load_shared_as<Words2>(at); }
 inline float load_shared(int at) { return load_shared_as<float>(at); }
 
 template <class T>
@@ -380,16 +380,23 @@ void store_shared(int at, T value) {
   std::memcpy(&b.shared[at], &value, sizeof(T));
 }
 
-inline void copy_async(int to, const void* from, bool zeros) {
-  emulation::Block& b = *emulation::block();
-  emulation::Copy copy{to, zeros, {}, b.thread().group};
+namespace emulation {
+
+inline void begin_copy(int to, const void* from, int size, bool zeros) {
+  Block& b = *block();
+  Copy copy{to, size, {}, b.thread().group};
   if (!zeros) {
-    emulation::check_global(from, 16);
-    std::memcpy(copy.bytes, from, 16);
+    check_global(from, size);
+    std::memcpy(copy.bytes, from, size);
   }
-  b.note_write(to, 16, +1);
+  b.note_write(to, size, +1);
   b.thread().copies.push_back(copy);
 }
+
+}  // namespace emulation
+
+inline void copy_async(int to, const void* from, bool zeros) { emulation::begin_copy(to, from, 16, zeros); }
+inline void copy_async8(int to, const void* from) { emulation::begin_copy(to, from, 8, false); }
 
 inline void commit_copies() { ++emulation::block()->thread().group; }
 
@@ -403,8 +410,8 @@ void wait_copies() {
       later.push_back(copy);
       continue;
     }
-    b.note_write(copy.to, 16, -1);
-    std::memcpy(&b.shared[copy.to], copy.bytes, 16);
+    b.note_write(copy.to, copy.size, -1);
+    std::memcpy(&b.shared[copy.to], copy.bytes, copy.size);
   }
   copies = later;
 }

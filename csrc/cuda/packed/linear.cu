@@ -1,5 +1,6 @@
 #include "cuda/packed/linear.h"
 
+#include "cuda/packed/batch.h"
 #include "cuda/packed/batch_sm90.h"
 #include "cuda/packed/decode.h"
 #include "cuda/widths.h"
@@ -11,38 +12,47 @@ namespace {
 
 using Call = Linear<packed::Weight>;
 
-// The order of decode's sums is not that of the kernels of many rows.
-bool decodes(const Call& call) { return call.M <= packed_decode::MOST_ROWS && !call.batch_invariant; }
+enum class Kernel { decode, batch, batch_sm90 };
 
-bool on_sm90(const Call& call, const Device& device) {
+// The kernels add in different orders: where a row of y may not depend on M, decode takes none.
+Kernel kernel_of(const Call& call, const Device& device) {
 #ifdef LOWBIT_EMULATED
-  constexpr bool COMPILED = false;  // the emulation has no tensor memory accelerator
+  constexpr bool HAS_SM90 = false;  // the emulation has no tensor memory accelerator
 #else
-  constexpr bool COMPILED = true;
+  constexpr bool HAS_SM90 = true;
 #endif
-  return COMPILED && !decodes(call) && packed_batch_sm90::declines(call, device) == nullptr;
+  if (call.M <= packed_decode::MOST_ROWS && !call.batch_invariant) return Kernel::decode;
+  return HAS_SM90 && packed_batch_sm90::declines(call, device) == nullptr ? Kernel::batch_sm90 : Kernel::batch;
 }
 
 const char* declines(const Call& call, const Device& device) {
-  const packed::Weight& w = call.weight;
-  if (!has_width(w.bits)) return "the kernels take codes of 1 to 8 bits";
-  return on_sm90(call, device) ? nullptr : packed_decode::declines(call);
+  if (!has_width(call.weight.bits)) return "the kernels take codes of 1 to 8 bits";
+  switch (kernel_of(call, device)) {
+    case Kernel::decode: return packed_decode::declines(call);
+    case Kernel::batch: return packed_batch::declines(call, device);
+    default: return nullptr;
+  }
 }
 
 int64_t workspace_bytes(const Call& call, const Device& device) {
-  if (on_sm90(call, device)) return packed_batch_sm90::workspace_bytes(call, device);
-  return packed_decode::workspace_bytes(call, device);
+  const auto of_batch = [&](auto bits) { return packed_batch::workspace_bytes<decltype(bits)::value>(call, device); };
+  switch (kernel_of(call, device)) {
+    case Kernel::decode: return packed_decode::workspace_bytes(call, device);
+    case Kernel::batch: return with_width(call.weight.bits, of_batch, int64_t(0));
+    default: return packed_batch_sm90::workspace_bytes(call, device);
+  }
 }
 
 int run(const Call& call, const Device& device, void* workspace, void* stream) {
   if (call.M == 0 || call.weight.N == 0) return 0;
   const auto launch = [&](auto bits) {
     constexpr int BITS = decltype(bits)::value;
+    const Kernel kernel = kernel_of(call, device);
+    auto start = kernel == Kernel::decode ? &packed_decode::launch<BITS> : &packed_batch::launch<BITS>;
 #ifndef LOWBIT_EMULATED
-    if (on_sm90(call, device))
-      return packed_batch_sm90::launch<BITS>(call, device, workspace, static_cast<Stream>(stream));
+    if (kernel == Kernel::batch_sm90) start = &packed_batch_sm90::launch<BITS>;
 #endif
-    return packed_decode::launch<BITS>(call, device, workspace, static_cast<Stream>(stream));
+    return start(call, device, workspace, static_cast<Stream>(stream));
   };
   return with_width(call.weight.bits, launch, -1);
 }
