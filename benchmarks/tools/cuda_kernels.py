@@ -183,6 +183,13 @@ KRON_FUSED = Kernel(
     ),
 )
 
+KRON_GATHER = Kernel(
+    "kron_gather",
+    "kron/gather.cu",
+    # shared: where many rows fit, a quarter of what a block of sm_89 may have
+    (Function("kron_gather::kernel", dict(dtype=FLOATS), "{dtype}", 256, shared=lambda **_: 99 << 8, blocks=3),),
+)
+
 PACKED_BATCH_SM90 = Kernel(
     "packed_batch_sm90",
     "packed/batch_sm90.cu",
@@ -224,6 +231,6 @@ PACKED_BATCH = Kernel(
 
 KERNELS = {
     kernel.name: kernel for kernel in (
-        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, PACKED_BATCH_SM90, PACKED_BATCH,
+        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH,
     )
 }  # fmt: skip

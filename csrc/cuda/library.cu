@@ -1,12 +1,13 @@
 #include "cuda/library.h"
 
 #include "cuda/kron/linear.h"
+#include "cuda/kron/rows.h"
 #include "cuda/packed/linear.h"
 #include "cuda/packed/rows.h"
 #include "cuda/primitives.h"
 
 const lowbit::cuda::Library* lowbit_cuda_library() {
   using namespace lowbit::cuda;
-  static const Library library = {sizeof(Library), read_device, error_text, packed_linear::OP, packed_rows::OP, kron_linear::OP};
+  static const Library library = {sizeof(Library), read_device, error_text, packed_linear::OP, packed_rows::OP, kron_linear::OP, kron_rows::OP};
   return &library;
 }

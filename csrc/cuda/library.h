@@ -42,6 +42,7 @@ struct Library {
   Op<Linear<packed::Weight>> packed_linear;
   Op<Rows<packed::Weight>> packed_rows;
   Op<Linear<kron::Weight>> kron_linear;
+  Op<Rows<kron::Weight>> kron_rows;
 };
 
 }  // namespace cuda

@@ -261,36 +261,63 @@ def kron_linear(
         misaligned: nothing begins at a multiple of 16 bytes.
     """
 
-    def placed(t: Tensor) -> Tensor:
-        if not misaligned:
-            return aligned(t)
-        room = aligned(torch.cat([t.new_zeros(1), t.flatten()]))
-        return room[1:].view(t.shape)
-
-    def factor(f: KronFactor) -> dict[str, Any]:
-        _, n, k = f.values.shape
-        bits, group_size = f.numbers
-        values = placed(f.tensor)
-        kept.append(values)
-        per_tensor = f.scales is not None and f.scales.shape[0] < f.values.shape[0] * n
-        return dict(
-            N=n, K=k, G=1 if f.scales is None else f.scales.shape[1], group_size=group_size, bits=bits,
-            row_bytes=4 * f.tensor.shape[1] if bits else 0, values=array(values), dtype=None if bits else name(values),
-            scales=array(f.scales), scales_dtype=name(f.scales), zeros=array(f.zeros), zeros_dtype=name(f.zeros),
-            per_tensor=per_tensor,
-        )  # fmt: skip
-
-    kept: list[Tensor] = []  # their addresses are given
-    (m, _), n, x = x.shape, weight.n, placed(x)
-    y = placed(torch.full((m, n), torch.nan, dtype=x.dtype))
+    (m, _), n, x = x.shape, weight.n, placed(x, misaligned)
+    y = placed(torch.full((m, n), torch.nan, dtype=x.dtype), misaligned)
+    factors, kept = kron_arguments(weight, misaligned)
     arguments: dict[str, Any] = dict(
-        a=factor(weight.a), b=factor(weight.b), R=weight.rank, input_permutation=array(weight.input_permutation),
-        output_permutation=array(weight.output_permutation), M=m, x=array(x), dtype=name(x), bias=array(bias),
-        bias_dtype=name(bias), int8=False, y=array(y), device=(80, processors, shared_bytes), order=order,
+        factors, M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=False, y=array(y),
+        device=(80, processors, shared_bytes), order=order,
     )  # fmt: skip
     result = (of or kernels()).kron_linear(arguments)
     assert result == 0, result
+    del kept
     return y
+
+
+def kron_rows(
+    weight: KronWeight, ids: Tensor | None, dtype: torch.dtype, *, order: int = 0, of: Any = None,
+    shared_bytes: int = 163 << 10, misaligned: bool = False,
+) -> Tensor:  # fmt: skip
+    """``W[ids]``, or W where ids is None, by ``csrc/cuda/kron``; the arguments are those of :func:`kron_linear`."""
+    count = weight.n if ids is None else len(ids)
+    out = placed(torch.full((count, weight.k), torch.nan, dtype=dtype), misaligned)
+    factors, kept = kron_arguments(weight, misaligned)
+    arguments: dict[str, Any] = dict(
+        factors, ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out),
+        dtype=name(out), device=(80, 1, shared_bytes), order=order,
+    )  # fmt: skip
+    result = (of or kernels()).kron_rows(arguments)
+    assert result == 0, result
+    del kept
+    return out
+
+
+def kron_arguments(weight: KronWeight, misaligned: bool) -> tuple[dict[str, Any], list[Tensor]]:
+    """The weight's part of the arguments, and what must stay as long as these are used."""
+    kept: list[Tensor] = []
+
+    def factor(f: KronFactor) -> dict[str, Any]:
+        rank, n, k = f.values.shape
+        bits, group_size = f.numbers
+        kept.append(placed(f.tensor, misaligned))
+        return dict(
+            N=n, K=k, G=1 if f.scales is None else f.scales.shape[1], group_size=group_size, bits=bits,
+            row_bytes=4 * f.tensor.shape[1] if bits else 0, values=array(kept[-1]),
+            dtype=None if bits else name(f.tensor), scales=array(f.scales), scales_dtype=name(f.scales),
+            zeros=array(f.zeros), zeros_dtype=name(f.zeros),
+            per_tensor=f.scales is not None and f.scales.shape[0] < rank * n,
+        )  # fmt: skip
+
+    arguments = dict(
+        a=factor(weight.a), b=factor(weight.b), R=weight.rank, input_permutation=array(weight.input_permutation),
+        output_permutation=array(weight.output_permutation),
+    )  # fmt: skip
+    return arguments, kept
+
+
+def placed(t: Tensor, misaligned: bool) -> Tensor:
+    """A copy that begins at a multiple of 16 bytes, or does not."""
+    return aligned(torch.cat([t.new_zeros(1), t.flatten()]))[1:].view(t.shape) if misaligned else aligned(t)
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -119,6 +119,16 @@ def planes_of(dtype: torch.dtype | None) -> int:
     return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 3) if dtype else 3
 
 
+def stored(f: KronFactor) -> tuple[int, ...]:
+    """The numbers of ``Stored`` of csrc/cuda/kron/stored.h."""
+    bits, group_size = f.numbers
+    per_tensor = f.scales is not None and f.scales.shape[0] < f.values.shape[0] * f.values.shape[1]
+    groups = 0 if f.scales is None or per_tensor else f.scales.shape[1]
+    words = f.tensor.shape[1] if bits else 0
+    dtype = 0 if bits else number_of(f.tensor)
+    return (dtype, bits, words, groups, group_size, number_of(f.scales), number_of(f.zeros))
+
+
 def kron_fused(
     ptx: str, weight: KronWeight, x: Tensor, bias: Tensor | None, *, a_first: bool = False, rows: int = 2,
     stages: int = 2, blocks: int = 1,
@@ -143,14 +153,6 @@ def kron_fused(
     y_begin = x_begin + stages * rows * planes[2] * x_plane
     total = y_begin + rows * n1 * y_pitch
 
-    def factor(f: KronFactor) -> tuple[int, ...]:
-        bits, group_size = f.numbers
-        per_tensor = f.scales is not None and f.scales.shape[0] < f.values.shape[0] * f.values.shape[1]
-        groups = 0 if f.scales is None or per_tensor else f.scales.shape[1]
-        words = f.tensor.shape[1] if bits else 0
-        dtype = 0 if bits else number_of(f.tensor)
-        return (dtype, bits, words, groups, group_size, number_of(f.scales), number_of(f.zeros))
-
     def copied(f: KronFactor, dtype: torch.dtype) -> bool:
         return f.kind.bits == 0 and f.tensor.dtype == dtype and f.values.shape[2] % 8 == 0
 
@@ -161,13 +163,35 @@ def kron_fused(
     operands = torch.float16 if direct else torch.bfloat16
     arguments = (
         aligned(x), y, *(0 if t is None else t for t in pointers), len(x), terms, q_n, q_k, p_n, p_k, a_first,
-        number_of(x), number_of(bias), *factor(q), *factor(p), *planes, rows, stages, blocks, copied(q, operands),
+        number_of(x), number_of(bias), *stored(q), *stored(p), *planes, rows, stages, blocks, copied(q, operands),
         copied(p, torch.bfloat16), copy_x, weight.output_permutation is None and n2 % 4 == 0, *divisor(k2),
         *divisor(n2), p_begin, x_begin, y_begin, pitch(q_k), pitch(p_k), y_pitch, q_plane, p_plane, x_plane,
         n1 * y_pitch,
     )  # fmt: skip
     name = symbol(ptx, "kron_fused::kernel", str(operands).removeprefix("torch."), 8 if p_n <= 64 else 16)
     return y, execute(ptx, name, (blocks,), THREADS, arguments, total)
+
+
+def kron_gather(
+    ptx: str, weight: KronWeight, ids: Tensor | None, dtype: torch.dtype, rows: int = 2
+) -> tuple[Tensor, Statistics]:
+    """``W[ids]``, or W where ids is None, by the instance of a PTX text, with arguments as gather.cu makes them."""
+    (terms, n1, k1), (_, n2, k2) = weight.a.values.shape, weight.b.values.shape
+    count, lanes = weight.n if ids is None else len(ids), 16 // dtype.itemsize
+    out = aligned(torch.full((count, weight.k), torch.nan, dtype=dtype))
+    a, b = weight.a, weight.b
+    pointers = (
+        a.tensor, a.scales, a.zeros, b.tensor, b.scales, b.zeros, ids, weight.input_permutation,
+        weight.output_permutation,
+    )  # fmt: skip
+    arguments = (
+        *(0 if t is None else t for t in pointers), out, count, terms, n1, k1, n2, k2, *stored(a), *stored(b),
+        ids is not None and ids.dtype == torch.int64, rows, weight.k % lanes == 0,
+        weight.input_permutation is None and k2 % lanes == 0, *divisor(k2), *divisor(max(1, weight.k // lanes)),
+    )  # fmt: skip
+    name = symbol(ptx, "kron_gather::kernel", dtype_name(out))
+    total = rows * terms * (-(-k1 // 4) * 4 + -(-k2 // 4) * 4) * 4
+    return out, execute(ptx, name, (-(-count // rows),), THREADS, arguments, total)
 
 
 BATCH_ROWS, BATCH_THREADS = 128, 384  # of a block of csrc/cuda/packed/batch_sm90.cuh

@@ -59,6 +59,13 @@ class Kernels {
     });
   }
 
+  int kron_rows(const py::dict& arguments) {
+    return run(table_->kron_rows, arguments, [&](Rows<lowbit::kron::Weight>& call) {
+      read_kron(arguments, call.weight);
+      read_rows(arguments, call);
+    });
+  }
+
  private:
   template <class Function>
   void find(const char* name, Function& function) {
@@ -162,5 +169,6 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
            "y = x @ W.T + bias: every argument by its name, arrays as (address, bytes). ValueError: the call is "
            "declined. RuntimeError: the kernel did something that a GPU would not survive.")
       .def("kron_linear", &Kernels::kron_linear, "y = x @ W.T + bias: a factor is a dictionary of its own.")
+      .def("kron_rows", &Kernels::kron_rows, "out = W[ids].")
       .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.");
 }

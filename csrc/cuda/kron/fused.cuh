@@ -18,9 +18,9 @@
 // left out: it is below 2^-30 of the whole. Of T and a float16, that of the last ones is: it is below 2^-22.
 // Where x and Q are float16, the first product takes them as they are.
 #pragma once
-#include "cuda/codes.h"
 #include "cuda/division.h"
 #include "cuda/kron/fused.h"
+#include "cuda/kron/stored.h"
 
 namespace lowbit {
 namespace cuda {
@@ -38,26 +38,6 @@ LOWBIT_DEVICE float rest_of(float value) { return value - float_from_bits(float_
 LOWBIT_DEVICE uint16_t round_to(DType dtype, float value) {
   return dtype == DType::f16 ? from_float<DType::f16>(value) : from_float<DType::bf16>(value);
 }
-
-// A factor as it is stored: dense, or packed codes in canonical order (lowbit/core/bitpack.py).
-struct Stored {
-  const void *values, *scales, *zeros;
-  int dtype, bits, words, groups, group_size, scales_dtype, zeros_dtype, columns;
-
-  // Element `column` of a row, counted over all terms; a product is rounded.
-  LOWBIT_DEVICE float at(int64_t row, int column) const {
-    if (bits == 0) return float_at(values, DType(dtype), row * columns + column);
-    const int first = column * bits, bit = first % 32;
-    const uint32_t* word = static_cast<const uint32_t*>(values) + row * words + first / 32;
-    uint32_t code = load(word) >> bit;
-    if (bit + bits > 32) code |= load(word + 1) << (32 - bit);
-    const int64_t group = row * groups + (groups == 0 ? 0 : column / group_size);
-    const float half = static_cast<float>(1 << (bits - 1));
-    const float zero = zeros == nullptr ? half : float_at(zeros, DType(zeros_dtype), group);
-    const float centered = static_cast<float>(code & ((1u << bits) - 1)) - zero;
-    return multiply(centered, float_at(scales, DType(scales_dtype), group));
-  }
-};
 
 // Args:
 //   T: of the operands of the first product; where it is float16, x and Q are, and have one plane each.

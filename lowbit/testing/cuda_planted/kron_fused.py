@@ -41,10 +41,10 @@ BUGS = (
     Bug("rows past the last one are written", 0, "if (m >= M) break;\n      const int y_first", "const int y_first",
         FUSED),
     Bug("some rows of x are nobody's", 0, "step < steps; step += blocks", "step < steps; step += blocks + 1", FUSED),
-    Bug("a code does not go on in the next word", 3, "bit + bits > 32", "bit + bits > 64", FUSED),
+    Bug("a code does not go on in the next word", 3, "bit + bits > 32", "bit + bits > 64", "kron/stored.h"),
     Bug("the zero of symmetric formats is one too low", 4, "static_cast<float>(1 << (bits - 1))",
-        "static_cast<float>((1 << (bits - 1)) - 1)", FUSED),
-    Bug("groups are twice as long", 4, "column / group_size", "column / group_size / 2", FUSED),
+        "static_cast<float>((1 << (bits - 1)) - 1)", "kron/stored.h"),
+    Bug("groups are twice as long", 4, "column / group_size", "column / group_size / 2", "kron/stored.h"),
 )  # fmt: skip
 
 # rank, n1, k1, n2, k2: either product first; several chunks and strips of each, cut; NP beyond 64; sizes of one
