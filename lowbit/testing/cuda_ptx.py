@@ -194,12 +194,12 @@ def kron_gather(
     return out, execute(ptx, name, (-(-count // rows),), THREADS, arguments, total)
 
 
-BATCH_ROWS, BATCH_THREADS = 128, 384  # of a block of csrc/cuda/packed/batch_sm90.cuh
+SM90_ROWS, SM90_THREADS = 128, 384  # of a block of csrc/cuda/packed/batch_sm90.cuh
 
 
 def packed_batch_sm90_bytes(bits: int, x_rows: int) -> int:
     """As ``SHARED_BYTES`` of packed/batch_sm90.cuh."""
-    stage = 512 * x_rows + 32 * bits * BATCH_ROWS
+    stage = 512 * x_rows + 32 * bits * SM90_ROWS
     return 1023 + min(4, 225 * 1024 // stage) * (stage + 16)
 
 
@@ -219,8 +219,8 @@ def packed_batch_sm90(
     values, columns, rows = weight.outliers
     x_rows = 64 if m <= 64 else 128
     codes, x = aligned(tile(weight.packed, bits, k)).view(n, -1).view(torch.uint8), aligned(x)
-    octets_map = TensorMap(codes, (BATCH_ROWS, 32))
-    parts_map = TensorMap(codes, (BATCH_ROWS, 64), 64) if bits > 1 else octets_map
+    octets_map = TensorMap(codes, (SM90_ROWS, 32))
+    parts_map = TensorMap(codes, (SM90_ROWS, 64), 64) if bits > 1 else octets_map
     scales, zeros = weight.scales, weight.zeros
     if by_group:
         scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
@@ -234,11 +234,11 @@ def packed_batch_sm90(
         x, y, m, n, k, factor, row, group, row, group, *(number_of(t) for t in (scales, zeros, bias, values)),
         columns is not None and columns.dtype == torch.int32, parts if splits > 1 else 0, splits,
     )  # fmt: skip
-    works = splits * -(-n // BATCH_ROWS) * -(-m // x_rows)
+    works = splits * -(-n // SM90_ROWS) * -(-m // x_rows)
     name = symbol(ptx, "packed_batch_sm90::kernel", bits, dtype_name(x), x_rows)
     shared = packed_batch_sm90_bytes(bits, x_rows)
     statistics = execute(
-        ptx, name, (min(works, blocks),), BATCH_THREADS, arguments, shared, newest_first=newest_first
+        ptx, name, (min(works, blocks),), SM90_THREADS, arguments, shared, newest_first=newest_first
     )  # fmt: skip
     if splits > 1:
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
