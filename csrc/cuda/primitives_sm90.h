@@ -71,6 +71,13 @@ LOWBIT_DEVICE uint32_t load_pair(uint32_t address) {
   return pair;
 }
 
+// word | bits & mask, as one instruction also where word and mask are constants.
+LOWBIT_DEVICE uint32_t insert_bits(uint32_t word, uint32_t bits, uint32_t mask) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(word));
+  return result;
+}
+
 // --------------------------------------------------------------------------------------------------------- warpgroups
 
 // One thread of the warp.

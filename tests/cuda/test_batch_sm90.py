@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,21 @@ def test_compiled_code(bits, request):
         run(text, bits, *SHAPES[(bits + i) % len(SHAPES)], m, 1 + i // 2, turn=bits + i)
     for i, m in enumerate((40, 90)):
         run(text, bits, *RING, m, 1, turn=bits + 2 + i)
+
+
+def broken_chains(text: str) -> list[str]:
+    """What interrupts the products between a fence and their commit, in a text of PTX."""
+    chains = re.findall(r"wgmma\.fence\b.*?wgmma\.commit_group", text, re.DOTALL)
+    assert chains and all(chain.count("wgmma.mma_async") in (2, 8) for chain in chains)
+    return [found for chain in chains for found in re.findall(r"^\s*((?:bar|bra|mbarrier|ld|st|@)\S*)", chain, re.M)]
+
+
+@needs_nvcc
+def test_nothing_interrupts_products():
+    """No barrier, branch or access of memory: the assembler would have to wait for the products before it."""
+    assert broken_chains(as_it_is(4)) == []
+    barrier = as_it_is(4).replace("wgmma.commit_group", "bar.sync 0;\nwgmma.commit_group", 1)
+    assert broken_chains(barrier) == ["bar.sync"]
 
 
 def test_the_ring_goes_round_twice():

@@ -89,16 +89,20 @@ struct Words {
     }
   }
 
-  // The codes of columns 32 * chunk + 8j + 2t and the next of the half, as a pair of integers.
-  LOWBIT_DEVICE uint32_t codes(int chunk, int upper, int j) const {
-    uint32_t pair = 0;
-    if constexpr (BITS > 1) {
-      constexpr uint32_t MASK = ((1u << WIDTH) - 1) * 0x00010001u;
-      pair = first[chunk / FIELDS][upper][j] >> chunk % FIELDS * WIDTH & MASK;
-    }
-    if constexpr (BITS == 6 || BITS == 7) pair |= (second[upper][j] >> 2 * chunk & 0x00030003u) << 4;
-    if constexpr (BITS % 2) pair |= (octets[upper][j] >> chunk & 0x00010001u) << (BITS - 1);
+  // The codes of columns 32 * chunk + 8j + 2t and the next of the half, a pair of integers, in the zero bits of `pair`.
+  LOWBIT_DEVICE uint32_t codes(int chunk, int upper, int j, uint32_t pair) const {
+    constexpr uint32_t MASK = BITS > 1 ? ((1u << WIDTH) - 1) * 0x00010001u : 0, TOP = 0x00010001u << (BITS - 1);
+    if constexpr (BITS > 1)
+      pair = insert_bits(pair, moved(first[chunk / FIELDS][upper][j], chunk % FIELDS * WIDTH, 0), MASK);
+    if constexpr (BITS == 6 || BITS == 7)
+      pair = insert_bits(pair, moved(second[upper][j], 2 * chunk, 4), 0x00300030u);
+    if constexpr (BITS % 2) pair = insert_bits(pair, moved(octets[upper][j], chunk, BITS - 1), TOP);
     return pair;
+  }
+
+  // With bit `from` at `to`: one shift, where a mask behind it would cost another.
+  LOWBIT_DEVICE static uint32_t moved(uint32_t word, int from, int to) {
+    return from > to ? word >> (from - to) : word << (to - from);
   }
 };
 
@@ -203,8 +207,15 @@ kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CU
         return found;
       };
 
+      using Number = Centered<BITS, T>;
+      const auto operand = [&](const Words<BITS>& words, int chunk, int upper, int j, uint32_t center) {
+        if constexpr (Number::SPLIT) return Number::to_operand(words.codes(chunk, upper, j, 0), center);
+        return subtract_pair<T>(words.codes(chunk, upper, j, Number::BASE * 0x00010001u), center);
+      };
+
       // Adds the products of CHUNKS chunks of half a tile, which are in one group.
-      const auto multiply = [&](auto chunks, const Words<BITS>& words, uint32_t x_at, int chunk, const Group& group) {
+      const auto multiply = [&](auto chunks, const Words<BITS>& words, uint64_t x_matrix, int chunk,
+                                const Group& group) {
         constexpr int CHUNKS = decltype(chunks)::value;
         float scale[2], residual[2] = {};
         uint32_t center[2];
@@ -227,12 +238,11 @@ kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CU
           for (int step = 0; step < 2; ++step)
             LOWBIT_UNROLL
             for (int r = 0; r < 4; ++r)
-              a[c][step][r] =
-                  Centered<BITS, T>::to_operand(words.codes(chunk + c, r % 2, 2 * step + r / 2), center[r % 2]);
+              a[c][step][r] = operand(words, chunk + c, r % 2, 2 * step + r / 2, center[r % 2]);
         float products[SUMS];
         const auto x_of = [&](int c, int step) {  // 16 columns of a box
           const int column = (chunk + c) * CHUNK + 16 * step;
-          return describe_matrix(x_at + column / BOX * S::X_BOX + column % BOX * 2);
+          return x_matrix + (column / BOX * S::X_BOX + column % BOX * 2) / 16;
         };
         const auto promote = [&](const float(&by)[2]) {
           LOWBIT_UNROLL
@@ -280,20 +290,20 @@ kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CU
           if (first >= end) break;
           Words<BITS> words;
           words.fetch(at + S::PARTS, at + S::OCTETS_AT, consumer_row, half);
-          const uint32_t x_at = at + half * (HALF / BOX) * S::X_BOX;
+          const uint64_t x_matrix = describe_matrix(at + half * (HALF / BOX) * S::X_BOX);
           const int last = first + 4 < end ? first + 3 : end - 1;
           Group groups[4];
           groups[0] = next;
           // The group of the next half is on its way while this one is multiplied.
           next = fetch_group(group_of(first + 4 < end ? first + 4 : last));
           if (group_of(first) == group_of(last)) {
-            multiply(std::integral_constant<int, 4>(), words, x_at, 0, groups[0]);
+            multiply(std::integral_constant<int, 4>(), words, x_matrix, 0, groups[0]);
           } else {
             LOWBIT_UNROLL
             for (int c = 1; c < 4; ++c) groups[c] = fetch_group(group_of(first + c < end ? first + c : last));
             LOWBIT_UNROLL
             for (int c = 0; c < 4; ++c)
-              if (first + c < end) multiply(std::integral_constant<int, 1>(), words, x_at, c, groups[c]);
+              if (first + c < end) multiply(std::integral_constant<int, 1>(), words, x_matrix, c, groups[c]);
           }
         }
         if (lane == 0) mbarrier_arrive(empty(stage));
@@ -334,6 +344,7 @@ kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CU
     }
   };
 
+  // 128 x 24 + 256 x 240 registers are what 384 threads of 168 have. With 40 and 232, 7 bits spill.
   if (warp < 4) {
     give_registers<24>();
     if (warp == 0 && elected()) produce();

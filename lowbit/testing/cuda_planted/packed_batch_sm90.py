@@ -64,8 +64,8 @@ BUGS = (
         "x_block * X_ROWS, split, split * tiles / splits + (split > 0),"),
     Bug("the octets of the upper rows are those of the lower", 3, "(first_row + 8 * upper + g) * OCTETS",
         "(first_row + g) * OCTETS"),
-    Bug("the plane of two bits is taken from the next chunk", 7, ">> 2 * chunk & 0x00030003u) << 4",
-        ">> 2 * (chunk + 1) & 0x00030003u) << 4"),
+    Bug("the plane of two bits is taken from the next chunk", 7, "moved(second[upper][j], 2 * chunk, 4)",
+        "moved(second[upper][j], 2 * (chunk + 1), 4)"),
     Bug("the second half has the octets of the first", 5, "(two | two << 8) >> 4 * half", "two | two << 8"),
 )  # fmt: skip
 
