@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.testing import cuda_ptx, cuda_sources
+from lowbit.testing import cuda_codebook, cuda_ptx, cuda_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -229,8 +229,51 @@ PACKED_BATCH = Kernel(
     ),
 )
 
+# ----------------------------------------------------------------------------------------------------------- codebook
+
+
+def codebook_label(bits: int, dtype: str, look: int, m_tiles: int, any_groups: bool) -> str:
+    where = {0: "in registers", 1: "pairs of entries", 2: "entries"}[look]
+    return f"{bits}-bit {dtype} {where} M<={8 * m_tiles}{', groups of any size' if any_groups else ''}"
+
+
+CODEBOOK_DECODE = Kernel(
+    "codebook_decode",
+    "codebook/decode.cu",
+    (
+        Function(
+            "codebook_decode::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, look=(0, 1, 2), m_tiles=(1, 2), any_groups=(False, True)),
+            label=codebook_label,
+            threads=256,
+            shared=lambda bits, look, m_tiles, **_: cuda_codebook.most_bytes(bits, look, m_tiles, warps=1),
+            weight_loads=tile_loads,
+            compiled=lambda bits, look, m_tiles, any_groups, **_: (
+                look in ((0,) if bits < 4 else (0, 1) if bits == 4 else (2,)) and not (m_tiles == 2 and any_groups)
+            ),
+        ),
+        Function("decode::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+)
+
+CODEBOOK_GATHER = Kernel(
+    "codebook_gather",
+    "codebook/gather.cu",
+    (
+        Function(
+            "codebook_gather::kernel",
+            dict(bits=WIDTHS, dtype=FLOATS),
+            label="{bits}-bit {dtype}",
+            threads=256,
+            weight_loads=tile_loads,
+            blocks=4,
+        ),
+    ),
+)
+
 KERNELS = {
     kernel.name: kernel for kernel in (
-        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH,
+        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH, CODEBOOK_DECODE,
+        CODEBOOK_GATHER,
     )
 }  # fmt: skip

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/codebook.h"
 #include "common/kron.h"
 #include "common/packed.h"
 
@@ -43,6 +44,8 @@ struct Library {
   Op<Rows<packed::Weight>> packed_rows;
   Op<Linear<kron::Weight>> kron_linear;
   Op<Rows<kron::Weight>> kron_rows;
+  Op<Linear<codebook::Weight>> codebook_linear;
+  Op<Rows<codebook::Weight>> codebook_rows;
 };
 
 }  // namespace cuda

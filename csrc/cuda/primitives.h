@@ -68,6 +68,12 @@ LOWBIT_DEVICE void store_shared(int at, uint16_t value) { *reinterpret_cast<uint
 
 LOWBIT_DEVICE Words2 load_shared2(int at) { return *reinterpret_cast<const Words2*>(lowbit_shared + at); }
 
+LOWBIT_DEVICE uint32_t load_shared_word(int at) { return *reinterpret_cast<const uint32_t*>(lowbit_shared + at); }
+
+LOWBIT_DEVICE uint16_t load_shared_half(int at) { return *reinterpret_cast<const uint16_t*>(lowbit_shared + at); }
+
+LOWBIT_DEVICE void store_shared4(int at, Words4 value) { *reinterpret_cast<Words4*>(lowbit_shared + at) = value; }
+
 // Begins to copy 16 bytes, or to write 16 zeros.
 LOWBIT_DEVICE void copy_async(int to, const void* from, bool zeros) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(lowbit_shared + to));
@@ -103,6 +109,9 @@ LOWBIT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); 
 LOWBIT_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 LOWBIT_DEVICE float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
+
+// Byte n is the one of the eight bytes of a (0-3) and b (4-7) that nibble n of `codes` says. No nibble may be above 7.
+LOWBIT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t codes) { return __byte_perm(a, b, codes); }
 
 template <DType T>
 LOWBIT_DEVICE uint32_t subtract_pair(uint32_t a, uint32_t b) {

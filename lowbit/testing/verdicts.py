@@ -240,9 +240,14 @@ def turn_of(choices: int, root: Path) -> int:
     return int(hashlib.sha256(commit(root).encode()).hexdigest(), 16) % choices
 
 
+def in_turn(config: pytest.Config, number: int, choices: int) -> bool:
+    """Whether a case runs at this commit; all do where verdicts are not trusted."""
+    return not config.getoption("verdicts") or number % choices == turn_of(choices, config.rootpath)
+
+
 def only_in_turn(config: pytest.Config, number: int, choices: int) -> None:
     """Where verdicts are trusted, skip a test but at every ``choices``-th commit; ``number`` says at which."""
-    if config.getoption("verdicts") and number % choices != turn_of(choices, config.rootpath):
+    if not in_turn(config, number, choices):
         pytest.skip("`make test` runs a sample of these, another at another commit; `make test-all` runs all")
 
 

@@ -372,6 +372,8 @@ T load_shared_as(int at) {
 inline Words4 load_shared4(int at) { return load_shared_as<Words4>(at); }
 inline Words2 load_shared2(int at) { return load_shared_as<Words2>(at); }
 inline float load_shared(int at) { return load_shared_as<float>(at); }
+inline uint32_t load_shared_word(int at) { return load_shared_as<uint32_t>(at); }
+inline uint16_t load_shared_half(int at) { return load_shared_as<uint16_t>(at); }
 
 template <class T>
 void store_shared(int at, T value) {
@@ -379,6 +381,8 @@ void store_shared(int at, T value) {
   b.note_write(at, sizeof(T), 0);
   std::memcpy(&b.shared[at], &value, sizeof(T));
 }
+
+inline void store_shared4(int at, Words4 value) { store_shared(at, value); }
 
 namespace emulation {
 
@@ -422,6 +426,14 @@ inline float multiply(float a, float b) { return a * b; }
 inline uint32_t float_bits(float value) { return emulation::bits_of(value); }
 inline float float_from_bits(uint32_t bits) { return emulation::float_of(bits); }
 inline float not_a_number() { return emulation::float_of(0x7FFFFFFFu); }
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t codes) {
+  if (codes & 0x8888u) throw emulation::Fault("a byte is chosen by a number above 7");
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t chosen = 0;
+  for (int n = 0; n < 4; ++n) chosen |= static_cast<uint32_t>(both >> 8 * (codes >> 4 * n & 7) & 255) << 8 * n;
+  return chosen;
+}
 
 template <DType T>
 float to_float(uint16_t bits) {

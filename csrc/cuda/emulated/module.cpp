@@ -66,6 +66,20 @@ class Kernels {
     });
   }
 
+  int codebook_rows(const py::dict& arguments) {
+    return run(table_->codebook_rows, arguments, [&](Rows<lowbit::codebook::Weight>& call) {
+      read_codebook(arguments, call.weight);
+      read_rows(arguments, call);
+    });
+  }
+
+  int codebook_linear(const py::dict& arguments) {
+    return run(table_->codebook_linear, arguments, [&](lowbit::Linear<lowbit::codebook::Weight>& call) {
+      read_codebook(arguments, call.weight);
+      read_linear(arguments, call);
+    });
+  }
+
  private:
   template <class Function>
   void find(const char* name, Function& function) {
@@ -135,6 +149,15 @@ class Kernels {
     w.output_permutation = reinterpret_cast<const int32_t*>(array(a["output_permutation"]));
   }
 
+  void read_codebook(const py::dict& a, lowbit::codebook::Weight& w) {
+    read_codes(a, w);
+    w.codebook = array(a["codebook"]), w.codebook_dtype = dtype_of(a["codebook_dtype"]);
+    w.tables = static_cast<lowbit::codebook::Weight::Tables>(number(a, "tables"));
+    w.scales = array(a["scales"]), w.scales_dtype = dtype_of(a["scales_dtype"]);
+    const auto floats = [&](const char* name) { return reinterpret_cast<const float*>(array(a[name])); };
+    w.nested = {floats("scale_codebook"), floats("scale_absmax"), floats("scale_offset")};
+  }
+
   template <class Weight>
   void read_linear(const py::dict& a, lowbit::Linear<Weight>& call) {
     call.M = number(a, "M"), call.x = array(a["x"]), call.dtype = dtype_of(a["dtype"]);
@@ -170,5 +193,7 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
            "declined. RuntimeError: the kernel did something that a GPU would not survive.")
       .def("kron_linear", &Kernels::kron_linear, "y = x @ W.T + bias: a factor is a dictionary of its own.")
       .def("kron_rows", &Kernels::kron_rows, "out = W[ids].")
-      .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.");
+      .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.")
+      .def("codebook_linear", &Kernels::codebook_linear, "As packed_linear.")
+      .def("codebook_rows", &Kernels::codebook_rows, "As packed_rows.");
 }

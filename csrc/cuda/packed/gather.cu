@@ -9,16 +9,13 @@ namespace {
 template <int BITS, DType T>
 int launch_dtype(const Call& call, Stream stream) {
   const packed::Weight& w = call.weight;
-  const int64_t tile_count = (w.K + TILE - 1) / TILE, units = call.count * tile_count;
-  const int blocks = static_cast<int>((units + UNITS_OF<T> - 1) / UNITS_OF<T>);
-  const Divisor by_group = divisor_of(w.group_size), by_tiles = divisor_of(tile_count);
-  const bool vectors = w.K * element_size(T) % 16 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+  const Divisor by_group = divisor_of(w.group_size), by_tiles = divisor_of((w.K + TILE - 1) / TILE);
   return lowbit::cuda::launch(
-      &kernel<BITS, T>, blocks, THREADS, 0, stream, w.packed, w.scales, w.zeros, w.outliers.values, w.outliers.columns,
-      w.outliers.rows, call.ids, call.out, call.count, w.N, w.K, w.group_size, by_group.factor,
+      &kernel<BITS, T>, blocks_of<T>(call), THREADS, 0, stream, w.packed, w.scales, w.zeros, w.outliers.values,
+      w.outliers.columns, w.outliers.rows, call.ids, call.out, call.count, w.N, w.K, w.group_size, by_group.factor,
       by_group.shift, by_tiles.factor, by_tiles.shift, w.per_tensor ? 0 : w.scales_row, w.scales_group,
       w.per_tensor ? 0 : w.zeros_row, w.zeros_group, static_cast<int>(w.scales_dtype), static_cast<int>(w.zeros_dtype),
-      static_cast<int>(w.outliers.dtype), w.outliers.wide, call.wide, vectors);
+      static_cast<int>(w.outliers.dtype), w.outliers.wide, call.wide, stores_vectors(call));
 }
 
 }  // namespace

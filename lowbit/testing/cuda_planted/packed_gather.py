@@ -1,4 +1,4 @@
-"""Bugs of csrc/cuda/packed/gather.cuh and what it uses."""
+"""Bugs of csrc/cuda/packed/gather.cuh and of csrc/cuda/gather.cuh, which it shares."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES, Weight, random_weight
 
-GATHER = "packed/gather.cuh"
+GATHER = "gather.cuh"
 BUGS = (
-    Bug("an id of N is followed", 4, "n >= 0 && n < N", "n >= 0 && n <= N", GATHER),
-    Bug("a negative id is followed", 4, "n >= 0 && n < N", "n < N", GATHER),
-    Bug("an id of 64 bits is cut to 32", 4, "load(static_cast<const int64_t*>(ids) + i)",
-        "static_cast<int>(load(static_cast<const int64_t*>(ids) + i))", GATHER),
+    Bug("an id of N is followed", 4, "n >= 0 && n < c.N", "n >= 0 && n <= c.N", GATHER),
+    Bug("a negative id is followed", 4, "n >= 0 && n < c.N", "n < c.N", GATHER),
+    Bug("an id of 64 bits is cut to 32", 4, "load(static_cast<const int64_t*>(c.ids) + i)",
+        "static_cast<int>(load(static_cast<const int64_t*>(c.ids) + i))", GATHER),
     Bug("half of the threads of float32 write the others' columns", 4, "LANES == 4 && sharer % 2)",
         "LANES == 4 && sharer % 4 == 1)", GATHER),
     Bug("a quotient is rounded down too far", 5, "(numerator + divisor - 1) / divisor", "numerator / divisor",
         "division.h"),
-    Bug("a group that ends among a vector's columns is not seen", 5, "end < K && end < column + LANES",
-        "end < K && end < column", GATHER),
-    Bug("a group begins one column late", 5, "end = (number + 1) * group_size", "end = (number + 1) * group_size + 1",
-        GATHER),
-    Bug("a new group keeps the last one's scale", 4, "number = by_group.quotient(column);\n        group =",
-        "number = by_group.quotient(column);\n        if (number == 0) group =", GATHER),
+    Bug("a group that ends among a vector's columns is not seen", 5, "end < c.K && end < column + LANES",
+        "end < c.K && end < column", GATHER),
+    Bug("a group begins one column late", 5, "end = (number + 1) * c.group_size",
+        "end = (number + 1) * c.group_size + 1", GATHER),
+    Bug("a new group keeps the last one's scale", 4, "number = c.by_group.quotient(column);\n        group =",
+        "number = c.by_group.quotient(column);\n        if (number == 0) group =", GATHER),
     Bug("the zero of symmetric formats is one too low", 3, "static_cast<float>(1 << (BITS - 1))",
-        "static_cast<float>((1 << (BITS - 1)) - 1)", GATHER),
+        "static_cast<float>((1 << (BITS - 1)) - 1)", "packed/gather.cuh"),
     Bug("one code's field is looked for at the wrong bit", 6, "chunk % fields * width &", "chunk % fields &", GATHER),
     Bug("the plane of two bits begins a part early", 6, "code |= field(2, 2) << 4", "code |= field(1, 2) << 4", GATHER),
     Bug("the plane of one bit begins at the wrong lane", 7, "64 * (BITS / 2) + lane", "64 * (BITS / 2) + lane / 2",
         GATHER),
-    Bug("columns past K are written", 4, "if (column >= K) break;", "if (column > K) break;", GATHER),
-    Bug("elements past K are written", 4, "if (column + j < K) store_element(at + j, w[j]);",
+    Bug("columns past K are written", 4, "if (column >= c.K) break;", "if (column > c.K) break;", GATHER),
+    Bug("elements past K are written", 4, "if (column + j < c.K) store_element(at + j, w[j]);",
         "store_element(at + j, w[j]);", GATHER),
     Bug("tiles past the last one are written", 4, "units - first_unit < UNITS ?", "units < 0 ?", GATHER),
-    Bug("vectors are stored where rows begin anywhere", 4, "w.K * element_size(T) % 16 == 0 &&", "",
-        "packed/gather.cu"),
+    Bug("vectors are stored where rows begin anywhere", 4, "call.weight.K * element_size(call.dtype) % 16 == 0 &&", "",
+        "gather.h"),
     Bug("outliers are written before what they replace", 4, "barrier();  // what is written once more", "// ", GATHER),
     Bug("outliers of a row after the first are left out", 4, "i * tile_count < end_unit; i += THREADS / 32",
         "i * tile_count < end_unit; i += THREADS", GATHER),
-    Bug("outliers are taken from the row of `out`", 4, "load(outlier_rows + row) + lane",
-        "load(outlier_rows + i) + lane",
+    Bug("outliers are taken from the row of `out`", 4, "load(c.outlier_rows + row) + lane",
+        "load(c.outlier_rows + i) + lane",
         GATHER),
     Bug("an outlier replaces what it is added to", 4, "value_at(row, column) + outlier", "outlier", GATHER),
 )  # fmt: skip

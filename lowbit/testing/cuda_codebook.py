@@ -1,0 +1,172 @@
+"""The CUDA C++ kernels of family ``codebook`` on the CPU: called on the layer's own tensors, compared with float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.backends.triton.tiles import tile, tiles_per_row
+from lowbit.testing import cuda_emulated
+from lowbit.testing.codebook_cases import Kind, Weight
+from lowbit.testing.cuda_emulated import aligned, array, name
+from lowbit.testing.cuda_names import symbol
+from lowbit.testing.cuda_ptx import ROWS, THREADS, divisor, dtype_name, number_of
+from lowbit.testing.ptx_emulator import Statistics, execute
+
+LOOKS = ("registers", "pairs", "entries")  # codebook_decode::Look
+TABLES = ("tensor", "row", "group")  # codebook::Weight::Tables
+
+
+def tables_of(weight: Weight) -> str:
+    """What the tables' shape says, as csrc/common/codebook_arguments.h reads it."""
+    rows, groups, _ = weight.codebook.shape
+    return "tensor" if (rows, groups) == (1, 1) else "row" if groups == 1 else "group"
+
+
+def groups_of(weight: Weight) -> tuple[int, int]:
+    """(G, group_size), one group where nothing is stored per group."""
+    kind = weight.kind
+    if weight.scales is None and tables_of(weight) != "group":
+        return 1, kind.k
+    return kind.groups, kind.group_size
+
+
+def weight_arguments(weight: Weight) -> dict[str, Any]:
+    """The weight's part of the arguments of a call; its tensors must outlive it."""
+    kind, (values, columns, rows) = weight.kind, weight.outliers
+    groups, group_size = groups_of(weight)
+    nested = dict(zip(("scale_codebook", "scale_absmax", "scale_offset"), map(array, weight.nested), strict=True))
+    return dict(
+        N=kind.n, K=kind.k, G=groups, group_size=group_size, bits=kind.bits,
+        row_bytes=tiles_per_row(kind.k) * 32 * kind.bits, codebook=array(weight.codebook),
+        codebook_dtype=name(weight.codebook), tables=TABLES.index(tables_of(weight)), scales=array(weight.scales),
+        scales_dtype=name(weight.scales), **nested, outlier_values=array(values), outlier_dtype=name(values),
+        outlier_columns=array(columns), outlier_rows=array(rows),
+        wide=columns is not None and columns.dtype == torch.int32,
+    )  # fmt: skip
+
+
+def linear(
+    weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, int8: bool = False,
+    processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
+) -> Tensor:  # fmt: skip
+    """``y = x @ W.T + bias`` by ``csrc/cuda/codebook``; as :func:`lowbit.testing.cuda_emulated.packed_linear`."""
+    m, tiles = len(x), aligned(tile(weight.packed, weight.kind.bits, weight.kind.k))
+    y = torch.full((m, weight.kind.n), torch.nan, dtype=x.dtype)
+    arguments = weight_arguments(weight) | dict(
+        packed=array(tiles), M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=int8,
+        y=array(y), device=(architecture, processors, shared_bytes), order=order,
+    )  # fmt: skip
+    result = (of or cuda_emulated.kernels()).codebook_linear(arguments)
+    assert result == 0, result
+    return y
+
+
+def rows(
+    weight: Weight, ids: Tensor | None, dtype: torch.dtype, *, order: int = 0, of: Any = None, misaligned: bool = False
+) -> Tensor:
+    """``W[ids]``, or W where ids is None; as :func:`lowbit.testing.cuda_emulated.packed_rows`."""
+    tiles, k = aligned(tile(weight.packed, weight.kind.bits, weight.kind.k)), weight.kind.k
+    count = weight.kind.n if ids is None else len(ids)
+    room = aligned(torch.full((count * k + 1,), torch.nan, dtype=dtype))
+    out = (room[1:] if misaligned else room[:-1]).view(count, k)
+    arguments = weight_arguments(weight) | dict(
+        packed=array(tiles), ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count,
+        out=array(out), dtype=name(out), device=(80, 1, 163 << 10), order=order,
+    )  # fmt: skip
+    result = (of or cuda_emulated.kernels()).codebook_rows(arguments)
+    assert result == 0, result
+    return out
+
+
+def multiplied(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight that x of ``dtype`` meets: the entries of its tables are rounded to that, scales are not."""
+    exact = replace(weight, codebook=weight.codebook.to(dtype).float(), _dense={})
+    return exact.dense(outliers=False) + (weight.dense() - weight.dense(outliers=False))
+
+
+def taken(kind: Kind) -> bool:
+    """Tables of more than 16 entries serve whole rows."""
+    return kind.bits <= 4 or kind.tables != "group" or kind.groups == 1
+
+
+# ----------------------------------------------------------------------------------------------------- compiled as PTX
+
+
+def instance(weight: Weight, m: int) -> tuple[str, int, bool]:
+    """(look, M_TILES, ANY_GROUPS) of the instance that takes a call, by csrc/cuda/codebook/decode.h."""
+    bits, tables, (groups, group_size) = weight.kind.bits, tables_of(weight), groups_of(weight)
+    look = "entries" if bits > 4 else "pairs" if bits == 4 and tables == "tensor" else "registers"
+    any_groups = (group_size < weight.kind.k and group_size % 32 != 0) or (tables == "group" and groups > 1)
+    assert m <= (8 if any_groups else 16)
+    return look, 1 if m <= 8 else 2, any_groups
+
+
+def shared_bytes(weight: Weight, m: int) -> int:
+    """As ``shared_bytes`` of csrc/cuda/codebook/decode.h."""
+    look, m_tiles, _ = instance(weight, m)
+    return most_bytes(weight.kind.bits, LOOKS.index(look), m_tiles, m, 1 if tables_of(weight) == "tensor" else 2)
+
+
+def most_bytes(bits: int, look: int, m_tiles: int, m: int | None = None, warps: int = 2) -> int:
+    """With as many rows of x as the instance takes, and tables for every row of W, where these are in shared memory."""
+    m = 8 * m_tiles if m is None else m
+    tables = {"registers": 0, "pairs": 128 * 256, "entries": warps * (128 << bits)}[LOOKS[look]]
+    return tables + max((3 if m_tiles == 1 else 2) * m * (2 * 1024 + 64), 4 * 32 * 8 * m_tiles * 4)
+
+
+def execute_ptx(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1
+) -> tuple[Tensor, Statistics]:
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes the call, with decode.cu's arguments.
+
+    Where splits > 1, a second kernel adds them.
+    """
+    kind, (m, k) = weight.kind, x.shape
+    n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
+    look, m_tiles, any_groups = instance(weight, m)
+    name = symbol(ptx, "codebook_decode::kernel", kind.bits, dtype_name(x), LOOKS.index(look), m_tiles, int(any_groups))
+    chunks = group_size // 32
+    factor = 0 if group_size >= k or group_size % 32 else -(-(1 << 31) // chunks)
+    row = {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits
+    values, columns, rows = weight.outliers
+    y = torch.full((m, n), torch.nan, dtype=x.dtype)
+    tensors = (
+        aligned(tile(weight.packed, kind.bits, k)), weight.codebook, weight.scales, *weight.nested, bias, values,
+        columns, rows,
+    )  # fmt: skip
+    parts = torch.full((splits, m, n), torch.nan)
+    arguments = (
+        *(0 if t is None else t for t in tensors), aligned(x), y, m, n, k, group_size, factor, groups, row,
+        (1 << kind.bits) if tables == "group" else 0,
+        *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, parts if splits > 1 else 0, splits,
+    )  # fmt: skip
+    statistics = execute(ptx, name, (splits * -(-n // ROWS),), THREADS, arguments, shared_bytes(weight, m))
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        execute(ptx, symbol(ptx, "decode::add_splits", dtype_name(x)), (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics
+
+
+def execute_rows(ptx: str, weight: Weight, ids: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
+    """``W[ids]``, or W where ids is None, by the instance of a PTX text, with the arguments that gather.cu gives it."""
+    kind, (values, columns, pointers) = weight.kind, weight.outliers
+    n, k, (groups, group_size), tables = kind.n, kind.k, groups_of(weight), tables_of(weight)
+    count, tiles = n if ids is None else len(ids), -(-k // 256)
+    out = aligned(torch.full((count, k), torch.nan, dtype=dtype))
+    tensors = (weight.codebook, weight.scales, *weight.nested, values, columns, pointers, ids)
+    arguments = (
+        aligned(tile(weight.packed, kind.bits, k)), *(0 if t is None else t for t in tensors), out, count, n, k,
+        group_size, *divisor(group_size), *divisor(tiles), groups,
+        {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits, (1 << kind.bits) if tables == "group" else 0,
+        *(number_of(t) for t in (weight.codebook, weight.scales, values)),
+        columns is not None and columns.dtype == torch.int32, ids is not None and ids.dtype == torch.int64,
+        k * dtype.itemsize % 16 == 0,
+    )  # fmt: skip
+    symbol_name = symbol(ptx, "codebook_gather::kernel", kind.bits, dtype_name(out))
+    units = 32 if dtype == torch.float32 else 64
+    return out, execute(ptx, symbol_name, (-(-count * tiles // units),), THREADS, arguments)
