@@ -162,7 +162,8 @@ class Kernels {
   void read_linear(const py::dict& a, lowbit::Linear<Weight>& call) {
     call.M = number(a, "M"), call.x = array(a["x"]), call.dtype = dtype_of(a["dtype"]);
     call.bias = array(a["bias"]), call.bias_dtype = dtype_of(a["bias_dtype"]);
-    call.int8 = number(a, "int8"), call.batch_invariant = number(a, "batch_invariant");
+    call.int8 = number(a, "int8");
+    call.batch_invariant = a.contains("batch_invariant") && number(a, "batch_invariant");
     call.y = array(a["y"]);
   }
 
