@@ -266,7 +266,7 @@ def kron_linear(
     factors, kept = kron_arguments(weight, misaligned)
     arguments: dict[str, Any] = dict(
         factors, M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=False, y=array(y),
-        device=(80, processors, shared_bytes), order=order,
+        batch_invariant=False, device=(80, processors, shared_bytes), order=order,
     )  # fmt: skip
     result = (of or kernels()).kron_linear(arguments)
     assert result == 0, result
