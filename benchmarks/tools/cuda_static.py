@@ -1,0 +1,478 @@
+"""Predictions, not measurements, for CUDA C++ kernels: what their machine code issues, and how long an H200 would take.
+
+    python -m benchmarks.tools.cuda_static --write [KERNEL ...]   follows what changed, writes counts and the document
+    python -m benchmarks.tools.cuda_static                        compares them with the sources and with the bars
+
+``cuda_counts/<kernel>.json`` holds, for each case, what one launch issues on sm_90a: the machine code of every warp of
+a block is followed to its end (``sass.py``). The document, ``docs/results/cuda_predictions.md``, is made of them and of
+``cuda_predictions.template.md``: :func:`seconds` is its model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from lowbit.backends.triton.launch import TARGETS
+from lowbit.packed.format import PackedFormat
+from lowbit.testing import cuda_names, cuda_ptx
+from lowbit.testing.packed_cases import Weight
+
+from . import cuda_compiled, sass
+from .cuda_kernels import KERNELS, PACKED_DECODE, ROOT, Kernel
+from .resources import TENSOR, unit
+
+COUNTS = Path(__file__).with_name("cuda_counts")
+DOCUMENT = ROOT / "docs" / "results" / "cuda_predictions.md"
+TEMPLATE = Path(__file__).with_name("cuda_predictions.template.md")
+ARCHITECTURE, TARGET = "sm_90a", TARGETS["sm_90"]
+PARAMETERS = 0x210  # of constant bank 0, where sm_90 has them
+
+# The model: an H200
+PROCESSORS, CLOCK = 132, 1.75e9
+DRAM = 4.3e12  # bytes a second: a copy, read and written, as others measured it
+LATENCY = 0.95e-6  # from a load to its data under load: 0.8 to 1.1
+LAUNCH = 2.5e-6  # of a kernel in a graph, from its start to its end where it does nothing: 2 to 3
+L2 = 39.0  # bytes per cycle and processor
+SCHEDULERS = 4  # warp instructions per cycle and processor
+LANES = {"alu": 64, "fma": 128, "half": 128, "special": 16, "uniform": 64}  # per cycle and processor
+MMA = 2048 * 0.62  # multiplications per cycle and processor of mma.sync
+SHARED = 128.0  # bytes per cycle and processor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: ``y = x @ W.T`` of a family, with groups of 128, scales in float16, float16 x."""
+
+    family: str
+    bits: int
+    m: int
+    n: int
+    k: int
+    zeros: str = "none"
+
+    @property
+    def label(self) -> str:
+        asymmetric = "" if self.zeros == "none" else f" {self.zeros} zeros"
+        return f"{self.family} {self.bits}-bit{asymmetric} N{self.n} K{self.k} M={self.m}"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of codes in tiles, scales and zeros."""
+        groups = -(-self.k // 128)
+        codes = self.n * -(-self.k // 256) * 32 * self.bits
+        return codes + self.n * groups * (2 + {"none": 0, "int": 1, "float": 2}[self.zeros])
+
+    @property
+    def bytes(self) -> int:
+        """That must come from DRAM or go there: every byte once."""
+        return self.weight_bytes + 2 * self.m * (self.k + self.n)
+
+
+SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096), (4096, 4096))
+BITS = tuple(range(2, 9))
+CASES: dict[str, tuple[Case, ...]] = {
+    "packed_decode": (
+        *(Case("packed", bits, 1, n, k) for bits in BITS for n, k in SHAPES),
+        *(Case("packed", bits, 16, 8192, 8192) for bits in BITS),
+        *(Case("packed", bits, 1, 8192, 8192, "int") for bits in BITS),
+    ),
+}
+# µs by (bits, N, K, M): the targets of this project
+TARGET_TIMES = {
+    **{
+        (bits, n, k, 1): us
+        for bits, times in {2: (6.6, 6.1, 9.8, 3.5), 3: (8.6, 7.8, 13.2, 4.0), 4: (10.5, 9.5, 16.6, 4.5),
+                            6: (14.4, 13.0, 23.4, 5.5), 8: (18.4, 16.4, 30.2, 6.5)}.items()
+        for (n, k), us in zip(SHAPES, times, strict=True)
+    },
+    (4, 8192, 8192, 16): 12.0,
+    (4, 8192, 8192, 64): 16.0,
+    (4, 8192, 8192, 128): 27.0,
+    (4, 8192, 8192, 256): 54.0,
+    (4, 8192, 8192, 4096): 800.0,
+}  # fmt: skip
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, as in ``("packed_decode::kernel", 4, "float16", 1, 0)``, and what it is started with."""
+
+    kernel: tuple[Any, ...]
+    blocks: int
+    threads: int
+    arguments: tuple[Any, ...]
+
+
+def captured(run: Callable[[], object]) -> list[Launch]:
+    """The launches of a function of lowbit/testing/cuda_ptx.py, on tensors without memory; nothing is executed."""
+    found: list[Launch] = []
+
+    def execute(_: str, kernel: Any, grid: Any, threads: int, arguments: Any, *rest: Any) -> None:
+        found.append(Launch(kernel, grid[0], threads, tuple(arguments)))
+
+    with (
+        patch.object(cuda_ptx, "execute", execute),
+        patch.object(cuda_ptx, "symbol", lambda ptx, *kernel: tuple(map(plain, kernel))),
+        patch.object(cuda_ptx, "aligned", lambda tensor: tensor),
+    ):
+        run()
+    return found
+
+
+def plain(argument: Any) -> Any:
+    return int(argument) if isinstance(argument, bool) else argument
+
+
+def packed_decode_splits(n: int, k: int) -> int:
+    """As ``splits_of`` of packed/decode.h."""
+    return max(1, min(PROCESSORS // -(-n // cuda_ptx.ROWS), -(-k // 1024) // 2, 16))
+
+
+def packed_decode_launches(case: Case) -> list[Launch]:
+    form = PackedFormat(
+        bits=case.bits, out_features=case.n, in_features=case.k, group_size=128, granularity="group",
+        zeros=case.zeros, scale_dtype="float16", outliers=0,
+    )  # type: ignore[arg-type]  # fmt: skip
+    groups, zeros = (case.n, -(-case.k // 128)), {"none": None, "int": torch.uint8}[case.zeros]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = Weight(
+        form, empty(0), empty(case.n, -(-case.k // 32) * case.bits, dtype=torch.int32), empty(*groups),
+        None if zeros is None else empty(*groups, dtype=zeros), (None, None, None),
+    )  # fmt: skip
+    splits = packed_decode_splits(case.n, case.k)
+    return captured(lambda: cuda_ptx.packed_decode("", weight, empty(case.m, case.k), splits=splits))
+
+
+LAUNCHES = {"packed_decode": packed_decode_launches}
+
+
+def constants(ptx: str, launch: Launch) -> bytes:
+    """Constant bank 0 of a launch. Pointers that are no null are made up: nothing is read."""
+    name = cuda_names.symbol(ptx, *launch.kernel)
+    head = ptx[ptx.index(f".entry {name}(") :]
+    types = re.findall(r"\.param\s+(?:\.align \d+ )?\.([bsuf]\d+)", head[: head.index(")")])
+    bank = bytearray(PARAMETERS + 8 * len(types))
+    struct.pack_into("<6I", bank, 0, launch.threads, 1, 1, launch.blocks, 1, 1)
+    at = PARAMETERS
+    for number, (kind, given) in enumerate(zip(types, launch.arguments, strict=True)):
+        size = int(kind[1:]) // 8
+        at = -(-at // size) * size
+        value = (number + 1) << 32 if isinstance(given, Tensor) else int(given)
+        bank[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+        at += size
+    return bytes(bank)
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+def width(op: str) -> int:
+    """Bytes that a memory instruction moves for a thread."""
+    return 16 if ".128" in op else 8 if ".64" in op else 1 if ".U8" in op else 2 if ".U16" in op else 4
+
+
+def counted(traces: Sequence[sass.Trace]) -> dict[str, int]:
+    """What the warps of a block issue: ``slots``, and by unit what their guards let through."""
+    ops: Counter[str] = Counter()
+    for one in traces:
+        ops += one.ops()
+    units: Counter[str] = Counter()
+    for op, times in ops.items():
+        units[unit(op, TARGET)] += times
+    moved = sum(32 * width(op) * times for op, times in ops.items() if unit(op, TARGET) == "shared")
+    weights = sum(32 * width(op) * times for op, times in ops.items() if op.startswith("LDG.E.NA"))
+    products = sum(times for op, times in ops.items() if unit(op, TARGET) == TENSOR)
+    return {
+        "slots": sum(one.slots for one in traces), **{name: units[name] for name in LANES}, "products": products,
+        "shared bytes": moved, "weight bytes": weights,
+    }  # fmt: skip
+
+
+def read_machine_code(cubin: Path) -> str:
+    command = [knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def code(name: str, bits: int | None) -> tuple[str, dict[str, list[sass.Instruction]]]:
+    """PTX, and the machine code of each function."""
+    kernel = KERNELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cuda_compiled.run_nvcc((kernel, ARCHITECTURE, bits), cubin, "-cubin", "--keep", "--keep-dir", folder)
+        ptx = "".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
+        text = read_machine_code(cubin)
+    return ptx, sass.functions(text)
+
+
+def launched(kernel: Kernel, bits: int | None, launch: Launch, chosen: Sequence[int]) -> dict[str, int]:
+    """What a launch issues: of blocks that are alike, one of each kind is followed."""
+    ptx, functions = code(kernel.name, bits)
+    body = functions[cuda_names.symbol(ptx, *launch.kernel)]
+    bank = constants(ptx, launch)
+    total: Counter[str] = Counter()
+    for block in chosen:
+        special = {"SR_CTAID.X": block, "SR_CTAID.Y": 0, "SR_CTAID.Z": 0, "SR_LANEID": 0, "SR_CgaCtaId": 0,
+                   "SR_TID.Y": 0, "SR_TID.Z": 0}  # fmt: skip
+        warps = [sass.trace(body, bank, {**special, "SR_TID.X": 32 * warp}) for warp in range(launch.threads // 32)]
+        for name, number in counted(warps).items():
+            total[name] += number
+    return {name: number * launch.blocks // len(chosen) for name, number in total.items()}
+
+
+def case_counts(kernel: Kernel, case: Case) -> list[dict[str, Any]]:
+    """Of every launch of a case: its instance, blocks, threads, registers and counts of the whole grid."""
+    found = []
+    for launch in LAUNCHES[kernel.name](case):
+        bits = case.bits if kernel.compilations != (None,) else None
+        rows = -(-case.n // cuda_ptx.ROWS)
+        splits = max(1, launch.blocks // rows)
+        kinds = [rows * split + rows // 2 for split in range(splits)] if launch.blocks >= rows else [0]
+        instance = cuda_compiled.instance(kernel, cuda_names.symbol(code(kernel.name, bits)[0], *launch.kernel))
+        assert instance is not None
+        counts = launched(kernel, bits, launch, kinds)
+        found.append({"instance": instance.label, "blocks": launch.blocks, "threads": launch.threads, **counts})
+    return found
+
+
+def path(kernel: Kernel) -> Path:
+    return COUNTS / f"{kernel.name}.json"
+
+
+def read_counts(kernel: Kernel) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path(kernel).read_text(encoding="utf-8"))
+    return record
+
+
+def is_current(kernel: Kernel) -> bool:
+    return path(kernel).is_file() and read_counts(kernel)["fingerprint"] == cuda_compiled.fingerprint(kernel)
+
+
+def write_counts(kernel: Kernel) -> None:
+    lines = []
+    for case in CASES[kernel.name]:
+        lines.append(f"  {json.dumps(case.label)}: {json.dumps(case_counts(kernel, case))}")
+        print(case.label, file=sys.stderr, flush=True)
+    head = f'{{\n "fingerprint": "{cuda_compiled.fingerprint(kernel)}",\n "nvcc": "{cuda_compiled.nvcc_version()}",\n'
+    COUNTS.mkdir(exist_ok=True)
+    path(kernel).write_text(head + ' "cases": {\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def resident(kernel: Kernel, launch: dict[str, Any]) -> int:
+    """Blocks on a processor at once."""
+    entries = cuda_compiled.read_record(kernel)["entries"][ARCHITECTURE]
+    return min(int(entries[launch["instance"]]["blocks"]), -(-launch["blocks"] // PROCESSORS))
+
+
+def seconds(kernel: Kernel, case: Case, launch: dict[str, Any]) -> dict[str, float]:
+    """The time that each part of a processor is busy with a launch, on the processor that has most blocks."""
+    share = -(-launch["blocks"] // PROCESSORS) / launch["blocks"]  # of the grid's work
+    cycles = {
+        "issue": launch["slots"] / SCHEDULERS,
+        **{name: launch[name] * 32 / lanes for name, lanes in LANES.items()},
+        "MMA": launch["products"] * 16 * 8 * 16 / MMA,
+        "shared": launch["shared bytes"] / SHARED,
+        "L2": (launch["weight bytes"] + 2 * case.m * case.k * launch["blocks"]) / L2,
+    }
+    times = {name: number * share / CLOCK for name, number in cycles.items()}
+    if launch["weight bytes"]:
+        warps = launch["threads"] // 32 * resident(kernel, launch)
+        ahead = warps * DEPTH[kernel.name] * 16 * 32 * case.bits
+        times["DRAM"] = case.bytes / DRAM
+        times["latency"] = case.bytes / (ahead * min(PROCESSORS, launch["blocks"]) / LATENCY)
+    return times
+
+
+DEPTH = {"packed_decode": 2}  # tiles of 16 rows that a warp has on their way
+
+
+@dataclass(frozen=True)
+class Prediction:
+    case: Case
+    times: dict[str, float]  # of the launch that takes longest
+    total: float
+
+    @property
+    def bound(self) -> str:
+        return max(self.times, key=lambda name: self.times[name])
+
+    @property
+    def dram(self) -> float:
+        return self.times["DRAM"]
+
+
+def predictions(kernel: Kernel) -> dict[Case, Prediction]:
+    counts, found = read_counts(kernel)["cases"], {}
+    for case in CASES[kernel.name]:
+        each = [seconds(kernel, case, launch) for launch in counts[case.label]]
+        total = sum(LAUNCH + max(times.values()) for times in each)
+        found[case] = Prediction(case, max(each, key=lambda times: max(times.values())), total)
+    return found
+
+
+# Issue and integer time, as a multiple of the DRAM time: at most
+BARS = {2: 1.15, 3: 1.15, 4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
+
+
+# Bars that are not kept yet: (bits, zeros) of 8192², M = 1
+MISSED = {(bits, zeros) for bits in range(2, 8) for zeros in ("none", "int")}
+
+
+def ratio(one: Prediction) -> float:
+    """Issue or ALU time, the longer one, by the DRAM time."""
+    return max(one.times["issue"], one.times["alu"]) / one.dram
+
+
+def missed(every: dict[Case, Prediction]) -> set[tuple[int, str]]:
+    """The bars that are not kept."""
+    judged = [one for case, one in every.items() if (case.n, case.k, case.m) == (8192, 8192, 1)]
+    return {(one.case.bits, one.case.zeros) for one in judged if ratio(one) > BARS[one.case.bits]}
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
+def triton_times() -> dict[int, tuple[float, str]]:
+    """By bits, the prediction of docs/gpu.md for 8192² and M = 1: µs and the busiest unit."""
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `Packed` (\d) bits \| ([\d.]+) \((\w+)", text, re.MULTILINE)
+    return {int(bits): (float(time), bound) for bits, time, bound in found}
+
+
+def target_of(case: Case) -> float | None:
+    return TARGET_TIMES.get((case.bits, case.n, case.k, case.m)) if case.zeros == "none" else None
+
+
+def cell(one: Prediction) -> str:
+    target = target_of(one.case)
+    aim = "" if target is None else f" / {target:g}{'' if 1e6 * one.total <= target else ' **✗**'}"
+    return f"{us(one.total)} ({one.bound}){aim}"
+
+
+def shapes_table(every: dict[Case, Prediction], m: int) -> str:
+    rows = []
+    for bits in BITS:
+        cells = [cell(every[Case("packed", bits, m, n, k)]) for n, k in SHAPES]
+        rows.append([f"{bits} bits", *cells])
+    head = ["µs (bound) / target", *(f"N {n}, K {k}" for n, k in SHAPES)]
+    return table(head, rows)
+
+
+def m16_table(every: dict[Case, Prediction]) -> str:
+    cells = [cell(every[Case("packed", bits, 16, 8192, 8192)]) for bits in BITS]
+    return table(["8192², µs (bound) / target", *(f"{bits} bits" for bits in BITS)], [["M = 16", *cells]])
+
+
+def document() -> str:
+    kernel = PACKED_DECODE
+    every = predictions(kernel)
+    counts = read_counts(kernel)
+    ratios = []
+    for zeros in ("none", "int"):
+        for bits in BITS:
+            one = every[Case("packed", bits, 1, 8192, 8192, zeros)]
+            launch = counts["cases"][one.case.label][0]
+            tiles = 8192 // 16 * (8192 // 256)
+            ratios.append([
+                f"{bits} bits{', integer zeros' if zeros == 'int' else ''}", f"{launch['slots'] / tiles:.0f}",
+                f"{launch['alu'] / tiles:.0f}", us(one.times["issue"]), us(one.times["alu"]), us(one.times["MMA"]),
+                us(one.times["shared"]), us(one.dram),
+                f"{ratio(one):.2f}{' **✗**' if ratio(one) > BARS[bits] else ''} (at most {BARS[bits]})",
+            ])  # fmt: skip
+    head = ["8192², M = 1", "slots", "of them ALU", "issue µs", "ALU µs", "MMA µs", "shared µs", "DRAM µs", "ratio"]
+    triton = triton_times()
+    beside = []
+    for bits in BITS:
+        one = every[Case("packed", bits, 1, 8192, 8192)]
+        beside.append([f"{bits} bits", f"{triton[bits][0]} ({triton[bits][1]})",
+                       f"{us(max(one.times.values()))} ({one.bound})"])  # fmt: skip
+    misses = []
+    for one in every.values():
+        target = target_of(one.case)
+        if target is not None and 1e6 * one.total > target:
+            misses.append(f"- {one.case.label}: {us(one.total)} instead of {target:g} µs: {reason(one)}.")
+    unmade = [f"M = {m}" for (_, n, k, m) in TARGET_TIMES if (n, k) == (8192, 8192) and m > 16]
+    misses.append(f"- {', '.join(unmade)}: decode takes at most 16 rows of x; other kernels are not predicted yet.")
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        nvcc=counts["nvcc"], launch=1e6 * LAUNCH, latency=1e6 * LATENCY, processors=PROCESSORS, clock=CLOCK / 1e9,
+        m1=shapes_table(every, 1), m16=m16_table(every),
+        ratios=table(head, ratios), triton=table(["", "Triton", "CUDA C++"], beside), misses="\n".join(misses),
+    )  # fmt: skip
+
+
+def reason(one: Prediction) -> str:
+    """Why a prediction is above its target."""
+    order = sorted(one.times, key=lambda name: -one.times[name])
+    first, second = order[:2]
+    text = f"{first} takes {us(one.times[first])} µs, then {second} {us(one.times[second])}"
+    launches = round((one.total - sum([max(one.times.values())])) / LAUNCH)
+    return text + (f"; {launches} launches" if launches > 1 else "")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def problems() -> Iterator[str]:
+    """What is out of date, and which bars are broken."""
+    for name in CASES:
+        if not is_current(KERNELS[name]):
+            yield f"{name}: the counts are of other sources: --write {name}"
+            return
+        if (now := missed(predictions(KERNELS[name]))) != MISSED:
+            yield f"{name}: bars that are not kept: {sorted(now)}, MISSED says {sorted(MISSED)}"
+    if not DOCUMENT.exists() or DOCUMENT.read_text(encoding="utf-8") != document():
+        yield f"{DOCUMENT.relative_to(ROOT)} is out of date: python -m benchmarks.tools.cuda_static --write"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", nargs="*", metavar="KERNEL", help="count what is out of date (of these kernels)")
+    options = parser.parse_args()
+    if options.write is not None:
+        for name in options.write or CASES:
+            if not is_current(KERNELS[name]):
+                write_counts(KERNELS[name])
+        DOCUMENT.write_text(document(), encoding="utf-8")
+    found = list(problems())
+    print("\n".join(found) or "up to date")
+    if found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
