@@ -105,8 +105,8 @@ def compiled(compilation: Compilation) -> dict[str, Entry]:
     """The entries of the instances of one compilation."""
     kernel, architecture, _ = compilation
     with tempfile.TemporaryDirectory() as folder:
-        keep = ("-cubin", "-Xptxas", "-v", "--keep", "--keep-dir", folder)
-        text = run_nvcc(compilation, Path(folder, "kernel.cubin"), *keep)
+        keep = ("-c", "-Xptxas", "-v", "--keep", "--keep-dir", folder)  # -c: the host's code too, which -cubin skips
+        text = run_nvcc(compilation, Path(folder, "kernel.o"), *keep)
         ptx = "".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     codes = {part.split(maxsplit=2)[1].split("(")[0]: part for part in re.split(r"(?=\.entry )", ptx)[1:]}
     entries: dict[str, Entry] = {}

@@ -11,7 +11,12 @@ using Call = Linear<packed::Weight>;
 
 constexpr int RESERVED = 2 * batch::ROWS * 4;  // in shared memory: what centers leave of the zeros of two groups
 
-LOWBIT_DEVICE int padded_rows(int M) { return (M + 63) / 64 * 64; }
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+inline int padded_rows(int M) {
+  return (M + 63) / 64 * 64;
+}
 
 inline const char* declines(const Call& call, const Device& device) {
   if (const char* reason = batch::declines(call)) return reason;
