@@ -108,6 +108,9 @@ LOWBIT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); 
 
 LOWBIT_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 
+// The upper halves of two words, the first one low.
+LOWBIT_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 LOWBIT_DEVICE float not_a_number() { return __uint_as_float(0x7FFFFFFFu); }
 
 // Byte n is the one of the eight bytes of a (0-3) and b (4-7) that nibble n of `codes` says. No nibble may be above 7.

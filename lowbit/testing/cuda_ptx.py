@@ -164,7 +164,8 @@ def kron_fused(
     arguments = (
         aligned(x), y, *(0 if t is None else t for t in pointers), len(x), terms, q_n, q_k, p_n, p_k, a_first,
         number_of(x), number_of(bias), *stored(q), *stored(p), *planes, rows, stages, blocks, copied(q, operands),
-        copied(p, torch.bfloat16), copy_x, weight.output_permutation is None and n2 % 4 == 0, *divisor(k2),
+        copied(p, torch.bfloat16), copy_x, weight.output_permutation is None and n2 * x.element_size() % 16 == 0,
+        *divisor(k2),
         *divisor(n2), p_begin, x_begin, y_begin, pitch(q_k), pitch(p_k), y_pitch, q_plane, p_plane, x_plane,
         n1 * y_pitch,
     )  # fmt: skip

@@ -425,6 +425,7 @@ inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, 
 inline float multiply(float a, float b) { return a * b; }
 inline uint32_t float_bits(float value) { return emulation::bits_of(value); }
 inline float float_from_bits(uint32_t bits) { return emulation::float_of(bits); }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 inline float not_a_number() { return emulation::float_of(0x7FFFFFFFu); }
 
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t codes) {

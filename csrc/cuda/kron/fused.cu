@@ -70,7 +70,8 @@ int launch_instance(const Call& call, const Device& device, const Plan& plan, St
   const int blocks = static_cast<int>(std::min<int64_t>(steps, int64_t(together) * device.processors));
   const bool copy_x = plan.x_planes == 1 && !plan.a_first && w.input_permutation == nullptr && w.b.K % 8 == 0 &&
                       aligned(call.x);
-  const bool vectors = w.output_permutation == nullptr && w.b.N % 4 == 0 && aligned(call.y);
+  const int lanes = call.dtype == DType::f32 ? 4 : 8;
+  const bool vectors = w.output_permutation == nullptr && w.b.N % lanes == 0 && aligned(call.y);
   const Divisor by_k2 = divisor_of(w.b.K), by_n2 = divisor_of(w.b.N);
   const auto groups = [](const kron::Factor& f) { return f.per_tensor ? 0 : f.G; };
   return lowbit::cuda::launch(
@@ -80,8 +81,8 @@ int launch_instance(const Call& call, const Device& device, const Plan& plan, St
       q.row_bytes / 4, groups(q), q.group_size, static_cast<int>(q.scales_dtype), static_cast<int>(q.zeros_dtype),
       static_cast<int>(p.dtype), p.bits, p.row_bytes / 4, groups(p), p.group_size, static_cast<int>(p.scales_dtype),
       static_cast<int>(p.zeros_dtype), plan.q_planes, plan.p_planes, plan.x_planes, plan.rows, plan.stages, blocks,
-      copied(q, T), copied(p, DType::bf16), copy_x, vectors, by_k2.factor, by_k2.shift, by_n2.factor, by_n2.shift, s.p, s.x, s.y,
-      s.q_pitch, s.p_pitch, s.y_pitch, s.q_plane, s.p_plane, s.x_plane, s.y_row);
+      copied(q, T), copied(p, DType::bf16), copy_x, vectors, by_k2.factor, by_k2.shift, by_n2.factor, by_n2.shift,
+      s.p, s.x, s.y, s.q_pitch, s.p_pitch, s.y_pitch, s.q_plane, s.p_plane, s.x_plane, s.y_row);
 }
 
 template <DType T>

@@ -29,9 +29,6 @@ namespace kron_fused {
 // Columns of operands, in chunks of 32.
 LOWBIT_DEVICE int whole_chunks(int columns) { return (columns + 31) / 32 * 32; }
 
-// The upper 16 bits of two float32, the first one low.
-LOWBIT_DEVICE uint32_t upper_halves(float a, float b) { return float_bits(a) >> 16 | (float_bits(b) & 0xFFFF0000u); }
-
 // What the upper 16 bits leave: exact.
 LOWBIT_DEVICE float rest_of(float value) { return value - float_from_bits(float_bits(value) & 0xFFFF0000u); }
 
@@ -48,7 +45,7 @@ LOWBIT_DEVICE uint16_t round_to(DType dtype, float value) {
 //   rows: of x that a block takes at a time; stages: how many times there is room for them.
 //   blocks: how many there are.
 //   copy_q, copy_p, copy_x: these are copied as they are, 16 bytes at a time.
-//   vectors: y is written four elements at a time.
+//   vectors: y is written 16 bytes at a time.
 //   k2_factor, k2_shift: the Divisor by k2; n2_factor, n2_shift: that by n2.
 //   *_begin, *_pitch, *_plane, y_row: the members of `Sizes`.
 template <DType T, int P_TILES>
@@ -168,7 +165,7 @@ kernel(const void* x, void* y, const void* bias, const int32_t* input_permutatio
       float first = between[i / 2][2 * (i % 2)], second = between[i / 2][2 * (i % 2) + 1];
       LOWBIT_UNROLL
       for (int piece = 0; piece < 3; ++piece) {
-        pieces[piece][i / 4][i % 4] = upper_halves(first, second);
+        pieces[piece][i / 4][i % 4] = upper_halves(float_bits(first), float_bits(second));
         first = rest_of(first), second = rest_of(second);
       }
     }
@@ -230,28 +227,29 @@ kernel(const void* x, void* y, const void* bias, const int32_t* input_permutatio
       store(static_cast<uint16_t*>(y) + to, round_to(DType(x_dtype), sum));
   };
 
-  // Four sums at a time: 8 or 16 bytes.
+  // 16 bytes at a time: four sums, or eight.
   auto write_vectors = [&](int64_t m, int y_first) {
-    for (int n = 4 * thread_index(); n < N; n += 4 * THREADS) {
-      const int n1 = by_n2.quotient(n), n2 = n - n1 * N2;
-      const Words4 bits = load_shared4(y_first + n1 * y_pitch + 4 * n2);
-      float sums[4];
+    const bool wide = DType(x_dtype) == DType::f32;
+    const int lanes = wide ? 4 : 8;
+    for (int n = lanes * thread_index(); n < N; n += lanes * THREADS) {
+      const int n1 = by_n2.quotient(n), n2 = n - n1 * N2, at = y_first + n1 * y_pitch + 4 * n2;
+      const Words4 first = load_shared4(at), second = load_shared4(wide ? at : at + 16);
+      float sums[8];
+      LOWBIT_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        sums[i] = float_from_bits(word(i < 4 ? first : second, i % 4));
+        if (bias != nullptr && i < lanes) sums[i] += float_at(bias, DType(bias_dtype), n + i);
+      }
+      uint32_t words[4];
       LOWBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sums[i] = float_from_bits(word(bits, i));
-        if (bias != nullptr) sums[i] += float_at(bias, DType(bias_dtype), n + i);
+        words[i] = float_bits(sums[i]);
+        if (!wide)
+          words[i] = round_to(DType(x_dtype), sums[2 * i]) |
+                     uint32_t(round_to(DType(x_dtype), sums[2 * i + 1])) << 16;
       }
-      const int64_t to = m * N + n;
-      if (DType(x_dtype) == DType::f32) {
-        const Words4 four{float_bits(sums[0]), float_bits(sums[1]), float_bits(sums[2]), float_bits(sums[3])};
-        store(reinterpret_cast<Words4*>(static_cast<float*>(y) + to), four);
-        continue;
-      }
-      uint32_t halves[4];
-      LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i) halves[i] = round_to(DType(x_dtype), sums[i]);
-      const Words2 two{halves[0] | halves[1] << 16, halves[2] | halves[3] << 16};
-      store(reinterpret_cast<Words2*>(static_cast<uint16_t*>(y) + to), two);
+      const Words4 vector{words[0], words[1], words[2], words[3]};
+      store(reinterpret_cast<Words4*>(static_cast<char*>(y) + (m * N + n) * (wide ? 4 : 2)), vector);
     }
   };
 
