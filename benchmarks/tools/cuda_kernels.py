@@ -271,9 +271,29 @@ CODEBOOK_GATHER = Kernel(
     ),
 )
 
+CODEBOOK_BATCH = Kernel(
+    "codebook_batch",
+    "codebook/batch.cu",
+    (
+        Function(
+            "codebook_batch::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, m_tiles=(4, 8), cut=(False, True)),
+            label=lambda bits, dtype, m_tiles, cut: (
+                f"{bits}-bit {dtype} {8 * m_tiles} rows{', groups of any size' if cut else ''}"
+            ),
+            threads=256,
+            shared=lambda bits, m_tiles, **_: cuda_codebook.batch_bytes(bits, m_tiles, 2, "tensor", copies=0),
+            weight_loads=lambda bits, **_: [16, *([8] if bits % 2 else [])],  # and those of x
+            weights=COPY_ASYNC,
+            compiled=lambda bits, m_tiles, cut, **_: m_tiles == 4 or (not cut and m_tiles == cuda_ptx.most_tiles(bits)),
+        ),
+        Function("batch::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+)
+
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH, CODEBOOK_DECODE,
-        CODEBOOK_GATHER,
+        CODEBOOK_GATHER, CODEBOOK_BATCH,
     )
 }  # fmt: skip

@@ -13,7 +13,7 @@ from lowbit.testing import cuda_emulated
 from lowbit.testing.codebook_cases import Kind, Weight
 from lowbit.testing.cuda_emulated import aligned, array, name
 from lowbit.testing.cuda_names import symbol
-from lowbit.testing.cuda_ptx import ROWS, THREADS, divisor, dtype_name, number_of
+from lowbit.testing.cuda_ptx import BATCH_ROWS, ROWS, THREADS, divisor, dtype_name, most_tiles, number_of
 from lowbit.testing.ptx_emulator import Statistics, execute
 
 LOOKS = ("registers", "pairs", "entries")  # codebook_decode::Look
@@ -51,13 +51,14 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
 
 def linear(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, int8: bool = False,
-    processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
+    batch_invariant: bool = False, processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
 ) -> Tensor:  # fmt: skip
     """``y = x @ W.T + bias`` by ``csrc/cuda/codebook``; as :func:`lowbit.testing.cuda_emulated.packed_linear`."""
     m, tiles = len(x), aligned(tile(weight.packed, weight.kind.bits, weight.kind.k))
     y = torch.full((m, weight.kind.n), torch.nan, dtype=x.dtype)
     arguments = weight_arguments(weight) | dict(
         packed=array(tiles), M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=int8,
+        batch_invariant=batch_invariant,
         y=array(y), device=(architecture, processors, shared_bytes), order=order,
     )  # fmt: skip
     result = (of or cuda_emulated.kernels()).codebook_linear(arguments)
@@ -170,3 +171,46 @@ def execute_rows(ptx: str, weight: Weight, ids: Tensor | None, dtype: torch.dtyp
     symbol_name = symbol(ptx, "codebook_gather::kernel", kind.bits, dtype_name(out))
     units = 32 if dtype == torch.float32 else 64
     return out, execute(ptx, symbol_name, (-(-count * tiles // units),), THREADS, arguments)
+
+
+# --- codebook/batch.cuh ---
+
+
+def batch_bytes(bits: int, m_tiles: int, stages: int, tables: str, copies: int) -> int:
+    """As ``Shared`` of batch.h, with tables after the ring."""
+    pairs, octets = bits in (2, 3, 6, 7), bits % 2
+    wide = 2 if bits == 8 else int(bits >= 4)
+    tile_bytes = (16 * pairs + 8 * octets) * 4 * THREADS
+    stage = 8 * m_tiles * 256 + wide * 4 * THREADS * 16
+    more = 4 << bits + copies if tables == "tensor" else BATCH_ROWS * 2 << bits
+    return max(2 * tile_bytes + stages * stage + more, 8 * m_tiles * (BATCH_ROWS + 4) * 4)
+
+
+def execute_batch(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1, stages: int = 3, copies: int = 0
+) -> tuple[Tensor, Statistics]:
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments that batch.cu gives it."""
+    kind, (m, k) = weight.kind, x.shape
+    n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
+    cut = group_size < k and group_size % 32 != 0
+    m_tiles = 4 if cut or m <= 32 else most_tiles(kind.bits)
+    values, columns, rows = weight.outliers
+    y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
+    tensors = (
+        aligned(tile(weight.packed, kind.bits, k)), weight.codebook, weight.scales, *weight.nested, bias, values,
+        columns, rows,
+    )  # fmt: skip
+    arguments = (
+        *(0 if t is None else t for t in tensors), aligned(x), y, parts if splits > 1 else 0, m, n, k, group_size,
+        groups, (1 << kind.bits) if tables == "row" else 0,
+        *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, splits, stages, copies,
+    )  # fmt: skip
+    found = symbol(ptx, "codebook_batch::kernel", kind.bits, dtype_name(x), m_tiles, int(cut))
+    blocks = splits * -(-n // BATCH_ROWS) * -(-m // (8 * m_tiles))
+    shared = batch_bytes(kind.bits, m_tiles, stages, tables, copies)
+    statistics = execute(ptx, found, (blocks,), THREADS, arguments, shared)
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        execute(ptx, symbol(ptx, "batch::add_splits", dtype_name(x)), (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics

@@ -139,7 +139,6 @@ def test_x_at_any_address():
 @pytest.mark.parametrize(
     ("kind", "rows", "dtype", "options", "reason"),
     [
-        (Kind(4, 5, 64, 32), 17, torch.float16, {}, "up to 16 rows of x"),
         (Kind(4, 5, 64, 32), 1, torch.float32, {}, "x in float16 or bfloat16"),
         (Kind(4, 5, 64, 32), 1, torch.float16, dict(int8=True), "no int8 activations"),
         (Kind(5, 5, 64, 32, "group"), 1, torch.float16, {}, "a table for every group up to 4 bits"),

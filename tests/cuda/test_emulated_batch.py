@@ -102,8 +102,8 @@ def test_a_row_is_the_same_in_every_batch(bits, group_size, zeros, processors):
 
 def test_many_rows_are_split_in_parts():
     """Where rows may not depend on M, K is split for any M: 512 rows of x are in the workspace at a time."""
-    weight = random_weight(kernel_format(4, 9, 520, 128, "float"))
-    x = activations(520, 520, torch.bfloat16)
+    weight = random_weight(kernel_format(4, 9, 1032, 128, "float"))
+    x = activations(520, 1032, torch.bfloat16)
     whole = packed_linear(weight, x, batch_invariant=True, processors=132)
     assert_linear_close(whole, x, weight.dense())
     for first in (0, 500, 519):
