@@ -38,10 +38,10 @@ def fits(kind: Kind, room: int) -> bool:
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_linear(bits, request):
     """Every shape and kind; dtypes, rows of x, bias, order of warps, splits and room in rotation. `make test` takes a
-    sixth."""
+    twelfth."""
     for i, kind in enumerate(kind for shape in (*SHAPES, *LONG) for kind in kinds(bits, *shape)):
         room, dtype = ROOM[i // 3 % 2], DTYPES[(i + bits) // 2 % 2]
-        if not fits(kind, room) or not verdicts.in_turn(request.config, i, 6):
+        if not fits(kind, room) or not verdicts.in_turn(request.config, i, 12):
             continue
         weight, bias = random_weight(kind, i), random_bias(i, kind.n)
         x = activations(ROWS[(i // 2 + bits) % len(ROWS)], kind.k, dtype, seed=i)
@@ -132,8 +132,8 @@ def run(text: str, kind: Kind, m: int, dtype: torch.dtype, splits: int = 1, turn
 @needs_nvcc
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_compiled_code(bits, request):
-    """Every dtype × range of M of this width, on shapes and kinds in rotation. Of the widths, `make test` takes two."""
-    verdicts.only_in_turn(request.config, bits, 4)
+    """Every dtype × range of M of this width, on shapes and kinds in rotation. Of the widths, `make test` takes one."""
+    verdicts.only_in_turn(request.config, bits, 8)
     for i, dtype in enumerate(DTYPES):
         for j, m in enumerate((20, 33)):
             found = [kind for kind in kinds(bits, *PTX_SHAPES[(bits + i + j) % 4]) if taken(kind)]

@@ -45,8 +45,8 @@ def run(
 @needs_nvcc
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_compiled_code(bits, request):
-    """Every dtype × range of M of this width, on shapes in rotation. Of the widths, `make test` takes two."""
-    verdicts.only_in_turn(request.config, bits, 4)
+    """Every dtype × range of M of this width, on shapes in rotation. Of the widths, `make test` takes one."""
+    verdicts.only_in_turn(request.config, bits, 8)
     for i, dtype in enumerate(DTYPES):
         for j, m in enumerate(ROWS):
             shape = SHAPES[(bits + i + j) % len(SHAPES)]

@@ -80,8 +80,10 @@ def test_every_code_is_the_operand_it_stands_for(bits):
         assert not y[count:].any()
 
 
-@pytest.mark.parametrize("processors", [1, 3, 132])
-@pytest.mark.parametrize(("bits", "group_size", "zeros"), [(4, 128, "float"), (3, 1024, "float"), (7, 20, "int")])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zeros", "processors"),
+    [(4, 128, "float", 1), (4, 128, "float", 132), (3, 1024, "float", 3), (7, 20, "int", 3)],
+)
 def test_a_row_is_the_same_in_every_batch(bits, group_size, zeros, processors):
     """Bit for bit, where a call says so: the splits depend on N, K and the GPU alone, and one kernel takes every M."""
     weight = random_weight(kernel_format(bits, 35, 2072, group_size, zeros, outliers=bits == 4))
