@@ -1,5 +1,7 @@
 // Codes in tiles (lowbit/backends/triton/tiles.py) as operands of mma.sync, for every kernel that reads tiles.
 #pragma once
+#include <type_traits>
+
 #include "cuda/primitives.h"
 
 namespace lowbit {
@@ -12,6 +14,45 @@ LOWBIT_DEVICE float float_at(const void* values, DType dtype, int64_t i) {
   if (dtype == DType::u8) return load(static_cast<const uint8_t*>(values) + i);
   const uint16_t bits = load(static_cast<const uint16_t*>(values) + i);
   return dtype == DType::f16 ? to_float<DType::f16>(bits) : to_float<DType::bf16>(bits);
+}
+
+template <DType T>
+using Element = std::conditional_t<T == DType::f32, float, uint16_t>;
+
+template <DType T>
+LOWBIT_DEVICE float value_of(Element<T> element) {
+  if constexpr (T == DType::f32) return element;
+  else return to_float<T>(element);
+}
+
+template <DType T>
+LOWBIT_DEVICE Element<T> rounded_to(float value) {
+  if constexpr (T == DType::f32) return value;
+  else return from_float<T>(value);
+}
+
+// What a tensor core multiplies where x is of type T. float32 is the exact sum of three bfloat16.
+template <DType T>
+constexpr DType OPERAND_OF = T == DType::f32 ? DType::bf16 : T;
+template <DType T>
+constexpr int PIECES_OF = T == DType::f32 ? 3 : 1;
+
+// Two float32 as PIECES_OF pairs of bfloat16, the largest first. Each takes 8 bits of what is left. What is not finite
+// is in the first alone.
+LOWBIT_DEVICE void split_pair(uint32_t first, uint32_t second, uint32_t (&pieces)[3]) {
+  uint32_t tops[2][3];
+  LOWBIT_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bits = i ? second : first;
+    const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
+    const uint32_t quiet = !finite && (bits & 0x007FFFFFu) ? 0x00400000u : 0u;  // a NaN stays one
+    tops[i][0] = (bits | quiet) & 0xFFFF0000u;
+    const float rest = finite ? float_of(bits) - float_of(tops[i][0]) : 0.0f;
+    tops[i][1] = bits_of(rest) & 0xFFFF0000u;
+    tops[i][2] = bits_of(rest - float_of(tops[i][1]));
+  }
+  LOWBIT_UNROLL
+  for (int piece = 0; piece < 3; ++piece) pieces[piece] = tops[0][piece] >> 16 | (tops[1][piece] & 0xFFFF0000u);
 }
 
 LOWBIT_DEVICE uint32_t word(const Words4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }

@@ -64,6 +64,7 @@ extern __shared__ __align__(128) char lowbit_shared[];
 LOWBIT_DEVICE Words4 load_shared4(int at) { return *reinterpret_cast<const Words4*>(lowbit_shared + at); }
 LOWBIT_DEVICE float load_shared(int at) { return *reinterpret_cast<const float*>(lowbit_shared + at); }
 LOWBIT_DEVICE void store_shared(int at, float value) { *reinterpret_cast<float*>(lowbit_shared + at) = value; }
+LOWBIT_DEVICE void store_shared(int at, Words2 value) { *reinterpret_cast<Words2*>(lowbit_shared + at) = value; }
 LOWBIT_DEVICE void store_shared(int at, uint16_t value) { *reinterpret_cast<uint16_t*>(lowbit_shared + at) = value; }
 
 LOWBIT_DEVICE Words2 load_shared2(int at) { return *reinterpret_cast<const Words2*>(lowbit_shared + at); }
@@ -98,6 +99,8 @@ LOWBIT_DEVICE void wait_copies() {
 // --------------------------------------------------------------------------------------------------------- arithmetic
 // A pair is two numbers of 16 bits in a word, the first one low.
 
+LOWBIT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+LOWBIT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 LOWBIT_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LOWBIT_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

@@ -21,7 +21,7 @@ from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weig
 pytestmark = pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}")
 
 BITS = tuple(range(1, 9))
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 0)
 # Slices of 1024 columns: several, the last one cut; a group longer than a slice, and than a tile; blocks cut by N
 LONG = ((35, 7176, 128), (33, 4104, 2048), (32, 2560, 512), (3, 3001, 37))
@@ -50,7 +50,7 @@ def test_linear(bits, dtype):
     for i, weight in enumerate(all_weights(bits)):
         n, k = weight.format.out_features, weight.format.in_features
         x = activations(ROWS[(i + bits) % len(ROWS)], k, dtype, seed=i)
-        bias = None if i % 3 == 0 else activations(1, n, (torch.float32, *DTYPES)[i % 3], seed=n)[0]
+        bias = None if i % 3 == 0 else activations(1, n, DTYPES[i % 3], seed=n)[0]
         by_group = i % 4 < 2 and weight.scales.shape[0] == n
         y = packed_linear(weight, x, bias, order=i % 2, by_group=by_group, processors=(1, 132)[i // 2 % 2])
         assert_linear_close(y, x, weight.dense(), bias)
@@ -137,6 +137,19 @@ def test_x_at_any_address():
     assert_bitwise_equal(packed_linear(weight, elsewhere), packed_linear(weight, x))
 
 
+def test_float32_x_of_any_size_counts_in_full():
+    """Its three pieces are exact: at every exponent whose products with integer codes are below the largest float32."""
+    weight = random_weight(kernel_format(4, 5, 64, None, "none"), power_of_two=True)
+    exponents = torch.arange(-100, 120).float()
+    x = torch.zeros(2 * len(exponents), 64)
+    x[: len(exponents), 7] = torch.exp2(exponents) * (2 - 2.0**-23)
+    x[len(exponents) :, 7] = -torch.exp2(exponents) * (1 + 2.0**-23)
+    weight.scales = torch.full_like(weight.scales, 2.0**-10)
+    y = torch.cat([packed_linear(weight, rows) for rows in x.split(16)])
+    expected = x.double() @ weight.dense().t()
+    assert_bitwise_equal(y, expected.float())
+
+
 def test_columns_of_outliers_beyond_16_bits():
     weight = random_weight(kernel_format(2, 3, 66_000, None, "none", outliers=True))
     assert weight.outliers[1] is not None and weight.outliers[1].dtype == torch.int32
@@ -147,7 +160,7 @@ def test_columns_of_outliers_beyond_16_bits():
 @pytest.mark.parametrize(
     ("rows", "dtype", "options", "reason"),
     [
-        (1, torch.float32, {}, "x in float16 or bfloat16"),
+        (17, torch.float32, {}, "x in float16 or bfloat16"),
         (1, torch.float16, dict(int8=True), "no int8 activations"),
     ],
 )

@@ -420,6 +420,8 @@ void wait_copies() {
   copies = later;
 }
 
+using emulation::bits_of;
+using emulation::float_of;
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float multiply(float a, float b) { return a * b; }

@@ -9,6 +9,8 @@
 // part of a plane are lanes 8t .. 8t+7 of row g. After one shift they are the codes of 8 neighbouring columns: the
 // operands of two products whose x is read at the same columns.
 //
+// float32 x is three bfloat16, which are multiplied one after the other: exact, too.
+//
 // The operands are the exact integers code - center, where center is the zero point, or the integer nearest to it. What
 // that leaves (the residual) multiplies the sum of x, which a second product makes. The scale multiplies the float32
 // sum of a group. So no weight is ever rounded.
@@ -29,13 +31,15 @@ constexpr int DEPTH = 2;  // tiles that a warp has on their way to its registers
 // The bytes of a row of x in shared memory. With 64 bytes between, rows g and g + 1 are in different banks.
 constexpr int PITCH = 2 * SLICE + 64;
 
-// Slices of x in shared memory: while one is read, the others are on their way.
-template <int M_TILES>
-constexpr int STAGES_OF = M_TILES == 1 ? 3 : 2;
+// Slices of x in shared memory: while one is read, the others are on their way. Of float32, one as pieces is read, and
+// one is on its way as it is.
+template <DType T, int M_TILES>
+constexpr int STAGES_OF = T == DType::f32 ? 1 : M_TILES == 1 ? 3 : 2;
 
-template <int M_TILES>
+template <DType T, int M_TILES>
 int shared_bytes(int rows_of_x) {
-  const int x = STAGES_OF<M_TILES> * rows_of_x * PITCH, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
+  const int slice = PIECES_OF<T> * PITCH + (T == DType::f32 ? 4 * SLICE : 0);
+  const int x = STAGES_OF<T, M_TILES> * rows_of_x * slice, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
   return x > sums ? x : sums;
 }
 
@@ -56,11 +60,12 @@ LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
 template <int BITS, DType T, int M_TILES, bool CUT>
 LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 ? 2 : 1)
 kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
-       const void* outlier_columns, const int32_t* outlier_rows, const uint16_t* x, uint16_t* y, int M, int N, int K,
+       const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
        int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,
        int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts,
        int splits) {
-  constexpr int STAGES = STAGES_OF<M_TILES>, TILE_BYTES = TILE * BITS / 8;
+  constexpr DType OPERAND = OPERAND_OF<T>;
+  constexpr int PIECES = PIECES_OF<T>, STAGES = STAGES_OF<T, M_TILES>, TILE_BYTES = TILE * BITS / 8;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
   const int tile_count = (K + TILE - 1) / TILE, slices = (tile_count + K_WARPS - 1) / K_WARPS;
@@ -83,24 +88,43 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     for (int half = 0; half < 2; ++half) into[half].fetch(codes[half] + static_cast<int64_t>(tile) * TILE_BYTES, t);
   };
 
+  constexpr int AT_ONCE = 16 / sizeof(Element<T>);  // elements that a copy takes
+  const int unsplit = PIECES * M * PITCH;           // where float32 x arrives
+
+  // Begins to copy a slice of x; where x is not at multiples of 16 bytes, it is loaded instead.
   auto fetch_x = [&](int slice) {
-    const int stage = slice % STAGES * M * PITCH, first = slice * SLICE;
+    const int stage = T == DType::f32 ? unsplit : slice % STAGES * M * PITCH, first = slice * SLICE;
+    constexpr int ROW_BYTES = T == DType::f32 ? 4 * SLICE : PITCH;
     if (slice < end_slice && copy_x) {
-      for (int i = thread_index(); i < M * (SLICE / 8); i += THREADS) {
-        const int m = i / (SLICE / 8), column = i % (SLICE / 8) * 8;
+      for (int i = thread_index(); i < M * (SLICE / AT_ONCE); i += THREADS) {
+        const int m = i / (SLICE / AT_ONCE), column = i % (SLICE / AT_ONCE) * AT_ONCE;
         const bool beyond = first + column >= K;
-        copy_async(stage + m * PITCH + 2 * column,
+        copy_async(stage + m * ROW_BYTES + static_cast<int>(sizeof(Element<T>)) * column,
                    x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column), beyond);
       }
     } else if (slice < end_slice) {
       for (int i = thread_index(); i < M * SLICE; i += THREADS) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
-        store_shared(stage + m * PITCH + 2 * column,
-                     beyond ? uint16_t(0) : load(x + static_cast<int64_t>(m) * K + first + column));
+        store_shared(stage + m * ROW_BYTES + static_cast<int>(sizeof(Element<T>)) * column,
+                     beyond ? Element<T>(0) : load(x + static_cast<int64_t>(m) * K + first + column));
       }
     }
     commit_copies();  // one group for every slice, so that waiting can count them
+  };
+
+  // The pieces of the slice of float32 x that has arrived, 4 columns at a time.
+  auto split_x = [&]() {
+    for (int i = thread_index(); i < M * (SLICE / 4); i += THREADS) {
+      const Words4 four = load_shared4(unsplit + 16 * i);
+      uint32_t first[3], second[3];
+      split_pair(four.x, four.y, first);
+      split_pair(four.z, four.w, second);
+      const int m = i / (SLICE / 4), column = i % (SLICE / 4) * 4;
+      LOWBIT_UNROLL
+      for (int piece = 0; piece < 3; ++piece)
+        store_shared((piece * M + m) * PITCH + 2 * column, Words2{first[piece], second[piece]});
+    }
   };
 
   float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
@@ -135,33 +159,35 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
         nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
         residual[half] = static_cast<float>(nearest) - zero;
       }
-      center[half] = Centered<BITS, T>::prepare(nearest);
+      center[half] = Centered<BITS, OPERAND>::prepare(nearest);
     }
   };
 
   // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end).
-  auto multiply_chunk = [&](const TileRow<BITS>(&w)[2], int chunk, const Words4(&xs)[M_TILES], int column, int begin,
-                            int end) {
+  auto multiply_chunk = [&](const TileRow<BITS>(&w)[2], int chunk, const Words4(&xs)[PIECES][M_TILES], int column,
+                            int begin, int end) {
     LOWBIT_UNROLL
     for (int step = 0; step < 2; ++step) {
       uint32_t a[4], ones[2];
       LOWBIT_UNROLL
       for (int i = 0; i < 4; ++i)
-        a[i] = Centered<BITS, T>::to_operand(w[i % 2].codes(chunk, 2 * step + i / 2), center[i % 2]);
+        a[i] = Centered<BITS, OPERAND>::to_operand(w[i % 2].codes(chunk, 2 * step + i / 2), center[i % 2]);
       LOWBIT_UNROLL
       for (int i = 0; i < 2; ++i) {
-        ones[i] = T == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
+        ones[i] = OPERAND == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
         if constexpr (CUT) {
           const uint32_t mask = inside(column + 4 * step + 2 * i, begin, end);
           ones[i] &= mask, a[2 * i] &= mask, a[2 * i + 1] &= mask;
         }
       }
       LOWBIT_UNROLL
-      for (int m = 0; m < M_TILES; ++m) {
-        const uint32_t b0 = word(xs[m], 2 * step), b1 = word(xs[m], 2 * step + 1);
-        multiply_matrices<T>(products[m], a[0], a[1], a[2], a[3], b0, b1);
-        if (residuals) multiply_matrices<T>(x_sums[m], ones[0], ones[0], ones[1], ones[1], b0, b1);
-      }
+      for (int piece = PIECES - 1; piece >= 0; --piece)
+        LOWBIT_UNROLL
+        for (int m = 0; m < M_TILES; ++m) {
+          const uint32_t b0 = word(xs[piece][m], 2 * step), b1 = word(xs[piece][m], 2 * step + 1);
+          multiply_matrices<OPERAND>(products[m], a[0], a[1], a[2], a[3], b0, b1);
+          if (residuals) multiply_matrices<OPERAND>(x_sums[m], ones[0], ones[0], ones[1], ones[1], b0, b1);
+        }
     }
   };
 
@@ -170,13 +196,15 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     for (int chunk = 0; chunk < TILE / CHUNK; ++chunk) {
       const int k = tile * TILE + chunk * CHUNK;
       if (k >= K) break;
-      Words4 xs[M_TILES] = {};  // rows of x that are not there are zeros
+      Words4 xs[PIECES][M_TILES] = {};  // rows of x that are not there are zeros
       LOWBIT_UNROLL
-      for (int m = 0; m < M_TILES; ++m)
-        if (8 * m + g < M) {
-          const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
-          xs[m] = load_shared4(stage + (8 * m + g) * PITCH + 2 * column);
-        }
+      for (int piece = 0; piece < PIECES; ++piece)
+        LOWBIT_UNROLL
+        for (int m = 0; m < M_TILES; ++m)
+          if (8 * m + g < M) {
+            const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
+            xs[piece][m] = load_shared4(stage + (piece * M + 8 * m + g) * PITCH + 2 * column);
+          }
       if constexpr (CUT) {
         const int end = k + CHUNK < K ? k + CHUNK : K;
         for (int next = k / group_size; next * group_size < end; ++next) {
@@ -206,7 +234,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
             const int x_row = 8 * m + 2 * t + j;
             if (x_row < M) {
               float& sum = sums[m][2 * half + j];
-              sum = fused_multiply_add(value, to_float<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
+              sum = fused_multiply_add(value, value_of<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
             }
           }
       }
@@ -236,7 +264,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
         continue;
       }
       if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
-      store(y + static_cast<int64_t>(m) * N + n, from_float<T>(sum));
+      store(y + static_cast<int64_t>(m) * N + n, rounded_to<T>(sum));
     }
   };
 
@@ -245,16 +273,21 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     const int tile = (first_slice + d) * K_WARPS + k_warp;
     if (first_slice + d < end_slice && tile < tile_count) fetch_weights(held[d], tile);
   }
-  for (int d = 0; d < STAGES - 1; ++d) fetch_x(first_slice + d);
+  constexpr int AHEAD = T == DType::f32 ? 1 : STAGES - 1;
+  for (int d = 0; d < AHEAD; ++d) fetch_x(first_slice + d);
   if (outlier_values != nullptr) add_outliers();
   for (int first = first_slice; first < end_slice; first += DEPTH) {
     LOWBIT_UNROLL
     for (int d = 0; d < DEPTH; ++d) {
       const int slice = first + d, tile = slice * K_WARPS + k_warp;
       if (slice >= end_slice) break;
-      wait_copies<STAGES - 2>();
+      wait_copies<AHEAD - 1>();
       barrier();  // the slice is there for all threads, and nobody reads the one before it any more
-      fetch_x(slice + STAGES - 1);
+      if constexpr (T == DType::f32) {
+        split_x();
+        barrier();  // the pieces are there for all threads
+      }
+      fetch_x(slice + AHEAD);
       if (tile < tile_count) multiply_tile(held[d], tile, slice % STAGES * M * PITCH);
       if (slice + DEPTH < end_slice && tile + DEPTH * K_WARPS < tile_count)
         fetch_weights(held[d], tile + DEPTH * K_WARPS);
@@ -267,13 +300,13 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
 // y = parts.sum(0) + bias, in the order of the splits.
 template <DType T>
 LOWBIT_KERNEL(THREADS, 1)
-add_splits(const float* parts, const void* bias, uint16_t* y, int M, int N, int splits, int bias_dtype) {
+add_splits(const float* parts, const void* bias, Element<T>* y, int M, int N, int splits, int bias_dtype) {
   const int i = block_index() * THREADS + thread_index();
   if (i >= M * N) return;
   float sum = load(parts + i);
   for (int split = 1; split < splits; ++split) sum += load(parts + static_cast<int64_t>(split) * M * N + i);
   if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), i % N);
-  store(y + i, from_float<T>(sum));
+  store(y + i, rounded_to<T>(sum));
 }
 
 }  // namespace packed_decode

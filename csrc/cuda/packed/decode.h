@@ -24,7 +24,6 @@ inline const char* declines(const Call& call) {
   const packed::Weight& w = call.weight;
   if (call.M < 0 || call.M > MOST_ROWS) return "decode takes up to 16 rows of x";
   if (call.int8) return "decode has no int8 activations";
-  if (call.dtype != DType::f16 && call.dtype != DType::bf16) return "decode takes x in float16 or bfloat16";
   if (w.K < 1 || w.K > MOST_COLUMNS) return "decode takes 1 to 2^20 columns";
   if (w.N < 0 || w.N * w.G >= MOST_VALUES) return "decode takes fewer than 2^31 groups";
   if (w.blocks || w.row_bytes != (w.K + TILE - 1) / TILE * 32 * w.bits) return "decode reads codes in tiles";

@@ -42,8 +42,8 @@ BUGS = (
         "DEPTH <= end_slice && tile + DEPTH * K_WARPS <= tile_count"),
     Bug("rows past the last one are read", 4, "n < N ? n : N - 1", "n"),
     Bug("a row of x that is not there is read", 4, "if (8 * m + g < M) {", "if (8 * m + g <= M) {"),
-    Bug("one copy too few is waited for", 4, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
-    Bug("a slice overwrites the one that is read", 4, "fetch_x(slice + STAGES - 1);", "fetch_x(slice + STAGES);"),
+    Bug("one copy too few is waited for", 4, "wait_copies<AHEAD - 1>", "wait_copies<AHEAD>"),
+    Bug("a slice overwrites the one that is read", 4, "fetch_x(slice + AHEAD);", "fetch_x(slice + AHEAD + 1);"),
     Bug("sums overwrite x while a warp still reads it", 4, "barrier();  // nobody reads x any more", "// "),
     Bug("sums are added before all warps have stored theirs", 4,
         "    barrier();\n    for (int i = thread_index(); i < M",
@@ -56,9 +56,19 @@ BUGS = (
     Bug("a split is written over another", 4, "static_cast<int64_t>(split) * M + m",
         "static_cast<int64_t>(0) * M + m"),
     Bug("the first split is added twice", 4, "for (int split = 1; split", "for (int split = 0; split"),
+    Bug("the last piece of float32 x is forgotten", 4, "int piece = PIECES - 1; piece >= 0",
+        "int piece = 0; piece < PIECES - (PIECES == 3)"),
+    Bug("float32 x is split before all threads have the slice", 4,
+        "barrier();  // the slice is there for all threads, and",
+        "if (T != DType::f32) barrier();  //"),
+    Bug("float32 x is multiplied before all threads have split it", 4, "barrier();  // the pieces are there",
+        "// "),
+    Bug("a second piece is rounded, not cut", 4, "bits_of(rest) & 0xFFFF0000u", "bits_of(rest) + 0x8000u & 0xFFFE0000u",
+        "codes.h"),
     Bug("an operand has its rows exchanged", 4, "w[i % 2].codes", "w[1 - i % 2].codes"),
 )  # fmt: skip
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # (N, K, group_size or None): blocks cut by N; K cut inside a chunk, and inside copies of 16 bytes; the ring of slices
 # goes round twice
 SHAPES = ((33, 257, 64), (13, 172, 32), (9, 172, 7), (17, 96, None), (35, 7176, 128), (4, 1000, 96))
@@ -77,7 +87,7 @@ def check(kernels: Any, bits: int) -> int:
     for i, shape in enumerate(SHAPES):
         for j, found in enumerate(some_formats(bits, *shape)):
             weight = random_weight(found, i)
-            x = activations((1, 16, 5)[(i + j) % 3], shape[1], (torch.float16, torch.bfloat16)[(i + j // 2) % 2], j)
+            x = activations((1, 16, 5)[(i + j) % 3], shape[1], DTYPES[(i + j) % 3 if j % 2 else j // 2 % 3], j)
             y = cuda_emulated.packed_linear(weight, x, order=j % 2, of=kernels, processors=(1, 132)[j % 2])
             assert_linear_close(y, x, weight.dense())
             cases += 1
