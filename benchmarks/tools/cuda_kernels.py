@@ -139,15 +139,16 @@ PACKED_DECODE = Kernel(
     (
         Function(
             "packed_decode::kernel",
-            dict(bits=WIDTHS, dtype=HALVES, m_tiles=(1, 2), cut=(False, True)),
+            dict(bits=WIDTHS, dtype=FLOATS, m_tiles=(1, 2), cut=(False, True)),
             label=lambda bits, dtype, m_tiles, cut: (
                 f"{bits}-bit {dtype} M<={8 * m_tiles}{', groups of any size' if cut else ''}"
             ),
             threads=256,
-            shared=lambda m_tiles, **_: cuda_ptx.packed_decode_bytes(8 * m_tiles),
+            shared=lambda m_tiles, dtype, **_: cuda_ptx.packed_decode_bytes(8 * m_tiles, dtype),
             weight_loads=tile_loads,
+            compiled=lambda dtype, m_tiles, **_: dtype != "float32" or m_tiles == 1,  # 8 rows of float32 at a time
         ),
-        Function("packed_decode::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+        Function("packed_decode::add_splits", dict(dtype=FLOATS), label="splits {dtype}", threads=256),
     ),
 )
 

@@ -47,19 +47,34 @@ inline DType float_dtype(ScalarType t) {
   }
 }
 
-inline DType check_float(const char* op, const char* name, ScalarType t) {
+// Whose arguments are checked: an op, by its name, and where its tensors must be.
+struct Caller {
+  const char* op;
+  int32_t gpu = -1;    // which one; -1: the CPU
+  bool tiles = false;  // its kernels read codes in tiles, and nothing here waits for values
+
+  Caller(const char* name) : op(name) {}
+  Caller(const char* name, const Tensor& beside) : op(name), gpu(beside.is_cuda() ? beside.get_device_index() : -1),
+                                                   tiles(true) {}
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Caller& caller) { return out << caller.op; }
+
+inline DType check_float(const Caller& op, const char* name, ScalarType t) {
   const DType dtype = float_dtype(t);
   LOWBIT_CHECK(dtype != DType::none, op, ": ", name, " must be float32, float16 or bfloat16: got ", dtype_name(t));
   return dtype;
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  LOWBIT_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU like the other arguments");
+inline void check_device(const Caller& op, const char* name, const Tensor& t) {
+  const bool here = op.gpu < 0 ? t.is_cpu() : t.is_cuda() && t.get_device_index() == op.gpu;
+  LOWBIT_CHECK(here, op, ": ", name, " must be on ", op.gpu < 0 ? "the CPU" : message("cuda:", op.gpu),
+               " like the other arguments");
 }
 
-// A tensor on the CPU of shape [rows, columns] (columns < 0: of shape [rows]).
-inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
-  check_cpu(op, name, t);
+// A tensor of shape [rows, columns] (columns < 0: of shape [rows]).
+inline void check_shape(const Caller& op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
+  check_device(op, name, t);
   const bool matches = columns < 0 ? t.dim() == 1 && t.size(0) == rows
                                    : t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
   if (!matches) {
@@ -69,7 +84,7 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, int64
 }
 
 // The same, contiguous: a stored tensor.
-inline void check_stored(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
+inline void check_stored(const Caller& op, const char* name, const Tensor& t, int64_t rows, int64_t columns = -1) {
   check_shape(op, name, t, rows, columns);
   LOWBIT_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }

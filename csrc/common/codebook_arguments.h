@@ -21,20 +21,20 @@ struct WeightArguments {
   int64_t bits, group_size, layout, K;
 };
 
-inline const void* check_nested(const char* op, const char* name, const Tensor& t, int64_t count) {
+inline const void* check_nested(const Caller& op, const char* name, const Tensor& t, int64_t count) {
   check_stored(op, name, t, count);
   LOWBIT_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32: got ",
                dtype_name(t.scalar_type()));
   return t.const_data_ptr();
 }
 
-inline Weight check_weight(const char* op, const WeightArguments& arguments) {
+inline Weight check_weight(const Caller& op, const WeightArguments& arguments) {
   const auto& [packed, codebook, scales, nested_scales, outliers, bits, group_size, layout, K] = arguments;
   const auto& [scale_codebook, scale_absmax, scale_offset] = nested_scales;
   Weight w{};
   check_codes(op, packed, 1, bits, group_size, layout, K, /*blocks_too=*/false, w);
 
-  check_cpu(op, "codebook", codebook);
+  check_device(op, "codebook", codebook);
   const int64_t entries = int64_t(1) << bits;
   const auto shaped = [&table = codebook, entries](int64_t rows, int64_t groups) {
     return table.dim() == 3 && table.size(0) == rows && table.size(1) == groups && table.size(2) == entries;

@@ -24,11 +24,11 @@ struct WeightArguments {
   int64_t rank, n1, k1, n2, k2;
 };
 
-inline Factor check_factor(const char* op, const std::string& name, const FactorArguments& arguments, int64_t R,
+inline Factor check_factor(const Caller& op, const std::string& name, const FactorArguments& arguments, int64_t R,
                            int64_t N, int64_t K) {
   const auto& [values, scales, zeros, bits, group_size] = arguments;
   const std::string scales_name = name + "_scales", zeros_name = name + "_zeros";
-  check_cpu(op, name.c_str(), values);
+  check_device(op, name.c_str(), values);
   LOWBIT_CHECK(bits == 0 || (bits >= 2 && bits <= 8), op, ": ", name,
                "_bits must be between 2 and 8, or 0 for a dense factor: got ", name, "_bits=", bits);
   Factor f{};
@@ -76,10 +76,11 @@ inline Factor check_factor(const char* op, const std::string& name, const Factor
   return f;
 }
 
-// The inverse of a permutation of [0, size).
-inline std::vector<int32_t> check_permutation(const char* op, const char* name, const Tensor& t, int64_t size) {
+// The inverse of a permutation of [0, size); empty where nothing waits for values.
+inline std::vector<int32_t> check_permutation(const Caller& op, const char* name, const Tensor& t, int64_t size) {
   LOWBIT_CHECK(t.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32: got ", dtype_name(t.scalar_type()));
   check_stored(op, name, t, size);
+  if (op.tiles) return {};
   const int32_t* p = static_cast<const int32_t*>(t.const_data_ptr());
   std::vector<int32_t> inverse(size_t(size), -1);
   for (int64_t i = 0; i < size; ++i) {
@@ -94,7 +95,7 @@ struct Checked : Weight {
   std::vector<int32_t> input_inverse, output_inverse;  // empty: the identity
 };
 
-inline Checked check_weight(const char* op, const WeightArguments& arguments) {
+inline Checked check_weight(const Caller& op, const WeightArguments& arguments) {
   const auto& [a, b, input_permutation, output_permutation, rank, n1, k1, n2, k2] = arguments;
   const struct {
     const char* name;

@@ -16,7 +16,7 @@ struct WeightArguments {
 };
 
 // Scales or zeros: [rows, G], row after row in memory or, as the layer's `prepare()` stores them, group after group.
-inline void check_groups(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t G, int64_t& row,
+inline void check_groups(const Caller& op, const char* name, const Tensor& t, int64_t rows, int64_t G, int64_t& row,
                   int64_t& group) {
   check_shape(op, name, t, rows, G);
   const bool by_group = rows > 1 && t.stride(0) == 1 && t.stride(1) == rows;
@@ -25,7 +25,7 @@ inline void check_groups(const char* op, const char* name, const Tensor& t, int6
   group = by_group ? rows : 1;
 }
 
-inline Weight check_weight(const char* op, const WeightArguments& arguments) {
+inline Weight check_weight(const Caller& op, const WeightArguments& arguments) {
   const auto& [packed, scales, zeros, outliers, bits, group_size, layout, K] = arguments;
   Weight w{};
   check_codes(op, packed, 2, bits, group_size, layout, K, /*blocks_too=*/true, w);
@@ -48,7 +48,7 @@ inline Weight check_weight(const char* op, const WeightArguments& arguments) {
 }
 
 // A chunk of 32 codes is unpacked together, so its columns must belong to one group of x.
-inline void check_x_group(const char* op, const ActivationArguments& x, const Weight& w) {
+inline void check_x_group(const Caller& op, const ActivationArguments& x, const Weight& w) {
   const int64_t x_group = x.x_group;
   if (x_group == 0) return;
   LOWBIT_CHECK(x_group > 0 && x_group % 32 == 0, op, ": x_group must be 0 (one scale per row of x) or a ",

@@ -12,7 +12,7 @@
 
 #include "common/checks.h"
 #include "cpu/blocks_layout.h"
-#include "cpu/empty.h"
+#include "common/empty.h"
 #include "cpu/tuning.h"
 
 namespace lowbit {
@@ -141,7 +141,7 @@ void arrange(const uint32_t* from, uint32_t* to, int64_t n, int64_t chunks, int6
 
 void check_words(const char* op, const char* name, const Tensor& t, int64_t bits, int64_t dimensions) {
   LOWBIT_CHECK(bits >= 1 && bits <= 8, op, ": bits must be between 1 and 8: got bits=", bits);
-  check_cpu(op, name, t);
+  check_device(op, name, t);
   LOWBIT_CHECK(t.scalar_type() == ScalarType::Int, op, ": ", name, " must be int32: got ",
                dtype_name(t.scalar_type()));
   LOWBIT_CHECK(t.dim() == dimensions, op, ": ", name, " must have ", dimensions, " dimensions: got shape ",
@@ -159,7 +159,7 @@ int64_t chunks_of_words(const char* op, const Tensor& packed, int64_t bits) {
 }  // namespace
 
 void huge_pages_cpu(Tensor packed) {
-  check_cpu("huge_pages", "packed", packed);
+  check_device("huge_pages", "packed", packed);
   LOWBIT_CHECK(packed.is_contiguous(), "huge_pages: packed must be contiguous");
   void* data = const_cast<void*>(packed.const_data_ptr());
   const size_t bytes = size_t(packed.numel()) * size_t(packed.element_size());

@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/arguments.h"
-#include "cpu/empty.h"
+#include "common/empty.h"
 #include "cpu/invariance.h"
 #include "cpu/kernel.h"
 #include "cpu/scratch.h"

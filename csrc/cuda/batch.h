@@ -4,7 +4,7 @@
 
 #include "common/operands.h"
 #include "cuda/codes.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
 
 // Before a rare loop: where it is not unrolled, it takes no registers from the others.
 #ifdef LOWBIT_EMULATED

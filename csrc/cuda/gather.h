@@ -1,7 +1,9 @@
 // What the gather kernels of the families with packed codes share on the host.
 #pragma once
+#include "common/operands.h"
 #include "cuda/codes.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
+#include "cuda/rows.h"
 
 namespace lowbit {
 namespace cuda {

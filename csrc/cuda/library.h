@@ -6,26 +6,11 @@
 #include "common/codebook.h"
 #include "common/kron.h"
 #include "common/packed.h"
+#include "cuda/device.h"
+#include "cuda/rows.h"
 
 namespace lowbit {
 namespace cuda {
-
-struct Device {
-  int architecture;  // 10 * major + minor of its compute capability
-  int processors;
-  int shared_bytes;  // of shared memory, the most that a block may ask for
-};
-
-// y = x @ W.T + bias is a Linear<Weight>; this is out[i, :] = W[ids[i], :].
-template <class Weight>
-struct Rows {
-  Weight weight;
-  const void* ids;  // [count], int32 or, when wide, int64; null: all rows of W
-  bool wide;
-  int64_t count;
-  void* out;  // [count, K]
-  DType dtype;
-};
 
 // One op of one family. Nothing here waits for the GPU, allocates, or reads a tensor.
 template <class Call>
@@ -40,6 +25,7 @@ struct Library {
   int64_t bytes;                     // sizeof(Library): who was compiled with another header sees it here
   int (*device)(int index, Device&);  // an error code of CUDA, 0: none
   const char* (*error)(int code);
+  const char* architectures;  // "800,900": what it was compiled for; empty: the emulation
   Op<Linear<packed::Weight>> packed_linear;
   Op<Rows<packed::Weight>> packed_rows;
   Op<Linear<kron::Weight>> kron_linear;

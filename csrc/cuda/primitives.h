@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "cuda/library.h"
 
 #define LOWBIT_UNROLL _Pragma("unroll")
 
@@ -168,19 +167,6 @@ LOWBIT_DEVICE void multiply_matrices(float (&sums)[4], uint32_t a0, uint32_t a1,
 }
 
 // ------------------------------------------------------------------------------------------------------------ the host
-
-inline int read_device(int index, Device& device) {
-  int major = 0, minor = 0;
-  const auto read = [&](int& value, cudaDeviceAttr what) { return cudaDeviceGetAttribute(&value, what, index); };
-  cudaError_t error = read(major, cudaDevAttrComputeCapabilityMajor);
-  if (error == cudaSuccess) error = read(minor, cudaDevAttrComputeCapabilityMinor);
-  if (error == cudaSuccess) error = read(device.processors, cudaDevAttrMultiProcessorCount);
-  if (error == cudaSuccess) error = read(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  device.architecture = 10 * major + minor;
-  return static_cast<int>(error);
-}
-
-inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 // Starts `kernel` on a stream; CUDA's error code, 0 for none.
 template <class... Parameters, class... Arguments>

@@ -26,6 +26,10 @@ from lowbit.backends.transforms import Rules
 _library = torch.library.Library(registry.NAMESPACE, "DEF")
 _native = torch.library.Library(registry.NATIVE_NAMESPACE, "FRAGMENT")  # the same ops, for who calls one backend
 
+_cuda = torch.library.Library("lowbit_cuda", "FRAGMENT")  # again, and why a call is declined
+
+families: dict[str, FamilyOps] = {}
+
 Gradients = dict[str, Tensor | None]
 _FIRST = {"linear": "x", "embedding": "ids", "dequantize": ""}
 
@@ -43,6 +47,7 @@ class FamilyOps:
         sized = {"in_features": "int"} if operands.sized else {}
         activation = {} if operands.activation is None else operands.activation.types
         self._weight = len(weight)
+        families[self.family] = self
         self._arguments: dict[str, dict[str, str]] = {
             "linear": {"x": "Tensor", **weight, "bias": "Tensor?", **activation},
             "dequantize": {**weight, **sized, "dtype": "ScalarType"},
@@ -55,6 +60,8 @@ class FamilyOps:
             schema = f"{op}({', '.join(f'{type} {argument}' for argument, type in arguments.items())}) -> Tensor"
             _library.define(schema)
             _native.define(schema)
+            _cuda.define(schema)
+            _cuda.define(schema.replace(f"{op}(", f"{op}_declines(").replace("-> Tensor", "-> str"))
             registry.register_op(_library, op, references[name])
             torch.library.register_fake(f"{registry.NAMESPACE}::{op}", fakes[name], lib=_library)
             rules = Rules(

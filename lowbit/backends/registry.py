@@ -160,6 +160,11 @@ def register_op(library: torch.library.Library, op: str, reference: Implementati
     library.impl(op, call, "CUDA")
 
 
+def reference(op: str) -> Implementation:
+    """The definition of ``op`` in plain torch."""
+    return _references[op]
+
+
 def implement(backend: str, op: str, module: str, function: str) -> None:
     """Make ``function`` of ``module``, which is imported at the first call, what ``backend`` runs for ``op``."""
 
@@ -268,8 +273,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"``, ``"cpu"`` (the compiled kernels), ``"triton"`` (a GPU, or Triton's interpreter),
-            ``"reference"`` (plain torch, any device) or a backend of your own. A backend that is named does not fall
-            back: tensors on a device that it does not serve are an error.
+            ``"cuda"`` (compiled CUDA C++ kernels), ``"reference"`` (plain torch, any device) or a backend of your own.
+            A backend that is named does not fall back: tensors on a device that it does not serve are an error.
 
     Raises:
         RuntimeError: the backend is unknown or cannot run on this machine; the message says why.
@@ -292,6 +297,11 @@ def active_backend(device_type: str = "cpu") -> str:
         if _forced in ("auto", backend.name) and backend.why_not(elsewhere) is None:
             return backend.name
     return _reference.name
+
+
+def forced() -> str:
+    """The backend that was asked for; ``"auto"``: none."""
+    return _forced
 
 
 def able_on(device_type: str) -> tuple[str, ...]:

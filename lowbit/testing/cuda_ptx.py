@@ -49,10 +49,11 @@ def cuts_chunks(weight: Weight) -> bool:
     return f.group_size < f.in_features and f.group_size % 32 != 0
 
 
-def packed_decode_bytes(m: int) -> int:
+def packed_decode_bytes(m: int, dtype: str) -> int:
     """As ``shared_bytes`` of packed/decode.cuh."""
-    tiles = 1 if m <= 8 else 2
-    return max((3 if tiles == 1 else 2) * m * (2 * 1024 + 64), 4 * 32 * 8 * tiles * 4)
+    tiles, pitch = 1 if m <= 8 else 2, 2 * 1024 + 64
+    row = 3 * pitch + 4 * 1024 if dtype == "float32" else (3 if tiles == 1 else 2) * pitch
+    return max(m * row, 4 * 32 * 8 * tiles * 4)
 
 
 def packed_decode(
@@ -76,11 +77,12 @@ def packed_decode(
     arguments = (
         *(0 if t is None else t for t in pointers), aligned(x), y, m, n, k, f.group_size, factor, row, 1, row, 1,
         *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
-        columns is not None and columns.dtype == torch.int32, k % 8 == 0, parts if splits > 1 else 0, splits,
+        columns is not None and columns.dtype == torch.int32, k * x.element_size() % 16 == 0,
+        parts if splits > 1 else 0, splits,
     )  # fmt: skip
     name = symbol(ptx, "packed_decode::kernel", f.bits, dtype_name(x), 1 if m <= 8 else 2, cut)
     blocks = splits * -(-n // ROWS)
-    statistics = execute(ptx, name, (blocks,), THREADS, arguments, packed_decode_bytes(m))
+    statistics = execute(ptx, name, (blocks,), THREADS, arguments, packed_decode_bytes(m, dtype_name(x)))
     if splits > 1:
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
         adding = symbol(ptx, "packed_decode::add_splits", dtype_name(x))

@@ -82,7 +82,7 @@ def test_backends_of_one_device_are_asked_in_order(even):
             layer(x)
         with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=even cannot run: it has no packed_dequantize"):
             layer.dequantize()
-    assert [row.name for row in lowbit.backends()] == ["cpu", "triton", "even", "reference"]
+    assert [row.name for row in lowbit.backends()] == ["cpu", "cuda", "triton", "even", "reference"]
     with pytest.raises(ValueError, match="a backend needs a name of its own: got name='even'"):
         registry.register(Even(0))
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/kron_arguments.h"
-#include "cpu/empty.h"
+#include "common/empty.h"
 #include "cpu/kron/kernel.h"
 #include "cpu/kron/tuning.h"
 #include "cpu/run.h"
@@ -43,7 +43,7 @@ Tensor linear_cpu(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_
                   OptionalTensor output_permutation, int64_t rank, int64_t n1, int64_t k1, int64_t n2, int64_t k2,
                   int64_t a_bits, int64_t a_group_size, int64_t b_bits, int64_t b_group_size, OptionalTensor bias) {
   const char* op = "kron_linear";
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
   const DType dtype = check_float(op, "x", x.scalar_type());
   const Checked w = check_weight(op, {{a, a_scales, a_zeros, a_bits, a_group_size},
                                       {b, b_scales, b_zeros, b_bits, b_group_size},

@@ -23,6 +23,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -476,6 +478,8 @@ inline int read_device(int, Device& device) {
   device = emulated_device();
   return 0;
 }
+
+inline constexpr const char* ARCHITECTURES = "";
 
 inline const char* error_text(int) { return "no error is known to the emulation"; }
 

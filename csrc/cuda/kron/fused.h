@@ -3,8 +3,9 @@
 #include <algorithm>
 
 #include "common/kron.h"
+#include "common/operands.h"
 #include "cuda/codes.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
 
 namespace lowbit {
 namespace cuda {

@@ -1,7 +1,8 @@
 // Launches of kron/gather.cuh.
 #pragma once
 #include "common/kron.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
+#include "cuda/rows.h"
 #include "cuda/primitives.h"
 
 namespace lowbit {

@@ -4,7 +4,7 @@
 
 #include "common/packed.h"
 #include "cuda/codes.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
 
 namespace lowbit {
 namespace cuda {

@@ -58,7 +58,7 @@ LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
 //   copy_x: the rows of x begin at multiples of 16 bytes.
 //   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
 template <int BITS, DType T, int M_TILES, bool CUT>
-LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 ? 2 : 1)
+LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 ? 2 : 1)
 kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
        const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
        int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,

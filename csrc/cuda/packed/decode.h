@@ -4,7 +4,7 @@
 
 #include "common/packed.h"
 #include "cuda/codes.h"
-#include "cuda/library.h"
+#include "cuda/device.h"
 
 namespace lowbit {
 namespace cuda {
@@ -22,7 +22,7 @@ inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(po
 
 inline const char* declines(const Call& call) {
   const packed::Weight& w = call.weight;
-  if (call.M < 0 || call.M > MOST_ROWS) return "decode takes up to 16 rows of x";
+  if (call.M < 0 || (call.M > MOST_ROWS && call.dtype != DType::f32)) return "decode takes up to 16 rows of x";
   if (call.int8) return "decode has no int8 activations";
   if (w.K < 1 || w.K > MOST_COLUMNS) return "decode takes 1 to 2^20 columns";
   if (w.N < 0 || w.N * w.G >= MOST_VALUES) return "decode takes fewer than 2^31 groups";

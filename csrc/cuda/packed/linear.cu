@@ -21,7 +21,8 @@ Kernel kernel_of(const Call& call, const Device& device) {
 #else
   constexpr bool HAS_SM90 = true;
 #endif
-  if (call.M <= packed_decode::MOST_ROWS && !call.batch_invariant) return Kernel::decode;
+  const bool float32 = call.dtype == DType::f32;  // which decode alone takes, 8 rows at a time
+  if (float32 || (call.M <= packed_decode::MOST_ROWS && !call.batch_invariant)) return Kernel::decode;
   return HAS_SM90 && packed_batch_sm90::declines(call, device) == nullptr ? Kernel::batch_sm90 : Kernel::batch;
 }
 

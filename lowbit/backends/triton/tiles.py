@@ -38,7 +38,7 @@ def tiles_per_row(k: int) -> int:
 
 def used_on(device: torch.device) -> bool:
     """Whether the kernels that run on ``device`` read tiles."""
-    return device.type == "cuda" and registry.active_backend("cuda") == "triton"
+    return device.type == "cuda" and registry.active_backend("cuda") in ("triton", "cuda")
 
 
 def tiles_of(packed: Tensor, layout: int, bits: int, in_features: int, *, quiet: bool = False) -> Tensor:

@@ -64,7 +64,7 @@ BUGS = (
     Bug("float32 x is multiplied before all threads have split it", 4, "barrier();  // the pieces are there",
         "// "),
     Bug("a second piece is rounded, not cut", 4, "bits_of(rest) & 0xFFFF0000u", "bits_of(rest) + 0x8000u & 0xFFFE0000u",
-        "codes.h"),
+        file="codes.h"),
     Bug("an operand has its rows exchanged", 4, "w[i % 2].codes", "w[1 - i % 2].codes"),
 )  # fmt: skip
 

@@ -1,0 +1,65 @@
+#include "cuda/ops/packed.h"
+
+#include "common/packed_arguments.h"
+#include "cpu/invariance.h"
+#include "cuda/ops/library.h"
+
+namespace lowbit {
+namespace cuda {
+namespace {
+
+// y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
+template <class Result>
+Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+              OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+              int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
+  const Caller op("packed_linear", x);
+  const int64_t K = check_activations(op, x);
+  const ActivationArguments activations{int8, x_scale, x_group};
+  Linear<packed::Weight> call{};
+  call.weight = packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows},
+                                          bits, group_size, layout, K});
+  packed::check_x_group(op, activations, call.weight);
+  check_call(op, bias, activations, call);
+  call.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
+  const std::vector<int64_t> shape = set_x(call, x);
+  return answer<Result>(op, library().packed_linear, call, x, shape, x.scalar_type(), [&](void* y) { call.y = y; });
+}
+
+// w, [N, K] of `dtype`
+template <class Result>
+Result dequantize(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                  OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+                  int64_t layout, int64_t in_features, ScalarType dtype) {
+  const Caller op("packed_dequantize", packed);
+  const packed::Weight w =
+      packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                                group_size, layout, in_features});
+  return answer_rows<Result>(op, library().packed_rows, w, nullptr, packed, dtype);
+}
+
+// w[ids], [..., K] of `dtype`; an id out of range gives a row of NaN.
+template <class Result>
+Result embedding(Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                 OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+                 int64_t layout, int64_t in_features, ScalarType dtype) {
+  const Caller op("packed_embedding", ids);
+  const packed::Weight w =
+      packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                                group_size, layout, in_features});
+  return answer_rows<Result>(op, library().packed_rows, w, &ids, packed, dtype);
+}
+
+}  // namespace
+
+void register_packed_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("packed_linear", TORCH_BOX(&linear<Tensor>));
+  m.impl("packed_linear_declines", TORCH_BOX(&linear<std::string>));
+  m.impl("packed_dequantize", TORCH_BOX(&dequantize<Tensor>));
+  m.impl("packed_dequantize_declines", TORCH_BOX(&dequantize<std::string>));
+  m.impl("packed_embedding", TORCH_BOX(&embedding<Tensor>));
+  m.impl("packed_embedding_declines", TORCH_BOX(&embedding<std::string>));
+}
+
+}  // namespace cuda
+}  // namespace lowbit

@@ -1,0 +1,237 @@
+"""The backend ``cuda`` from layer to kernel, without a GPU: its library is the emulation, tensors are on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.backends import registry
+from lowbit.backends.cpu import native
+from lowbit.backends.cuda import backend, library
+from lowbit.testing import cuda_emulated
+from lowbit.testing.cuda_planted.packed_decode import some_formats
+from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
+from lowbit.testing.packed_cases import activations, random_weight
+
+pytestmark = [
+    pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"),
+    pytest.mark.skipif(native.load() is not None, reason="no compiled library"),
+]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Lets a test name the library that is opened."""
+
+    def open_file(path):
+        monkeypatch.setenv("LOWBIT_CUDA_LIBRARY", str(path))
+        library.load.cache_clear()
+        library.architectures.cache_clear()
+        return library.load()
+
+    yield open_file
+    monkeypatch.undo()
+    library.load.cache_clear()
+    library.architectures.cache_clear()
+
+
+@pytest.fixture
+def emulated(opened):
+    cuda_emulated.kernels()
+    assert opened(cuda_emulated.BUILD / "kernels" / "kernels.so") is None
+
+
+def packed_layer(**options):
+    torch.manual_seed(0)
+    return lowbit.PackedLinear.from_float(torch.randn(40, 300), lowbit.Packed(bits=4, **options), bias=torch.randn(40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_linear_by_its_op(emulated, bits, dtype):
+    """The op of every format, with x of any shape and any strides, against float64."""
+    for i, shape in enumerate(((33, 257, 64), (13, 172, 32), (9, 172, 7), (17, 96, None), (35, 4100, 128))):
+        for j, format in enumerate(some_formats(bits, *shape)):
+            weight = random_weight(format, i)
+            x = activations(6, shape[1], dtype, j)
+            bias = None if j % 2 else torch.randn(shape[0])
+            spread = torch.empty(2, 3, 2 * shape[1], dtype=dtype)[..., ::2].copy_(x.view(2, 3, -1))
+            with lowbit.use_backend("cuda"):
+                y = torch.ops.lowbit.packed_linear(
+                    spread, weight.packed, *weight.outliers, weight.scales, weight.zeros, bits, format.group_size, 0,
+                    bias, None, False, 0,
+                )  # fmt: skip
+            assert y.shape == (2, 3, shape[0])
+            assert_linear_close(y.view(6, -1), x, weight.dense(), bias)
+
+
+def test_layers(emulated):
+    """Outliers, zeros, no rows, a gradient; and a layer that was moved into blocks for the CPU."""
+    for options in (dict(group_size=64), dict(outliers=0.01), dict(symmetric=False), dict(group_size=None)):
+        layer = packed_layer(**options)
+        x = torch.randn(3, 300, requires_grad=True)
+        expected = layer(x)
+        (wanted,) = torch.autograd.grad(expected.sum(), x)
+        with lowbit.use_backend("cuda"):
+            assert registry.active_backend("cpu") == "cuda"
+            y = layer(x)
+            assert layer(x[:0]).shape == (0, 40)
+        torch.testing.assert_close(y, expected)
+        (found,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_embedding_and_dequantize(emulated):
+    torch.manual_seed(0)
+    for options in (dict(group_size=32), dict(outliers=0.01), dict(symmetric=False)):
+        layer = lowbit.convert(torch.nn.Sequential(torch.nn.Embedding(50, 96)), lowbit.Packed(bits=4, **options))[0]
+        ids = torch.tensor([[3, 49], [0, 3]])
+        expected, dense = layer(ids), layer.dequantize()
+        with lowbit.use_backend("cuda"):
+            assert_bitwise_equal(layer(ids), expected)
+            assert_bitwise_equal(layer(ids.int()[:, :1]), expected[:, :1])
+            assert layer(ids[:0]).shape == (0, 2, 96)
+            assert_bitwise_equal(layer.dequantize(), dense)
+            assert layer(torch.tensor([50])).isnan().all(), "as on a GPU: nothing waits to see an id out of range"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_many_rows(emulated, dtype):
+    format = next(some_formats(4, 70, 260, 64))
+    weight, x = random_weight(format, 0), activations(83, 260, dtype)
+    with lowbit.use_backend("cuda"):
+        y = torch.ops.lowbit.packed_linear(
+            x, weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None, None, False, 0
+        )
+    assert_linear_close(y, x, weight.dense())
+
+
+def test_codebook_layers(emulated):
+    torch.manual_seed(0)
+    linear, embedding = torch.nn.Linear(300, 40), torch.nn.Embedding(50, 96)
+    for options in (dict(bits=4), dict(bits=3, outliers=0.01), dict(bits=8, granularity="tensor"), dict(bits=2)):
+        spec = lowbit.Codebook(**options)
+        layer, rows = lowbit.convert(torch.nn.Sequential(copy.deepcopy(linear), copy.deepcopy(embedding)), spec)
+        x, ids = torch.randn(3, 300).half(), torch.tensor([[3, 49], [0, 3]])
+        expected, gathered, dense = layer(x.float()), rows(ids), layer.dequantize()
+        with lowbit.use_backend("cuda"):
+            assert (layer(x).float() - expected).abs().max() < 2e-3 * expected.abs().max()
+            assert_bitwise_equal(rows(ids), gathered)
+            assert_bitwise_equal(layer.dequantize(), dense)
+
+
+def test_kronecker_layers(emulated):
+    torch.manual_seed(0)
+    for options in (dict(), dict(rank=2), dict(factors=lowbit.Packed(bits=4, group_size=None))):
+        model = torch.nn.Sequential(torch.nn.Linear(96, 60))
+        layer = lowbit.convert(model, lowbit.Kronecker(**options))[0]
+        x = torch.randn(3, 96)
+        expected = layer(x)
+        with lowbit.use_backend("cuda"):
+            torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_row_is_the_same_in_every_batch(emulated):
+    layer, x = packed_layer(group_size=64).half(), torch.randn(12, 300).half()
+    with lowbit.use_backend("cuda"), lowbit.batch_invariant():
+        assert_bitwise_equal(layer(x)[3:4], layer(x[3:4]))
+
+
+def test_on_a_cpu_it_runs_where_it_is_asked_for_alone(emulated):
+    assert registry.active_backend("cpu") == "cpu"
+    with lowbit.use_backend("cuda"):
+        assert registry.active_backend("cpu") == "cuda"
+    (row,) = (row for row in lowbit.backends() if row.name == "cuda")
+    assert row.available and backend.STATE in str(row) and "none: the emulation" in str(row)
+
+
+def test_rows_beyond_the_table_go_to_the_next_backend():
+    assert backend._why_another("packed_linear", (torch.randn(2, 8, 300),)) is None
+    assert backend._why_another("packed_linear", (torch.randn(500, 300).half(),)) is None
+    assert backend._why_another("packed_embedding", (torch.zeros(500, dtype=torch.long),)) is None
+    expected = "dispatch.json gives 20 rows of float32 to another backend"
+    assert backend._why_another("packed_linear", (torch.randn(4, 5, 300),)) == expected
+
+
+def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
+    device = torch.device("cpu")
+    assert backend.why_not_checked.__wrapped__(device) is None
+    right = registry.reference("packed_linear")
+    monkeypatch.setattr(registry, "reference", lambda op: lambda *args: right(*args) * 1.01)
+    assert "its self-check failed: 2-bit torch.float16 is off by" in backend.why_not_checked.__wrapped__(device)
+
+
+def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
+    layer = packed_layer()
+    with lowbit.use_backend("cuda"):
+        with monkeypatch.context() as patched:
+            patched.setattr(library, "has", lambda op: False)
+            with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=cuda cannot run: it has no packed_linear"):
+                layer(torch.randn(1, 300))
+        wide, x = torch.zeros(1, (1 << 20) // 32 * 2 + 2, dtype=torch.int32), torch.zeros(1, (1 << 20) + 1)
+        args = (wide, None, None, None, torch.ones(1, 1), None, 2, x.shape[1], 0, None, None, False, 0)
+        with pytest.raises(RuntimeError, match=r"LOWBIT_BACKEND=cuda cannot run: .*2\^20 columns"):
+            torch.ops.lowbit.packed_linear(x, *args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(scales=torch.ones(40, 3)), r"scales must be of shape \[40, 5\]: got \[40, 3\]"),
+        (dict(bias=torch.ones(39)), r"bias must be of shape \[40\]: got \[39\]"),
+        (dict(outlier_values=torch.ones(1)), "must be given together"),
+    ],
+)
+def test_arguments_that_do_not_fit(emulated, change, message):
+    given = dict(
+        packed=torch.zeros(40, 40, dtype=torch.int32), outlier_values=None, outlier_columns=None,
+        outlier_rows=None, scales=torch.ones(40, 5), zeros=None, bits=4, group_size=64, layout=0, bias=None,
+        x_scale=None, int8=False, x_group=0,
+    )  # fmt: skip
+    with lowbit.use_backend("cuda"), pytest.raises(RuntimeError, match=message):
+        torch.ops.lowbit.packed_linear(torch.randn(2, 300), **{**given, **change})
+
+
+# --------------------------------------------------------------------------------------------------------- the library
+
+
+def test_without_a_library_the_reason_says_how_to_get_one(opened, tmp_path):
+    assert opened(tmp_path / "none.so").startswith(f"not compiled: there is no {tmp_path / 'none.so'} (build it")
+    assert "cuda: unavailable (not compiled" in "\n".join(map(str, lowbit.backends()))
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: not compiled"), lowbit.use_backend("cuda"):
+        pass
+
+
+def test_a_library_that_is_none_or_another(opened, tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    assert "cannot be loaded" in opened(broken)
+    assert "has no lowbit_cuda_library" in opened(native.path())
+    other = tmp_path / "other.cpp"
+    other.write_text('extern "C" const long* lowbit_cuda_library() { static long bytes = 8; return &bytes; }')
+    target = tmp_path / "other.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(other), "-o", str(target)], check=True)
+    assert "belongs to another version of lowbit" in opened(target)
+
+
+def test_importing_opens_nothing():
+    code = "import lowbit; print('lowbit_cuda.so' in open('/proc/self/maps').read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_compiled_library_needs_nothing_of_cuda():
+    """It serves a torch without CUDA: what it needs of a GPU it finds when it is called."""
+    needed = subprocess.run(["readelf", "-d", str(native.path())], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in needed and "cuda" not in needed.lower()
+
+
+def test_the_table_names_ops_and_sources():
+    for row in backend.dispatch():
+        assert library.has(row["op"]) and row["source"] in ("predicted", "measured")
+        assert row["most_rows"] != 0 and set(row["dtypes"]) <= {"float32", "float16", "bfloat16"}
