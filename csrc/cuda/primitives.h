@@ -100,6 +100,17 @@ LOWBIT_DEVICE void wait_copies() {
 
 LOWBIT_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 LOWBIT_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// The bytes of a that the four digits of `which` number, the lowest first.
+LOWBIT_DEVICE uint32_t select_bytes(uint32_t a, uint32_t which) { return __byte_perm(a, 0, which); }
+
+// (a & mask) | b, one instruction
+LOWBIT_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t b) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+  return d;
+}
+
 LOWBIT_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LOWBIT_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
@@ -126,6 +137,33 @@ LOWBIT_DEVICE uint32_t subtract_pair(uint32_t a, uint32_t b) {
   else  // a subtraction of bfloat16 needs sm_90
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80u), "r"(a));
   return d;
+}
+
+// a * b + c, rounded once
+template <DType T>
+LOWBIT_DEVICE uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  if constexpr (T == DType::f16)
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// The same number; the compiler does not know which.
+LOWBIT_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+LOWBIT_DEVICE uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+LOWBIT_DEVICE const char* opaque(const char* at) {
+  asm volatile("" : "+l"(at));
+  return at;
 }
 
 template <DType T>

@@ -424,6 +424,14 @@ void wait_copies() {
 
 using emulation::bits_of;
 using emulation::float_of;
+
+inline uint32_t select_bytes(uint32_t a, uint32_t which) {
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= (a >> 8 * (which >> 4 * i & 3) & 0xFFu) << 8 * i;
+  return bytes;
+}
+
+inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t b) { return (a & mask) | b; }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float multiply(float a, float b) { return a * b; }
@@ -458,6 +466,23 @@ uint32_t subtract_pair(uint32_t a, uint32_t b) {
     pair |= uint32_t(from_float<T>(d)) << 16 * i;
   }
   return pair;
+}
+
+template <DType T>
+uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t pair = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [&](uint32_t bits) { return double(to_float<T>(static_cast<uint16_t>(bits >> 16 * i))); };
+    const double exact = half(a) * half(b) + half(c);
+    if (exact != double(float(exact))) throw emulation::Fault("a multiply-add of pairs that float32 cannot hold");
+    pair |= uint32_t(from_float<T>(static_cast<float>(exact))) << 16 * i;
+  }
+  return pair;
+}
+
+template <class T>
+T opaque(T value) {
+  return value;
 }
 
 template <DType T>

@@ -21,6 +21,7 @@
 #pragma once
 #include "cuda/codes.h"
 #include "cuda/packed/decode.h"
+#include "cuda/packed/operands.h"
 
 namespace lowbit {
 namespace cuda {
@@ -58,20 +59,26 @@ LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
 //   copy_x: the rows of x begin at multiples of 16 bytes.
 //   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
 template <int BITS, DType T, int M_TILES, bool CUT>
-LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 ? 2 : 1)
+// Registers are kept for two blocks of a processor, but not where they would spill.
+LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 && !(BITS == 3 && CUT) ? 2 : 1)
 kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
        const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
        int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,
        int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts,
        int splits) {
   constexpr DType OPERAND = OPERAND_OF<T>;
+  using Codes = Operand<BITS, OPERAND>;
   constexpr int PIECES = PIECES_OF<T>, STAGES = STAGES_OF<T, M_TILES>, TILE_BYTES = TILE * BITS / 8;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
   const int tile_count = (K + TILE - 1) / TILE, slices = (tile_count + K_WARPS - 1) / K_WARPS;
-  const int row_blocks = (N + ROWS - 1) / ROWS, split = block_index() / row_blocks;
-  const int first_row = block_index() % row_blocks * ROWS;
-  const int first_slice = split * slices / splits, end_slice = (split + 1) * slices / splits;
+  int split = 0, row_block = block_index(), first_slice = 0, end_slice = slices;
+  if (splits > 1) {
+    const int row_blocks = (N + ROWS - 1) / ROWS;
+    split = block_index() / row_blocks, row_block = block_index() % row_blocks;
+    first_slice = split * slices / splits, end_slice = (split + 1) * slices / splits;
+  }
+  const int first_row = row_block * ROWS;
   // Rows past the last one repeat it and are not stored, so that no load needs a mask for them.
   int row[2];
   const uint8_t* codes[2];
@@ -96,13 +103,15 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     const int stage = T == DType::f32 ? unsplit : slice % STAGES * M * PITCH, first = slice * SLICE;
     constexpr int ROW_BYTES = T == DType::f32 ? 4 * SLICE : PITCH;
     if (slice < end_slice && copy_x) {
-      for (int i = thread_index(); i < M * (SLICE / AT_ONCE); i += THREADS) {
-        const int m = i / (SLICE / AT_ONCE), column = i % (SLICE / AT_ONCE) * AT_ONCE;
-        const bool beyond = first + column >= K;
+      constexpr int COPIES = SLICE / AT_ONCE;  // of a row
+      const int column = thread_index() % COPIES * AT_ONCE;
+      const bool beyond = first + column >= K;
+      LOWBIT_ROLLED
+      for (int m = thread_index() / COPIES; m < M; m += THREADS / COPIES)
         copy_async(stage + m * ROW_BYTES + static_cast<int>(sizeof(Element<T>)) * column,
                    x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column), beyond);
-      }
     } else if (slice < end_slice) {
+      LOWBIT_ROLLED
       for (int i = thread_index(); i < M * SLICE; i += THREADS) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
@@ -129,9 +138,31 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
 
   float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
   float scale[2] = {}, residual[2] = {};
-  uint32_t center[2] = {};
-  const bool residuals = zeros != nullptr && DType(zero_dtype) != DType::u8;
-  int group = -1;
+  typename Codes::Center center[2] = {Codes::center(1 << (BITS - 1)), Codes::center(1 << (BITS - 1))};
+  enum { NO_ZEROS, INTEGERS, FLOATS };
+  const int kind_of_zeros = opaque(zeros == nullptr ? NO_ZEROS : zero_dtype == int(DType::u8) ? INTEGERS : FLOATS);
+  const int residuals = opaque(kind_of_zeros == FLOATS);
+  // Of rows of scales and zeros: where they begin, and the bytes from one group to the next.
+  const char *scale_rows[2], *zero_rows[2];
+  LOWBIT_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t scale = row[half] * scale_row, zero = row[half] * zero_row;
+    scale_rows[half] = opaque(static_cast<const char*>(scales) + scale * size_of(scale_dtype));
+    zero_rows[half] = opaque(static_cast<const char*>(zeros) + zero * size_of(zero_dtype));
+  }
+  const int scale_step = opaque(scale_group * size_of(scale_dtype));
+  const int zero_step = opaque(zero_group * size_of(zero_dtype));
+
+  // The group that is multiplied, and the chunk that the next one begins with.
+  constexpr int NEVER = 1 << 30;
+  int group = -1, group_end = 0;
+  // Scales and zeros, as they are stored, of the group that comes next. Where groups divide slices, that is known: the
+  // next one of the tile, or `across` groups further, in the next tile of this warp.
+  const bool regular = !CUT && group_factor != 0 && SLICE % group_size == 0;
+  const int group_chunks = !regular ? 1 : group_size < TILE ? group_size / CHUNK : CHUNKS;
+  const int across = SLICE / group_size - CHUNKS / group_chunks + 1;
+  int group_ahead = 0;
+  uint32_t scale_ahead[2] = {}, zero_ahead[2] = {};
 
   auto end_group = [&]() {
     LOWBIT_UNROLL
@@ -144,40 +175,72 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
       }
   };
 
-  auto enter_group = [&](int next) {
-    if (next == group) return;
-    if (group >= 0) end_group();
-    group = next;
+  auto fetch_group = [&](int next) {
+    group_ahead = next;
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half)
+      scale_ahead[half] = float_bits(scale_rows[half] + static_cast<int64_t>(next) * scale_step,
+                                     scale_dtype == static_cast<int>(DType::f32));
+    if (kind_of_zeros == NO_ZEROS) return;
     LOWBIT_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t n = row[half];
-      scale[half] = float_at(scales, DType(scale_dtype), n * scale_row + static_cast<int64_t>(group) * scale_group);
-      int nearest = 1 << (BITS - 1);
-      if (zeros != nullptr) {
-        const float zero = float_at(zeros, DType(zero_dtype), n * zero_row + static_cast<int64_t>(group) * zero_group);
+      const char* at = zero_rows[half] + static_cast<int64_t>(next) * zero_step;
+      zero_ahead[half] = kind_of_zeros == INTEGERS ? load(reinterpret_cast<const uint8_t*>(at))
+                                                   : float_bits(at, zero_dtype == static_cast<int>(DType::f32));
+    }
+  };
+
+  auto begin_group = [&](int next) {
+    group = next;
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) scale[half] = float_of(scale_ahead[half], scale_dtype);
+    if (kind_of_zeros == NO_ZEROS) return;
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      int nearest = static_cast<int>(zero_ahead[half]);
+      if (kind_of_zeros == FLOATS) {
+        const float zero = float_of(zero_ahead[half], zero_dtype);
         const float largest = static_cast<float>((1 << BITS) - 1);
         nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
         residual[half] = static_cast<float>(nearest) - zero;
       }
-      center[half] = Centered<BITS, OPERAND>::prepare(nearest);
+      center[half] = Codes::center(nearest);
     }
   };
+
+  // Of the chunk `first` of this tile, where not CUT.
+  auto enter_group = [&](int first, int tile) {
+    end_group();  // before the first one, all is zero
+    if (!regular) {
+      fetch_group(static_cast<int>(multiply_high(2u * first, group_factor)));
+      begin_group(group_ahead);
+      group_end = (group + 1) * (group_size / CHUNK);
+      if (group_factor == 0 || group_end * CHUNK >= K) group_end = NEVER;
+      return;
+    }
+    begin_group(group_ahead);
+    group_end = first + group_chunks;
+    const bool last = group_end % CHUNKS == 0;
+    if ((last ? (tile + K_WARPS) * TILE : group_end * CHUNK) < K) fetch_group(group + (last ? across : 1));
+    else group_end = NEVER;
+  };
+
+  Codes operands[2] = {};
 
   // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end).
   auto multiply_chunk = [&](const TileRow<BITS>(&w)[2], int chunk, const Words4(&xs)[PIECES][M_TILES], int column,
                             int begin, int end) {
     LOWBIT_UNROLL
     for (int step = 0; step < 2; ++step) {
-      uint32_t a[4], ones[2];
+      uint32_t a[4];
       LOWBIT_UNROLL
       for (int i = 0; i < 4; ++i)
-        a[i] = Centered<BITS, OPERAND>::to_operand(w[i % 2].codes(chunk, 2 * step + i / 2), center[i % 2]);
-      LOWBIT_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        ones[i] = OPERAND == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
-        if constexpr (CUT) {
+        a[i] = operands[i % 2].of(w[i % 2], chunk, 2 * step + i / 2, center[i % 2]);
+      if constexpr (CUT) {
+        LOWBIT_UNROLL
+        for (int i = 0; i < 2; ++i) {
           const uint32_t mask = inside(column + 4 * step + 2 * i, begin, end);
-          ones[i] &= mask, a[2 * i] &= mask, a[2 * i + 1] &= mask;
+          a[2 * i] &= mask, a[2 * i + 1] &= mask;
         }
       }
       LOWBIT_UNROLL
@@ -186,33 +249,63 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
         for (int m = 0; m < M_TILES; ++m) {
           const uint32_t b0 = word(xs[piece][m], 2 * step), b1 = word(xs[piece][m], 2 * step + 1);
           multiply_matrices<OPERAND>(products[m], a[0], a[1], a[2], a[3], b0, b1);
-          if (residuals) multiply_matrices<OPERAND>(x_sums[m], ones[0], ones[0], ones[1], ones[1], b0, b1);
         }
+    }
+    LOWBIT_ROLLED  // a loop is a branch: where there are no residuals, nothing of it is issued
+    for (int once = 0; once < residuals; ++once) {
+      LOWBIT_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        uint32_t ones[2];
+        LOWBIT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          ones[i] = OPERAND == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
+          if constexpr (CUT) ones[i] &= inside(column + 4 * step + 2 * i, begin, end);
+        }
+        LOWBIT_UNROLL
+        for (int piece = PIECES - 1; piece >= 0; --piece)
+          LOWBIT_UNROLL
+          for (int m = 0; m < M_TILES; ++m) {
+            const uint32_t b0 = word(xs[piece][m], 2 * step), b1 = word(xs[piece][m], 2 * step + 1);
+            multiply_matrices<OPERAND>(x_sums[m], ones[0], ones[0], ones[1], ones[1], b0, b1);
+          }
+      }
     }
   };
 
+  // Rows of x that are not there repeat the last one. What is multiplied with them is not stored.
+  int x_row[M_TILES];
+  LOWBIT_UNROLL
+  for (int m = 0; m < M_TILES; ++m) x_row[m] = 8 * m + g < M ? 8 * m + g : M - 1;
+
   auto multiply_tile = [&](const TileRow<BITS>(&w)[2], int tile, int stage) {
     LOWBIT_UNROLL
-    for (int chunk = 0; chunk < TILE / CHUNK; ++chunk) {
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       const int k = tile * TILE + chunk * CHUNK;
-      if (k >= K) break;
-      Words4 xs[PIECES][M_TILES] = {};  // rows of x that are not there are zeros
+      if (CUT && k >= K) break;
+      LOWBIT_UNROLL
+      for (int half = 0; half < 2; ++half) operands[half].next_chunk(w[half], chunk);
+      Words4 xs[PIECES][M_TILES];
       LOWBIT_UNROLL
       for (int piece = 0; piece < PIECES; ++piece)
         LOWBIT_UNROLL
-        for (int m = 0; m < M_TILES; ++m)
-          if (8 * m + g < M) {
-            const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
-            xs[piece][m] = load_shared4(stage + (piece * M + 8 * m + g) * PITCH + 2 * column);
-          }
+        for (int m = 0; m < M_TILES; ++m) {
+          const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
+          xs[piece][m] = load_shared4(stage + (piece * M + x_row[m]) * PITCH + 2 * column);
+        }
       if constexpr (CUT) {
         const int end = k + CHUNK < K ? k + CHUNK : K;
         for (int next = k / group_size; next * group_size < end; ++next) {
-          enter_group(next);
+          if (next != group) {
+            end_group();
+            if (group_ahead != next || group < 0) fetch_group(next);
+            begin_group(next);
+            if ((next + 1) * group_size < K) fetch_group(next + 1);
+          }
           multiply_chunk(w, chunk, xs, k + 8 * t, next * group_size, (next + 1) * group_size);
         }
       } else {
-        enter_group(static_cast<int>(multiply_high(2u * (k / CHUNK), group_factor)));
+        // Past K there are no groups, and x is zeros.
+        if (chunk >= group_end - tile * CHUNKS) enter_group(tile * CHUNKS + chunk, tile);
         multiply_chunk(w, chunk, xs, 0, 0, 0);
       }
     }
@@ -274,6 +367,8 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     if (first_slice + d < end_slice && tile < tile_count) fetch_weights(held[d], tile);
   }
   constexpr int AHEAD = T == DType::f32 ? 1 : STAGES - 1;
+  const int first_column = first_slice * SLICE + k_warp * TILE;
+  if (regular && first_column < K) fetch_group(first_column / group_size);
   for (int d = 0; d < AHEAD; ++d) fetch_x(first_slice + d);
   if (outlier_values != nullptr) add_outliers();
   for (int first = first_slice; first < end_slice; first += DEPTH) {
@@ -293,7 +388,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
         fetch_weights(held[d], tile + DEPTH * K_WARPS);
     }
   }
-  if (group >= 0) end_group();
+  end_group();
   write_result();
 }
 
