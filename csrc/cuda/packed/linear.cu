@@ -14,7 +14,7 @@ using Call = Linear<packed::Weight>;
 
 enum class Kernel { decode, batch, batch_sm90 };
 
-// The kernels add in different orders: where a row of y may not depend on M, decode takes none.
+// The kernels add in different orders: where a row of y may not depend on M, nor on where x lies, batch takes every call.
 Kernel kernel_of(const Call& call, const Device& device) {
 #ifdef LOWBIT_EMULATED
   constexpr bool HAS_SM90 = false;  // the emulation has no tensor memory accelerator
@@ -22,7 +22,9 @@ Kernel kernel_of(const Call& call, const Device& device) {
   constexpr bool HAS_SM90 = true;
 #endif
   const bool float32 = call.dtype == DType::f32;  // which decode alone takes, 8 rows at a time
-  if (float32 || (call.M <= packed_decode::MOST_ROWS && !call.batch_invariant)) return Kernel::decode;
+  if (float32) return Kernel::decode;
+  if (call.batch_invariant) return Kernel::batch;
+  if (call.M <= packed_decode::MOST_ROWS) return Kernel::decode;
   return HAS_SM90 && packed_batch_sm90::declines(call, device) == nullptr ? Kernel::batch_sm90 : Kernel::batch;
 }
 
