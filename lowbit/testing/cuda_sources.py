@@ -26,14 +26,15 @@ def included(csrc: Path, source: str, besides: Collection[str] = ()) -> dict[str
 def used(texts: dict[str, str]) -> Iterator[str]:
     """The paragraphs of texts, without device functions that nothing calls: other kernels' are in the same headers.
 
-    A paragraph that begins as a device function counts if its name is in another paragraph that counts.
+    A paragraph that begins as a device function counts if the name of one of its functions is in another that counts.
     """
     paragraphs = [part for name, text in sorted(texts.items()) for part in [name, *re.split(r"\n\s*\n", text)]]
-    start = re.compile(r"\s*(?:template\s*<[^>]*>\s*)?LOWBIT_DEVICE\s[^(]*?(\w+)\(")
-    functions = {i: match[1] for i, part in enumerate(paragraphs) if (match := start.match(part))}
+    start = re.compile(r"\s*(?:template\s*<[^>]*>\s*)?LOWBIT_DEVICE\s")
+    name_of = re.compile(r"LOWBIT_DEVICE\s[^(]*?(\w+)\(")
+    functions = {i: set(name_of.findall(part)) for i, part in enumerate(paragraphs) if start.match(part)}
     kept = {i for i in range(len(paragraphs)) if i not in functions}
     words = {word for i in kept for word in re.findall(r"\w+", paragraphs[i])}
-    while more := {i for i, name in functions.items() if i not in kept and name in words}:
+    while more := {i for i, names in functions.items() if i not in kept and names & words}:
         kept |= more
         words |= {word for i in more for word in re.findall(r"\w+", paragraphs[i])}
     return (" ".join(paragraphs[i].split()) for i in sorted(kept))
