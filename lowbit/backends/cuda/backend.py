@@ -1,8 +1,8 @@
 """Compiled CUDA C++ kernels (``csrc/cuda``): the backend ``cuda``.
 
 They read what the Triton kernels read. ``dispatch.json`` says which calls they take; Triton takes the others.
-``LOWBIT_BACKEND=cuda`` or ``lowbit.use_backend("cuda")`` forces them. No GPU has run them yet, so each GPU first checks
-a few products against the reference: where one is wrong, the backend is unavailable.
+``LOWBIT_BACKEND=cuda`` or ``lowbit.use_backend("cuda")`` forces them. No GPU has run them yet, so on each GPU a
+product of every kernel is first compared with the reference: where one is wrong, the backend is unavailable.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from lowbit.backends import ops, registry
-from lowbit.backends.cuda import library
+from lowbit.backends.cuda import library, self_check
 from lowbit.backends.layouts import Layout
-from lowbit.backends.triton.tiles import TILES, tile, tiles_of
+from lowbit.backends.triton.tiles import TILES, tiles_of
 from lowbit.core.family import Format
 
 STATE = "verified on emulators, not yet on a GPU"
@@ -116,22 +116,8 @@ def _why_not_device(device: torch.device) -> str | None:
 
 @cache
 def why_not_checked(device: torch.device) -> str | None:
-    """A few products on ``device`` against the reference on the CPU: what is wrong, or None. It waits for the GPU."""
-    n, k = 48, 320
-    draw = torch.Generator().manual_seed(0)
-    for bits in (2, 3, 4, 8):
-        words = torch.randint(-(1 << 31), 1 << 31, (n, k // 32 * bits), generator=draw, dtype=torch.int64)
-        packed, scales = words.to(torch.int32), torch.rand(n, k // 64, generator=draw) + 0.5
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            x = torch.randn(3, k, generator=draw).to(dtype)
-            rest = (None, None, None, scales, None, bits, 64)
-            expected = registry.reference("packed_linear")(x, packed, *rest, 0, None, None, False, 0)
-            moved = (tile(packed, bits, k).to(device), *rest[:3], scales.to(device), *rest[4:], TILES.number)
-            y = torch.ops.lowbit_cuda.packed_linear(x.to(device), *moved, None, None, False, 0).cpu()
-            error = (y.double() - expected.double()).abs().max() / expected.abs().max()
-            if not error <= 8 * torch.finfo(dtype).eps:
-                return f"its self-check failed: {bits}-bit {dtype} is off by {float(error):.1e} of the largest result"
-    return None
+    """What the self-check finds wrong on ``device``, once."""
+    return self_check.why_wrong(device, _in_tiles)
 
 
 registry.register(CudaBackend())

@@ -161,9 +161,11 @@ def test_rows_beyond_the_table_go_to_the_next_backend():
 def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
     device = torch.device("cpu")
     assert backend.why_not_checked.__wrapped__(device) is None
-    right = registry.reference("packed_linear")
-    monkeypatch.setattr(registry, "reference", lambda op: lambda *args: right(*args) * 1.01)
-    assert "its self-check failed: 2-bit torch.float16 is off by" in backend.why_not_checked.__wrapped__(device)
+    reference = registry.reference
+    for op, what in (("packed_embedding", "2 bits"), ("codebook_linear", "1 bits, 3 rows of float16")):
+        wrong = lambda name, op=op: (lambda *args: reference(name)(*args) * (1.02 if name == op else 1))  # noqa: E731
+        monkeypatch.setattr(registry, "reference", wrong)
+        assert f"its self-check failed: {op}, {what}" in backend.why_not_checked.__wrapped__(device)
 
 
 def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
