@@ -145,7 +145,6 @@ def test_columns_of_outliers_beyond_16_bits():
 @pytest.mark.parametrize(
     ("dtype", "options", "reason"),
     [
-        (torch.float32, {}, "x in float16 or bfloat16"),
         (torch.float16, dict(int8=True), "no int8 activations"),
         (torch.float16, dict(shared_bytes=48 << 10), "99 KiB of shared memory"),
     ],
