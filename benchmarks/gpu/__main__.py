@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu`` (``make gpu-check``): everything that only a GPU can show, in one command.
 
-Parts, in order: ``machine`` (what it is, and its measured limits), ``tests``, ``opcheck``, ``graphs``, ``sanitizer``,
-``bench`` and ``report``. Each writes its section to ``<out>/gpu-<device>.json`` and keeps the others'. It needs no
-network and no virtual environment; what is not installed is named and gone without.
+Parts, in order: ``machine`` (what it is, and its measured limits), ``tests``, ``opcheck``, ``graphs``, ``cuda`` (the
+CUDA C++ kernels), ``sanitizer``, ``bench`` and ``report``. Each writes its section to ``<out>/gpu-<device>.json`` and
+keeps the others'. It needs no network and no virtual environment; what is not installed is named and gone without.
 
 Exit status: 0 all is well, 1 something failed or is incomplete, 2 there is no GPU (or a wrong argument).
 """
@@ -40,13 +40,14 @@ LIBRARY = ROOT / "lowbit" / "_C.abi3.so"
 
 def all_parts() -> list[Part]:
     """In the order in which they run; a share is of the time that the parts before left."""
-    from . import bench, check, report, sanitizer
+    from . import bench, check, cuda, report, sanitizer
 
     return [
         Part("machine", run_machine, 5),
         Part("tests", check.run_tests, 34),
         Part("opcheck", check.run_opcheck, 7),
         Part("graphs", check.run_graphs, 9),
+        Part("cuda", cuda.run, 20),
         Part("sanitizer", sanitizer.run, 15),
         Part("bench", bench.run, 28),
         Part("report", report.run, 2, needs_gpu=False),

@@ -100,7 +100,7 @@ def _checks(sections: dict[str, Section]) -> Iterable[str]:
         yield table(["check", "", ""], lines)
 
 
-CHECKED = ("tests", "opcheck", "graphs", "sanitizer")
+CHECKED = ("tests", "opcheck", "graphs", "cuda", "sanitizer")
 
 
 def status(section: Section) -> str:

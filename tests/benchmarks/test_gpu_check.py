@@ -16,7 +16,7 @@ import torch
 
 import lowbit
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import bars, bench, check, parts, peers, report, sanitizer
+from benchmarks.gpu import bars, bench, check, cuda, parts, peers, report, sanitizer
 from benchmarks.gpu import formats as contenders
 from benchmarks.harness import clock as timing
 from benchmarks.harness import cuda_limits as limits
@@ -200,9 +200,31 @@ def test_parts_are_chosen_by_name_and_keep_their_order() -> None:
 
 def test_every_part_is_there_and_only_the_report_needs_no_gpu() -> None:
     found = program.all_parts()
-    names = ["machine", "tests", "opcheck", "graphs", "sanitizer", "bench", "report"]
+    names = ["machine", "tests", "opcheck", "graphs", "cuda", "sanitizer", "bench", "report"]
     assert [part.name for part in found] == names
     assert [part.name for part in found if not part.needs_gpu] == ["report"]
+
+
+# ------------------------------------------------------------------------------------- CUDA C++ kernels
+
+
+def test_cuda_without_a_library_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cuda.registry, "why_unavailable", lambda name: "not compiled")
+    section = cuda.run(context_of(tmp_path))
+    assert section["problems"] == ["the backend cuda cannot run: not compiled"]
+
+
+def test_cuda_bars_and_where_triton_is_faster() -> None:
+    def row(bits, m, name, us):
+        return dict(bits=bits, family="packed", shape="8192x8192", m=m, backend=name, us_graph=us)
+
+    rows = [row(4, 1, "cuda", 11.0), row(4, 1, "triton", 10.0), row(2, 1, "cuda", 9.0), row(2, 1, "triton", 18.0)]
+    found = {bar["bar"]: (bar["got"], bar["verdict"]) for bar in cuda.judged(rows)}
+    assert found["4 bits 8192x8192 M=1: µs"] == (11.0, "met")
+    assert found["2 bits 8192x8192 M=1: µs"] == (9.0, "missed")
+    assert found["8 bits 8192x8192 M=1: µs"] == (None, "not measured")
+    assert found["packed 4 bits 8192x8192 M=1: times Triton's"] == (1.1, "missed")
+    assert found["packed 2 bits 8192x8192 M=1: times Triton's"] == (0.5, "met")
 
 
 # ----------------------------------------------------------------------------------------------- the command
@@ -223,7 +245,7 @@ def no_gpu(monkeypatch, tmp_path):
 def test_without_a_gpu_it_says_so_and_exits_with_2(no_gpu, tmp_path, capsys) -> None:
     assert program.main(["--out", str(tmp_path)]) == 2
     said = capsys.readouterr().out
-    assert "no GPU" in said and "machine, tests, opcheck, graphs, sanitizer, bench" in said
+    assert "no GPU" in said and "machine, tests, opcheck, graphs, cuda, sanitizer, bench" in said
     assert report.NOTHING in no_gpu.read_text()  # what needs none has run
     assert not list(tmp_path.glob("*.json"))
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import lowbit
+from benchmarks.gpu import cuda as cuda_check
+from benchmarks.gpu.parts import Budget
 from lowbit.backends import registry
 from lowbit.backends.cpu import native
 from lowbit.backends.cuda import backend, library
@@ -197,6 +199,19 @@ def test_arguments_that_do_not_fit(emulated, change, message):
     )  # fmt: skip
     with lowbit.use_backend("cuda"), pytest.raises(RuntimeError, match=message):
         torch.ops.lowbit.packed_linear(torch.randn(2, 300), **{**given, **change})
+
+
+def test_the_check_of_a_gpu(emulated, monkeypatch):
+    """benchmarks/gpu/cuda.py, on the emulation: every case is right, and one that is not is named."""
+    right, problems = cuda_check.check("cpu", Budget(1000), cuda_check.SHAPES[2:3])
+    assert problems == [] and right == 7 * 3 + 8 * 2 + 1
+
+    def wrong(y, x, *rest):
+        assert len(x) != 200, "too many rows"
+
+    monkeypatch.setattr(cuda_check, "assert_linear_close", wrong)
+    _, problems = cuda_check.check("cpu", Budget(1000), cuda_check.SHAPES[2:3])
+    assert problems and all("M=200" in problem and "too many rows" in problem for problem in problems)
 
 
 # --------------------------------------------------------------------------------------------------------- the library
