@@ -12,13 +12,14 @@ import torch
 from benchmarks.tools import cuda_compiled
 from benchmarks.tools.cuda_kernels import CSRC, PACKED_BATCH_SM90, WIDTHS
 from lowbit.testing import cuda_emulated, cuda_ptx, verdicts
-from lowbit.testing.cuda_planted.packed_batch_sm90 import as_it_is, run
+from lowbit.testing.cuda_planted.packed_batch_sm90 import DTYPES, as_it_is, run  # noqa: F401 (cuda_coverage.py reads it)
 from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations, random_weight
 
 needs_nvcc = pytest.mark.skipif(cuda_ptx.why_not() is not None, reason=f"not built: {cuda_ptx.why_not()}")
 
+ROWS = (17, 64, 65, 150)  # with either dtype, one or two pieces of work
 # (N, K, group_size or None): ragged in every way that the kernel takes; groups of less and of more than half a tile
 SHAPES = ((130, 520, 32), (7, 1096, 128), (136, 264, 160), (65, 1032, None), (129, 40, 32), (1, 776, 512))
 RING = (136, 1288, 96)  # two pieces of work of six tiles each: the ring of two to four stages goes round twice
@@ -30,7 +31,7 @@ def test_compiled_code(bits, request):
     """Every dtype × number of rows of x of a piece of work. `make test` takes a width, another at another commit."""
     verdicts.only_in_turn(request.config, bits, len(WIDTHS))
     text = as_it_is(bits)
-    for i, m in enumerate((17, 64, 65, 150)):  # with either dtype
+    for i, m in enumerate(ROWS):
         run(text, bits, *SHAPES[(bits + i) % len(SHAPES)], m, 1 + i // 2, turn=bits + i)
     for i, m in enumerate((40, 90)):
         run(text, bits, *RING, m, 1, turn=bits + 2 + i)

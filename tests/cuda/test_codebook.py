@@ -183,6 +183,7 @@ def test_rows_are_those_of_the_reference():
 
 # (N, K, group_size or None): K cut inside a chunk, N inside a block; groups that end inside chunks, and at their ends
 PTX_SHAPES = ((33, 1109, 64), (13, 308, 20), (35, 1304, None), (7, 520, 96))
+PTX_ROWS = (2, 4, 8, 16)
 RING = (5, 5128, 1024)  # the ring of slices goes round twice, and where K is split, each part has slices
 
 
@@ -211,7 +212,7 @@ def test_compiled_code(bits, request):
     found = [kind for shape in PTX_SHAPES for kind in kinds(bits, *shape) if taken(kind)]
     for i, kind in enumerate(found):
         for j, dtype in enumerate(DTYPES):
-            for m in (2, 4, 8, 16):
+            for m in PTX_ROWS:
                 name = (*instance(random_weight(kind), min(m, 8)), m, dtype)
                 if (i + j) % 2 == 0 and name not in seen and (m == 8 or not name[2]):
                     seen.add(name)

@@ -111,6 +111,7 @@ def test_a_call_that_is_declined_says_why(kind, dtype, options, reason):
 
 # --- as compiled ---
 
+PTX_ROWS = (20, 33)
 PTX_SHAPES = ((33, 429, 64), (35, 904, None), (13, 308, 20), (7, 520, 128))
 
 
@@ -135,7 +136,7 @@ def test_compiled_code(bits, request):
     """Every dtype × range of M of this width, on shapes and kinds in rotation. Of the widths, `make test` takes one."""
     verdicts.only_in_turn(request.config, bits, 8)
     for i, dtype in enumerate(DTYPES):
-        for j, m in enumerate((20, 33)):
+        for j, m in enumerate(PTX_ROWS):
             found = [kind for kind in kinds(bits, *PTX_SHAPES[(bits + i + j) % 4]) if taken(kind)]
             run(ptx(bits), found[(bits + 3 * i + 2 * j) % len(found)], m, dtype, 1 + (i + j) % 2, bits + i + j)
         run(ptx(bits), Kind(bits, *PTX_SHAPES[2], tables="row"), 17, dtype, turn=i)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"no
 BITS = tuple(range(1, 9))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 0)
+FLOAT32, FLOAT32_ROWS = (torch.float32,), (17, 33)  # which no other kernel takes
 # Slices of 1024 columns: several, the last one cut; a group longer than a slice, and than a tile; blocks cut by N
 LONG = ((35, 7176, 128), (33, 4104, 2048), (32, 2560, 512), (3, 3001, 37))
 
@@ -54,6 +55,16 @@ def test_linear(bits, dtype):
         by_group = i % 4 < 2 and weight.scales.shape[0] == n
         y = packed_linear(weight, x, bias, order=i % 2, by_group=by_group, processors=(1, 132)[i // 2 % 2])
         assert_linear_close(y, x, weight.dense(), bias)
+
+
+@pytest.mark.parametrize("dtype", FLOAT32, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_more_rows(bits, dtype):
+    """8 at a time, the last ones fewer; where K is split, too."""
+    for i, m in enumerate(FLOAT32_ROWS):
+        weight = random_weight(kernel_format(bits, 35, (1096, 2600)[i], (64, None)[i], "float", outliers=i == 0), i)
+        x, bias = activations(m, weight.format.in_features, dtype, seed=i), torch.randn(35)
+        assert_linear_close(packed_linear(weight, x, bias, processors=(1, 132)[i]), x, weight.dense(), bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

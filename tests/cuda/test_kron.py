@@ -22,7 +22,8 @@ needs_emulation = pytest.mark.skipif(
 )
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
 
-ROWS = (1, 2, 3, 5, 0)
+BITS = tuple(range(2, 9))  # of packed factors
+ROWS, PACKED_ROWS = (1, 2, 3, 5, 17, 0), (3, 3, 3, 17)
 # KP and NP beyond 64 and beyond 128; two terms; whole tiles; several chunks of KQ
 LARGER = ((1, 20, 72, 24, 40), (1, 72, 100, 24, 40), (1, 140, 33, 9, 12), (2, 32, 64, 16, 32), (1, 8, 130, 16, 8))
 
@@ -47,7 +48,7 @@ def test_dense_factors(a, dtype):
 
 
 @needs_emulation
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", BITS)
 def test_packed_factors(bits):
     """Every kind of one factor; the other dense or packed, and the dtype of x, in rotation."""
     for i, kind in enumerate(packed_kinds(bits)):
@@ -55,7 +56,7 @@ def test_packed_factors(bits):
         shape = ((1, 13, 6, 5, 33), (2, 12, 40, 20, 20), (1, 20, 9, 66, 17))[i % 3]
         a, b = (kind, other) if i % 2 else (other, kind)
         weight = random_weight(shape, a, b, seed=i)
-        x = activations(3, weight.k, DTYPES[(i + bits) % 3], seed=i)
+        x = activations(PACKED_ROWS[i % len(PACKED_ROWS)], weight.k, DTYPES[(i + bits) % 3], seed=i)
         weight.assert_close(kron_linear(weight, x, order=i % 2), x)
 
 
@@ -158,6 +159,7 @@ def ptx(architecture: str) -> str:
     return cuda_compiled.compile_ptx(KRON_FUSED, architecture, None)
 
 
+PTX_ROWS, PTX_BITS = (5,), (3, 4, 5, 6)
 COMPILED: tuple[dict[str, Any], ...] = (
     dict(shape=(1, 20, 40, 24, 40)), dict(shape=(2, 5, 9, 7, 11), rows=1, stages=1, blocks=2),
     dict(shape=(1, 72, 8, 20, 24), rows=3), dict(shape=(1, 20, 9, 66, 17), a_first=True, blocks=2),
@@ -172,11 +174,11 @@ def test_compiled_code(architecture, dtype, request):
     verdicts.only_in_turn(request.config, DTYPES.index(dtype) + 3 * (architecture == "sm_80"), 6)
     for i, case in enumerate(COMPILED):
         options = dict(case)
-        for j, kind in enumerate((DENSE[i % 3], DENSE[DTYPES.index(dtype)], Kind(torch.float16, 3 + i, 7))):
+        for j, kind in enumerate((DENSE[i % 3], DENSE[DTYPES.index(dtype)], Kind(torch.float16, PTX_BITS[i], 7))):
             a, b = (kind, DENSE[1 + (i + j) % 2]) if j < 2 else (DENSE[i % 3], kind)
             weight = random_weight(case["shape"], a, b, seed=i)
             weight = weight.permuted(j) if j == 1 else weight
-            x, bias = activations(5, weight.k, dtype, seed=i), torch.randn(weight.n)
+            x, bias = activations(PTX_ROWS[0], weight.k, dtype, seed=i), torch.randn(weight.n)
             options.pop("shape", None)
             y, statistics = cuda_ptx.kron_fused(ptx(architecture), weight, x, bias, **options)
             weight.assert_close(y, x, bias)

@@ -22,6 +22,8 @@ needs_emulation = pytest.mark.skipif(
 )
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
 
+BITS, PTX_BITS = tuple(range(2, 9)), (3, 4, 5, 6)  # of packed factors
+
 
 def some_ids(n: int, turn: int) -> torch.Tensor | None:
     """None, or ids of either width, some of them no rows."""
@@ -44,7 +46,7 @@ def test_dense_factors(dtype):
 
 
 @needs_emulation
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", BITS)
 def test_packed_factors(bits):
     """Every kind of one factor; the other dense or packed, and the dtype, in rotation."""
     for i, kind in enumerate(packed_kinds(bits)):
@@ -88,7 +90,7 @@ def test_compiled_code(architecture, dtype, request):
     """Every instance; what is added to a product is added to the rounded one."""
     verdicts.only_in_turn(request.config, DTYPES.index(dtype) + 3 * (architecture == "sm_80"), 6)
     for i, shape in enumerate(((2, 5, 9, 7, 11), (2, 6, 3, 5, 16), (3, 2, 1, 33, 140), (1, 9, 20, 17, 30))):
-        for j, kind in enumerate((DENSE[i % 3], Kind(torch.float16, 3 + i, 7, zeros="float"))):
+        for j, kind in enumerate((DENSE[i % 3], Kind(torch.float16, PTX_BITS[i], 7, zeros="float"))):
             weight = random_weight(shape, kind, DENSE[(i + j) % 3], seed=i)
             weight = weight.permuted(j) if i % 2 == j else weight
             ids = some_ids(weight.n, i % 3)

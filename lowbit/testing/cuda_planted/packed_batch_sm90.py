@@ -69,6 +69,7 @@ BUGS = (
     Bug("the second half has the octets of the first", 5, "(two | two << 8) >> 4 * half", "two | two << 8"),
 )  # fmt: skip
 
+DTYPES = (torch.float16, torch.bfloat16)
 # (N, K, group_size or None, M, splits): two blocks of rows, a ragged one; K cut inside a tile, half of it, a chunk; the
 # ring goes round twice. Groups of several tiles, of half a tile, and that end inside.
 CASES = ((136, 1032, 64, 20, 1), (130, 808, 256, 70, 1), (40, 2072, 96, 9, 2), (136, 1160, None, 33, 1))
@@ -97,7 +98,7 @@ def check(ptx: str, bits: int) -> int:
 def run(ptx: str, bits: int, n: int, k: int, group_size: int | None, m: int, splits: int, *, turn: int) -> None:
     """One case of the format, dtype and order that ``turn`` says, against float64."""
     found = list(some_formats(bits, n, k, group_size))
-    weight, dtype = random_weight(found[turn % len(found)], turn), (torch.float16, torch.bfloat16)[turn % 2]
+    weight, dtype = random_weight(found[turn % len(found)], turn), DTYPES[turn % 2]
     x, bias = activations(m, k, dtype, turn), torch.randn(n) if turn % 3 else None
     y, statistics = cuda_ptx.packed_batch_sm90(
         ptx, weight, x, bias, splits, by_group=turn % 4 == 1, newest_first=turn % 2 == 0
