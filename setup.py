@@ -5,8 +5,9 @@ Environment:
     LOWBIT_SANITIZE=address,undefined     build an instrumented library (see tests/sanitize.py)
     MAX_JOBS                              how many compilers run at a time (default: one per core)
     CXX, CXXFLAGS, LDFLAGS                as usual
-    LOWBIT_CUDA=0                         do not build the CUDA kernels (liblowbit_cuda.so), though nvcc is found
-    LOWBIT_CUDA_ARCHITECTURES=90a,120     what they are compiled for; default: the GPUs here, or all five
+    LOWBIT_CUDA                           1: build the CUDA kernels (liblowbit_cuda.so), where no GPU is, too; 0: none.
+                                          Unset: where nvcc and a GPU are found, for that GPU
+    LOWBIT_CUDA_ARCHITECTURES=90a,120     what they are compiled for
     NVCC, NVCCFLAGS                       the compiler, and flags for it; else nvcc on PATH, in /usr/local/cuda, or in
                                           the Python package nvidia-cuda-nvcc
 
@@ -123,24 +124,35 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """For which GPUs to compile; of those here, each by the newest code that runs on it. Empty: nvcc is too old."""
+    """For which GPUs to compile; of those here, each by the newest code that runs on it. Empty: for none."""
+
+    def without(reason: str) -> list[str]:
+        print(f"lowbit: building without CUDA kernels: {reason}", file=sys.stderr)
+        return []
+
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     able = [name for name in CUDA_ARCHITECTURES if f"sm_{name.rstrip('a')}" in listed]
     if "90a" not in able:
-        print(f"lowbit: building without CUDA kernels: CUDA 12 or later is needed, {nvcc} is older", file=sys.stderr)
-        return []
+        return without(f"CUDA 12 or later is needed, {nvcc} is older")
     named = os.environ.get("LOWBIT_CUDA_ARCHITECTURES", "")
     if named:
         return named.replace(",", " ").split()
+    if os.environ.get("LOWBIT_CUDA"):  # asked for, for whichever GPU
+        return able
+    known = {int(name.rstrip("a")): name for name in able}
+    best = {max((n for n in known if n // 10 == each // 10 and n <= each), default=0) for each in gpus_here()}
+    found = [known[n] for n in sorted(best) if n]
+    return found or without("there is no GPU here for them (LOWBIT_CUDA=1 compiles them for all, in half an hour)")
+
+
+def gpus_here() -> set[int]:
+    """The compute capabilities of the GPUs of this machine, 10 * major + minor."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
-        lines = []
-    here = {int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)}
-    known = {int(name.rstrip("a")): name for name in able}
-    best = {max((n for n in known if n // 10 == each // 10 and n <= each), default=0) for each in here}
-    return [known[n] for n in sorted(best) if n] or able
+        return set()
+    return {int(line.replace(".", "")) for line in lines if re.fullmatch(r"\d+\.\d", line)}
 
 
 # Windows has no kernels yet.

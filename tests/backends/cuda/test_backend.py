@@ -252,3 +252,29 @@ def test_the_table_names_ops_and_sources():
     for row in backend.dispatch():
         assert library.has(row["op"]) and row["source"] in ("predicted", "measured")
         assert row["most_rows"] != 0 and set(row["dtypes"]) <= {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "found"),
+    [
+        ({90}, {}, ["90a"]),
+        ({86, 121}, {}, ["80", "120"]),
+        ({75}, {}, []),
+        (set(), {}, []),
+        (set(), {"LOWBIT_CUDA": "1"}, ["80", "89", "90a", "100", "120"]),
+        ({90}, {"LOWBIT_CUDA_ARCHITECTURES": "80, 120"}, ["80", "120"]),
+    ],
+)
+def test_what_a_build_compiles_for(here, asked, found, monkeypatch):
+    """Each GPU's newest code; nothing where no GPU is and nobody asks."""
+    text = (cuda_emulated.ROOT / "setup.py").read_text(encoding="utf-8")
+    build = {"__name__": "setup"}
+    exec(compile(text[: text.index("\nif PURE_PYTHON:")], "setup.py", "exec"), build)
+    for name in ("LOWBIT_CUDA", "LOWBIT_CUDA_ARCHITECTURES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    build["gpus_here"] = lambda: here
+    listed = subprocess.CompletedProcess([], 0, stdout="sm_80 sm_89 sm_90 sm_100 sm_120")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: listed)
+    assert build["cuda_architectures"]("nvcc") == found
