@@ -4,6 +4,18 @@
 
 #include <mutex>
 
+// glibc 2.34 moved these functions into libc. By their older versions they are found there, and before that in libdl,
+// which torch has loaded: manylinux_2_28 has it.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+__asm__(".symver dlerror, dlerror@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver dlopen, dlopen@GLIBC_2.17");
+__asm__(".symver dlsym, dlsym@GLIBC_2.17");
+__asm__(".symver dlerror, dlerror@GLIBC_2.17");
+#endif
+
 namespace lowbit {
 namespace cuda {
 namespace {
@@ -45,13 +57,15 @@ const Library& library() {
 const Device& device_of(const Tensor& t) {
   constexpr int kMost = 64;
   static Device devices[kMost];
-  static std::once_flag known[kMost];
+  static bool known[kMost];
   const int index = t.is_cuda() ? t.get_device_index() : 0;
   LOWBIT_CHECK(index >= 0 && index < kMost, "the CUDA kernels know GPUs 0 to ", kMost - 1, ": got cuda:", index);
-  std::call_once(known[index], [index] {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!known[index]) {
     const int error = library().device(index, devices[index]);
     LOWBIT_CHECK(error == 0, "CUDA error ", error, " (", library().error(error), ") of cuda:", index);
-  });
+    known[index] = true;
+  }
   return devices[index];
 }
 
