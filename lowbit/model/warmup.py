@@ -57,8 +57,15 @@ def warmup(model: nn.Module, max_m: int) -> int:
 
 def _on_gpu(model: nn.Module) -> Iterator[Layer]:
     for layer in layers(model).values():
-        if registry.active_backend(layer.device.type) == "triton":
+        if _may_run_triton(layer.device.type):
             yield layer
+
+
+def _may_run_triton(device_type: str) -> bool:
+    """Whether calls go to Triton, or fall through to it from the backend before it."""
+    active = registry.active_backend(device_type)
+    falls_through = registry.forced() == "auto" and active != "reference" and device_type == "cuda"
+    return active == "triton" or (falls_through and "triton" in registry.able_on(device_type))
 
 
 def _sizes(max_m: int) -> list[int]:
@@ -93,7 +100,7 @@ def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]
         reason = registry.why_unavailable("triton") or "no packed layer of the model is on a GPU"
         raise RuntimeError(f"tune measures layers on a GPU: {reason}")
     rows: dict[Any, dict[str, Any]] = {}
-    with torch.no_grad():
+    with torch.no_grad(), registry.use_backend("triton"):  # a backend before it would take the calls
         for layer in measurable:
             for m, question in _questions(layer, max_m):
                 key = (question.kernel, question.x, question.bits, question.n, question.k, m)
