@@ -22,7 +22,7 @@ Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTe
                                             K});
   check_call(op, bias, {int8, x_scale, /*x_group=*/0}, call);
   call.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
-  const std::vector<int64_t> shape = set_x(call, x);
+  const std::vector<int64_t> shape = set_x<Result>(call, x);
   return answer<Result>(op, library().codebook_linear, call, x, shape, x.scalar_type(), [&](void* y) { call.y = y; });
 }
 

@@ -24,7 +24,7 @@ Result linear(Tensor x, Tensor a, OptionalTensor a_scales, OptionalTensor a_zero
   const OptionalTensor none;
   check_call(op, bias, {false, none, 0}, call);
   call.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
-  const std::vector<int64_t> shape = set_x(call, x);
+  const std::vector<int64_t> shape = set_x<Result>(call, x);
   return answer<Result>(op, library().kron_linear, call, x, shape, x.scalar_type(), [&](void* y) { call.y = y; });
 }
 

@@ -1,5 +1,5 @@
-// liblowbit_cuda.so for the ops of this folder: opening it, and what its calls need of torch. Nothing here links against
-// CUDA or against torch's part of it.
+// liblowbit_cuda.so for the ops of this folder: opening it, and what its calls need of torch. Nothing here links
+// against CUDA or against torch's part of it.
 #pragma once
 #include <string>
 #include <type_traits>
@@ -68,8 +68,8 @@ Result answer(const Caller& op, const Op<Call>& kernels, Call& call, const Tenso
   }
 }
 
-// Sets M, x and the dtype of a product; the shape of its result.
-template <class Weight>
+// Sets M, x and the dtype of a product; the shape of its result. Who only asks copies nothing.
+template <class Result, class Weight>
 std::vector<int64_t> set_x(Linear<Weight>& call, Tensor& x) {
   std::vector<int64_t> shape;
   call.M = 1;
@@ -78,7 +78,7 @@ std::vector<int64_t> set_x(Linear<Weight>& call, Tensor& x) {
     call.M *= x.size(d);
   }
   shape.push_back(call.weight.N);
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  if (std::is_same_v<Result, Tensor> && !x.is_contiguous()) x = torch::stable::contiguous(x);
   call.dtype = float_dtype(x.scalar_type());
   call.x = x.const_data_ptr();
   return shape;
@@ -96,7 +96,8 @@ Result answer_rows(const Caller& op, const Op<Rows<Weight>>& kernels, const Weig
   std::optional<Tensor> contiguous;
   if (ids != nullptr) {
     check_ids(op, *ids);
-    contiguous = ids->is_contiguous() ? *ids : torch::stable::contiguous(*ids);
+    const bool copied = std::is_same_v<Result, Tensor> && !ids->is_contiguous();
+    contiguous = copied ? torch::stable::contiguous(*ids) : *ids;
     call.ids = contiguous->const_data_ptr();
     call.wide = ids->scalar_type() == ScalarType::Long;
     call.count = ids->numel();

@@ -22,7 +22,7 @@ Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTe
   packed::check_x_group(op, activations, call.weight);
   check_call(op, bias, activations, call);
   call.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
-  const std::vector<int64_t> shape = set_x(call, x);
+  const std::vector<int64_t> shape = set_x<Result>(call, x);
   return answer<Result>(op, library().packed_linear, call, x, shape, x.scalar_type(), [&](void* y) { call.y = y; });
 }
 
