@@ -85,7 +85,7 @@ LOWBIT_DEVICE void write_rows(const Gathered& c, const Numbers& numbers) {
     LOWBIT_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (T == DType::f32)
-        words[i] = float_bits(w[i]);
+        words[i] = bits_of(w[i]);
       else
         words[i] = from_float<T>(w[2 * i]) | uint32_t(from_float<T>(w[2 * i + 1])) << 16;
     }

@@ -1,5 +1,5 @@
-// What the kernels of this folder ask of a GPU, one small function each: here as PTX, in emulated/emulation.h as C++ that runs
-// on the CPU. A kernel uses nothing else of CUDA, so that one source serves both.
+// What the kernels of this folder ask of a GPU, one small function each: here as PTX, in emulated/emulation.h as C++
+// that runs on the CPU. A kernel uses nothing else of CUDA, so that one source serves both.
 #pragma once
 #include <cstdint>
 
@@ -116,10 +116,6 @@ LOWBIT_DEVICE float fused_multiply_add(float a, float b, float c) { return __fma
 
 // Rounded, whatever is added to it.
 LOWBIT_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
-
-LOWBIT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
-
-LOWBIT_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 
 // The upper halves of two words, the first one low.
 LOWBIT_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }

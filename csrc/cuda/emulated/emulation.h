@@ -435,8 +435,6 @@ inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t b) { return (a & m
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t(a) * b >> 32); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float multiply(float a, float b) { return a * b; }
-inline uint32_t float_bits(float value) { return emulation::bits_of(value); }
-inline float float_from_bits(uint32_t bits) { return emulation::float_of(bits); }
 inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 inline float not_a_number() { return emulation::float_of(0x7FFFFFFFu); }
 

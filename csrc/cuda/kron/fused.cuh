@@ -30,7 +30,7 @@ namespace kron_fused {
 LOWBIT_DEVICE int whole_chunks(int columns) { return (columns + 31) / 32 * 32; }
 
 // What the upper 16 bits leave: exact.
-LOWBIT_DEVICE float rest_of(float value) { return value - float_from_bits(float_bits(value) & 0xFFFF0000u); }
+LOWBIT_DEVICE float rest_of(float value) { return value - float_of(bits_of(value) & 0xFFFF0000u); }
 
 LOWBIT_DEVICE uint16_t round_to(DType dtype, float value) {
   return dtype == DType::f16 ? from_float<DType::f16>(value) : from_float<DType::bf16>(value);
@@ -68,7 +68,7 @@ kernel(const void* x, void* y, const void* bias, const int32_t* input_permutatio
     LOWBIT_UNROLL
     for (int plane = 0; plane < 3; ++plane) {
       if (plane >= planes) break;
-      store_shared(to + plane * step, static_cast<uint16_t>(float_bits(value) >> 16));
+      store_shared(to + plane * step, static_cast<uint16_t>(bits_of(value) >> 16));
       value = rest_of(value);
     }
   };
@@ -165,7 +165,7 @@ kernel(const void* x, void* y, const void* bias, const int32_t* input_permutatio
       float first = between[i / 2][2 * (i % 2)], second = between[i / 2][2 * (i % 2) + 1];
       LOWBIT_UNROLL
       for (int piece = 0; piece < 3; ++piece) {
-        pieces[piece][i / 4][i % 4] = upper_halves(float_bits(first), float_bits(second));
+        pieces[piece][i / 4][i % 4] = upper_halves(bits_of(first), bits_of(second));
         first = rest_of(first), second = rest_of(second);
       }
     }
@@ -237,13 +237,13 @@ kernel(const void* x, void* y, const void* bias, const int32_t* input_permutatio
       float sums[8];
       LOWBIT_UNROLL
       for (int i = 0; i < 8; ++i) {
-        sums[i] = float_from_bits(word(i < 4 ? first : second, i % 4));
+        sums[i] = float_of(word(i < 4 ? first : second, i % 4));
         if (bias != nullptr && i < lanes) sums[i] += float_at(bias, DType(bias_dtype), n + i);
       }
       uint32_t words[4];
       LOWBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        words[i] = float_bits(sums[i]);
+        words[i] = bits_of(sums[i]);
         if (!wide)
           words[i] = round_to(DType(x_dtype), sums[2 * i]) |
                      uint32_t(round_to(DType(x_dtype), sums[2 * i + 1])) << 16;

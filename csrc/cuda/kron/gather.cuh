@@ -73,7 +73,7 @@ kernel(const void* a_values, const void* a_scales, const void* a_zeros, const vo
       for (int j = 0; j < LANES; j += 4) {
         const Words4 right = load_shared4(4 * (first + b_begin + k2 + j));
         LOWBIT_UNROLL
-        for (int i = 0; i < 4; ++i) w[j + i] += multiply(left, float_from_bits(word(right, i)));
+        for (int i = 0; i < 4; ++i) w[j + i] += multiply(left, float_of(word(right, i)));
       }
     }
   };
@@ -95,7 +95,7 @@ kernel(const void* a_values, const void* a_scales, const void* a_zeros, const vo
     LOWBIT_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (T == DType::f32)
-        words[i] = float_bits(w[i]);
+        words[i] = bits_of(w[i]);
       else
         words[i] = from_float<T>(w[2 * i]) | uint32_t(from_float<T>(w[2 * i + 1])) << 16;
     }
