@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -74,6 +75,8 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "
 CUDA_LIBRARY = "liblowbit_cuda.so"
 CUDA_WIDTHS = range(1, 9)
 CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")
+# The front end makes the same PTX for both (a test compares it): it runs once, and ptxas makes the code of each.
+CUDA_PTX = {"89": "80", "120": "100"}
 
 # -MD, not -MMD: another version of torch or of the compiler rebuilds too.
 RULES = """\
@@ -87,7 +90,7 @@ rule link
   command = {cxx} -shared $in {link} -o $out
   description = link $out
 rule cuda
-  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out
+  command = {nvcc} $architectures $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $out
@@ -190,20 +193,36 @@ def edge(output: Path, rule: str, *inputs: object, **variables: str) -> str:
     return "\n".join([*lines, *(f"  {name} = {value}" for name, value in variables.items()), ""])
 
 
-def cuda_edges(folder: Path) -> list[str]:
+def gencode(architectures: Sequence[str]) -> str:
+    """What nvcc compiles for: machine code of each, PTX where the front end must make another."""
+    of_ptx: dict[str, list[str]] = {}
+    for name in architectures:
+        of_ptx.setdefault(CUDA_PTX.get(name, name), []).append(f"sm_{name}")
+    return shlex.join(f"-gencode=arch=compute_{ptx},code=[{','.join(codes)}]" for ptx, codes in of_ptx.items())
+
+
+def cuda_edges(folder: Path, architectures: Sequence[str]) -> list[str]:
     """Edges of liblowbit_cuda.so: every csrc/cuda/**/*.cu.
 
     The library has C entry points and knows no torch, so that one build serves every torch. A source that contains
-    LOWBIT_BITS is compiled once for each width of codes.
+    LOWBIT_BITS is compiled once for each width of codes. One without a kernel is compiled for one architecture, as is
+    a kernel of one alone (*_sm90.cu). The slowest come first.
     """
-    sources = sorted(Path("csrc/cuda").rglob("*.cu"))
+    numbers = ",".join(f"{name.rstrip('a')}0" for name in architectures)
+    sources = sorted(Path("csrc/cuda").rglob("*.cu"), key=lambda path: (path.stem != "decode", path))
     objects, edges = [], []
     for source in sources:
-        stem = folder / "cuda" / source.relative_to("csrc/cuda").with_suffix("")
-        widths = CUDA_WIDTHS if "LOWBIT_BITS" in source.read_text(encoding="utf-8") else [None]
-        for width in widths:
+        stem, text = folder / "cuda" / source.relative_to("csrc/cuda").with_suffix(""), source.read_text("utf-8")
+        own = [name for name in architectures if source.stem.endswith(f"_sm{name.rstrip('a')}")]
+        one = ".cuh" not in text or "_sm" in source.stem
+        variables = {"architectures": gencode(own or (architectures[:1] if one else architectures))}
+        if '"cuda/host.h"' in text:
+            variables["flags"] = f"-DLOWBIT_ARCHITECTURES={numbers}"
+        for width in CUDA_WIDTHS if "LOWBIT_BITS" in text else [None]:
+            if width is not None:
+                variables["flags"] = f"-DLOWBIT_BITS={width}"
             target = stem.with_name(f"{stem.name}.o" if width is None else f"{stem.name}_{width}.o")
-            edges.append(edge(target, "cuda", source, flags="" if width is None else f"-DLOWBIT_BITS={width}"))
+            edges.append(edge(target, "cuda", source, **variables))
             objects.append(target)
     return [*edges, edge(folder / CUDA_LIBRARY, "cuda_link", *objects)]
 
@@ -229,7 +248,6 @@ def write_ninja(folder: Path, library: str) -> list[str]:
     nvcc_command = [nvcc or "nvcc", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     if architectures and "compress-mode" in subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout:
         nvcc_command += ["--compress-mode=size"]  # a fifth of the bytes
-    nvcc_command += [f"-gencode=arch=compute_{n},code=sm_{n}" for n in architectures]
     shell = {
         "cxx": compiler(),
         "flags": [*FLAGS, *mode, *DEFINES, *includes, *environment_flags("CXXFLAGS")],
@@ -244,7 +262,7 @@ def write_ninja(folder: Path, library: str) -> list[str]:
         edge(target, "compile", source, flags=" ".join(flags))
         for target, (source, flags) in zip(objects, OBJECTS.values(), strict=True)
     ]
-    cuda = cuda_edges(folder) if architectures else []
+    cuda = cuda_edges(folder, architectures) if architectures else []
     edges += [edge(folder / library, "link", *objects), *cuda]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(RULES.format(folder=path_text(folder), **commands) + "\n".join(edges))

@@ -20,7 +20,7 @@ inline int read_device(int index, Device& device) {
 
 #define LOWBIT_TEXT(...) #__VA_ARGS__
 #define LOWBIT_TEXT_OF(...) LOWBIT_TEXT(__VA_ARGS__)
-inline constexpr const char* ARCHITECTURES = LOWBIT_TEXT_OF(__CUDA_ARCH_LIST__);  // nvcc's own list
+inline constexpr const char* ARCHITECTURES = LOWBIT_TEXT_OF(LOWBIT_ARCHITECTURES);  // setup.py's: "800,900"
 
 inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

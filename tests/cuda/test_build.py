@@ -1,0 +1,65 @@
+"""How ``setup.py`` builds the library of CUDA C++ kernels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.tools import cuda_compiled
+from benchmarks.tools.cuda_kernels import ARCHITECTURES, CSRC, KERNELS, ROOT
+from lowbit.testing import verdicts
+
+needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
+PAIRS = [(kernel, name) for kernel in KERNELS.values() if len(kernel.architectures) > 1 for name in ("89", "120")]
+
+
+def setup() -> dict[str, Any]:
+    """What ``setup.py`` defines."""
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "setup"}
+    exec(compile(text[: text.index("\nif PURE_PYTHON:")], "setup.py", "exec"), names)
+    return names
+
+
+def test_the_library_has_what_the_records_are_of():
+    assert tuple(f"sm_{name}" for name in setup()["CUDA_ARCHITECTURES"]) == ARCHITECTURES
+
+
+def test_every_source_is_compiled_for_what_it_runs_on(monkeypatch):
+    """All kernels for all architectures, each width once; what has no kernel, or one of sm_90a, for one."""
+    monkeypatch.chdir(ROOT)
+    build = setup()
+    *edges, link = build["cuda_edges"](Path("b"), build["CUDA_ARCHITECTURES"])
+    codes = {re.match(r"build (\S+\.o)", text)[1]: set(re.findall(r"sm_\w+", text.split("\n", 1)[1])) for text in edges}
+    assert set(link.split(" cuda_link ")[1].split()) == codes.keys()
+    for kernel in KERNELS.values():
+        for bits in kernel.compilations:
+            name = kernel.source.removesuffix(".cu") + (".o" if bits is None else f"_{bits}.o")
+            assert codes.pop(f"b/cuda/{name}") == set(kernel.architectures)
+    assert all(len(found) == 1 for found in codes.values())
+    assert {Path(name).stem for name in codes} == {"library", "linear", "rows"}
+
+
+def test_the_library_says_what_it_was_compiled_for(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    edges = "".join(setup()["cuda_edges"](Path("b"), ["80", "90a", "120"]))
+    assert edges.count("LOWBIT_ARCHITECTURES=800,900,1200\n") == 1
+    assert "LOWBIT_TEXT_OF(LOWBIT_ARCHITECTURES)" in (CSRC / "cuda" / "host.h").read_text(encoding="utf-8")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=lambda n: f"{PAIRS[n][0].name}-{PAIRS[n][1]}")
+def test_one_ptx_serves_two_architectures(number, request):
+    """What ``CUDA_PTX`` of ``setup.py`` relies on. `make test` compares one kernel, another at another commit."""
+    verdicts.only_in_turn(request.config, number, len(PAIRS))
+    kernel, name = PAIRS[number]
+    bits = kernel.compilations[number % len(kernel.compilations)]
+
+    def code(architecture: str) -> str:
+        ptx = cuda_compiled.compile_ptx(kernel, f"sm_{architecture}", bits)
+        return re.sub(r"^(//|\.target).*\n", "", ptx, flags=re.MULTILINE)
+
+    assert code(name) == code(setup()["CUDA_PTX"][name])
