@@ -87,6 +87,23 @@ struct TileRow {
   }
 };
 
+// TileRow::codes() where the chunk is not known to the compiler: words of the widest plane (the part that
+// holds the chunk) and of the plane of 2 bits above a plane of 4, and the octets of the plane of 1 bit.
+template <int BITS>
+LOWBIT_DEVICE uint32_t pair_of_codes(uint32_t widest, uint32_t above, const Words2& octets, int chunk, int i) {
+  uint32_t pair = 0;
+  if constexpr (BITS > 1) {
+    constexpr int WIDTH = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, FIELDS = 16 / WIDTH;
+    pair = widest >> chunk % FIELDS * WIDTH & ((1u << WIDTH) - 1) * 0x00010001u;
+  }
+  if constexpr (BITS == 6 || BITS == 7) pair |= (above >> 2 * chunk & 0x00030003u) << 4;
+  if constexpr (BITS % 2) {
+    const uint32_t two = (i < 2 ? octets.x : octets.y) >> 16 * (i % 2) & 0xFFFFu;
+    pair |= ((two | two << 8) >> chunk & 0x00010001u) << (BITS - 1);
+  }
+  return pair;
+}
+
 // Integers 0 .. 2^BITS - 1 as numbers of 16 bits, less a center: both exact. An integer in the low bits of 1024
 // (float16) or 128 (bfloat16, which has room for 7 bits) is added to it.
 template <int BITS, DType T>
