@@ -48,6 +48,8 @@ CHECKS = {
     "packed_batch_sm90": ("", "test_batch_sm90 WIDTHS DTYPES ROWS"),
     "packed_gather": ("test_rows WIDTHS DTYPES -", "test_rows WIDTHS DTYPES -"),
     "codebook_decode": ("test_codebook BITS DTYPES ROWS", "test_codebook BITS DTYPES PTX_ROWS"),
+    "codebook_decode_simt": ("test_codebook_simt BITS FLOAT32 ROWS; test_codebook_simt HALF_BITS HALVES HALF_ROWS",
+                             "test_codebook_simt BITS FLOAT32 PTX_ROWS; test_codebook_simt HALF_BITS HALVES PTX_ROWS"),
     "codebook_batch": ("test_codebook_batch WIDTHS DTYPES ROWS", "test_codebook_batch WIDTHS DTYPES PTX_ROWS"),
     "codebook_gather": ("test_codebook BITS FLOATS -", "test_codebook BITS FLOATS -"),
     "kron_fused": ("test_kron - DTYPES ROWS; test_kron BITS DTYPES PACKED_ROWS",
@@ -89,12 +91,8 @@ def why_declined(line: Line) -> str | None:
     kernel = "decode" if line.rows == FEW else "batch"
     if line.x == INT8:
         return f"{kernel} has no int8 activations"
-    if line.family == "codebook" and line.x == "float32":
-        return f"{kernel} takes x in float16 or bfloat16"
-    if line.weight == "a table per group" and line.rows == MORE:
-        return "batch takes one table, or one for each row"
-    few_bits = "decode takes a table for every group up to 4 bits"
-    return few_bits if line.weight == "a table per group" and line.bits > 4 else None
+    batch = line.rows == MORE and line.x != "float32"
+    return "batch takes one table, or one for each row" if batch and line.weight == "a table per group" else None
 
 
 def instances(kernel: Kernel, line: Line) -> list[Instance]:
@@ -108,7 +106,9 @@ def kernels(line: Line) -> list[Kernel]:
     if why_declined(line):
         return []
     stages = {FEW: ("decode", "fused"), MORE: ("batch_sm90", "batch", "fused"), ANY: ("gather",)}[line.rows]
-    for some in (stages, ("decode",)):
+    if line.family == "codebook" and line.weight == "a table per group" and line.bits > 4 and line.rows == FEW:
+        stages = ("decode_simt",)
+    for some in (stages, ("decode",), ("decode_simt",)):
         named = [KERNELS[name] for name in (f"{line.family}_{stage}" for stage in some) if name in KERNELS]
         if found := [kernel for kernel in named if instances(kernel, line)]:
             return found

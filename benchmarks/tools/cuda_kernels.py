@@ -257,6 +257,23 @@ CODEBOOK_DECODE = Kernel(
     ),
 )
 
+CODEBOOK_DECODE_SIMT = Kernel(
+    "codebook_decode_simt",
+    "codebook/decode_simt.cu",
+    (
+        Function(
+            "codebook_decode_simt::kernel",
+            dict(bits=WIDTHS, dtype=FLOATS),
+            label="{bits}-bit {dtype}",
+            threads=256,
+            shared=lambda bits, dtype, **_: cuda_codebook.simt_bytes(bits, dtype, 8, "tensor"),
+            weight_loads=tile_loads,
+            compiled=lambda bits, dtype: dtype == "float32" or bits > 4,  # of smaller tables decode has all
+        ),
+        Function("codebook_decode_simt::add_splits", dict(dtype=FLOATS), label="splits {dtype}", threads=256),
+    ),
+)
+
 CODEBOOK_GATHER = Kernel(
     "codebook_gather",
     "codebook/gather.cu",
@@ -295,6 +312,6 @@ CODEBOOK_BATCH = Kernel(
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH, CODEBOOK_DECODE,
-        CODEBOOK_GATHER, CODEBOOK_BATCH,
+        CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
     )
 }  # fmt: skip

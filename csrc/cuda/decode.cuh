@@ -38,12 +38,13 @@ LOWBIT_DEVICE Share share(int N, int K, int splits) {
   return s;
 }
 
-// The slices of x in shared memory, from its byte `begin` on. Where rows of x begin at no multiple of 16 bytes (copy is
-// false), threads carry them there.
-template <int M_TILES>
+// The slices of x, of elements E, in shared memory, from its byte `begin` on. Where rows of x begin at no multiple of 16
+// bytes (copy is false), threads carry them there.
+template <int M_TILES, class E = uint16_t>
 struct Slices {
-  static constexpr int STAGES = STAGES_OF<M_TILES>;
-  const uint16_t* x;
+  static constexpr int STAGES = STAGES_OF<M_TILES, E>, PITCH = PITCH_OF<E>;
+  static constexpr int SIZE = sizeof(E), AT_ONCE = 16 / SIZE;  // of an element; elements that a copy takes
+  const E* x;
   int M, K, begin, end_slice;
   bool copy;
 
@@ -52,18 +53,18 @@ struct Slices {
   LOWBIT_DEVICE void fetch(int slice) const {
     const int to = stage(slice), first = slice * SLICE;
     if (slice < end_slice && copy) {
-      for (int i = thread_index(); i < M * (SLICE / 8); i += THREADS) {
-        const int m = i / (SLICE / 8), column = i % (SLICE / 8) * 8;
+      for (int i = thread_index(); i < M * (SLICE / AT_ONCE); i += THREADS) {
+        const int m = i / (SLICE / AT_ONCE), column = i % (SLICE / AT_ONCE) * AT_ONCE;
         const bool beyond = first + column >= K;
-        copy_async(to + m * PITCH + 2 * column, x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column),
+        copy_async(to + m * PITCH + SIZE * column, x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column),
                    beyond);
       }
     } else if (slice < end_slice) {
       for (int i = thread_index(); i < M * SLICE; i += THREADS) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
-        store_shared(to + m * PITCH + 2 * column,
-                     beyond ? uint16_t(0) : load(x + static_cast<int64_t>(m) * K + first + column));
+        store_shared(to + m * PITCH + SIZE * column,
+                     beyond ? E(0) : load(x + static_cast<int64_t>(m) * K + first + column));
       }
     }
     commit_copies();  // one group for every slice, so that waiting can count them
@@ -81,10 +82,10 @@ struct Slices {
 
 // The main loop: multiply(rows of the tile, its number, where its slice is) for every tile of the warp. Tiles and
 // slices are fetched ahead; meanwhile() runs while the first ones are on their way.
-template <int BITS, int M_TILES, class Meanwhile, class Multiply>
-LOWBIT_DEVICE void for_each_tile(const Share& s, const uint8_t* tiles, const Slices<M_TILES>& slices,
+template <int BITS, int M_TILES, class E, class Meanwhile, class Multiply>
+LOWBIT_DEVICE void for_each_tile(const Share& s, const uint8_t* tiles, const Slices<M_TILES, E>& slices,
                                  Meanwhile meanwhile, Multiply multiply) {
-  constexpr int STAGES = Slices<M_TILES>::STAGES, TILE_BYTES = TILE * BITS / 8;
+  constexpr int STAGES = Slices<M_TILES, E>::STAGES, TILE_BYTES = TILE * BITS / 8;
   const uint8_t* rows[2];
   LOWBIT_UNROLL
   for (int half = 0; half < 2; ++half)

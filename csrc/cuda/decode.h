@@ -15,17 +15,19 @@ constexpr int ROW_WARPS = 2, K_WARPS = 4, THREADS = 32 * ROW_WARPS * K_WARPS, RO
 constexpr int SLICE = K_WARPS * TILE;  // columns that a block multiplies at a time
 constexpr int64_t MOST_ROWS = 16, MOST_COLUMNS = int64_t(1) << 20, MOST_VALUES = int64_t(1) << 31, MOST_SPLITS = 16;
 
-// The bytes of a row of x in shared memory. With 64 bytes between, rows g and g + 1 are in different banks.
-constexpr int PITCH = 2 * SLICE + 64;
+// The bytes of a row of x, of elements E, in shared memory. With 64 bytes between, rows g and g + 1 are in different
+// banks.
+template <class E = uint16_t>
+constexpr int PITCH_OF = sizeof(E) * SLICE + 64;
 
 // Slices of x in shared memory: while one is read, the others are on their way.
-template <int M_TILES>
-constexpr int STAGES_OF = M_TILES == 1 ? 3 : 2;
+template <int M_TILES, class E = uint16_t>
+constexpr int STAGES_OF = M_TILES == 1 && sizeof(E) == 2 ? 3 : 2;
 
 // Of shared memory, for the slices of x and afterwards for the sums of all warps.
 template <int M_TILES>
 constexpr int ring_bytes(int rows_of_x) {
-  const int x = STAGES_OF<M_TILES> * rows_of_x * PITCH, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
+  const int x = STAGES_OF<M_TILES> * rows_of_x * PITCH_OF<>, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
   return x > sums ? x : sums;
 }
 

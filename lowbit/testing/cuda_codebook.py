@@ -90,7 +90,9 @@ def multiplied(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def taken(kind: Kind) -> bool:
-    """Tables of more than 16 entries serve whole rows."""
+    """Whether codebook/decode.cuh takes x in float16 or bfloat16: tables of more than 16 entries serve whole rows.
+
+    codebook/decode_simt.cuh takes the others."""
     return kind.bits <= 4 or kind.tables != "group" or kind.groups == 1
 
 
@@ -171,6 +173,48 @@ def execute_rows(ptx: str, weight: Weight, ids: Tensor | None, dtype: torch.dtyp
     symbol_name = symbol(ptx, "codebook_gather::kernel", kind.bits, dtype_name(out))
     units = 32 if dtype == torch.float32 else 64
     return out, execute(ptx, symbol_name, (-(-count * tiles // units),), THREADS, arguments)
+
+
+# --- codebook/decode_simt.cuh ---
+
+
+def simt_bytes(bits: int, dtype: str, m: int, tables: str) -> int:
+    """As ``shared_bytes`` of codebook/decode_simt.h."""
+    wide = dtype == "float32"
+    x = (2 if wide else 3) * m * ((4 if wide else 2) * 1024 + 64)
+    return (128 << bits if wide and tables == "tensor" else 0) + max(x, 16 * 8 * 32 * 4)
+
+
+def execute_simt(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1
+) -> tuple[Tensor, Statistics]:
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with decode_simt.cu's arguments.
+
+    Where splits > 1, a second kernel adds them.
+    """
+    kind, (m, k) = weight.kind, x.shape
+    n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
+    values, columns, rows = weight.outliers
+    y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
+    tensors = (
+        aligned(tile(weight.packed, kind.bits, k)), weight.codebook, weight.scales, *weight.nested, bias, values,
+        columns, rows,
+    )  # fmt: skip
+    arguments = (
+        *(0 if t is None else t for t in tensors), aligned(x), y, m, n, k, group_size, *divisor(group_size), groups,
+        {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits, (1 << kind.bits) if tables == "group" else 0,
+        *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k * x.element_size() % 16 == 0,
+        parts if splits > 1 else 0, splits,
+    )  # fmt: skip
+    found = symbol(ptx, "codebook_decode_simt::kernel", kind.bits, dtype_name(x))
+    shared = simt_bytes(kind.bits, dtype_name(x), m, tables)
+    statistics = execute(ptx, found, (splits * -(-n // ROWS),), THREADS, arguments, shared)
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        adding = symbol(ptx, "codebook_decode_simt::add_splits", dtype_name(x))
+        execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics
 
 
 # --- codebook/batch.cuh ---

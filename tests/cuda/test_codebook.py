@@ -139,9 +139,7 @@ def test_x_at_any_address():
 @pytest.mark.parametrize(
     ("kind", "rows", "dtype", "options", "reason"),
     [
-        (Kind(4, 5, 64, 32), 1, torch.float32, {}, "x in float16 or bfloat16"),
         (Kind(4, 5, 64, 32), 1, torch.float16, dict(int8=True), "no int8 activations"),
-        (Kind(5, 5, 64, 32, "group"), 1, torch.float16, {}, "a table for every group up to 4 bits"),
         (Kind(8, 5, 64, 64, "row"), 1, torch.float16, dict(shared_bytes=64 << 10), "no room for the tables"),
     ],
 )

@@ -99,7 +99,6 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @pytest.mark.parametrize(
     ("kind", "dtype", "options", "reason"),
     [
-        (Kind(4, 5, 64, 32), torch.float32, {}, "x in float16 or bfloat16"),
         (Kind(4, 5, 64, 32, "group"), torch.float16, {}, "one table, or one for each row"),
         (Kind(8, 5, 64, 64, "row"), torch.float16, {}, "no room for the tables"),
     ],

@@ -2,6 +2,7 @@
 
 #include "cuda/codebook/batch.h"
 #include "cuda/codebook/decode.h"
+#include "cuda/codebook/decode_simt.h"
 #include "cuda/widths.h"
 
 namespace lowbit {
@@ -11,27 +12,42 @@ namespace {
 
 using Call = Linear<codebook::Weight>;
 
-// The order of decode's sums is not that of batch's.
-bool decodes(const Call& call) { return call.M <= decode::MOST_ROWS && !call.batch_invariant; }
+enum class Kernel { decode, decode_simt, batch };
+
+// The kernels add in different orders: where a row of y may not depend on M, one of them takes every call.
+Kernel kernel_of(const Call& call) {
+  if (call.dtype == DType::f32) return Kernel::decode_simt;  // 8 rows at a time
+  if (call.batch_invariant || call.M > decode::MOST_ROWS) return Kernel::batch;
+  return codebook_decode_simt::takes(call) ? Kernel::decode_simt : Kernel::decode;
+}
 
 const char* declines(const Call& call, const Device& device) {
   if (!has_width(call.weight.bits)) return "the kernels take codes of 1 to 8 bits";
-  if (decodes(call)) return codebook_decode::declines(call, device);
-  const auto reason = [&](auto bits) { return codebook_batch::declines<decltype(bits)::value>(call, device); };
-  return with_width(call.weight.bits, reason, nullptr);
+  const auto of_batch = [&](auto bits) { return codebook_batch::declines<decltype(bits)::value>(call, device); };
+  switch (kernel_of(call)) {
+    case Kernel::decode: return codebook_decode::declines(call, device);
+    case Kernel::decode_simt: return codebook_decode_simt::declines(call, device);
+    default: return with_width(call.weight.bits, of_batch, nullptr);
+  }
 }
 
 int64_t workspace_bytes(const Call& call, const Device& device) {
-  if (decodes(call)) return codebook_decode::workspace_bytes(call, device);
-  const auto bytes = [&](auto bits) { return codebook_batch::workspace_bytes<decltype(bits)::value>(call, device); };
-  return with_width(call.weight.bits, bytes, int64_t(0));
+  const auto of_batch = [&](auto bits) { return codebook_batch::workspace_bytes<decltype(bits)::value>(call, device); };
+  switch (kernel_of(call)) {
+    case Kernel::decode: return codebook_decode::workspace_bytes(call, device);
+    case Kernel::decode_simt: return codebook_decode_simt::workspace_bytes(call, device);
+    default: return with_width(call.weight.bits, of_batch, int64_t(0));
+  }
 }
 
 int run(const Call& call, const Device& device, void* workspace, void* stream) {
   if (call.M == 0 || call.weight.N == 0) return 0;
   const auto launch = [&](auto bits) {
     constexpr int BITS = decltype(bits)::value;
-    const auto start = decodes(call) ? &codebook_decode::launch<BITS> : &codebook_batch::launch<BITS>;
+    const Kernel kernel = kernel_of(call);
+    const auto start = kernel == Kernel::decode        ? &codebook_decode::launch<BITS>
+                       : kernel == Kernel::decode_simt ? &codebook_decode_simt::launch<BITS>
+                                                       : &codebook_batch::launch<BITS>;
     return start(call, device, workspace, static_cast<Stream>(stream));
   };
   return with_width(call.weight.bits, launch, -1);
