@@ -89,10 +89,7 @@ def why_declined(line: Line) -> str | None:
     if line.family == "kron" or line.rows == ANY:
         return None
     kernel = "decode" if line.rows == FEW else "batch"
-    if line.x == INT8:
-        return f"{kernel} has no int8 activations"
-    batch = line.rows == MORE and line.x != "float32"
-    return "batch takes one table, or one for each row" if batch and line.weight == "a table per group" else None
+    return f"{kernel} has no int8 activations" if line.x == INT8 else None
 
 
 def instances(kernel: Kernel, line: Line) -> list[Instance]:

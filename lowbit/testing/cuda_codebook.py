@@ -221,12 +221,12 @@ def execute_simt(
 
 
 def batch_bytes(bits: int, m_tiles: int, stages: int, tables: str, copies: int) -> int:
-    """As ``Shared`` of batch.h, with tables after the ring."""
+    """As ``Shared`` of batch.h, with tables after the ring; those of groups are not there."""
     pairs, octets = bits in (2, 3, 6, 7), bits % 2
     wide = 2 if bits == 8 else int(bits >= 4)
     tile_bytes = (16 * pairs + 8 * octets) * 4 * THREADS
     stage = 8 * m_tiles * 256 + wide * 4 * THREADS * 16
-    more = 4 << bits + copies if tables == "tensor" else BATCH_ROWS * 2 << bits
+    more = {"tensor": 4 << bits + copies, "row": BATCH_ROWS * 2 << bits, "group": 0}[tables]
     return max(2 * tile_bytes + stages * stage + more, 8 * m_tiles * (BATCH_ROWS + 4) * 4)
 
 
@@ -236,7 +236,8 @@ def execute_batch(
     """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments that batch.cu gives it."""
     kind, (m, k) = weight.kind, x.shape
     n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
-    cut = group_size < k and group_size % 32 != 0
+    gathers = tables == "group" and groups > 1
+    cut = gathers or (group_size < k and group_size % 32 != 0)
     m_tiles = 4 if cut or m <= 32 else most_tiles(kind.bits)
     values, columns, rows = weight.outliers
     y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
@@ -246,9 +247,10 @@ def execute_batch(
     )  # fmt: skip
     arguments = (
         *(0 if t is None else t for t in tensors), aligned(x), y, parts if splits > 1 else 0, m, n, k, group_size,
-        groups, (1 << kind.bits) if tables == "row" else 0,
+        groups, {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits,
+        (1 << kind.bits) if tables == "group" else 0,
         *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
-        columns is not None and columns.dtype == torch.int32, k % 8 == 0, splits, stages, copies,
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, splits, stages, copies, gathers,
     )  # fmt: skip
     found = symbol(ptx, "codebook_batch::kernel", kind.bits, dtype_name(x), m_tiles, int(cut))
     blocks = splits * -(-n // BATCH_ROWS) * -(-m // (8 * m_tiles))

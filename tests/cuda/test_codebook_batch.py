@@ -13,7 +13,6 @@ from lowbit.core.bitpack import pack
 from lowbit.testing import cuda_emulated, verdicts
 from lowbit.testing.codebook_cases import SHAPES, Kind, kinds, random_bias, random_weight
 from lowbit.testing.cuda_codebook import execute_batch, linear, multiplied
-from lowbit.testing.cuda_planted.codebook_batch import taken
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations
 from lowbit.testing.ptx_emulator import Fault, Statistics
@@ -29,11 +28,6 @@ ROOM = (163 << 10, 227 << 10)  # bytes of shared memory
 LONG = ((259, 1304, 128), (33, 2600, 64), (5, 3080, 1024), (3, 1100, 37), (20, 1056, 32))
 
 
-def fits(kind: Kind, room: int) -> bool:
-    """Tables of all rows of a block, and a ring of two stages beside them."""
-    return taken(kind) and (kind.tables == "tensor" or kind.bits < 8 or room > 200 << 10)
-
-
 @needs_emulation
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_linear(bits, request):
@@ -41,7 +35,7 @@ def test_linear(bits, request):
     twelfth."""
     for i, kind in enumerate(kind for shape in (*SHAPES, *LONG) for kind in kinds(bits, *shape)):
         room, dtype = ROOM[i // 3 % 2], DTYPES[(i + bits) // 2 % 2]
-        if not fits(kind, room) or not verdicts.in_turn(request.config, i, 12):
+        if not verdicts.in_turn(request.config, i, 12):
             continue
         weight, bias = random_weight(kind, i), random_bias(i, kind.n)
         x = activations(ROWS[(i // 2 + bits) % len(ROWS)], kind.k, dtype, seed=i)
@@ -52,8 +46,10 @@ def test_linear(bits, request):
 @needs_emulation
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_every_code_is_the_entry_it_stands_for(bits):
-    """One-hot x: the entries themselves, of every code in every chunk of a tile, whatever copies a table has."""
-    for i, (tables, room) in enumerate((("tensor", 99 << 10), ("tensor", 227 << 10), ("row", 227 << 10))):
+    """One-hot x: the entries themselves, of every code in every chunk of a tile, wherever tables are."""
+    for i, (tables, room) in enumerate(
+        (("tensor", 99 << 10), ("tensor", 227 << 10), ("row", 227 << 10), ("row", 99 << 10), ("group", 99 << 10))
+    ):
         weight, dtype = random_weight(Kind(bits, 40, 256, 128, tables, "none", torch.float32), bits), DTYPES[i % 2]
         codes = torch.arange(40)[:, None] * 11 + torch.arange(256) * (1 if bits > 5 else 3)
         weight.codes = (codes % (1 << bits)).to(torch.uint8)
@@ -63,10 +59,10 @@ def test_every_code_is_the_entry_it_stands_for(bits):
 
 
 @needs_emulation
-@pytest.mark.parametrize("processors", [1, 132])
-def test_a_row_is_the_same_in_every_batch(processors):
+@pytest.mark.parametrize(("tables", "processors"), [("row", 1), ("row", 132), ("group", 132)])
+def test_a_row_is_the_same_in_every_batch(tables, processors):
     """Bit for bit, where a call says so: one kernel takes every M."""
-    weight = random_weight(Kind(4, 35, 1100, 20, "row", "float", outliers=300))
+    weight = random_weight(Kind(4, 35, 1100, 20, tables, "float", outliers=300))
     x, bias = activations(70, 1100, torch.float16), torch.randn(35)
 
     def rows(first: int, count: int, order: int = 0, room: int = ROOM[0]) -> torch.Tensor:
@@ -99,8 +95,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @pytest.mark.parametrize(
     ("kind", "dtype", "options", "reason"),
     [
-        (Kind(4, 5, 64, 32, "group"), torch.float16, {}, "one table, or one for each row"),
-        (Kind(8, 5, 64, 64, "row"), torch.float16, {}, "no room for the tables"),
+        (Kind(8, 5, 64, 64, "row"), torch.float16, dict(shared_bytes=48 << 10), "no room for x"),
     ],
 )
 def test_a_call_that_is_declined_says_why(kind, dtype, options, reason):
@@ -123,7 +118,8 @@ def run(text: str, kind: Kind, m: int, dtype: torch.dtype, splits: int = 1, turn
     """One case against float64."""
     weight = random_weight(kind, m)
     x, bias = activations(m, kind.k, dtype, m), torch.randn(kind.n)
-    y, statistics = execute_batch(text, weight, x, bias, splits, stages=2 + turn % 2, copies=(0, 3, 5)[turn % 3])
+    stages = 2 if (kind.bits, kind.tables) == (8, "row") else 2 + turn % 2  # beside 128 KiB of tables two have room
+    y, statistics = execute_batch(text, weight, x, bias, splits, stages, copies=(0, 3, 5)[turn % 3])
     assert_linear_close(y, x, multiplied(weight, dtype), bias)
     assert statistics.count("mma.sync") > 0
     return statistics
@@ -136,8 +132,10 @@ def test_compiled_code(bits, request):
     verdicts.only_in_turn(request.config, bits, 8)
     for i, dtype in enumerate(DTYPES):
         for j, m in enumerate(PTX_ROWS):
-            found = [kind for kind in kinds(bits, *PTX_SHAPES[(bits + i + j) % 4]) if taken(kind)]
+            found = [kind for kind in kinds(bits, *PTX_SHAPES[(bits + i + j) % 4]) if kind.tables != "group"]
             run(ptx(bits), found[(bits + 3 * i + 2 * j) % len(found)], m, dtype, 1 + (i + j) % 2, bits + i + j)
+            grouped = list(kinds(bits, *PTX_SHAPES[(0, 2, 3)[(bits + i + j) % 3]]))[6:]
+            run(ptx(bits), grouped[(bits + i) % 3], m, dtype, 1 + j, bits + j)
         run(ptx(bits), Kind(bits, *PTX_SHAPES[2], tables="row"), 17, dtype, turn=i)
 
 

@@ -8,19 +8,30 @@ namespace {
 
 struct TablePlan : Plan {
   int copies;
+  bool gathers;
+
+  int table_bytes(const codebook::Weight& w) const { return gathers ? 0 : codebook_batch::table_bytes(w, copies); }
 };
 
-// The ring with as many copies of the table as have room beside it.
+// The ring with as many copies of the table as have room beside it. Tables of groups are read where they are, and so are
+// those that have no room.
 template <int BITS>
 TablePlan table_plan_of(const Call& call, const Device& device) {
+  const codebook::Weight& w = call.weight;
   TablePlan plan{};
-  for (int copies = 5; copies >= 0 && plan.stages == 0; --copies) {
-    const int more = table_bytes(call.weight, copies);
+  plan.gathers = w.tables == codebook::Weight::Tables::group && w.G > 1;
+  for (int copies = 5; copies >= 0 && plan.stages == 0 && !plan.gathers; --copies) {
+    const int more = table_bytes(w, copies);
     static_cast<Plan&>(plan) = plan_of<BITS, RESERVED>(call, device, more);
     plan.copies = copies;
     if (plan.stages == 0 && plan.m_tiles == 8 && copies == 0 &&
         Shared<BITS, 4, RESERVED>::bytes(2, more) <= device.shared_bytes)
       plan.m_tiles = 4, plan.stages = 2;
+  }
+  plan.gathers = plan.stages == 0;
+  if (plan.gathers) {
+    static_cast<Plan&>(plan) = plan_of<BITS, RESERVED>(call, device);
+    plan.m_tiles = 4, plan.cut = true;  // no other instance does so
   }
   return plan;
 }
@@ -32,12 +43,12 @@ int launch_instance(const Call& call, const TablePlan& plan, float* parts, Strea
   const bool copy_x = aligned(call.x) && w.K % 8 == 0;
   return lowbit::cuda::launch(
       &kernel<BITS, T, M_TILES, CUT>, static_cast<int>(blocks * plan.splits), THREADS,
-      Shared<BITS, M_TILES, RESERVED>::bytes(plan.stages, table_bytes(w, plan.copies)), stream, w.packed, w.codebook,
+      Shared<BITS, M_TILES, RESERVED>::bytes(plan.stages, plan.table_bytes(w)), stream, w.packed, w.codebook,
       w.scales, w.nested.codebook, w.nested.absmax, w.nested.offset, call.bias, w.outliers.values, w.outliers.columns,
       w.outliers.rows, static_cast<const uint16_t*>(call.x), static_cast<uint16_t*>(call.y), parts, call.M, w.N, w.K,
-      w.group_size, w.G, table_row(w), static_cast<int>(w.codebook_dtype), static_cast<int>(w.scales_dtype),
-      static_cast<int>(call.bias_dtype), static_cast<int>(w.outliers.dtype), w.outliers.wide, copy_x, plan.splits,
-      plan.stages, plan.copies);
+      w.group_size, w.G, table_row(w), table_group(w), static_cast<int>(w.codebook_dtype),
+      static_cast<int>(w.scales_dtype), static_cast<int>(call.bias_dtype), static_cast<int>(w.outliers.dtype),
+      w.outliers.wide, copy_x, plan.splits, plan.stages, plan.copies, plan.gathers);
 }
 
 template <int BITS, DType T>
@@ -60,9 +71,7 @@ int launch_rows(const Call& call, const TablePlan& plan, float* parts, Stream st
 template <int BITS>
 const char* declines(const Call& call, const Device& device) {
   if (const char* reason = batch::declines(call)) return reason;
-  if (call.weight.tables == codebook::Weight::Tables::group && call.weight.G > 1)
-    return "batch takes one table, or one for each row";
-  if (table_plan_of<BITS>(call, device).stages == 0) return "batch has no room for the tables in shared memory";
+  if (table_plan_of<BITS>(call, device).stages == 0) return "batch has no room for x in shared memory";
   return nullptr;
 }
 

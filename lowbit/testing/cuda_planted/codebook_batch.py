@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowbit.testing import cuda_codebook, cuda_planted
-from lowbit.testing.codebook_cases import Kind, kinds, random_weight
+from lowbit.testing.codebook_cases import kinds, random_weight
 from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations
 
@@ -33,6 +33,13 @@ BUGS = (
     Bug("half of the rows have the scales of others", 4, "(s.row[r][1]) * groups", "(s.row[r][0]) * groups"),
     Bug("a chunk is scaled by the next group's scale", 4, "scale[i / 2][i % 2] = next_scale[i / 2][i % 2]",
         "scale[i / 2][i % 2] = 2 * next_scale[i / 2][i % 2]"),
+    Bug("every group has the tables of the first", 4, "static_cast<int64_t>(group) * table_group", "0 * table_group"),
+    Bug("both codes of a pair are the first, of tables of groups", 6, "gathered(at[r][half], codes >> 16) << 16;",
+        "gathered(at[r][half], codes & 0xFFFF) << 16;"),
+    Bug("row g + 8 has the tables of groups of row g", 2, "gathered(at[r][half], codes & 0xFFFF) |",
+        "gathered(at[r][0], codes & 0xFFFF) |"),
+    Bug("entries of groups are taken for numbers of two bytes", 5, "table + size_of(codebook_dtype) *", "table + 2 *"),
+    Bug("tables of groups have a place in shared memory", 3, "if (MAY_GATHER && gathers) return;\n", "\n"),
     Bug("x of the second part begins with the first row", 4, "first * call.weight.K", "0 * call.weight.K",
         file="codebook/batch.cu"),
     Shared("a slice is multiplied before all threads have it", 4, "barrier();  // the slice is there", "// "),
@@ -53,21 +60,16 @@ CASES = (
 )  # fmt: skip
 
 
-def taken(kind: Kind) -> bool:
-    """The batch kernel has no table for every group."""
-    return kind.tables != "group" or kind.groups == 1
-
-
 def check(kernels: Any, bits: int) -> int:
     """Compares a few cases of one width with float64; raises where one is wrong. The number of cases."""
     cases = 0
     for i, (shape, m) in enumerate(CASES):
-        for j, kind in enumerate(filter(taken, kinds(bits, *shape))):
+        for j, kind in enumerate(kinds(bits, *shape)):
             if (i + j) % 2:
                 continue
             weight, dtype = random_weight(kind, i), (torch.float16, torch.bfloat16)[(i + j // 2) % 2]
             x = activations(m, shape[1], dtype, j)
-            small = cases // 2 % 2 == 0 and (bits < 6 or kind.tables == "tensor")
+            small = cases // 2 % 2 == 0  # of 6 bits on, tables of rows have no room then
             y = cuda_codebook.linear(
                 weight, x, order=cases % 2, of=kernels, processors=132 if small else 1,
                 shared_bytes=(99 if small else 227) << 10,
