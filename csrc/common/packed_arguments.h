@@ -15,14 +15,15 @@ struct WeightArguments {
   int64_t bits, group_size, layout, K;
 };
 
-// Scales or zeros: [rows, G], row after row in memory or, as the layer's `prepare()` stores them, group after group.
+// Scales or zeros: [rows, G], row after row in memory or, as the layer's `prepare()` stores them, group after group; then
+// they may be some of the rows of a larger weight.
 inline void check_groups(const Caller& op, const char* name, const Tensor& t, int64_t rows, int64_t G, int64_t& row,
                   int64_t& group) {
   check_shape(op, name, t, rows, G);
-  const bool by_group = rows > 1 && t.stride(0) == 1 && t.stride(1) == rows;
+  const bool by_group = rows > 1 && G > 1 && t.stride(0) == 1 && t.stride(1) >= rows;
   LOWBIT_CHECK(by_group || t.is_contiguous(), op, ": ", name, " must be contiguous, or its transpose must be");
   row = by_group ? 1 : G;
-  group = by_group ? rows : 1;
+  group = by_group ? t.stride(1) : 1;
 }
 
 inline Weight check_weight(const Caller& op, const WeightArguments& arguments) {

@@ -259,11 +259,9 @@ def _prepared(
 ) -> PackedOperands:
     """The weight as the kernels read it, checked: codes in tiles, scales and zeros row after row."""
 
-    def row_after_row(values: Tensor) -> Tensor:  # they may stand group after group, as beside blocks
-        return values.contiguous() if values.t().is_contiguous() else values
-
-    zeros = None if weight.zeros is None else row_after_row(weight.zeros)
-    weight = replace(weight, scales=row_after_row(weight.scales), zeros=zeros)
+    # they may stand group after group, as beside blocks
+    zeros = None if weight.zeros is None else weight.zeros.contiguous()
+    weight = replace(weight, scales=weight.scales.contiguous(), zeros=zeros)
     check_outliers(*weight.outliers, weight.out_features)
     check_tensors(
         device, packed=weight.packed, scales=weight.scales, zeros=zeros, bias=bias,

@@ -81,9 +81,13 @@ def test_gradient_of_the_input_is_grad_times_the_weight(where, format, dtype):
     assert float((layer.bias.grad.double() - dy.double().sum((0, 1))).norm()) < 10 * tolerance
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=format_ids)
-def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, monkeypatch):
+@pytest.mark.parametrize("prepared", [False, True], ids=["canonical", "prepared"])
+@pytest.mark.parametrize("format", [*FORMATS, replace(FORMATS[0], outliers=0)], ids=lambda f: f.describe())
+def test_the_input_gradient_of_a_large_weight_is_summed_over_blocks(where, format, prepared, monkeypatch):
+    """Prepared as ``convert`` leaves a layer: on a CPU, scales and zeros stand group after group."""
     layer = layer_of(replace(format, out_features=137))
+    if prepared:
+        layer.prepare()
     monkeypatch.setattr(reference, "WEIGHTS_AT_ONCE", 3 * format.in_features)
     assert len(list(row_ranges(137, format.in_features))) == 3
     x = activations(5, format.in_features, torch.float32).requires_grad_()
