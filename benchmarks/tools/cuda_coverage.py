@@ -44,6 +44,7 @@ class Line(NamedTuple):
 CHECKS = {
     "packed_decode": ("test_emulated BITS DTYPES ROWS; test_emulated BITS FLOAT32 FLOAT32_ROWS",
                       "test_compiled WIDTHS DTYPES ROWS"),
+    "packed_decode_int8": ("test_int8 BITS DTYPES ROWS", "test_int8 WIDTHS DTYPES PTX_ROWS"),
     "packed_batch": ("test_emulated_batch BITS DTYPES ROWS", "test_compiled_batch WIDTHS DTYPES ROWS"),
     "packed_batch_sm90": ("", "test_batch_sm90 WIDTHS DTYPES ROWS"),
     "packed_gather": ("test_rows WIDTHS DTYPES -", "test_rows WIDTHS DTYPES -"),
@@ -69,7 +70,8 @@ def checked(checks: str, line: Line) -> str:
     for module, *lists in map(str.split, filter(None, checks.split(";"))):
         bits, dtypes, rows = (() if name == "-" else names_of(module)[name] for name in lists)
         regimes = {FEW if m <= 16 else MORE for m in rows if m} or {ANY}
-        if line.bits in (bits or (0,)) and f"torch.{line.x}" in map(str, dtypes) and line.rows in regimes:
+        known = line.x == INT8 or f"torch.{line.x}" in map(str, dtypes)  # x of any dtype becomes int8
+        if line.bits in (bits or (0,)) and known and line.rows in regimes:
             return "yes"
     return "–"
 
@@ -89,13 +91,15 @@ def why_declined(line: Line) -> str | None:
     if line.family == "kron" or line.rows == ANY:
         return None
     kernel = "decode" if line.rows == FEW else "batch"
-    return f"{kernel} has no int8 activations" if line.x == INT8 else None
+    taken = line.x != INT8 or (line.family == "packed" and line.rows == FEW)
+    return None if taken else f"{kernel} has no int8 activations"
 
 
 def instances(kernel: Kernel, line: Line) -> list[Instance]:
     """Those that run a call. ``kron_fused`` is compiled for operands that factors and x of any dtype become."""
     every = [one for one in kernel.instances().values() if one.values.get("bits", line.bits) == line.bits]
-    return [one for one in every if kernel.name == "kron_fused" or one.values["dtype"] == line.x]
+    any_dtype = kernel.name == "kron_fused" or line.x == INT8
+    return [one for one in every if any_dtype or one.values["dtype"] == line.x]
 
 
 def kernels(line: Line) -> list[Kernel]:
@@ -103,7 +107,9 @@ def kernels(line: Line) -> list[Kernel]:
     if why_declined(line):
         return []
     stages = {FEW: ("decode", "fused"), MORE: ("batch_sm90", "batch", "fused"), ANY: ("gather",)}[line.rows]
-    if line.family == "codebook" and line.weight == "a table per group" and line.bits > 4 and line.rows == FEW:
+    if line.x == INT8:
+        stages = tuple(f"{stage}_int8" for stage in stages)
+    elif line.family == "codebook" and line.weight == "a table per group" and line.bits > 4 and line.rows == FEW:
         stages = ("decode_simt",)
     for some in (stages, ("decode",), ("decode_simt",)):
         named = [KERNELS[name] for name in (f"{line.family}_{stage}" for stage in some) if name in KERNELS]
@@ -124,7 +130,8 @@ def recorded(kernel: Kernel, line: Line) -> str:
 def by_default(line: Line) -> str:
     """Which backend takes a call that a kernel takes too."""
     rows = json.loads(DISPATCH.read_text(encoding="utf-8"))["rows"]
-    limits = [row["most_rows"] for row in rows if row["op"] == f"{line.family}_linear" and line.x in row["dtypes"]]
+    dtype = "float16" if line.x == INT8 else line.x  # x before it is quantized
+    limits = [row["most_rows"] for row in rows if row["op"] == f"{line.family}_linear" and dtype in row["dtypes"]]
     takes = line.rows == ANY or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits)
     return "CUDA C++" if takes else "Triton: `dispatch.json`"
 

@@ -152,6 +152,31 @@ PACKED_DECODE = Kernel(
     ),
 )
 
+PACKED_DECODE_INT8 = Kernel(
+    "packed_decode_int8",
+    "packed/decode_int8.cu",
+    (
+        Function(
+            "packed_decode_int8::kernel",
+            dict(bits=WIDTHS, m_tiles=(1, 2), cut=(False, True)),
+            label=lambda bits, m_tiles, cut: f"{bits}-bit M<={8 * m_tiles}{', groups of any size' if cut else ''}",
+            threads=256,
+            shared=lambda m_tiles, **_: cuda_ptx.packed_decode_int8_bytes(8 * m_tiles, outliers=True),
+            weight_loads=tile_loads,
+            compiled=lambda m_tiles, cut, **_: not (m_tiles == 2 and cut),  # 8 rows at a time
+        ),
+    ),
+)
+
+QUANTIZE = Kernel(
+    "quantize",
+    "quantize.cu",
+    (
+        Function("int8::quantize_rows", dict(dtype=FLOATS), label="{dtype}", threads=256, shared=lambda **_: 1088),
+        Function("int8::add_splits", dict(exact=(0, 1)), label="splits, exact {exact}", threads=256),
+    ),
+)
+
 PACKED_GATHER = Kernel(
     "packed_gather",
     "packed/gather.cu",
@@ -311,7 +336,7 @@ CODEBOOK_BATCH = Kernel(
 
 KERNELS = {
     kernel.name: kernel for kernel in (
-        PACKED_DECODE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90, PACKED_BATCH, CODEBOOK_DECODE,
-        CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
+        PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
+        PACKED_BATCH, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
     )
 }  # fmt: skip

@@ -200,6 +200,18 @@ LOWBIT_DEVICE void multiply_matrices(float (&sums)[4], uint32_t a0, uint32_t a1,
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// sums [16, 8] += a [16, 32] @ b [32, 8], bytes without and with a sign, int32 sums. Of thread 4g + t: a0, a2 are columns
+// 4t and 4t + 16 (and the next three) of row g, a1 and a3 of row g + 8; b0, b1 are rows 4t and 4t + 16 (and the next
+// three) of column g; sums are columns 2t and 2t + 1 of row g, then of row g + 8.
+LOWBIT_DEVICE void multiply_bytes(int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                  uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 // ------------------------------------------------------------------------------------------------------------ the host
 
 // Starts `kernel` on a stream; CUDA's error code, 0 for none.

@@ -181,8 +181,8 @@ def planted(file: str, old: str, new: str, bits: int) -> Any:
 
 def packed_linear(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, by_group: bool = False,
-    int8: bool = False, batch_invariant: bool = False, processors: int = 1, architecture: int = 80,
-    shared_bytes: int = 163 << 10,
+    int8: bool = False, x_scale: Tensor | None = None, x_group: int = 0, batch_invariant: bool = False,
+    processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
 ) -> Tensor:  # fmt: skip
     """``y = x @ W.T + bias`` by ``csrc/cuda/packed``, on the layer's own tensors in tiles.
 
@@ -210,7 +210,7 @@ def packed_linear(
         packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
         zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
         outlier_columns=array(columns), outlier_rows=array(rows), wide=wide, x=array(x), dtype=name(x),
-        bias=array(bias), bias_dtype=name(bias), y=array(y),
+        bias=array(bias), bias_dtype=name(bias), y=array(y), x_scale=array(x_scale), x_group=x_group,
     )  # fmt: skip
     result = (of or kernels()).packed_linear(arguments)
     assert result == 0, result

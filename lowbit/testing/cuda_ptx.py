@@ -90,6 +90,59 @@ def packed_decode(
     return y, statistics
 
 
+def packed_decode_int8_bytes(m: int, outliers: bool) -> int:
+    """As ``shared_bytes`` of packed/decode_int8.h."""
+    tiles = 1 if m <= 8 else 2
+    sums = 4 * 32 * 8 * tiles * 4
+    return max((3 if tiles == 1 else 2) * m * (1024 + 32), sums) + (sums if outliers else 0)
+
+
+def quantized(ptx: str, x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q int8 ``[M, columns]``, whole tiles, and inverse ``[M]``, by the kernel of quantize.cuh."""
+    m, k = x.shape
+    columns = -(-k // 256) * 256
+    q, inverse = torch.full((m, columns), -128, dtype=torch.int8), torch.full((m,), torch.nan)
+    q = aligned(q)
+    given = (x, 0 if x_scale is None else x_scale, q, inverse, k, columns)
+    execute(ptx, symbol(ptx, "int8::quantize_rows", dtype_name(x)), (m,), THREADS, given, 4 * (THREADS + 16))
+    return q, inverse
+
+
+def packed_decode_int8(
+    ptx: str, quantize: str, weight: Weight, x: Tensor, bias: Tensor | None = None, x_scale: Tensor | None = None,
+    splits: int = 1,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` with int8 activations by the instance of a PTX text that takes it, with the arguments that
+    decode_int8.cu gives it; ``quantize`` is the PTX of the kernels before and after it."""
+    f, (m, k) = weight.format, x.shape
+    n = f.out_features
+    values, columns, rows = weight.outliers
+    groups = weight.scales.shape[1]
+    row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
+    cut = cuts_chunks(weight)
+    factor = 0 if cut or f.group_size >= k else -(-(1 << 31) // (f.group_size // 32))
+    exact = groups == 1 and (weight.zeros is None or weight.zeros.dtype == torch.uint8)
+    q, inverse = quantized(quantize, x, x_scale)
+    y = torch.full((m, n), torch.nan, dtype=x.dtype)
+    pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
+    parts, outlier_parts = torch.full((splits, m, n), -1, dtype=torch.int32), torch.full((splits, m, n), torch.nan)
+    arguments = (
+        *(0 if t is None else t for t in pointers), q, inverse, x, y, m, n, k, q.shape[1], f.group_size, factor, row, 1,
+        row, 1, *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
+        columns is not None and columns.dtype == torch.int32, number_of(x), exact, parts, outlier_parts, splits,
+    )  # fmt: skip
+    name = symbol(ptx, "packed_decode_int8::kernel", f.bits, 1 if m <= 8 else 2, cut)
+    shared = packed_decode_int8_bytes(m, values is not None)
+    statistics = execute(ptx, name, (splits * -(-n // ROWS),), THREADS, arguments, shared)
+    if splits > 1:
+        given = (
+            parts, 0 if values is None else outlier_parts, inverse, weight.scales, 0 if bias is None else bias, y,
+            m * n, n, splits, row, number_of(weight.scales), number_of(bias), number_of(x),
+        )  # fmt: skip
+        execute(quantize, symbol(quantize, "int8::add_splits", int(exact)), (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics
+
+
 def divisor(number: int) -> tuple[int, int]:
     """As ``divisor_of`` of csrc/cuda/division.h."""
     shift = (number - 1).bit_length()

@@ -171,7 +171,7 @@ def test_columns_of_outliers_beyond_16_bits():
 @pytest.mark.parametrize(
     ("rows", "dtype", "options", "reason"),
     [
-        (1, torch.float16, dict(int8=True), "no int8 activations"),
+        (1, torch.float16, dict(int8=True, x_group=32), "one scale for each row of x"),
     ],
 )
 def test_a_call_that_is_declined_says_why(rows, dtype, options, reason):

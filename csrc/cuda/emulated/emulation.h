@@ -184,6 +184,7 @@ struct Thread {
   const char* what = "";  // of the product that it waits for
   uint32_t a[4], b[2];
   float* sums = nullptr;
+  int32_t* integer_sums = nullptr;
   std::vector<Copy> copies;
   int group = 0;
 };
@@ -284,7 +285,28 @@ void multiply_warp(Thread* warp) {
     }
 }
 
-inline const char F16[] = "float16", BF16[] = "bfloat16";
+// The same of bytes: a without a sign, b with one. A sum that int32 cannot hold is a Fault.
+inline void multiply_warp_bytes(Thread* warp) {
+  int a[16][32], b[8][32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 4; ++i)
+        a[g + i % 2 * 8][4 * t + i / 2 * 16 + j] = static_cast<uint8_t>(warp[lane].a[i] >> 8 * j);
+      for (int i = 0; i < 2; ++i) b[g][4 * t + i * 16 + j] = static_cast<int8_t>(warp[lane].b[i] >> 8 * j);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int *left = a[lane / 4 + i / 2 * 8], *right = b[lane % 4 * 2 + i % 2];
+      int64_t sum = warp[lane].integer_sums[i];
+      for (int k = 0; k < 32; ++k) sum += left[k] * right[k];
+      if (sum != static_cast<int32_t>(sum)) throw Fault("a sum of products of bytes is more than int32 holds");
+      warp[lane].integer_sums[i] = static_cast<int32_t>(sum);
+    }
+}
+
+inline const char F16[] = "float16", BF16[] = "bfloat16", BYTES[] = "bytes";
 
 // Runs one warp until its threads are at a barrier or have left. Whether any of them has moved.
 inline bool run_warp(Block& b, int warp) {
@@ -306,7 +328,10 @@ inline bool run_warp(Block& b, int warp) {
         b.fault = "only a part of a warp takes part in a product of matrices";
         return true;
       }
-    threads[0].what == F16 ? multiply_warp<DType::f16>(threads) : multiply_warp<DType::bf16>(threads);
+    if (threads[0].what == BYTES)
+      multiply_warp_bytes(threads);
+    else
+      threads[0].what == F16 ? multiply_warp<DType::f16>(threads) : multiply_warp<DType::bf16>(threads);
     for (int lane = 0; lane < 32; ++lane) threads[lane].at = At::ready;
   }
 }
@@ -489,6 +514,15 @@ void multiply_matrices(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   me.a[0] = a0, me.a[1] = a1, me.a[2] = a2, me.a[3] = a3, me.b[0] = b0, me.b[1] = b1;
   me.sums = sums;
   me.what = T == DType::f16 ? emulation::F16 : emulation::BF16;
+  emulation::block()->wait(emulation::At::product);
+}
+
+inline void multiply_bytes(int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
+  emulation::Thread& me = emulation::block()->thread();
+  me.a[0] = a0, me.a[1] = a1, me.a[2] = a2, me.a[3] = a3, me.b[0] = b0, me.b[1] = b1;
+  me.integer_sums = sums;
+  me.what = emulation::BYTES;
   emulation::block()->wait(emulation::At::product);
 }
 

@@ -97,7 +97,10 @@ class Kernels {
     read(call);
     Device device{};
     table_->device(0, device);
-    if (const char* reason = op.declines(call, device)) throw py::value_error(reason);
+    if (const char* reason = op.declines(call, device)) {
+      end_();
+      throw py::value_error(reason);
+    }
     std::vector<char> workspace(op.workspace_bytes(call, device) + 16, char(0xFF));
     char* const begin = workspace.data() + (16 - reinterpret_cast<uintptr_t>(workspace.data()) % 16) % 16;
     allow_(begin, workspace.size() - 16);
@@ -163,6 +166,8 @@ class Kernels {
     call.M = number(a, "M"), call.x = array(a["x"]), call.dtype = dtype_of(a["dtype"]);
     call.bias = array(a["bias"]), call.bias_dtype = dtype_of(a["bias_dtype"]);
     call.int8 = number(a, "int8");
+    if (a.contains("x_scale")) call.x_scale = reinterpret_cast<const float*>(array(a["x_scale"]));
+    if (a.contains("x_group")) call.x_group = number(a, "x_group");
     call.batch_invariant = a.contains("batch_invariant") && number(a, "batch_invariant");
     call.y = array(a["y"]);
   }

@@ -50,7 +50,9 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for rows in ROWS:
                 what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"
-                yield what, "packed_linear", (x(rows, dtype), *weight, None, None, False, 0)
+                for int8 in (False, True):
+                    activations = f"{what}{' as int8' if int8 else ''}"
+                    yield activations, "packed_linear", (x(rows, dtype), *weight, None, None, int8, 0)
         yield f"{bits} bits", "packed_embedding", (ids, *weight, K, torch.float16)
     for bits in range(1, 9):
         table = torch.randn(1, 1, 1 << bits, generator=draw).half()

@@ -16,6 +16,7 @@ from lowbit.backends import registry
 from lowbit.backends.cpu import native
 from lowbit.backends.cuda import backend, library
 from lowbit.testing import cuda_emulated
+from lowbit.testing.cuda_int8 import assert_int8_close
 from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
@@ -111,6 +112,23 @@ def test_many_rows(emulated, dtype):
             x, weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None, None, False, 0
         )
     assert_linear_close(y, x, weight.dense())
+
+
+def test_int8_activations(emulated):
+    """Dynamic and static ones, as the CPU has them; groups of them are declined."""
+    x = torch.randn(3, 300)
+    for options in (dict(group_size=60), dict(outliers=0.01), dict(symmetric=False), dict(group_size=None)):
+        layer = packed_layer(activations="int8", **options)
+        expected = layer(x)
+        with lowbit.use_backend("cuda"):
+            torch.testing.assert_close(layer(x), expected)
+    weight = random_weight(next(some_formats(4, 9, 300, 64)))
+    arguments = (weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None)
+    with lowbit.use_backend("cuda"):
+        y = torch.ops.lowbit.packed_linear(x, *arguments, torch.tensor([0.02]), True, 0)
+        assert_int8_close(y, x, weight, x_scale=torch.tensor([0.02]))
+        with pytest.raises(RuntimeError, match="one scale for each row of x"):
+            torch.ops.lowbit.packed_linear(x, *arguments, None, True, 64)
 
 
 def test_codebook_layers(emulated):
