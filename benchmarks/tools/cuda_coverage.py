@@ -45,6 +45,7 @@ CHECKS = {
     "packed_decode": ("test_emulated BITS DTYPES ROWS; test_emulated BITS FLOAT32 FLOAT32_ROWS",
                       "test_compiled WIDTHS DTYPES ROWS"),
     "packed_decode_int8": ("test_int8 BITS DTYPES ROWS", "test_int8 WIDTHS DTYPES PTX_ROWS"),
+    "packed_batch_int8": ("test_int8 BITS DTYPES MORE_ROWS", "test_int8 WIDTHS DTYPES MORE_PTX_ROWS"),
     "packed_batch": ("test_emulated_batch BITS DTYPES ROWS", "test_compiled_batch WIDTHS DTYPES ROWS"),
     "packed_batch_sm90": ("", "test_batch_sm90 WIDTHS DTYPES ROWS"),
     "packed_gather": ("test_rows WIDTHS DTYPES -", "test_rows WIDTHS DTYPES -"),
@@ -91,7 +92,7 @@ def why_declined(line: Line) -> str | None:
     if line.family == "kron" or line.rows == ANY:
         return None
     kernel = "decode" if line.rows == FEW else "batch"
-    taken = line.x != INT8 or (line.family == "packed" and line.rows == FEW)
+    taken = line.x != INT8 or line.family == "packed"
     return None if taken else f"{kernel} has no int8 activations"
 
 

@@ -255,6 +255,24 @@ PACKED_BATCH = Kernel(
     ),
 )
 
+PACKED_BATCH_INT8 = Kernel(
+    "packed_batch_int8",
+    "packed/batch_int8.cu",
+    (
+        Function(
+            "packed_batch_int8::kernel",
+            dict(bits=WIDTHS, m_tiles=(4, 8), cut=(False, True)),
+            label=lambda bits, m_tiles, cut: f"{bits}-bit {8 * m_tiles} rows{', groups of any size' if cut else ''}",
+            threads=128,
+            shared=lambda bits, m_tiles, **_: cuda_ptx.packed_batch_int8_bytes(bits, m_tiles, stages=2),
+            weight_loads=lambda bits, **_: [16, *([8] if bits % 2 else [])],  # and those of x
+            weights=COPY_ASYNC,
+            compiled=lambda m_tiles, cut, **_: not (m_tiles == 8 and cut),
+        ),
+        Function("packed_batch_int8::sum_groups", dict(warps=(4,)), label="sums", threads=128, shared=lambda **_: 512),
+    ),
+)
+
 # ----------------------------------------------------------------------------------------------------------- codebook
 
 
@@ -337,6 +355,6 @@ CODEBOOK_BATCH = Kernel(
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
-        PACKED_BATCH, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
+        PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
     )
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -108,6 +109,22 @@ def quantized(ptx: str, x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tens
     return q, inverse
 
 
+def add_int8_splits(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor, inverse: Tensor, parts: Tensor,
+    outlier_parts: Tensor, exact: bool, scale_row: int,
+) -> None:  # fmt: skip
+    """``y`` of its parts ``[splits, M, N]``, by the kernel of quantize.cuh, where there are several."""
+    splits, m, n = parts.shape
+    if splits == 1:
+        return
+    given = (
+        parts, 0 if weight.outliers[0] is None else outlier_parts, inverse, weight.scales,
+        0 if bias is None else bias, y, m * n, n, splits, scale_row, number_of(weight.scales), number_of(bias),
+        number_of(x),
+    )  # fmt: skip
+    execute(ptx, symbol(ptx, "int8::add_splits", int(exact)), (-(-m * n // THREADS),), THREADS, given)
+
+
 def packed_decode_int8(
     ptx: str, quantize: str, weight: Weight, x: Tensor, bias: Tensor | None = None, x_scale: Tensor | None = None,
     splits: int = 1,
@@ -134,12 +151,7 @@ def packed_decode_int8(
     name = symbol(ptx, "packed_decode_int8::kernel", f.bits, 1 if m <= 8 else 2, cut)
     shared = packed_decode_int8_bytes(m, values is not None)
     statistics = execute(ptx, name, (splits * -(-n // ROWS),), THREADS, arguments, shared)
-    if splits > 1:
-        given = (
-            parts, 0 if values is None else outlier_parts, inverse, weight.scales, 0 if bias is None else bias, y,
-            m * n, n, splits, row, number_of(weight.scales), number_of(bias), number_of(x),
-        )  # fmt: skip
-        execute(quantize, symbol(quantize, "int8::add_splits", int(exact)), (-(-m * n // THREADS),), THREADS, given)
+    add_int8_splits(quantize, weight, x, bias, y, inverse, parts, outlier_parts, exact, row)
     return y, statistics
 
 
@@ -320,6 +332,50 @@ def packed_batch_bytes(bits: int, m_tiles: int, stages: int) -> int:
     tile_bytes = (16 * pairs + 8 * octets) * 4 * THREADS
     stage = 8 * m_tiles * 256 + wide * 4 * THREADS * 16
     return max(2 * BATCH_ROWS * 4 + 2 * tile_bytes + stages * stage, 8 * m_tiles * (BATCH_ROWS + 4) * 4)
+
+
+def packed_batch_int8_bytes(bits: int, m_tiles: int, stages: int) -> int:
+    """As ``shared_bytes`` of packed/batch_int8.h."""
+    return max(stages * (8 * m_tiles * 256 + 128 * 32 * bits), 8 * m_tiles * (128 + 4) * 4)
+
+
+def packed_batch_int8(
+    ptx: str, quantize: str, weight: Weight, x: Tensor, bias: Tensor | None = None, x_scale: Tensor | None = None,
+    splits: int = 1, stages: int = 3,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` with int8 activations by the instance of a PTX text that takes it, with the arguments that
+    batch_int8.cu gives it; ``quantize`` is the PTX of the kernels before and after it."""
+    f, (m, k) = weight.format, x.shape
+    n, threads, block_rows = f.out_features, 128, 128
+    values, columns, rows = weight.outliers
+    groups = weight.scales.shape[1]
+    row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
+    cut = cuts_chunks(weight)
+    m_tiles = 4 if cut or m <= 32 else 8
+    exact = groups == 1 and (weight.zeros is None or weight.zeros.dtype == torch.uint8)
+    q, inverse = quantized(quantize, x, x_scale)
+    padded = -(-m // 64) * 64
+    x_sums = torch.full((groups, padded), -1, dtype=torch.int32)
+    summing = symbol(ptx, "packed_batch_int8::sum_groups", 4)
+    given: tuple[object, ...] = (q, x_sums, m, k, q.shape[1], f.group_size, padded)
+    execute(ptx, summing, (x_sums.numel() // 4,), threads, given, threads * 4)
+    y = torch.full((m, n), torch.nan, dtype=x.dtype)
+    pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
+    unit = 1 if exact else f.group_size // math.gcd(f.group_size, 256) if groups > 1 else -(-k // 256)
+    splits = min(splits, -(-k // (256 * unit)))
+    parts, outlier_parts = torch.full((splits, m, n), -1, dtype=torch.int32), torch.full((splits, m, n), torch.nan)
+    arguments = (
+        *(0 if t is None else t for t in pointers), q, inverse, x_sums, x, y, m, n, k, q.shape[1], f.group_size, row, 1,
+        row, 1, padded, *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
+        columns is not None and columns.dtype == torch.int32, number_of(x), exact, parts, outlier_parts, splits, unit,
+        stages,
+    )  # fmt: skip
+    name = symbol(ptx, "packed_batch_int8::kernel", f.bits, m_tiles, cut)
+    blocks = splits * -(-n // block_rows) * -(-m // (8 * m_tiles))
+    shared = packed_batch_int8_bytes(f.bits, m_tiles, stages)
+    statistics = execute(ptx, name, (blocks,), threads, arguments, shared)
+    add_int8_splits(quantize, weight, x, bias, y, inverse, parts, outlier_parts, exact, row)
+    return y, statistics
 
 
 def packed_batch(

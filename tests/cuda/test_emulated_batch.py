@@ -145,7 +145,8 @@ def test_columns_of_outliers_beyond_16_bits():
 @pytest.mark.parametrize(
     ("dtype", "options", "reason"),
     [
-        (torch.float16, dict(int8=True), "no int8 activations"),
+        (torch.float16, dict(int8=True, x_group=32), "one scale for each row of x"),
+        (torch.float16, dict(int8=True, shared_bytes=48 << 10), "99 KiB of shared memory"),
         (torch.float16, dict(shared_bytes=48 << 10), "99 KiB of shared memory"),
     ],
 )

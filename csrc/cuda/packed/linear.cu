@@ -1,6 +1,7 @@
 #include "cuda/packed/linear.h"
 
 #include "cuda/packed/batch.h"
+#include "cuda/packed/batch_int8.h"
 #include "cuda/packed/batch_sm90.h"
 #include "cuda/packed/decode.h"
 #include "cuda/packed/decode_int8.h"
@@ -13,7 +14,7 @@ namespace {
 
 using Call = Linear<packed::Weight>;
 
-enum class Kernel { decode, decode_int8, batch, batch_sm90 };
+enum class Kernel { decode, decode_int8, batch, batch_int8, batch_sm90 };
 
 // The kernels add in different orders: where a row of y may not depend on M, nor on where x lies, batch takes every call.
 Kernel kernel_of(const Call& call, const Device& device) {
@@ -23,8 +24,9 @@ Kernel kernel_of(const Call& call, const Device& device) {
   constexpr bool HAS_SM90 = true;
 #endif
   const bool float32 = call.dtype == DType::f32;  // which decode alone takes, 8 rows at a time
-  if (call.int8 && (call.M <= decode::MOST_ROWS || call.batch_invariant)) return Kernel::decode_int8;
-  if (float32 && !call.int8) return Kernel::decode;
+  if (call.int8)
+    return call.batch_invariant || call.M > decode::MOST_ROWS ? Kernel::batch_int8 : Kernel::decode_int8;
+  if (float32) return Kernel::decode;
   if (call.batch_invariant) return Kernel::batch;
   if (call.M <= packed_decode::MOST_ROWS) return Kernel::decode;
   return HAS_SM90 && packed_batch_sm90::declines(call, device) == nullptr ? Kernel::batch_sm90 : Kernel::batch;
@@ -36,6 +38,7 @@ const char* declines(const Call& call, const Device& device) {
     case Kernel::decode: return packed_decode::declines(call);
     case Kernel::decode_int8: return packed_decode_int8::declines(call);
     case Kernel::batch: return packed_batch::declines(call, device);
+    case Kernel::batch_int8: return packed_batch_int8::declines(call, device);
     default: return nullptr;
   }
 }
@@ -46,6 +49,7 @@ int64_t workspace_bytes(const Call& call, const Device& device) {
     case Kernel::decode: return packed_decode::workspace_bytes(call, device);
     case Kernel::decode_int8: return packed_decode_int8::workspace_bytes(call, device);
     case Kernel::batch: return with_width(call.weight.bits, of_batch, int64_t(0));
+    case Kernel::batch_int8: return packed_batch_int8::workspace_bytes(call, device);
     default: return packed_batch_sm90::workspace_bytes(call, device);
   }
 }
@@ -57,6 +61,7 @@ int run(const Call& call, const Device& device, void* workspace, void* stream) {
     const Kernel kernel = kernel_of(call, device);
     auto start = kernel == Kernel::decode        ? &packed_decode::launch<BITS>
                  : kernel == Kernel::decode_int8 ? &packed_decode_int8::launch<BITS>
+                 : kernel == Kernel::batch_int8  ? &packed_batch_int8::launch<BITS>
                                                  : &packed_batch::launch<BITS>;
 #ifndef LOWBIT_EMULATED
     if (kernel == Kernel::batch_sm90) start = &packed_batch_sm90::launch<BITS>;

@@ -122,6 +122,7 @@ def test_int8_activations(emulated):
         expected = layer(x)
         with lowbit.use_backend("cuda"):
             torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x.repeat(7, 1)), expected.repeat(7, 1))
     weight = random_weight(next(some_formats(4, 9, 300, 64)))
     arguments = (weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None)
     with lowbit.use_backend("cuda"):
