@@ -47,10 +47,18 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 # Object -> its source and flags. The slowest come first: ninja starts them in this order, so none is left over for the
 # end.
+# LOWBIT_ISAS=avx2,scalar: others are left out, for a build that is soon done.
+COMPILED = os.environ.get("LOWBIT_ISAS", "").split(",") if os.environ.get("LOWBIT_ISAS") else list(ISAS)
 OBJECTS: dict[str, tuple[str, list[str]]] = {
     f"{family}_{isa}": (f"csrc/cpu/{family}/kernel.cpp", [f"-DLOWBIT_ISA={isa}", *flags])
     for family in ("packed", "codebook", "kron")
     for isa, flags in reversed(ISAS.items())
+    if isa in COMPILED
+}
+OBJECTS |= {
+    f"no_{isa}": ("csrc/cpu/left_out.cpp", [f"-DLOWBIT_ISA={isa}", f"-DLOWBIT_ALL_BF16={int(isa == 'avx512bf16')}"])
+    for isa in ISAS
+    if isa not in COMPILED
 }
 OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
 OBJECTS |= {
@@ -63,7 +71,7 @@ OBJECTS |= {
     "blocks_layout_ops": ("csrc/cpu/blocks_layout_ops.cpp", []),
     "codebook_quantize_ops": ("csrc/cpu/codebook/quantize_ops.cpp", []),
     "codebook_kmeans": ("csrc/cpu/codebook/kmeans.cpp", []),
-    "isa": ("csrc/cpu/isa.cpp", []),
+    "isa": ("csrc/cpu/isa.cpp", [f"'-DLOWBIT_ISAS=\",{','.join(COMPILED)},\"'"]),
     "scratch": ("csrc/cpu/scratch.cpp", []),
 }
 
@@ -176,6 +184,8 @@ def missing() -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 10):
         return f"torch >= 2.10 is needed: found {torch.__version__}. pip install 'torch>=2.10', then again"
+    if unknown := set(COMPILED) - set(ISAS):
+        return f"LOWBIT_ISAS must name some of {','.join(ISAS)}: got {','.join(sorted(unknown))}"
     return None
 
 

@@ -1,7 +1,8 @@
 """Runs the kernel tests on a library instrumented by AddressSanitizer and UndefinedBehaviorSanitizer; so CUDA kernels
-that are emulated on the CPU, of one width of codes, another at another commit.
+that are emulated on the CPU. Instruction sets and widths of codes take turns: others at another commit.
 
     python tests/sanitize.py [pytest arguments]
+    SANITIZE_ALL=1 python tests/sanitize.py     every instruction set
 
 Builds in build/sanitize, where ninja finds what did not change, and leaves the installed library alone. The tests run
 on all cores where pytest-xdist is installed. Exit status 0: no finding, all tests passed. A finding ends the process
@@ -17,10 +18,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lowbit.backends.cpu import native
 from lowbit.testing import cuda_emulated, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitize"
+# Compiled and tested at one commit, beside the scalar kernels; what takes longest stands alone.
+TURNS = ("avx512bf16", "avx512vnni", "avx512,avx2")
 
 
 def runtime(name: str) -> str | None:
@@ -45,10 +49,19 @@ def environment() -> dict[str, str]:
     }
 
 
+def isas() -> str:
+    """The instruction sets of this commit that this machine runs; "": all of them."""
+    if os.environ.get("SANITIZE_ALL"):
+        return ""
+    wanted = TURNS[verdicts.turn_of(len(TURNS), ROOT)].split(",")
+    return ",".join(name for name in (*wanted, "scalar") if name in native.isas())
+
+
 def build() -> Path:
     """The instrumented library."""
+    environ = {**os.environ, "LOWBIT_SANITIZE": "address,undefined", "LOWBIT_ISAS": isas()}
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(FOLDER), "--build-temp", f"{FOLDER}/objects"]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "LOWBIT_SANITIZE": "address,undefined"})
+    subprocess.run(command, check=True, cwd=ROOT, env=environ)
     (library,) = Path(FOLDER, "lowbit").glob("_C*.so")
     return library
 

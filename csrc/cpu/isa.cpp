@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 namespace lowbit {
@@ -35,16 +36,21 @@ const Entry kIsas[] = {
     {Isa::scalar, "scalar", [] { return true; }},
 };
 
+// LOWBIT_ISAS: ",avx2,scalar,"
+bool usable(const Entry& e) {
+  return std::strstr(LOWBIT_ISAS, ("," + std::string(e.name) + ",").c_str()) && e.runs();
+}
+
 std::string names() {
   std::string list;
   for (const Entry& e : kIsas)
-    if (e.runs()) list += (list.empty() ? "" : ",") + std::string(e.name);
+    if (usable(e)) list += (list.empty() ? "" : ",") + std::string(e.name);
   return list;
 }
 
 const Entry& find(const std::string& name, const char* source) {
   for (const Entry& e : kIsas)
-    if (name == e.name && e.runs()) return e;
+    if (name == e.name && usable(e)) return e;
   throw std::runtime_error(std::string(source) + " must be one of the instruction sets this machine runs (" +
                            names() + "): got '" + name + "'");
 }
@@ -53,8 +59,9 @@ const Entry& automatic() {
   const char* forced = std::getenv("LOWBIT_ISA");
   if (forced && *forced) return find(forced, "LOWBIT_ISA");
   for (const Entry& e : kIsas)
-    if (e.runs()) return e;
-  return kIsas[sizeof(kIsas) / sizeof(kIsas[0]) - 1];
+    if (usable(e)) return e;
+  throw std::runtime_error(std::string("this machine runs none of the instruction sets that were compiled: ") +
+                           LOWBIT_ISAS);
 }
 
 std::atomic<const Entry*> chosen{nullptr};

