@@ -225,11 +225,11 @@ PACKED_BATCH_SM90 = Kernel(
             dict(bits=WIDTHS, dtype=HALVES, x_rows=(64, 128)),
             label="{bits}-bit {dtype} {x_rows} rows of x",
             threads=384,
-            shared=lambda bits, x_rows, **_: cuda_ptx.packed_batch_sm90_bytes(bits, x_rows),
+            shared=lambda bits, x_rows, **_: cuda_ptx.batch_sm90_bytes(bits, x_rows),
             weight_loads=lambda bits, **_: [16] if bits > 1 else [],
             weights=LOAD_MATRICES,
         ),
-        Function("packed_batch_sm90::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+        Function("batch_sm90::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
     ),
     architectures=("sm_90a",),
 )

@@ -262,13 +262,20 @@ def kron_gather(
     return out, execute(ptx, name, (-(-count // rows),), THREADS, arguments, total)
 
 
-SM90_ROWS, SM90_THREADS = 128, 384  # of a block of csrc/cuda/packed/batch_sm90.cuh
+SM90_ROWS, SM90_THREADS = 128, 384  # of a block of csrc/cuda/batch_sm90.cuh
 
 
-def packed_batch_sm90_bytes(bits: int, x_rows: int) -> int:
-    """As ``SHARED_BYTES`` of packed/batch_sm90.cuh."""
+def batch_sm90_bytes(bits: int, x_rows: int, reserved: int = 0) -> int:
+    """As ``SHARED_BYTES`` of batch_sm90.cuh."""
     stage = 512 * x_rows + 32 * bits * SM90_ROWS
-    return 1023 + min(4, 225 * 1024 // stage) * (stage + 16)
+    return 1023 + min(4, (225 * 1024 - reserved) // stage) * (stage + 16) + reserved
+
+
+def sm90_maps(codes: Tensor, x: Tensor, bits: int, x_rows: int) -> tuple[TensorMap, TensorMap, TensorMap]:
+    """Of the parts and octets of codes in tiles, and of x, as ``make_maps`` of batch_sm90.cuh."""
+    octets_map = TensorMap(codes, (SM90_ROWS, 32))
+    parts_map = TensorMap(codes, (SM90_ROWS, 64), 64) if bits > 1 else octets_map
+    return parts_map, octets_map, TensorMap(x, (x_rows, 64), 128)
 
 
 def packed_batch_sm90(
@@ -287,8 +294,6 @@ def packed_batch_sm90(
     values, columns, rows = weight.outliers
     x_rows = 64 if m <= 64 else 128
     codes, x = aligned(tile(weight.packed, bits, k)).view(n, -1).view(torch.uint8), aligned(x)
-    octets_map = TensorMap(codes, (SM90_ROWS, 32))
-    parts_map = TensorMap(codes, (SM90_ROWS, 64), 64) if bits > 1 else octets_map
     scales, zeros = weight.scales, weight.zeros
     if by_group:
         scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
@@ -297,20 +302,20 @@ def packed_batch_sm90(
     factor = 0 if f.group_size >= k else -(-(1 << 31) // (f.group_size // 32))
     y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
     arguments = (
-        parts_map, octets_map, TensorMap(x, (x_rows, 64), 128),
+        *sm90_maps(codes, x, bits, x_rows),
         *(0 if t is None else t for t in (scales, zeros, bias, values, columns, rows)),
         x, y, m, n, k, factor, row, group, row, group, *(number_of(t) for t in (scales, zeros, bias, values)),
         columns is not None and columns.dtype == torch.int32, parts if splits > 1 else 0, splits,
     )  # fmt: skip
     works = splits * -(-n // SM90_ROWS) * -(-m // x_rows)
     name = symbol(ptx, "packed_batch_sm90::kernel", bits, dtype_name(x), x_rows)
-    shared = packed_batch_sm90_bytes(bits, x_rows)
+    shared = batch_sm90_bytes(bits, x_rows)
     statistics = execute(
         ptx, name, (min(works, blocks),), SM90_THREADS, arguments, shared, newest_first=newest_first
     )  # fmt: skip
     if splits > 1:
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
-        adding = symbol(ptx, "packed_batch_sm90::add_splits", dtype_name(x))
+        adding = symbol(ptx, "batch_sm90::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // 256),), 256, given)
     return y, statistics
 

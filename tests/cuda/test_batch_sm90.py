@@ -57,7 +57,7 @@ def test_the_ring_goes_round_twice():
     for bits in WIDTHS:
         for x_rows in (64, 128):
             stage = 512 * x_rows + 4096 * bits
-            stages = (cuda_ptx.packed_batch_sm90_bytes(bits, x_rows) - 1023) // (stage + 16)
+            stages = (cuda_ptx.batch_sm90_bytes(bits, x_rows) - 1023) // (stage + 16)
             assert stages >= 2 and -(-n // 128) * -(-k // 256) >= 2 * stages + 1
 
 

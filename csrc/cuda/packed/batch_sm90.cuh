@@ -4,43 +4,17 @@
 //
 // with group = torch.arange(K) // group_size, float32 sums and one rounding to the dtype of x.
 //
-// A block of three warpgroups takes one piece of work after the other (persistent): ROWS rows of W by X_ROWS rows of
-// x. A thread of the first warpgroup, the producer, copies tiles of W and boxes of x to a ring of stages in shared
-// memory. The other two, the consumers, multiply 64 rows of W each. A stage goes round by two mbarriers: `full`, when
-// its bytes have been copied, and `empty`, when all warps of the consumers have read it.
-//
-// W is the left operand, in registers: ldmatrix gives a thread the words of a tile that hold the codes of its own
-// columns, and these are made operands as in packed/decode.cuh (codes - center, exact). x is the right operand, in
-// shared memory as it is. The products of a group are summed by themselves, then scaled and added (promotion). What the
-// center leaves of a zero point multiplies the sum of x, which products with ones make.
-//
-// The order of sums depends on nothing but the shape of W and the number of splits of K.
+// cuda/batch_sm90.cuh says how the work is shared out. Operands are those of packed/decode.cuh (codes - center, exact);
+// what the center leaves of a zero point multiplies the sum of x.
 #pragma once
-#include "cuda/codes.h"
+#include "cuda/batch_sm90.cuh"
 #include "cuda/packed/batch_sm90.h"
-#include "cuda/primitives_sm90.h"
 
 namespace lowbit {
 namespace cuda {
 namespace packed_batch_sm90 {
 
-constexpr int THREADS = 3 * 128, CONSUMER_WARPS = 8;
-constexpr int PART = 64, OCTETS = 32;  // bytes of a row of a tile: of one part of a plane; of the plane of one bit
-constexpr int BOX = 64;                // columns of a box of x
-constexpr int HALF = TILE / 2;         // columns whose operands a thread holds at a time
-
-// What a stage holds: X_ROWS rows of x in boxes, then the parts of ROWS rows of W, then their octets.
-template <int BITS, int X_ROWS>
-struct Stage {
-  static constexpr int X_BOX = X_ROWS * BOX * 2, X_BYTES = TILE / BOX * X_BOX;
-  static constexpr int PARTS = X_BYTES, OCTETS_AT = PARTS + BITS / 2 * ROWS * PART;
-  static constexpr int BYTES = OCTETS_AT + BITS % 2 * ROWS * OCTETS;
-  static constexpr int LIMIT = 225 * 1024 / BYTES, COUNT = LIMIT < 4 ? LIMIT : 4;
-  static_assert(COUNT >= 2, "a ring has two stages");
-};
-
-template <int BITS, int X_ROWS>
-constexpr int SHARED_BYTES = 1023 + Stage<BITS, X_ROWS>::COUNT * (Stage<BITS, X_ROWS>::BYTES + 16);
+using namespace batch_sm90;
 
 // A scale or a zero point as it is stored, so that it can be loaded long before it is used.
 LOWBIT_DEVICE uint32_t bits_at(const void* values, DType dtype, int i) {
@@ -56,64 +30,64 @@ LOWBIT_DEVICE float float_of(uint32_t bits, DType dtype) {
   return dtype == DType::f32 ? __uint_as_float(bits) : dtype == DType::u8 ? static_cast<float>(bits) : half;
 }
 
-// What a thread holds of rows g and g + 8 of half a tile: of lanes 8j + 2t and the next, for j = 0 .. 3.
-template <int BITS>
-struct Words {
-  static constexpr int WIDTH = BITS == 8 ? 8 : BITS >= 4 ? 4 : 2, FIELDS = 16 / WIDTH;  // of the first plane
-  static constexpr int COUNT = BITS == 1 ? 0 : BITS == 8 ? 2 : 1;                       // its parts
-  uint32_t first[COUNT > 0 ? COUNT : 1][2][4], second[2][4], octets[2][4];
+template <int BITS, DType T>
+struct Centers {
+  static constexpr int RESERVED = 0;
+  using Number = Centered<BITS, T>;
+  const void *scales, *zeros;
+  int scale_row, scale_group, zero_row, zero_group, scale_dtype, zero_dtype;
 
-  // Of the 16 rows of the stage from first_row on; `parts` and `octets_at` are addresses. Planes that hold both halves
-  // are shifted, so that the chunks of either are found at the same bits.
-  LOWBIT_DEVICE void fetch(uint32_t parts, uint32_t octets_at, int first_row, int half) {
-    const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
+  struct Group {
+    uint32_t scale[2], zero[2];
+  };
+  struct Operands {
+    float scale[2], residual[2];
+    uint32_t center[2];
+  };
+
+  LOWBIT_DEVICE bool has_residuals() const { return zeros != nullptr && DType(zero_dtype) != DType::u8; }
+  LOWBIT_DEVICE void begin(uint32_t) const {}
+  LOWBIT_DEVICE void begin_rows(int) const {}
+
+  LOWBIT_DEVICE Group fetch_group(const int (&row)[2], int group) const {
+    Group found;
     LOWBIT_UNROLL
     for (int upper = 0; upper < 2; ++upper) {
-      const int row = first_row + 8 * upper + lane % 8;
-      const uint32_t there = parts + row * PART + ((lane / 8 ^ (row >> 1 & 3)) << 4);  // a swizzle of 64 bytes
-      if constexpr (COUNT > 0) {
-        LOWBIT_UNROLL
-        for (int p = 0; p < COUNT; ++p)
-          load_matrices(first[p][upper], there + (FIELDS == 8 ? 0 : COUNT * half + p) * ROWS * PART);
-      }
-      if constexpr (BITS == 6 || BITS == 7) load_matrices(second[upper], there + 2 * ROWS * PART);
-      LOWBIT_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (COUNT > 0 && FIELDS == 8) first[0][upper][j] >>= 8 * half;
-        if constexpr (BITS == 6 || BITS == 7) second[upper][j] >>= 8 * half;
-        if constexpr (BITS % 2) {
-          const uint32_t two = load_pair(octets_at + (first_row + 8 * upper + g) * OCTETS + 8 * j + 2 * t);
-          octets[upper][j] = (two | two << 8) >> 4 * half;
-        }
-      }
+      found.scale[upper] = bits_at(scales, DType(scale_dtype), row[upper] * scale_row + group * scale_group);
+      found.zero[upper] = 0;
+      if (zeros != nullptr)
+        found.zero[upper] = bits_at(zeros, DType(zero_dtype), row[upper] * zero_row + group * zero_group);
     }
+    return found;
   }
 
-  // The codes of columns 32 * chunk + 8j + 2t and the next of the half, a pair of integers, in the zero bits of `pair`.
-  LOWBIT_DEVICE uint32_t codes(int chunk, int upper, int j, uint32_t pair) const {
-    constexpr uint32_t MASK = BITS > 1 ? ((1u << WIDTH) - 1) * 0x00010001u : 0, TOP = 0x00010001u << (BITS - 1);
-    if constexpr (BITS > 1)
-      pair = insert_bits(pair, moved(first[chunk / FIELDS][upper][j], chunk % FIELDS * WIDTH, 0), MASK);
-    if constexpr (BITS == 6 || BITS == 7)
-      pair = insert_bits(pair, moved(second[upper][j], 2 * chunk, 4), 0x00300030u);
-    if constexpr (BITS % 2) pair = insert_bits(pair, moved(octets[upper][j], chunk, BITS - 1), TOP);
-    return pair;
+  LOWBIT_DEVICE Operands operands(const Group& group) const {
+    Operands found;
+    LOWBIT_UNROLL
+    for (int upper = 0; upper < 2; ++upper) {
+      found.scale[upper] = float_of(group.scale[upper], DType(scale_dtype));
+      found.residual[upper] = 0.0f;
+      int nearest = 1 << (BITS - 1);
+      if (zeros != nullptr) {
+        const float zero = float_of(group.zero[upper], DType(zero_dtype));
+        const float largest = static_cast<float>((1 << BITS) - 1);
+        nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
+        found.residual[upper] = static_cast<float>(nearest) - zero;
+      }
+      found.center[upper] = Number::prepare(nearest);
+    }
+    return found;
   }
 
-  // With bit `from` at `to`: one shift, where a mask behind it would cost another.
-  LOWBIT_DEVICE static uint32_t moved(uint32_t word, int from, int to) {
-    return from > to ? word >> (from - to) : word << (to - from);
+  LOWBIT_DEVICE uint32_t operand(const Words<BITS>& words, const Operands& of, int chunk, int upper, int j) const {
+    if constexpr (Number::SPLIT) return Number::to_operand(words.codes(chunk, upper, j, 0), of.center[upper]);
+    return subtract_pair<T>(words.codes(chunk, upper, j, Number::BASE * 0x00010001u), of.center[upper]);
   }
 };
 
 // Args:
-//   BITS, T: of the codes; the dtype of x and y.
-//   X_ROWS: rows of x of a piece of work.
-//   parts_map, octets_map: of the codes, bytes [N, tiles * 32 * BITS]: boxes of ROWS x PART and ROWS x OCTETS.
-//   x_map: of x [M, K]: boxes of X_ROWS x BOX.
+//   BITS, T, X_ROWS, and what is not said here: of batch_sm90::linear().
 //   scale_row, scale_group, zero_row, zero_group: between the values of neighbouring rows and groups; 0: one for all.
-//   group_factor: 2^31 / (chunks of a group), rounded up; 0 for one group.
-//   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
 template <int BITS, DType T, int X_ROWS>
 __global__ void __launch_bounds__(THREADS, 1)
 kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CUtensorMap octets_map,
@@ -123,248 +97,11 @@ kernel(const __grid_constant__ CUtensorMap parts_map, const __grid_constant__ CU
        int zero_group, int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns,
        float* parts, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Stage<BITS, X_ROWS>;
-  constexpr int SUMS = X_ROWS / 2;  // of a thread
-  const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
-  const int tiles = (K + TILE - 1) / TILE, row_blocks = (N + ROWS - 1) / ROWS, x_blocks = (M + X_ROWS - 1) / X_ROWS;
-  const int works = splits * row_blocks * x_blocks;
-  const uint32_t stages = shared_address(0), bars = stages + S::COUNT * S::BYTES;
-  const auto full = [&](int stage) { return bars + 16 * stage; };
-  const auto empty = [&](int stage) { return bars + 16 * stage + 8; };
-
-  // A piece of work. Neighbours have the same rows of W.
-  struct Work {
-    int first_row, first_x, split, first_tile, end_tile;
-  };
-  const auto work_at = [&](int i) {
-    const int x_block = i % x_blocks, row_block = i / x_blocks % row_blocks, split = i / x_blocks / row_blocks;
-    return Work{row_block * ROWS, x_block * X_ROWS, split, split * tiles / splits, (split + 1) * tiles / splits};
-  };
-
-  if (thread_index() == 0) {
-    for (int stage = 0; stage < S::COUNT; ++stage) {
-      mbarrier_init(full(stage), 1);
-      mbarrier_init(empty(stage), CONSUMER_WARPS);
-    }
-    mbarrier_init_done();
-  }
-  barrier();  // the mbarriers are there for all threads
-
-  const auto produce = [&]() {
-    prefetch_map(BITS > 1 ? &parts_map : &octets_map);
-    prefetch_map(&x_map);
-    int stage = 0, parity = 1;
-    for (int i = block_index(); i < works; i += gridDim.x) {
-      const Work work = work_at(i);
-      for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
-        const uint32_t at = stages + stage * S::BYTES;
-        mbarrier_wait(empty(stage), parity);
-        mbarrier_arrive_expect(full(stage), S::BYTES);
-        LOWBIT_UNROLL
-        for (int p = 0; p < BITS / 2; ++p)
-          copy_box(at + S::PARTS + p * ROWS * PART, &parts_map, tile * (32 * BITS) + p * PART, work.first_row,
-                   full(stage));
-        if constexpr (BITS % 2)
-          copy_box(at + S::OCTETS_AT, &octets_map, tile * (32 * BITS) + BITS / 2 * PART, work.first_row, full(stage));
-        LOWBIT_UNROLL
-        for (int box = 0; box < TILE / BOX; ++box)
-          copy_box(at + box * S::X_BOX, &x_map, tile * TILE + box * BOX, work.first_x, full(stage));
-        if (++stage == S::COUNT) stage = 0, parity ^= 1;
-      }
-    }
-  };
-
-  const auto consume = [&]() {
-    const int consumer_row = (warp - 4) * 16;  // of this warp in the block
-    const bool residuals = zeros != nullptr && DType(zero_dtype) != DType::u8;
-    int stage = 0, parity = 0;
-    for (int i = block_index(); i < works; i += gridDim.x) {
-      const Work work = work_at(i);
-      // Rows past the last one are zeros in shared memory, have the scale of the last one, and are not stored.
-      int row[2];
-      LOWBIT_UNROLL
-      for (int upper = 0; upper < 2; ++upper) {
-        const int n = work.first_row + consumer_row + 8 * upper + g;
-        row[upper] = n < N ? n : N - 1;
-      }
-      float sums[SUMS] = {};
-
-      struct Group {
-        uint32_t scale[2], zero[2];
-      };
-      const auto group_of = [&](int chunk) {
-        return static_cast<int>(multiply_high(2u * static_cast<uint32_t>(chunk), group_factor));
-      };
-      const auto fetch_group = [&](int group) {
-        Group found;
-        LOWBIT_UNROLL
-        for (int upper = 0; upper < 2; ++upper) {
-          found.scale[upper] = bits_at(scales, DType(scale_dtype), row[upper] * scale_row + group * scale_group);
-          found.zero[upper] = 0;
-          if (zeros != nullptr)
-            found.zero[upper] = bits_at(zeros, DType(zero_dtype), row[upper] * zero_row + group * zero_group);
-        }
-        return found;
-      };
-
-      using Number = Centered<BITS, T>;
-      const auto operand = [&](const Words<BITS>& words, int chunk, int upper, int j, uint32_t center) {
-        if constexpr (Number::SPLIT) return Number::to_operand(words.codes(chunk, upper, j, 0), center);
-        return subtract_pair<T>(words.codes(chunk, upper, j, Number::BASE * 0x00010001u), center);
-      };
-
-      // Adds the products of CHUNKS chunks of half a tile, which are in one group.
-      const auto multiply = [&](auto chunks, const Words<BITS>& words, uint64_t x_matrix, int chunk,
-                                const Group& group) {
-        constexpr int CHUNKS = decltype(chunks)::value;
-        float scale[2], residual[2] = {};
-        uint32_t center[2];
-        LOWBIT_UNROLL
-        for (int upper = 0; upper < 2; ++upper) {
-          scale[upper] = float_of(group.scale[upper], DType(scale_dtype));
-          int nearest = 1 << (BITS - 1);
-          if (zeros != nullptr) {
-            const float zero = float_of(group.zero[upper], DType(zero_dtype));
-            const float largest = static_cast<float>((1 << BITS) - 1);
-            nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
-            residual[upper] = static_cast<float>(nearest) - zero;
-          }
-          center[upper] = Centered<BITS, T>::prepare(nearest);
-        }
-        uint32_t a[CHUNKS][2][4];
-        LOWBIT_UNROLL
-        for (int c = 0; c < CHUNKS; ++c)
-          LOWBIT_UNROLL
-          for (int step = 0; step < 2; ++step)
-            LOWBIT_UNROLL
-            for (int r = 0; r < 4; ++r)
-              a[c][step][r] = operand(words, chunk + c, r % 2, 2 * step + r / 2, center[r % 2]);
-        float products[SUMS];
-        const auto x_of = [&](int c, int step) {  // 16 columns of a box
-          const int column = (chunk + c) * CHUNK + 16 * step;
-          return x_matrix + (column / BOX * S::X_BOX + column % BOX * 2) / 16;
-        };
-        const auto promote = [&](const float(&by)[2]) {
-          LOWBIT_UNROLL
-          for (int s = 0; s < SUMS; ++s) sums[s] = fused_multiply_add(by[s / 2 % 2], products[s], sums[s]);
-        };
-        if (residuals) {
-          constexpr uint32_t ONE = T == DType::f16 ? 0x3C003C00u : 0x3F803F80u;
-          uint32_t ones[4] = {ONE, ONE, ONE, ONE};
-          const float by[2] = {scale[0] * residual[0], scale[1] * residual[1]};
-          products_begin();
-          LOWBIT_UNROLL
-          for (int c = 0; c < CHUNKS; ++c) {
-            if (c == 0)
-              multiply_begin<T, false>(products, ones, x_of(0, 0));
-            else
-              multiply_begin<T, true>(products, ones, x_of(c, 0));
-            multiply_begin<T, true>(products, ones, x_of(c, 1));
-          }
-          products_end();
-          products_wait();
-          promote(by);
-        }
-        products_begin();
-        LOWBIT_UNROLL
-        for (int c = 0; c < CHUNKS; ++c) {
-          if (c == 0)
-            multiply_begin<T, false>(products, a[0][0], x_of(0, 0));
-          else
-            multiply_begin<T, true>(products, a[c][0], x_of(c, 0));
-          multiply_begin<T, true>(products, a[c][1], x_of(c, 1));
-        }
-        products_end();
-        products_wait();
-        promote(scale);
-      };
-
-      const int end = (K + CHUNK - 1) / CHUNK;  // chunks of K
-      Group next = fetch_group(group_of(work.first_tile * (TILE / CHUNK)));
-      for (int tile = work.first_tile; tile < work.end_tile; ++tile) {
-        const uint32_t at = stages + stage * S::BYTES;
-        mbarrier_wait(full(stage), parity);
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          const int first = tile * (TILE / CHUNK) + half * (HALF / CHUNK);
-          if (first >= end) break;
-          Words<BITS> words;
-          words.fetch(at + S::PARTS, at + S::OCTETS_AT, consumer_row, half);
-          const uint64_t x_matrix = describe_matrix(at + half * (HALF / BOX) * S::X_BOX);
-          const int last = first + 4 < end ? first + 3 : end - 1;
-          Group groups[4];
-          groups[0] = next;
-          // The group of the next half is on its way while this one is multiplied.
-          next = fetch_group(group_of(first + 4 < end ? first + 4 : last));
-          if (group_of(first) == group_of(last)) {
-            multiply(std::integral_constant<int, 4>(), words, x_matrix, 0, groups[0]);
-          } else {
-            LOWBIT_UNROLL
-            for (int c = 1; c < 4; ++c) groups[c] = fetch_group(group_of(first + c < end ? first + c : last));
-            LOWBIT_UNROLL
-            for (int c = 0; c < 4; ++c)
-              if (first + c < end) multiply(std::integral_constant<int, 1>(), words, x_matrix, c, groups[c]);
-          }
-        }
-        if (lane == 0) mbarrier_arrive(empty(stage));
-        if (++stage == S::COUNT) stage = 0, parity ^= 1;
-      }
-
-      const auto x_row_of = [&](int s) { return work.first_x + s / 4 * 8 + 2 * t + s % 2; };
-      if (outlier_values != nullptr && work.split == 0) {
-        LOWBIT_UNROLL
-        for (int upper = 0; upper < 2; ++upper) {
-          const int end = load(outlier_rows + row[upper] + 1);
-          for (int o = load(outlier_rows + row[upper]); o < end; ++o) {
-            const float value = float_at(outlier_values, DType(outlier_dtype), o);
-            const int column = wide_columns ? load(static_cast<const int32_t*>(outlier_columns) + o)
-                                            : load(static_cast<const uint16_t*>(outlier_columns) + o);
-            LOWBIT_UNROLL
-            for (int s = 0; s < SUMS; ++s)
-              if (s / 2 % 2 == upper && x_row_of(s) < M)
-                sums[s] = fused_multiply_add(
-                    value, to_float<T>(load(x + static_cast<int64_t>(x_row_of(s)) * K + column)), sums[s]);
-          }
-        }
-      }
-      float shift[2] = {};
-      if (bias != nullptr && splits == 1) {
-        LOWBIT_UNROLL
-        for (int upper = 0; upper < 2; ++upper) shift[upper] = float_at(bias, DType(bias_dtype), row[upper]);
-      }
-      LOWBIT_UNROLL
-      for (int s = 0; s < SUMS; ++s) {
-        const int n = work.first_row + consumer_row + s / 2 % 2 * 8 + g, m = x_row_of(s);
-        if (n >= N || m >= M) continue;
-        if (splits > 1)
-          store(parts + (static_cast<int64_t>(work.split) * M + m) * N + n, sums[s]);
-        else
-          store(y + static_cast<int64_t>(m) * N + n, from_float<T>(sums[s] + shift[s / 2 % 2]));
-      }
-    }
-  };
-
-  // 128 x 24 + 256 x 240 registers are what 384 threads of 168 have. With 40 and 232, 7 bits spill.
-  if (warp < 4) {
-    give_registers<24>();
-    if (warp == 0 && elected()) produce();
-  } else {
-    take_registers<240>();
-    consume();
-  }
+  const Task task = {&parts_map, &octets_map, &x_map, bias, outlier_values, outlier_columns, outlier_rows, x, y, M, N, K,
+                     group_factor, bias_dtype, outlier_dtype, wide_columns, parts, splits};
+  Centers<BITS, T> centers = {scales, zeros, scale_row, scale_group, zero_row, zero_group, scale_dtype, zero_dtype};
+  linear<BITS, T, X_ROWS>(task, centers);
 #endif
-}
-
-// y = parts.sum(0) + bias, in the order of the splits.
-template <DType T>
-LOWBIT_KERNEL(256, 1)
-add_splits(const float* parts, const void* bias, uint16_t* y, int64_t M, int64_t N, int splits, int bias_dtype) {
-  const int64_t i = static_cast<int64_t>(block_index()) * 256 + thread_index();
-  if (i >= M * N) return;
-  float sum = load(parts + i);
-  for (int split = 1; split < splits; ++split) sum += load(parts + split * M * N + i);
-  if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), i % N);
-  store(y + i, from_float<T>(sum));
 }
 
 }  // namespace packed_batch_sm90

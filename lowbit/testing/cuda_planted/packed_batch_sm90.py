@@ -1,4 +1,5 @@
-"""Bugs planted in ``csrc/cuda/packed/batch_sm90.cuh``, found by what nvcc makes of it for sm_90a, executed as PTX."""
+"""Bugs planted in ``csrc/cuda/batch_sm90.cuh``, as ``packed/batch_sm90.cuh`` uses it, found by what nvcc makes of them
+for sm_90a, executed as PTX."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
 
-Bug = partial(cuda_planted.Bug, file="packed/batch_sm90.cuh")
+Bug = partial(cuda_planted.Bug, file="batch_sm90.cuh")
 why_not = cuda_ptx.why_not
 
 BUGS = (
@@ -33,8 +34,8 @@ BUGS = (
     Bug("the mbarriers are used before they are there", 4, "barrier();  // the mbarriers", "// "),
     Bug("copies do not see the mbarriers", 4, "      mbarrier_init(empty(stage), CONSUMER_WARPS);\n    }\n"
         "    mbarrier_init_done();", "      mbarrier_init(empty(stage), CONSUMER_WARPS);\n    }"),
-    Bug("the sums are read before the products end", 4, "        products_wait();\n        promote(scale);",
-        "        promote(scale);"),
+    Bug("the sums are read before the products end", 4, "        products_wait();\n        promote(operands.scale);",
+        "        promote(operands.scale);"),
     Bug("products begin before their operands are there", 4,
         "        products_begin();\n        LOWBIT_UNROLL\n        for (int c = 0; c < CHUNKS; ++c) {\n"
         "          if (c == 0)\n            multiply_begin<T, false>(products, a",
@@ -50,16 +51,18 @@ BUGS = (
         "multiply_begin<T, true>(products, a[0][0]"),
     Bug("half a tile has the group of its first chunk", 4, "if (group_of(first) == group_of(last))", "if (true)"),
     Bug("the next half has the group of this one", 4,
-        "next = fetch_group(group_of(first + 4 < end ? first + 4 : last));", "next = fetch_group(group_of(last));"),
+        "next = family.fetch_group(row, group_of(first + 4 < end ? first + 4 : last));",
+        "next = family.fetch_group(row, group_of(last));"),
     Bug("a piece of work begins with the group of the first tile", 4,
-        "next = fetch_group(group_of(work.first_tile * (TILE / CHUNK)))", "next = fetch_group(0)"),
+        "next = family.fetch_group(row, group_of(work.first_tile * (TILE / CHUNK)))",
+        "next = family.fetch_group(row, 0)"),
     Bug("the last chunks of K are left out", 4, "end = (K + CHUNK - 1) / CHUNK;", "end = K / CHUNK;"),
     Bug("rows past the last one are stored", 4, "if (n >= N || m >= M) continue;", "if (m >= M) continue;"),
     Bug("rows of x past the last one are stored", 4, "if (n >= N || m >= M) continue;", "if (n >= N) continue;"),
-    Bug("what the center leaves of a zero is not scaled", 4, "{scale[0] * residual[0], scale[1] * residual[1]}",
-        "{residual[0], residual[1]}"),
-    Bug("every split adds the outliers", 4, "outlier_values != nullptr && work.split == 0",
-        "outlier_values != nullptr"),
+    Bug("what the center leaves of a zero is not scaled", 4, "by[2] = {operands.scale[0] * operands.residual[0],",
+        "by[2] = {operands.residual[0],"),
+    Bug("every split adds the outliers", 4, "task.outlier_values != nullptr && work.split == 0",
+        "task.outlier_values != nullptr"),
     Bug("a split begins one tile late", 4, "x_block * X_ROWS, split, split * tiles / splits,",
         "x_block * X_ROWS, split, split * tiles / splits + (split > 0),"),
     Bug("the octets of the upper rows are those of the lower", 3, "(first_row + 8 * upper + g) * OCTETS",
