@@ -53,6 +53,7 @@ CHECKS = {
     "codebook_decode_simt": ("test_codebook_simt BITS FLOAT32 ROWS; test_codebook_simt HALF_BITS HALVES HALF_ROWS",
                              "test_codebook_simt BITS FLOAT32 PTX_ROWS; test_codebook_simt HALF_BITS HALVES PTX_ROWS"),
     "codebook_batch": ("test_codebook_batch WIDTHS DTYPES ROWS", "test_codebook_batch WIDTHS DTYPES PTX_ROWS"),
+    "codebook_batch_sm90": ("", "test_codebook_sm90 WIDTHS DTYPES ROWS"),
     "codebook_gather": ("test_codebook BITS FLOATS -", "test_codebook BITS FLOATS -"),
     "kron_fused": ("test_kron - DTYPES ROWS; test_kron BITS DTYPES PACKED_ROWS",
                    "test_kron - DTYPES PTX_ROWS; test_kron PTX_BITS DTYPES PTX_ROWS"),
@@ -110,8 +111,9 @@ def kernels(line: Line) -> list[Kernel]:
     stages = {FEW: ("decode", "fused"), MORE: ("batch_sm90", "batch", "fused"), ANY: ("gather",)}[line.rows]
     if line.x == INT8:
         stages = tuple(f"{stage}_int8" for stage in stages)
-    elif line.family == "codebook" and line.weight == "a table per group" and line.bits > 4 and line.rows == FEW:
-        stages = ("decode_simt",)
+    elif line.weight == "a table per group" and line.rows != ANY:
+        few = ("decode",) if line.bits <= 4 else ("decode_simt",)
+        stages = few if line.rows == FEW else ("batch",)
     for some in (stages, ("decode",), ("decode_simt",)):
         named = [KERNELS[name] for name in (f"{line.family}_{stage}" for stage in some) if name in KERNELS]
         if found := [kernel for kernel in named if instances(kernel, line)]:

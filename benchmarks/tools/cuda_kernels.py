@@ -352,9 +352,28 @@ CODEBOOK_BATCH = Kernel(
     ),
 )
 
+CODEBOOK_BATCH_SM90 = Kernel(
+    "codebook_batch_sm90",
+    "codebook/batch_sm90.cu",
+    (
+        Function(
+            "codebook_batch_sm90::kernel",
+            dict(bits=WIDTHS, dtype=HALVES, x_rows=(64, 128)),
+            label="{bits}-bit {dtype} {x_rows} rows of x",
+            threads=384,
+            shared=lambda bits, x_rows, **_: cuda_codebook.sm90_bytes(bits, x_rows),
+            weight_loads=lambda bits, **_: [16] if bits > 1 else [],
+            weights=LOAD_MATRICES,
+        ),
+        Function("batch_sm90::add_splits", dict(dtype=HALVES), label="splits {dtype}", threads=256),
+    ),
+    architectures=("sm_90a",),
+)
+
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
         PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
+        CODEBOOK_BATCH_SM90,
     )
 }  # fmt: skip

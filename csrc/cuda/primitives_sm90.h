@@ -71,6 +71,13 @@ LOWBIT_DEVICE uint32_t load_pair(uint32_t address) {
   return pair;
 }
 
+LOWBIT_DEVICE void store_word(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+
+// What the threads of a warp have stored is there for each of them.
+LOWBIT_DEVICE void warp_barrier() { __syncwarp(); }
+
 // word | bits & mask, as one instruction also where word and mask are constants.
 LOWBIT_DEVICE uint32_t insert_bits(uint32_t word, uint32_t bits, uint32_t mask) {
   uint32_t result;

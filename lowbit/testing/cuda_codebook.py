@@ -13,7 +13,19 @@ from lowbit.testing import cuda_emulated
 from lowbit.testing.codebook_cases import Kind, Weight
 from lowbit.testing.cuda_emulated import aligned, array, name
 from lowbit.testing.cuda_names import symbol
-from lowbit.testing.cuda_ptx import BATCH_ROWS, ROWS, THREADS, divisor, dtype_name, most_tiles, number_of
+from lowbit.testing.cuda_ptx import (
+    BATCH_ROWS,
+    ROWS,
+    SM90_ROWS,
+    SM90_THREADS,
+    THREADS,
+    batch_sm90_bytes,
+    divisor,
+    dtype_name,
+    most_tiles,
+    number_of,
+    sm90_maps,
+)
 from lowbit.testing.ptx_emulator import Statistics, execute
 
 LOOKS = ("registers", "pairs", "entries")  # codebook_decode::Look
@@ -259,4 +271,46 @@ def execute_batch(
     if splits > 1:
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
         execute(ptx, symbol(ptx, "batch::add_splits", dtype_name(x)), (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics
+
+
+# --- codebook/batch_sm90.cuh ---
+
+
+def sm90_bytes(bits: int, x_rows: int) -> int:
+    """As ``SHARED_BYTES`` of batch_sm90.cuh with ``TABLE_BYTES`` of codebook/batch_sm90.cuh."""
+    return batch_sm90_bytes(bits, x_rows, (128 if (bits, x_rows) == (8, 128) else 256) << bits)
+
+
+def execute_sm90(
+    ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None, splits: int = 1, *, blocks: int = 1,
+    newest_first: bool = False,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` by the instance of a PTX text that takes it, with the arguments of batch_sm90.cu.
+
+    Args:
+        blocks: of the persistent grid.
+        newest_first: see :func:`~lowbit.testing.ptx_emulator.execute`.
+    """
+    kind, (m, k) = weight.kind, x.shape
+    n, bits, (groups, group_size), tables = kind.n, kind.bits, groups_of(weight), tables_of(weight)
+    values, columns, rows = weight.outliers
+    x_rows = 64 if m <= 64 or (bits == 8 and tables != "tensor") else 128
+    codes, x = aligned(tile(weight.packed, bits, k)).view(n, -1).view(torch.uint8), aligned(x)
+    factor = 0 if group_size >= k else -(-(1 << 31) // (group_size // 32))
+    y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)
+    tensors = (weight.codebook, weight.scales, *weight.nested, bias, values, columns, rows)
+    arguments = (
+        *sm90_maps(codes, x, bits, x_rows), *(0 if t is None else t for t in tensors), x, y, m, n, k, factor, groups,
+        0 if tables == "tensor" else 1 << bits, *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
+        columns is not None and columns.dtype == torch.int32, parts if splits > 1 else 0, splits,
+    )  # fmt: skip
+    works = splits * -(-n // SM90_ROWS) * -(-m // x_rows)
+    found = symbol(ptx, "codebook_batch_sm90::kernel", bits, dtype_name(x), x_rows)
+    statistics = execute(
+        ptx, found, (min(works, blocks),), SM90_THREADS, arguments, sm90_bytes(bits, x_rows), newest_first=newest_first
+    )  # fmt: skip
+    if splits > 1:
+        given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
+        execute(ptx, symbol(ptx, "batch_sm90::add_splits", dtype_name(x)), (-(-m * n // 256),), 256, given)
     return y, statistics
