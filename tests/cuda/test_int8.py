@@ -98,7 +98,7 @@ def test_integer_arithmetic_is_exact(bits, rows):
     for i, (n, k, group_size) in enumerate(SHAPES):
         for j, format in enumerate(some_formats(bits, n, k, group_size)):
             weight = random_weight(format, i, power_of_two=True)
-            if rows > 16 and (i + j + bits) % 3:
+            if (i + j + bits) % (3 if rows > 16 else 2):
                 continue
             x = torch.randint(-127, 128, (rows, k), generator=torch.Generator().manual_seed(j)).float()
             x[:, 0] = 127  # scale 1
@@ -158,20 +158,20 @@ def some_rows(
 
 
 @needs_emulation
-@pytest.mark.parametrize("processors", [1, 8, 132])
+@pytest.mark.parametrize("processors", [1, 132])
 def test_a_row_is_the_same_in_every_batch(processors):
     """Bit for bit, whatever M is and in whatever order the warps run."""
     for i, (bits, n, k, group_size, zeros, outliers) in enumerate(
-        ((4, 35, 9000, 64, "float", True), (7, 17, 2600, None, "int", False), (5, 5, 2300, 20, "float", True))
+        ((4, 35, 2600, 64, "float", True), (7, 17, 2600, None, "int", False), (5, 5, 1100, 20, "float", True))
     ):
         weight = random_weight(kernel_format(bits, n, k, group_size, zeros, outliers), i)
-        x, bias = activations(70, k, torch.bfloat16), torch.randn(n)
+        x, bias = activations(40, k, torch.bfloat16), torch.randn(n)
 
         rows = partial(some_rows, weight, x, bias, processors)
-        whole = rows(0, 70)
+        whole = rows(0, 40)
         assert_int8_close(whole, x, weight, bias)
-        assert_bitwise_equal(rows(0, 70, order=1), whole)
-        for first, count in ((69, 1), (3, 8), (12, 17), (30, 33)):
+        assert_bitwise_equal(rows(0, 40, order=1), whole)
+        for first, count in ((39, 1), (3, 8), (12, 17), (7, 33)):
             assert_bitwise_equal(rows(first, count), whole[first : first + count])
         if processors == 1:  # decode, which has an order of its own
             few = packed_linear(weight, x[:16].clone(), bias, int8=True)
@@ -192,7 +192,7 @@ def test_sums_of_the_longest_rows_do_not_overflow():
     x = torch.full((2, 1 << 16), 127.0)
     x[1] = -127.0
     for processors in (1, 132):
-        for m in (2, 18):
+        for m in (2, 18) if processors > 1 else (2,):
             y = packed_linear(weight, x.repeat(m // 2, 1), int8=True, processors=processors)
             assert_bitwise_equal(y, reference(x, weight).repeat(m // 2, 1))
 
@@ -312,7 +312,7 @@ def test_compiled_code_of_many_rows(bits, request):
         for j, m in enumerate(MORE_PTX_ROWS):
             shape = MORE_PTX_SHAPES[(bits + i + j) % len(MORE_PTX_SHAPES)]
             run(batch_ptx(bits), bits, shape, m, dtype, bits + 3 * i + 5 * j, splits=1 + (i + j) % 2)
-        run(batch_ptx(bits), bits, MORE_PTX_SHAPES[2], 17, dtype, bits + i)
+    run(batch_ptx(bits), bits, MORE_PTX_SHAPES[2], 17, DTYPES[bits % 3], bits)
 
 
 @needs_nvcc
