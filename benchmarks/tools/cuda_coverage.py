@@ -133,8 +133,7 @@ def recorded(kernel: Kernel, line: Line) -> str:
 def by_default(line: Line) -> str:
     """Which backend takes a call that a kernel takes too."""
     rows = json.loads(DISPATCH.read_text(encoding="utf-8"))["rows"]
-    dtype = "float16" if line.x == INT8 else line.x  # x before it is quantized
-    limits = [row["most_rows"] for row in rows if row["op"] == f"{line.family}_linear" and dtype in row["dtypes"]]
+    limits = [row["most_rows"] for row in rows if row["op"] == f"{line.family}_linear" and line.x in row["dtypes"]]
     takes = line.rows == ANY or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits)
     return "CUDA C++" if takes else "Triton: `dispatch.json`"
 

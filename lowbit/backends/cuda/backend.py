@@ -96,6 +96,10 @@ def _why_another(op: str, args: tuple[Any, ...]) -> str | None:
         return None
     x = args[0]
     rows_of_x, dtype = x.numel() // max(1, x.shape[-1]), str(x.dtype).removeprefix("torch.")
+    activation = ops.families[op.removesuffix("_linear")].operands.activation
+    names = list(activation.types) if activation else []  # the last arguments
+    if "int8" in names and args[names.index("int8") - len(names)]:
+        dtype = "int8"
     for row in dispatch():
         if row["op"] == op and dtype in row["dtypes"] and (row["most_rows"] < 0 or rows_of_x <= row["most_rows"]):
             return None

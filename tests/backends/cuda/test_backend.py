@@ -172,11 +172,14 @@ def test_on_a_cpu_it_runs_where_it_is_asked_for_alone(emulated):
 
 
 def test_rows_beyond_the_table_go_to_the_next_backend():
-    assert backend._why_another("packed_linear", (torch.randn(2, 8, 300),)) is None
-    assert backend._why_another("packed_linear", (torch.randn(500, 300).half(),)) is None
+    def reason(x, int8=False):
+        return backend._why_another("packed_linear", (x, None, int8, 0))  # x, the weight, the numbers of activations
+
+    assert reason(torch.randn(2, 8, 300)) is None
+    assert reason(torch.randn(500, 300).half()) is None
+    assert reason(torch.randn(500, 300), int8=True) is None
     assert backend._why_another("packed_embedding", (torch.zeros(500, dtype=torch.long),)) is None
-    expected = "dispatch.json gives 20 rows of float32 to another backend"
-    assert backend._why_another("packed_linear", (torch.randn(4, 5, 300),)) == expected
+    assert reason(torch.randn(4, 5, 300)) == "dispatch.json gives 20 rows of float32 to another backend"
 
 
 def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
@@ -270,7 +273,7 @@ def test_the_compiled_library_needs_nothing_of_cuda():
 def test_the_table_names_ops_and_sources():
     for row in backend.dispatch():
         assert library.has(row["op"]) and row["source"] in ("predicted", "measured")
-        assert row["most_rows"] != 0 and set(row["dtypes"]) <= {"float32", "float16", "bfloat16"}
+        assert row["most_rows"] != 0 and set(row["dtypes"]) <= {"float32", "float16", "bfloat16", "int8"}
 
 
 @pytest.mark.parametrize(
