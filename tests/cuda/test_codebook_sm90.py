@@ -19,6 +19,7 @@ from lowbit.testing.packed_cases import activations
 
 needs_nvcc = pytest.mark.skipif(cuda_ptx.why_not() is not None, reason=f"not built: {cuda_ptx.why_not()}")
 
+TABLES = ("tensor", "row")
 ROWS = (17, 64, 65, 130)  # with either dtype, one or two pieces of work
 # (N, K, group_size or None): ragged in every way that the kernel takes; groups of less and of more than half a tile
 SHAPES = ((130, 520, 32), (7, 1096, 128), (136, 264, 160), (65, 1032, None), (129, 40, 32))
@@ -26,37 +27,38 @@ RING = (136, 1288, 96)  # two pieces of work of six tiles each: the ring of two 
 
 
 @needs_nvcc
+@pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_compiled_code(bits, request):
-    """Every dtype × number of rows of x of a piece of work, one table and a table per row. `make test` takes a width,
-    another at another commit."""
-    verdicts.only_in_turn(request.config, bits, len(WIDTHS))
+def test_compiled_code(bits, tables, request):
+    """Every dtype × number of rows of x of a piece of work. `make test` takes a width and kind of tables, others at
+    another commit."""
+    j = TABLES.index(tables)
+    verdicts.only_in_turn(request.config, 2 * bits + j, 2 * len(WIDTHS))
     for i, m in enumerate(ROWS):
-        for j, tables in enumerate(("tensor", "row")):
-            found = [kind for kind in kinds(bits, *SHAPES[(bits + i + 3 * j) % len(SHAPES)]) if kind.tables == tables]
-            run(as_it_is(bits), found[(bits + i) % 3], m, 1 + (i + j) % 2, turn=bits + i + j)
-    run(as_it_is(bits), list(kinds(bits, *RING))[bits % 6], (40, 90)[bits % 2], 1, turn=bits)
+        found = [kind for kind in kinds(bits, *SHAPES[(bits + i + 3 * j) % len(SHAPES)]) if kind.tables == tables]
+        run(as_it_is(bits), found[(bits + i) % 3], m, 1 + (i + j) % 2, turn=bits + i + j)
+    run(as_it_is(bits), list(kinds(bits, *RING))[3 * j + bits % 3], (40, 90)[(bits + j) % 2], 1, turn=bits)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_every_code_is_the_entry_it_stands_for(bits, request):
     """One-hot x: the entries themselves, of every code in every chunk of a tile, wherever tables are."""
-    verdicts.only_in_turn(request.config, bits, 3)
-    for i, tables in enumerate(("tensor", "row")):
+    verdicts.only_in_turn(request.config, bits // 3, 3)
+    for i, tables in enumerate(TABLES):
         weight, dtype = random_weight(Kind(bits, 40, 256, 256, tables, "none", torch.float32), bits), DTYPES[i]
         codes = torch.arange(40)[:, None] * 11 + torch.arange(256) * (1 if bits > 5 else 3)
         weight.codes = (codes % (1 << bits)).to(torch.uint8)
         weight.packed = pack(weight.codes, bits)
-        y, _ = execute_sm90(as_it_is(bits), weight, torch.eye(256, dtype=dtype)[64 * i : 64 * i + 128])
-        assert_bitwise_equal(y, multiplied(weight, dtype).t().to(dtype)[64 * i : 64 * i + 128])
+        y, _ = execute_sm90(as_it_is(bits), weight, torch.eye(256, dtype=dtype)[64 * i : 64 * i + 65])
+        assert_bitwise_equal(y, multiplied(weight, dtype).t().to(dtype)[64 * i : 64 * i + 65])
 
 
 @needs_nvcc
 def test_a_row_is_the_same_in_every_batch():
     """By one split of K, whatever the number of rows of x, of blocks, and whichever copy comes first."""
-    weight = random_weight(Kind(4, 136, 520, 64, "row", "float", outliers=300))
-    x = activations(70, 520, torch.float16)
+    weight = random_weight(Kind(4, 136, 264, 64, "row", "float", outliers=300))
+    x = activations(70, 264, torch.float16)
     whole = execute_sm90(as_it_is(4), weight, x)[0]
     for m, blocks, newest_first in ((1, 1, False), (33, 2, True)):
         found = execute_sm90(as_it_is(4), weight, x[:m].clone(), blocks=blocks, newest_first=newest_first)[0]
@@ -76,7 +78,7 @@ def test_what_is_not_finite_stays_in_its_row():
 
 @needs_nvcc
 def test_integer_arithmetic_is_exact():
-    for tables in ("tensor", "row"):
+    for tables in TABLES:
         weight = random_weight(Kind(4, 130, 264, 32, tables, "float"), 1, integers=True)
         x = torch.randint(-3, 4, (20, 264), generator=torch.Generator().manual_seed(0)).to(torch.float16)
         y = execute_sm90(as_it_is(4), weight, x)[0]
