@@ -48,6 +48,14 @@ def test_the_document_has_every_bug(kernel):
     assert len(names) >= 12 and not any("nothing" in line for line in table)
 
 
+def test_every_bug_has_its_place():
+    """Also those that `make test` does not plant: sources change, and a text may be elsewhere then."""
+    csrc = cuda_emulated.ROOT / "csrc" / "cuda"
+    for kernel, bug in BUGS:
+        count = (csrc / bug.file).read_text(encoding="utf-8").count(bug.old)
+        assert count == 1, f"{kernel}, {bug.name}: {bug.old!r} must be in {bug.file} once: got {count} times"
+
+
 @needs_emulation
 def test_a_bug_that_cannot_be_planted_is_an_error():
     with pytest.raises(ValueError, match="once: got 0 times"):
