@@ -144,11 +144,14 @@ PACKED_DECODE = Kernel(
                 f"{bits}-bit {dtype} M<={8 * m_tiles}{', groups of any size' if cut else ''}"
             ),
             threads=256,
-            shared=lambda m_tiles, dtype, **_: cuda_ptx.packed_decode_bytes(8 * m_tiles, dtype),
+            # what rows_at_once() of packed/decode.cuh may ask for on a processor of sm_89
+            shared=lambda m_tiles, dtype, cut, **_: cuda_ptx.packed_decode_bytes(
+                8 * m_tiles, dtype, -1 if cut else 3 if dtype == "float32" else 5, m_tiles == 1 and not cut
+            ),
             weight_loads=tile_loads,
-            compiled=lambda dtype, m_tiles, **_: dtype != "float32" or m_tiles == 1,  # 8 rows of float32 at a time
+            compiled=lambda dtype, m_tiles, cut, **_: m_tiles == 1 or (dtype != "float32" and not cut),
         ),
-        Function("packed_decode::add_splits", dict(dtype=FLOATS), label="splits {dtype}", threads=256),
+        Function("decode::add_splits", dict(dtype=FLOATS), label="splits {dtype}", threads=256),
     ),
 )
 

@@ -341,10 +341,7 @@ BARS = {2: 1.15, 3: 1.15, 4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
 
 
 # Bars that are not kept yet: (bits, zeros) of 8192², M = 1
-MISSED = {
-    *((bits, "none") for bits in (2, 3, 5, 7)),
-    *((bits, "int") for bits in (2, 3, 4, 5, 7)),
-}
+MISSED = {(bits, zeros) for bits in (2, 3) for zeros in ("none", "int")}
 
 
 def ratio(one: Prediction) -> float:

@@ -82,10 +82,10 @@ struct Slices {
 
 // The main loop: multiply(rows of the tile, its number, where its slice is) for every tile of the warp. Tiles and
 // slices are fetched ahead; meanwhile() runs while the first ones are on their way.
-template <int BITS, int M_TILES, class E, class Meanwhile, class Multiply>
-LOWBIT_DEVICE void for_each_tile(const Share& s, const uint8_t* tiles, const Slices<M_TILES, E>& slices,
-                                 Meanwhile meanwhile, Multiply multiply) {
-  constexpr int STAGES = Slices<M_TILES, E>::STAGES, TILE_BYTES = TILE * BITS / 8;
+template <int BITS, class SlicesOfX, class Meanwhile, class Multiply>
+LOWBIT_DEVICE void for_each_tile(const Share& s, const uint8_t* tiles, const SlicesOfX& slices, Meanwhile meanwhile,
+                                 Multiply multiply) {
+  constexpr int STAGES = SlicesOfX::STAGES, TILE_BYTES = TILE * BITS / 8;
   const uint8_t* rows[2];
   LOWBIT_UNROLL
   for (int half = 0; half < 2; ++half)
@@ -127,7 +127,7 @@ struct Sparse {
 
 // sums += outliers @ x.T. The outliers of a row are shared out to its splits and warps.
 template <DType T, int M_TILES>
-LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const uint16_t* x, int M, int K, int splits,
+LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const Element<T>* x, int M, int K, int splits,
                                 float (&sums)[M_TILES][4]) {
   if (outliers.values == nullptr) return;
   LOWBIT_UNROLL
@@ -144,7 +144,7 @@ LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const ui
           const int x_row = 8 * m + 2 * s.t + j;
           if (x_row < M) {
             float& sum = sums[m][2 * half + j];
-            sum = fused_multiply_add(value, to_float<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
+            sum = fused_multiply_add(value, value_of<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
           }
         }
     }
@@ -155,7 +155,7 @@ LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const ui
 // there are other splits to add, the part of this one.
 template <DType T, int M_TILES>
 LOWBIT_DEVICE void write_result(const Share& s, const float (&sums)[M_TILES][4], int begin, const void* bias,
-                                int bias_dtype, uint16_t* y, float* parts, int splits, int M, int N) {
+                                int bias_dtype, Element<T>* y, float* parts, int splits, int M, int N) {
   constexpr int COLUMNS = 8 * M_TILES;
   barrier();  // nobody reads x any more, and no copy is on its way
   LOWBIT_UNROLL
@@ -177,20 +177,20 @@ LOWBIT_DEVICE void write_result(const Share& s, const float (&sums)[M_TILES][4],
       continue;
     }
     if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
-    store(y + static_cast<int64_t>(m) * N + n, from_float<T>(sum));
+    store(y + static_cast<int64_t>(m) * N + n, rounded_to<T>(sum));
   }
 }
 
 // y = parts.sum(0) + bias, in the order of the splits.
 template <DType T>
 LOWBIT_KERNEL(THREADS, 1)
-add_splits(const float* parts, const void* bias, uint16_t* y, int M, int N, int splits, int bias_dtype) {
+add_splits(const float* parts, const void* bias, Element<T>* y, int M, int N, int splits, int bias_dtype) {
   const int i = block_index() * THREADS + thread_index();
   if (i >= M * N) return;
   float sum = load(parts + i);
   for (int split = 1; split < splits; ++split) sum += load(parts + static_cast<int64_t>(split) * M * N + i);
   if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), i % N);
-  store(y + i, from_float<T>(sum));
+  store(y + i, rounded_to<T>(sum));
 }
 
 // Starts add_splits, where there are splits.
@@ -198,7 +198,7 @@ template <DType T, class Weight>
 int launch_sum(const Linear<Weight>& call, const float* parts, int splits, Stream stream) {
   if (splits == 1) return 0;
   const int blocks = static_cast<int>((call.M * call.weight.N + THREADS - 1) / THREADS);
-  return launch(&add_splits<T>, blocks, THREADS, 0, stream, parts, call.bias, static_cast<uint16_t*>(call.y), call.M,
+  return launch(&add_splits<T>, blocks, THREADS, 0, stream, parts, call.bias, static_cast<Element<T>*>(call.y), call.M,
                 call.weight.N, splits, static_cast<int>(call.bias_dtype));
 }
 

@@ -50,11 +50,23 @@ def cuts_chunks(weight: Weight) -> bool:
     return f.group_size < f.in_features and f.group_size % 32 != 0
 
 
-def packed_decode_bytes(m: int, dtype: str) -> int:
-    """As ``shared_bytes`` of packed/decode.cuh."""
+def entries(k: int, group_size: int) -> int:
+    """As of packed/decode.cuh."""
+    columns = 256 if group_size >= k else group_size
+    return next(mask for step, mask in ((256, 0x01), (128, 0x11), (64, 0x55), (1, 0xFF)) if columns % step == 0)
+
+
+def table_shift(enter: int) -> int:
+    """As of packed/decode.cuh."""
+    return {0x01: 3, 0x11: 3, 0x55: 4, 0xFF: 5}[enter]
+
+
+def packed_decode_bytes(m: int, dtype: str, shift: int = 5, residuals: bool = True) -> int:
+    """As ``shared_bytes`` of packed/decode.cuh; shift -1: groups of any size, which have no tables."""
     tiles, pitch = 1 if m <= 8 else 2, 2 * 1024 + 64
     row = 3 * pitch + 4 * 1024 if dtype == "float32" else (3 if tiles == 1 else 2) * pitch
-    return max(m * row, 4 * 32 * 8 * tiles * 4)
+    tables = 0 if shift < 0 else (4 if residuals else 2) * (8 * 36 << shift)
+    return max(m * row + tables, 4 * 32 * 8 * tiles * 4)
 
 
 def packed_decode(
@@ -71,22 +83,29 @@ def packed_decode(
     row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
     chunks = f.group_size // 32
     cut = cuts_chunks(weight)
+    if cut and m > 8:  # as rows_at_once
+        found = [packed_decode(ptx, weight, x[i : i + 8].clone(), bias, splits) for i in range(0, m, 8)]
+        return torch.cat([y for y, _ in found]), found[0][1]
     factor = 0 if cut or f.group_size >= k else -(-(1 << 31) // chunks)
+    enter = entries(k, f.group_size)
+    shift = -1 if cut else table_shift(enter)
     y = torch.full((m, n), torch.nan, dtype=x.dtype)
     pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
     parts = torch.full((splits, m, n), torch.nan)
     arguments = (
-        *(0 if t is None else t for t in pointers), aligned(x), y, m, n, k, f.group_size, factor, row, 1, row, 1,
-        *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
+        *(0 if t is None else t for t in pointers), aligned(x), y, m, n, k, groups, f.group_size, factor, shift, enter,
+        row, 1, row, 1, *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
         columns is not None and columns.dtype == torch.int32, k * x.element_size() % 16 == 0,
         parts if splits > 1 else 0, splits,
     )  # fmt: skip
     name = symbol(ptx, "packed_decode::kernel", f.bits, dtype_name(x), 1 if m <= 8 else 2, cut)
     blocks = splits * -(-n // ROWS)
-    statistics = execute(ptx, name, (blocks,), THREADS, arguments, packed_decode_bytes(m, dtype_name(x)))
+    residuals = weight.zeros is not None and weight.zeros.dtype != torch.uint8
+    shared = packed_decode_bytes(m, dtype_name(x), shift, residuals)
+    statistics = execute(ptx, name, (blocks,), THREADS, arguments, shared)
     if splits > 1:
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
-        adding = symbol(ptx, "packed_decode::add_splits", dtype_name(x))
+        adding = symbol(ptx, "decode::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
     return y, statistics
 

@@ -15,11 +15,10 @@
 // that leaves (the residual) multiplies the sum of x, which a second product makes. The scale multiplies the float32
 // sum of a group. So no weight is ever rounded.
 //
-// A block has ROW_WARPS x K_WARPS warps. Warp (r, k) multiplies 16 rows of W, every K_WARPS-th tile of them. At the end
-// the K_WARPS sums are added in this order. Where N is small, K is also cut into splits, whose float32 sums a second
-// kernel adds in order. No order of sums depends on M: a row of y is the same in every batch.
+// cuda/decode.cuh says how the work is shared out. The block prepares scales and centers of a slice ahead, one value a
+// thread, in a table in shared memory: so each is loaded and converted once, not by the four threads of a quad.
 #pragma once
-#include "cuda/codes.h"
+#include "cuda/decode.cuh"
 #include "cuda/packed/decode.h"
 #include "cuda/packed/operands.h"
 
@@ -27,99 +26,247 @@ namespace lowbit {
 namespace cuda {
 namespace packed_decode {
 
-constexpr int DEPTH = 2;  // tiles that a warp has on their way to its registers
-
-// The bytes of a row of x in shared memory. With 64 bytes between, rows g and g + 1 are in different banks.
-constexpr int PITCH = 2 * SLICE + 64;
-
 // Slices of x in shared memory: while one is read, the others are on their way. Of float32, one as pieces is read, and
 // one is on its way as it is.
 template <DType T, int M_TILES>
-constexpr int STAGES_OF = T == DType::f32 ? 1 : M_TILES == 1 ? 3 : 2;
+constexpr int STAGES = T == DType::f32 ? 2 : STAGES_OF<M_TILES>;
+template <DType T, int M_TILES>
+constexpr int STAGES_IN_MEMORY = T == DType::f32 ? 1 : STAGES<T, M_TILES>;
+constexpr int PITCH = PITCH_OF<>;
+
+// The table of a slice has an entry for each row at each place where a group may begin: the first chunk of each tile at
+// least. With 4 rows between, threads that write neighbouring places do so in different banks. An entry is a scale and
+// a center; what the center leaves of a float zero is behind all of them.
+constexpr int ENTRY = 8, TABLE_PITCH = ENTRY * (ROWS + 4);
+constexpr int MOST_ENTRIES = SLICE / CHUNK * ROWS / THREADS;  // of a thread
+
+// At which of the 8 chunks of a tile a group may begin: a bit for each. There, sums are always added.
+inline int entries(const packed::Weight& w) {
+  const int64_t columns = w.group_size >= w.K ? TILE : w.group_size;
+  return columns % TILE == 0 ? 0x01 : columns % (TILE / 2) == 0 ? 0x11 : columns % (TILE / 4) == 0 ? 0x55 : 0xFF;
+}
+
+// The binary logarithm of how many places the table of a slice has, a power of two for each tile. With 8, each thread
+// prepares one entry: there are no fewer, though a tile may need but the first of two.
+inline int table_shift(int enter) { return enter <= 0x11 ? 3 : enter == 0x55 ? 4 : 5; }
 
 template <DType T, int M_TILES>
-int shared_bytes(int rows_of_x) {
-  const int slice = PIECES_OF<T> * PITCH + (T == DType::f32 ? 4 * SLICE : 0);
-  const int x = STAGES_OF<T, M_TILES> * rows_of_x * slice, sums = K_WARPS * ROWS * 8 * M_TILES * 4;
-  return x > sums ? x : sums;
+LOWBIT_DEVICE int table_begin(int rows_of_x) {
+  return rows_of_x * (STAGES_IN_MEMORY<T, M_TILES> * PIECES_OF<T> * PITCH + (T == DType::f32 ? 4 * SLICE : 0));
 }
 
-// The bytes of a pair whose columns, column and the next, are in [begin, end).
-LOWBIT_DEVICE uint32_t inside(int column, int begin, int end) {
-  return (column >= begin && column < end ? 0x0000FFFFu : 0u) |
-         (column + 1 >= begin && column + 1 < end ? 0xFFFF0000u : 0u);
+// shift: of table_shift(); -1 where there is no table.
+template <DType T, int M_TILES>
+int shared_bytes(int rows_of_x, int shift, bool residuals) {
+  const int x = rows_of_x * (STAGES_IN_MEMORY<T, M_TILES> * PIECES_OF<T> * PITCH + (T == DType::f32 ? 4 * SLICE : 0));
+  const int tables = shift < 0 ? 0 : (residuals ? 4 : 2) * (TABLE_PITCH << shift);
+  const int sums = K_WARPS * ROWS * 8 * M_TILES * 4;
+  return std::max(x + tables, sums);
 }
+
+inline int shift_of(const packed::Weight& w) { return cuts_chunks(w) ? -1 : table_shift(entries(w)); }
+
+inline bool has_residuals(const packed::Weight& w) { return w.zeros != nullptr && w.zeros_dtype != DType::u8; }
+
+// How many rows of x a launch takes: 8 of float32, which takes three times the room, and where groups end anywhere; as
+// many as shared memory has room for.
+template <DType T>
+int rows_at_once(const packed::Weight& w, const Device& device) {
+  const int shift = shift_of(w);
+  const bool residuals = has_residuals(w);
+  if (T != DType::f32 && shift >= 0 && shared_bytes<T, 2>(16, shift, residuals) <= device.shared_bytes) return 16;
+  int rows = 8;
+  while (rows > 1 && shared_bytes<T, 1>(rows, shift, residuals) > device.shared_bytes) rows /= 2;
+  return rows;
+}
+
+// A scale and a zero as they are stored, and as they are used.
+struct Stored {
+  uint32_t scale, zero;
+};
+struct Used {
+  float scale, residual;
+  int nearest;
+};
+
+// Slices as for_each_tile() takes them: a function that begins to fetch one, and knows where it is.
+template <int STAGES_, class Fetch>
+struct Ring {
+  static constexpr int STAGES = STAGES_;
+  Fetch fetch;
+
+  LOWBIT_DEVICE int stage(int) const { return 0; }
+};
 
 // Args:
 //   BITS, T: of the codes; the dtype of x and y.
 //   M_TILES: products that 8 rows of x take each; M <= 8 * M_TILES.
 //   CUT: groups may end inside a chunk of 32 columns. Then each group's columns are multiplied with the others masked.
 //   scale_row, scale_group, zero_row, zero_group: between the values of neighbouring rows and groups; 0: one for all.
-//   group_factor: 2^31 / (chunks of a group), rounded up; not read where CUT.
+//   groups: of a row.
+//   group_factor: 2^31 / (chunks of a group), rounded up. This, shift (of table_shift()) and enter (of entries()) are
+//     not read where CUT.
 //   copy_x: the rows of x begin at multiples of 16 bytes.
 //   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
 template <int BITS, DType T, int M_TILES, bool CUT>
 // Registers are kept for two blocks of a processor, but not where they would spill.
-LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 && !(BITS == 3 && CUT) ? 2 : 1)
+LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 && !CUT ? 2 : 1)
 kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
        const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
-       int group_size, uint32_t group_factor, int scale_row, int scale_group, int zero_row, int zero_group,
-       int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts,
-       int splits) {
+       int groups, int group_size, uint32_t group_factor, int shift, int enter, int scale_row, int scale_group,
+       int zero_row, int zero_group, int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype,
+       int wide_columns, int copy_x, float* parts, int splits) {
   constexpr DType OPERAND = OPERAND_OF<T>;
   using Codes = Operand<BITS, OPERAND>;
-  constexpr int PIECES = PIECES_OF<T>, STAGES = STAGES_OF<T, M_TILES>, TILE_BYTES = TILE * BITS / 8;
-  const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
-  const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
-  const int tile_count = (K + TILE - 1) / TILE, slices = (tile_count + K_WARPS - 1) / K_WARPS;
-  int split = 0, row_block = block_index(), first_slice = 0, end_slice = slices;
-  if (splits > 1) {
-    const int row_blocks = (N + ROWS - 1) / ROWS;
-    split = block_index() / row_blocks, row_block = block_index() % row_blocks;
-    first_slice = split * slices / splits, end_slice = (split + 1) * slices / splits;
-  }
-  const int first_row = row_block * ROWS;
-  // Rows past the last one repeat it and are not stored, so that no load needs a mask for them.
-  int row[2];
-  const uint8_t* codes[2];
-  LOWBIT_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int n = first_row + 16 * row_warp + 8 * half + g;
-    row[half] = n < N ? n : N - 1;
-    codes[half] = tiles + static_cast<int64_t>(row[half]) * tile_count * TILE_BYTES;
-  }
+  constexpr int PIECES = PIECES_OF<T>, SIZE = sizeof(Element<T>), AHEAD = STAGES<T, M_TILES> - 1;
+  const Share s = share(N, K, splits);
 
-  TileRow<BITS> held[DEPTH][2];
-  auto fetch_weights = [&](TileRow<BITS>(&into)[2], int tile) {
+  float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
+  float scale[2] = {}, residual[2] = {};
+  typename Codes::Center center[2] = {Codes::center(1 << (BITS - 1)), Codes::center(1 << (BITS - 1))};
+  enum { NO_ZEROS, INTEGERS, FLOATS };
+  const int kind_of_zeros = opaque(zeros == nullptr ? NO_ZEROS : zero_dtype == int(DType::u8) ? INTEGERS : FLOATS);
+  const int residuals = opaque(kind_of_zeros == FLOATS);
+
+  auto end_group = [&](int next_residual = -1) {
+    LOWBIT_ROLLED  // a loop is a branch: where there are no residuals, nothing of it is issued
+    for (int once = 0; once < residuals; ++once) {
+      LOWBIT_UNROLL
+      for (int m = 0; m < M_TILES; ++m)
+        LOWBIT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          products[m][i] = fused_multiply_add(residual[i / 2], x_sums[m][i], products[m][i]);
+          x_sums[m][i] = 0.0f;
+        }
+      if (next_residual < 0) continue;
+      LOWBIT_UNROLL
+      for (int half = 0; half < 2; ++half) residual[half] = load_shared(next_residual + 8 * ENTRY * half);
+    }
     LOWBIT_UNROLL
-    for (int half = 0; half < 2; ++half) into[half].fetch(codes[half] + static_cast<int64_t>(tile) * TILE_BYTES, t);
+    for (int m = 0; m < M_TILES; ++m)
+      LOWBIT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sums[m][i] = fused_multiply_add(scale[i / 2], products[m][i], sums[m][i]);
+        products[m][i] = 0.0f;
+      }
   };
 
-  constexpr int AT_ONCE = 16 / sizeof(Element<T>);  // elements that a copy takes
-  const int unsplit = PIECES * M * PITCH;           // where float32 x arrives
+  // Where the values of a row begin, and the bytes from one group to the next.
+  struct At {
+    const char *scale, *zero;
+  };
+  const int scale_step = opaque(scale_group * size_of(scale_dtype));
+  const int zero_step = opaque(zero_group * size_of(zero_dtype));
+  auto row_at = [&](int n) {
+    const int64_t row = n < N ? n : N - 1;
+    return At{static_cast<const char*>(scales) + row * scale_row * size_of(scale_dtype),
+              static_cast<const char*>(zeros) + row * zero_row * size_of(zero_dtype)};
+  };
+
+  auto values_at = [&](const At& at, int of_group) {
+    Stored v = {};
+    v.scale = float_bits(at.scale + static_cast<int64_t>(of_group) * opaque(scale_step),
+                         scale_dtype == static_cast<int>(DType::f32));
+    if (kind_of_zeros == NO_ZEROS) return v;
+    const char* zero = at.zero + static_cast<int64_t>(of_group) * opaque(zero_step);
+    v.zero = kind_of_zeros == INTEGERS ? load(reinterpret_cast<const uint8_t*>(zero))
+                                       : float_bits(zero, zero_dtype == static_cast<int>(DType::f32));
+    return v;
+  };
+
+  auto used = [&](const Stored& v) {
+    Used u = {float_of(v.scale, scale_dtype), 0.0f, 1 << (BITS - 1)};
+    if (kind_of_zeros == NO_ZEROS) return u;
+    u.nearest = static_cast<int>(v.zero);
+    if (kind_of_zeros == FLOATS) {
+      const float zero = float_of(v.zero, zero_dtype), largest = static_cast<float>((1 << BITS) - 1);
+      u.nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
+      u.residual = static_cast<float>(u.nearest) - zero;
+    }
+    return u;
+  };
+
+  // The table of every other slice is in the same place. The values of a thread are of row entry_row (and, where there
+  // are more than 8 places, of others) at place `place`.
+  if (CUT) shift = 3;  // there is no table
+  const int table_bytes = opaque(TABLE_PITCH << shift), residuals_behind = 2 * table_bytes;
+  const int entry_row = opaque(thread_index() >> shift), place = thread_index() & ((1 << shift) - 1);
+  const int entry_chunk = opaque(place << (5 - shift));
+  int write_to = opaque(table_begin<T, M_TILES>(M) + place * TABLE_PITCH + ENTRY * entry_row);
+  int read_from = opaque(table_begin<T, M_TILES>(M) + (s.k_warp << (shift - 2)) * TABLE_PITCH +
+                         ENTRY * (16 * s.row_warp + s.g));
+  int other_table = table_bytes;  // how much further the table is that is written next
+  At entry_at = row_at(s.first_row + entry_row);
+  entry_at = {opaque(entry_at.scale), opaque(entry_at.zero)};
+  Stored ahead[MOST_ENTRIES] = {};  // of the slice whose table is written next
+
+  // Calls function(number, row of the block) for each entry that this thread prepares.
+  auto for_each_entry = [&](auto function) {
+    function(0, entry_row);
+    if (shift == 3) return;
+    LOWBIT_UNROLL
+    for (int i = 1; i < MOST_ENTRIES; ++i) {
+      const int row = entry_row + i * (THREADS >> shift);
+      if (row < ROWS) function(i, row);
+    }
+  };
+
+  auto load_table = [&](int slice) {
+    if (slice >= s.end_slice) return;
+    const int of_group = static_cast<int>(multiply_high(2u * (SLICE / CHUNK * slice + entry_chunk), group_factor));
+    for_each_entry([&](int i, int row) {
+      ahead[i] = Stored{};  // past the last group, where x is zeros
+      if (of_group < groups) ahead[i] = values_at(i == 0 ? entry_at : row_at(s.first_row + row), of_group);
+    });
+  };
+
+  auto store_table = [&]() {
+    for_each_entry([&](int i, int row) {
+      const Used u = used(ahead[i]);
+      const int to = write_to + ENTRY * (row - entry_row);
+      store_shared(to, Words2{bits_of(u.scale), Codes::prepare(u.nearest)});
+      if (residuals) store_shared(to + residuals_behind, u.residual);
+    });
+    write_to += other_table, other_table = -other_table;
+  };
+
+  // x: where this thread's part of a slice comes from, and goes to. Of float32, it goes behind the pieces.
+  constexpr int ROW_BYTES = T == DType::f32 ? 4 * SLICE : PITCH, AT_ONCE = 16 / SIZE, COPIES = SLICE / AT_ONCE;
+  const int stage_bytes = opaque(M * PITCH);
+  const int unsplit = T == DType::f32 ? PIECES * stage_bytes : 0;
+  const int x_first = thread_index() / COPIES, x_column = thread_index() % COPIES * AT_ONCE;
+  const int x_to = opaque(unsplit + x_first * ROW_BYTES + SIZE * x_column);
+  const char* const x_from =
+      opaque(reinterpret_cast<const char*>(x + static_cast<int64_t>(x_first) * K + x_column));
+  const int64_t x_step = THREADS / COPIES * static_cast<int64_t>(K) * SIZE;
+  const int ring_bytes = opaque(STAGES_IN_MEMORY<T, M_TILES> * stage_bytes);
+  int stage = 0;  // where the next slice goes; after its turn that is where the one is that is multiplied
 
   // Begins to copy a slice of x; where x is not at multiples of 16 bytes, it is loaded instead.
   auto fetch_x = [&](int slice) {
-    const int stage = T == DType::f32 ? unsplit : slice % STAGES * M * PITCH, first = slice * SLICE;
-    constexpr int ROW_BYTES = T == DType::f32 ? 4 * SLICE : PITCH;
-    if (slice < end_slice && copy_x) {
-      constexpr int COPIES = SLICE / AT_ONCE;  // of a row
-      const int column = thread_index() % COPIES * AT_ONCE;
-      const bool beyond = first + column >= K;
+    const int first = slice * SLICE;
+    if (slice < s.end_slice && copy_x) {
+      const bool beyond = first + x_column >= K;
+      const char* from = x_from + static_cast<int64_t>(first) * SIZE;  // not read where it is beyond
+      int to = stage + x_to;
       LOWBIT_ROLLED
-      for (int m = thread_index() / COPIES; m < M; m += THREADS / COPIES)
-        copy_async(stage + m * ROW_BYTES + static_cast<int>(sizeof(Element<T>)) * column,
-                   x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column), beyond);
-    } else if (slice < end_slice) {
+      for (int m = x_first; m < M; m += THREADS / COPIES) {
+        copy_async(to, from, beyond);
+        to += THREADS / COPIES * ROW_BYTES;
+        from += x_step;
+      }
+    } else if (slice < s.end_slice) {
       LOWBIT_ROLLED
       for (int i = thread_index(); i < M * SLICE; i += THREADS) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
-        store_shared(stage + m * ROW_BYTES + static_cast<int>(sizeof(Element<T>)) * column,
+        store_shared(stage + unsplit + m * ROW_BYTES + SIZE * column,
                      beyond ? Element<T>(0) : load(x + static_cast<int64_t>(m) * K + first + column));
       }
     }
     commit_copies();  // one group for every slice, so that waiting can count them
+    stage += stage_bytes;
+    if (T == DType::f32 || stage == ring_bytes) stage = 0;
   };
 
   // The pieces of the slice of float32 x that has arrived, 4 columns at a time.
@@ -136,106 +283,40 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
     }
   };
 
-  float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
-  float scale[2] = {}, residual[2] = {};
-  typename Codes::Center center[2] = {Codes::center(1 << (BITS - 1)), Codes::center(1 << (BITS - 1))};
-  enum { NO_ZEROS, INTEGERS, FLOATS };
-  const int kind_of_zeros = opaque(zeros == nullptr ? NO_ZEROS : zero_dtype == int(DType::u8) ? INTEGERS : FLOATS);
-  const int residuals = opaque(kind_of_zeros == FLOATS);
-  // Of rows of scales and zeros: where they begin, and the bytes from one group to the next.
-  const char *scale_rows[2], *zero_rows[2];
-  LOWBIT_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int64_t scale = row[half] * scale_row, zero = row[half] * zero_row;
-    scale_rows[half] = opaque(static_cast<const char*>(scales) + scale * size_of(scale_dtype));
-    zero_rows[half] = opaque(static_cast<const char*>(zeros) + zero * size_of(zero_dtype));
-  }
-  const int scale_step = opaque(scale_group * size_of(scale_dtype));
-  const int zero_step = opaque(zero_group * size_of(zero_dtype));
-
-  // The group that is multiplied, and the chunk that the next one begins with.
-  constexpr int NEVER = 1 << 30;
-  int group = -1, group_end = 0;
-  // Scales and zeros, as they are stored, of the group that comes next. Where groups divide slices, that is known: the
-  // next one of the tile, or `across` groups further, in the next tile of this warp.
-  const bool regular = !CUT && group_factor != 0 && SLICE % group_size == 0;
-  const int group_chunks = !regular ? 1 : group_size < TILE ? group_size / CHUNK : CHUNKS;
-  const int across = SLICE / group_size - CHUNKS / group_chunks + 1;
-  int group_ahead = 0;
-  uint32_t scale_ahead[2] = {}, zero_ahead[2] = {};
-
-  auto end_group = [&]() {
-    LOWBIT_UNROLL
-    for (int m = 0; m < M_TILES; ++m)
-      LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float exact = fused_multiply_add(residual[i / 2], x_sums[m][i], products[m][i]);
-        sums[m][i] = fused_multiply_add(scale[i / 2], exact, sums[m][i]);
-        products[m][i] = x_sums[m][i] = 0.0f;
+  // In the main loop, the slice `slice - AHEAD` has just arrived, for all threads.
+  auto fetch = [&](int slice) {
+    if (slice >= s.first_slice + AHEAD) {
+      if constexpr (T == DType::f32) {
+        split_x();
+        barrier();  // the pieces are there for all threads
       }
-  };
-
-  auto fetch_group = [&](int next) {
-    group_ahead = next;
-    LOWBIT_UNROLL
-    for (int half = 0; half < 2; ++half)
-      scale_ahead[half] = float_bits(scale_rows[half] + static_cast<int64_t>(next) * scale_step,
-                                     scale_dtype == static_cast<int>(DType::f32));
-    if (kind_of_zeros == NO_ZEROS) return;
-    LOWBIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const char* at = zero_rows[half] + static_cast<int64_t>(next) * zero_step;
-      zero_ahead[half] = kind_of_zeros == INTEGERS ? load(reinterpret_cast<const uint8_t*>(at))
-                                                   : float_bits(at, zero_dtype == static_cast<int>(DType::f32));
-    }
-  };
-
-  auto begin_group = [&](int next) {
-    group = next;
-    LOWBIT_UNROLL
-    for (int half = 0; half < 2; ++half) scale[half] = float_of(scale_ahead[half], scale_dtype);
-    if (kind_of_zeros == NO_ZEROS) return;
-    LOWBIT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      int nearest = static_cast<int>(zero_ahead[half]);
-      if (kind_of_zeros == FLOATS) {
-        const float zero = float_of(zero_ahead[half], zero_dtype);
-        const float largest = static_cast<float>((1 << BITS) - 1);
-        nearest = static_cast<int>((zero > 0.0f ? zero < largest ? zero : largest : 0.0f) + 0.5f);
-        residual[half] = static_cast<float>(nearest) - zero;
+      if constexpr (!CUT) {
+        store_table();  // of the next slice; that of the one before is not read any more
+        load_table(slice - AHEAD + 2);
       }
-      center[half] = Codes::center(nearest);
     }
+    fetch_x(slice);
   };
 
-  // Of the chunk `first` of this tile, where not CUT.
-  auto enter_group = [&](int first, int tile) {
-    end_group();  // before the first one, all is zero
-    if (!regular) {
-      fetch_group(static_cast<int>(multiply_high(2u * first, group_factor)));
-      begin_group(group_ahead);
-      group_end = (group + 1) * (group_size / CHUNK);
-      if (group_factor == 0 || group_end * CHUNK >= K) group_end = NEVER;
-      return;
+  auto prepare = [&]() {
+    if constexpr (!CUT) {
+      load_table(s.first_slice);
+      store_table();
+      load_table(s.first_slice + 1);
     }
-    begin_group(group_ahead);
-    group_end = first + group_chunks;
-    const bool last = group_end % CHUNKS == 0;
-    if ((last ? (tile + K_WARPS) * TILE : group_end * CHUNK) < K) fetch_group(group + (last ? across : 1));
-    else group_end = NEVER;
+    add_outliers<T, M_TILES>(s, {outlier_values, outlier_columns, outlier_rows, outlier_dtype, wide_columns}, x, M, K,
+                             splits, sums);
   };
 
-  Codes operands[2] = {};
-
-  // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end).
-  auto multiply_chunk = [&](const TileRow<BITS>(&w)[2], int chunk, const Words4(&xs)[PIECES][M_TILES], int column,
-                            int begin, int end) {
+  // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end). weights[half][i] are columns
+  // 8t + 2i and the next.
+  auto multiply_chunk = [&](const uint32_t(&weights)[2][4], const Words4(&xs)[PIECES][M_TILES], int column, int begin,
+                            int end) {
     LOWBIT_UNROLL
     for (int step = 0; step < 2; ++step) {
       uint32_t a[4];
       LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i)
-        a[i] = operands[i % 2].of(w[i % 2], chunk, 2 * step + i / 2, center[i % 2]);
+      for (int i = 0; i < 4; ++i) a[i] = weights[i % 2][2 * step + i / 2];
       if constexpr (CUT) {
         LOWBIT_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -251,7 +332,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
           multiply_matrices<OPERAND>(products[m], a[0], a[1], a[2], a[3], b0, b1);
         }
     }
-    LOWBIT_ROLLED  // a loop is a branch: where there are no residuals, nothing of it is issued
+    LOWBIT_ROLLED
     for (int once = 0; once < residuals; ++once) {
       LOWBIT_UNROLL
       for (int step = 0; step < 2; ++step) {
@@ -273,135 +354,108 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
   };
 
   // Rows of x that are not there repeat the last one. What is multiplied with them is not stored.
-  int x_row[M_TILES];
+  int x_at[M_TILES];
   LOWBIT_UNROLL
-  for (int m = 0; m < M_TILES; ++m) x_row[m] = 8 * m + g < M ? 8 * m + g : M - 1;
+  for (int m = 0; m < M_TILES; ++m)
+    x_at[m] = opaque((8 * m + s.g < M ? 8 * m + s.g : M - 1) * PITCH + 2 * (s.k_warp * TILE + 8 * s.t));
 
-  auto multiply_tile = [&](const TileRow<BITS>(&w)[2], int tile, int stage) {
+  auto read_x = [&](Words4(&xs)[PIECES][M_TILES], int chunk) {
+    LOWBIT_UNROLL
+    for (int piece = 0; piece < PIECES; ++piece)
+      LOWBIT_UNROLL
+      for (int m = 0; m < M_TILES; ++m)
+        xs[piece][m] = load_shared4(stage + x_at[m] + piece * stage_bytes + 2 * chunk * CHUNK);
+  };
+
+  Codes operands[2] = {};
+
+  auto multiply_tile = [&](const TileRow<BITS>(&w)[2], int, int) {
+    int at = read_from;
     LOWBIT_UNROLL
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      const int k = tile * TILE + chunk * CHUNK;
-      if (CUT && k >= K) break;
       LOWBIT_UNROLL
       for (int half = 0; half < 2; ++half) operands[half].next_chunk(w[half], chunk);
       Words4 xs[PIECES][M_TILES];
-      LOWBIT_UNROLL
-      for (int piece = 0; piece < PIECES; ++piece)
+      read_x(xs, chunk);
+      if (enter & 1 << chunk) {
+        end_group(at + residuals_behind);  // before the first one, all is zero
         LOWBIT_UNROLL
-        for (int m = 0; m < M_TILES; ++m) {
-          const int column = k_warp * TILE + chunk * CHUNK + 8 * t;
-          xs[piece][m] = load_shared4(stage + (piece * M + x_row[m]) * PITCH + 2 * column);
+        for (int half = 0; half < 2; ++half) {
+          const Words2 entry = load_shared2(at + 8 * ENTRY * half);
+          scale[half] = float_of(entry.x);
+          center[half] = Codes::lifted(entry.y);
         }
-      if constexpr (CUT) {
-        const int end = k + CHUNK < K ? k + CHUNK : K;
-        for (int next = k / group_size; next * group_size < end; ++next) {
-          if (next != group) {
-            end_group();
-            if (group_ahead != next || group < 0) fetch_group(next);
-            begin_group(next);
-            if ((next + 1) * group_size < K) fetch_group(next + 1);
-          }
-          multiply_chunk(w, chunk, xs, k + 8 * t, next * group_size, (next + 1) * group_size);
-        }
-      } else {
-        // Past K there are no groups, and x is zeros.
-        if (chunk >= group_end - tile * CHUNKS) enter_group(tile * CHUNKS + chunk, tile);
-        multiply_chunk(w, chunk, xs, 0, 0, 0);
+        at += TABLE_PITCH;
       }
+      uint32_t weights[2][4];
+      LOWBIT_UNROLL
+      for (int i = 0; i < 8; ++i) weights[i % 2][i / 2] = operands[i % 2].of(w[i % 2], chunk, i / 2, center[i % 2]);
+      multiply_chunk(weights, xs, 0, 0, 0);
     }
+    read_from += other_table;
   };
 
-  // Its outliers are shared out to the splits and warps of a row.
-  auto add_outliers = [&]() {
+  // Where CUT: small code rather than few instructions. The values of the next group are loaded ahead.
+  int group = -1, group_ahead = -1;
+  Stored values[2] = {};
+  auto fetch_group = [&](int next) {
+    group_ahead = next;
+    LOWBIT_UNROLL
+    for (int half = 0; half < 2; ++half) values[half] = values_at(row_at(s.row[half]), next);
+  };
+
+  auto enter_group = [&](int next) {
+    if (next == group) return;
+    end_group();
+    if (group_ahead != next) fetch_group(next);
     LOWBIT_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int end = load(outlier_rows + row[half] + 1);
-      for (int i = load(outlier_rows + row[half]) + split * K_WARPS + k_warp; i < end; i += splits * K_WARPS) {
-        const float value = float_at(outlier_values, DType(outlier_dtype), i);
-        const int column = wide_columns ? load(static_cast<const int32_t*>(outlier_columns) + i)
-                                        : load(static_cast<const uint16_t*>(outlier_columns) + i);
+      const Used u = used(values[half]);
+      scale[half] = u.scale, residual[half] = u.residual;
+      center[half].lifted[0] = Codes::prepare(u.nearest);
+    }
+    group = next;
+    if (next + 1 < groups) fetch_group(next + 1);
+  };
+
+  auto multiply_tile_cut = [&](const TileRow<BITS>(&w)[2], int tile, int) {
+    constexpr int FIELDS = Codes::FIELDS;
+    LOWBIT_UNROLL
+    for (int part = 0; part < CHUNKS / FIELDS; ++part)
+      LOWBIT_ROLLED
+      for (int field = 0; field < FIELDS; ++field) {
+        const int chunk = part * FIELDS + field, k = tile * TILE + chunk * CHUNK;
+        if (k >= K) break;
+        Words4 xs[PIECES][M_TILES];
+        read_x(xs, chunk);
+        uint32_t pairs[2][4];
         LOWBIT_UNROLL
-        for (int m = 0; m < M_TILES; ++m)
+        for (int half = 0; half < 2; ++half)
           LOWBIT_UNROLL
-          for (int j = 0; j < 2; ++j) {
-            const int x_row = 8 * m + 2 * t + j;
-            if (x_row < M) {
-              float& sum = sums[m][2 * half + j];
-              sum = fused_multiply_add(value, value_of<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
-            }
-          }
+          for (int i = 0; i < 4; ++i)
+            pairs[half][i] = pair_of_codes<BITS>(word(w[half].parts[part], i),
+                                                 BITS == 6 || BITS == 7 ? word(w[half].parts[BITS / 2 - 1], i) : 0,
+                                                 w[half].octets, chunk, i);
+        const int end = k + CHUNK < K ? k + CHUNK : K;
+        LOWBIT_ROLLED
+        for (int next = k / group_size; next * group_size < end; ++next) {
+          enter_group(next);
+          uint32_t weights[2][4];
+          LOWBIT_UNROLL
+          for (int i = 0; i < 8; ++i)
+            weights[i % 2][i / 2] = Codes::Shifted::to_operand(pairs[i % 2][i / 2], center[i % 2].lifted[0]);
+          multiply_chunk(weights, xs, k + 8 * s.t, next * group_size, (next + 1) * group_size);
+        }
       }
-    }
   };
 
-  // Adds the sums of the K_WARPS warps in order, then the bias, unless there are other splits to add.
-  auto write_result = [&]() {
-    constexpr int COLUMNS = 8 * M_TILES;
-    barrier();  // nobody reads x any more, and no copy is on its way
-    LOWBIT_UNROLL
-    for (int m = 0; m < M_TILES; ++m)
-      LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int n = 16 * row_warp + 8 * (i / 2) + g, x_row = 8 * m + 2 * t + i % 2;
-        store_shared(4 * ((k_warp * COLUMNS + x_row) * ROWS + n), sums[m][i]);
-      }
-    barrier();
-    for (int i = thread_index(); i < M * ROWS; i += THREADS) {
-      const int n = first_row + i % ROWS, m = i / ROWS;
-      if (n >= N) continue;
-      float sum = load_shared(4 * i);
-      LOWBIT_UNROLL
-      for (int k = 1; k < K_WARPS; ++k) sum += load_shared(4 * (k * COLUMNS * ROWS + i));
-      if (splits > 1) {
-        store(parts + (static_cast<int64_t>(split) * M + m) * N + n, sum);
-        continue;
-      }
-      if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
-      store(y + static_cast<int64_t>(m) * N + n, rounded_to<T>(sum));
-    }
-  };
-
-  LOWBIT_UNROLL
-  for (int d = 0; d < DEPTH; ++d) {
-    const int tile = (first_slice + d) * K_WARPS + k_warp;
-    if (first_slice + d < end_slice && tile < tile_count) fetch_weights(held[d], tile);
-  }
-  constexpr int AHEAD = T == DType::f32 ? 1 : STAGES - 1;
-  const int first_column = first_slice * SLICE + k_warp * TILE;
-  if (regular && first_column < K) fetch_group(first_column / group_size);
-  for (int d = 0; d < AHEAD; ++d) fetch_x(first_slice + d);
-  if (outlier_values != nullptr) add_outliers();
-  for (int first = first_slice; first < end_slice; first += DEPTH) {
-    LOWBIT_UNROLL
-    for (int d = 0; d < DEPTH; ++d) {
-      const int slice = first + d, tile = slice * K_WARPS + k_warp;
-      if (slice >= end_slice) break;
-      wait_copies<AHEAD - 1>();
-      barrier();  // the slice is there for all threads, and nobody reads the one before it any more
-      if constexpr (T == DType::f32) {
-        split_x();
-        barrier();  // the pieces are there for all threads
-      }
-      fetch_x(slice + AHEAD);
-      if (tile < tile_count) multiply_tile(held[d], tile, slice % STAGES * M * PITCH);
-      if (slice + DEPTH < end_slice && tile + DEPTH * K_WARPS < tile_count)
-        fetch_weights(held[d], tile + DEPTH * K_WARPS);
-    }
-  }
+  const Ring<STAGES<T, M_TILES>, decltype(fetch)> ring = {fetch};
+  if constexpr (CUT)
+    for_each_tile<BITS>(s, tiles, ring, prepare, multiply_tile_cut);
+  else
+    for_each_tile<BITS>(s, tiles, ring, prepare, multiply_tile);
   end_group();
-  write_result();
-}
-
-// y = parts.sum(0) + bias, in the order of the splits.
-template <DType T>
-LOWBIT_KERNEL(THREADS, 1)
-add_splits(const float* parts, const void* bias, Element<T>* y, int M, int N, int splits, int bias_dtype) {
-  const int i = block_index() * THREADS + thread_index();
-  if (i >= M * N) return;
-  float sum = load(parts + i);
-  for (int split = 1; split < splits; ++split) sum += load(parts + static_cast<int64_t>(split) * M * N + i);
-  if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), i % N);
-  store(y + i, rounded_to<T>(sum));
+  write_result<T, M_TILES>(s, sums, 0, bias, bias_dtype, y, parts, splits, M, N);
 }
 
 }  // namespace packed_decode

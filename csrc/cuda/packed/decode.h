@@ -3,22 +3,15 @@
 #include <algorithm>
 
 #include "common/packed.h"
-#include "cuda/codes.h"
-#include "cuda/device.h"
+#include "cuda/decode.h"
 
 namespace lowbit {
 namespace cuda {
 namespace packed_decode {
 
+using namespace decode;
+
 using Call = Linear<packed::Weight>;
-
-constexpr int ROW_WARPS = 2, K_WARPS = 4, THREADS = 32 * ROW_WARPS * K_WARPS, ROWS = 16 * ROW_WARPS;
-constexpr int SLICE = K_WARPS * TILE;  // columns that a block multiplies at a time
-constexpr int64_t MOST_ROWS = 16, MOST_COLUMNS = int64_t(1) << 20, MOST_VALUES = int64_t(1) << 31, MOST_SPLITS = 16;
-
-inline int row_blocks(int64_t N) { return static_cast<int>((N + ROWS - 1) / ROWS); }
-
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline const char* declines(const Call& call) {
   const packed::Weight& w = call.weight;
@@ -29,19 +22,6 @@ inline const char* declines(const Call& call) {
   if (w.blocks || w.row_bytes != (w.K + TILE - 1) / TILE * 32 * w.bits) return "decode reads codes in tiles";
   if (!aligned(w.packed)) return "decode reads codes that begin at a multiple of 16 bytes";
   return nullptr;
-}
-
-// Into how many splits K is cut: blocks for all processors, and two slices of K at least for each. M has no say.
-inline int splits_of(const Call& call, const Device& device) {
-  const int64_t slices = (call.weight.K + SLICE - 1) / SLICE;
-  const int64_t wanted = device.processors / std::max(1, row_blocks(call.weight.N));
-  return static_cast<int>(std::max<int64_t>(1, std::min({wanted, slices / 2, MOST_SPLITS})));
-}
-
-// float32 [splits, M, N]
-inline int64_t workspace_bytes(const Call& call, const Device& device) {
-  const int splits = splits_of(call, device);
-  return splits > 1 ? splits * call.M * call.weight.N * 4 : 0;
 }
 
 // Compiled for each width.

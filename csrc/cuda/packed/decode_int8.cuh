@@ -73,18 +73,16 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
   float scale[2] = {}, residual[2] = {};
   int center[2] = {1 << (BITS - 1), 1 << (BITS - 1)};
   enum { NO_ZEROS, INTEGERS, FLOATS };
-  const int kind_of_zeros = opaque(zeros == nullptr ? NO_ZEROS : zero_dtype == int(DType::u8) ? INTEGERS : FLOATS);
-  const int residuals = opaque(kind_of_zeros == FLOATS);
+  const int kind_of_zeros = zeros == nullptr ? NO_ZEROS : zero_dtype == int(DType::u8) ? INTEGERS : FLOATS;
   // Of rows of scales and zeros: where they begin, and the bytes from one group to the next.
   const char *scale_rows[2], *zero_rows[2];
   LOWBIT_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = s.row[half];
-    scale_rows[half] = opaque(static_cast<const char*>(scales) + row * scale_row * size_of(scale_dtype));
-    zero_rows[half] = opaque(static_cast<const char*>(zeros) + row * zero_row * size_of(zero_dtype));
+    scale_rows[half] = static_cast<const char*>(scales) + row * scale_row * size_of(scale_dtype);
+    zero_rows[half] = static_cast<const char*>(zeros) + row * zero_row * size_of(zero_dtype);
   }
-  const int scale_step = opaque(scale_group * size_of(scale_dtype));
-  const int zero_step = opaque(zero_group * size_of(zero_dtype));
+  const int scale_step = scale_group * size_of(scale_dtype), zero_step = zero_group * size_of(zero_dtype);
 
   // The group that is multiplied, and the chunk that the next one begins with.
   constexpr int NEVER = 1 << 30;
@@ -98,25 +96,18 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
   uint32_t scale_ahead[2] = {}, zero_ahead[2] = {};
 
   // What the group's columns so far sum up to, less their zeros.
-  auto dot = [&](int m, int i) { return products[m][i] - center[i / 2] * x_sums[m][i % 2]; };
+  auto dot = [&](int m, int i) { return products[m][i] - center[i / 2] * x_sums[m][i]; };
 
   auto end_group = [&]() {
     LOWBIT_UNROLL
-    for (int m = 0; m < M_TILES; ++m) {
-      float dots[4];
-      LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i) dots[i] = static_cast<float>(dot(m, i));
-      LOWBIT_ROLLED  // a loop is a branch: where there are no residuals, nothing of it is issued
-      for (int once = 0; once < residuals; ++once)
-        LOWBIT_UNROLL
-        for (int i = 0; i < 4; ++i)
-          dots[i] = fused_multiply_add(residual[i / 2], static_cast<float>(x_sums[m][i % 2]), dots[i]);
+    for (int m = 0; m < M_TILES; ++m)
       LOWBIT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        sums[m][i] = fused_multiply_add(scale[i / 2], dots[i], sums[m][i]);
+        const float sum = fused_multiply_add(residual[i / 2], static_cast<float>(x_sums[m][i]),
+                                             static_cast<float>(dot(m, i)));
+        sums[m][i] = fused_multiply_add(scale[i / 2], sum, sums[m][i]);
         products[m][i] = x_sums[m][i] = 0;
       }
-    }
   };
 
   auto fetch_group = [&](int next) {

@@ -45,16 +45,21 @@ struct Operand {
     uint32_t lifted[LIFTS];
   };
 
-  LOWBIT_DEVICE static Center center(int value) {
+  LOWBIT_DEVICE static uint32_t prepare(int value) { return Shifted::prepare(value); }
+
+  // Of what prepare() made.
+  LOWBIT_DEVICE static Center lifted(uint32_t prepared) {
     Center c;
-    c.lifted[0] = Shifted::prepare(value);
+    c.lifted[0] = prepared;
     LOWBIT_UNROLL
-    for (int i = 1; i < LIFTS; ++i) {  // -(1024 * 2^-lift + value)
+    for (int i = 1; i < LIFTS; ++i) {  // -(1024 * 2^-lift + value), by one multiply-add: (1024 + value) * 2^lift, and the rest
       const int lift = i * WIDTH;
-      c.lifted[i] = (0x8000u + 0x6400u - 0x0400u * lift + (static_cast<uint32_t>(value) << lift)) * 0x00010001u;
+      c.lifted[i] = prepared * (1u << lift) + (0x8000u + 0x6400u - 0x0400u * lift - (0x6400u << lift)) * 0x00010001u;
     }
     return c;
   }
+
+  LOWBIT_DEVICE static Center center(int value) { return lifted(prepare(value)); }
 
   uint32_t bytes[4];  // of the widest plane, the byte that the fields are in
   uint32_t twos[4];   // of the plane of one bit, the octets of lanes 2i and 2i + 1, each in 16 bits
