@@ -13,7 +13,7 @@ from lowbit.backends.registry import backends, use_backend
 from lowbit.checkpoint import convert_folder, load, save
 from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
 from lowbit.codebook.lossless import codebook_of
-from lowbit.codebook.module import CodebookEmbedding, CodebookLinear
+from lowbit.codebook.module import CodebookEmbedding, CodebookExperts, CodebookLinear
 from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
@@ -31,15 +31,16 @@ from lowbit.model.sources import Source, register_source
 from lowbit.model.warmup import tune, warmup
 from lowbit.nn.layer import freeze, make_trainable
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
-from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.packed.module import PackedEmbedding, PackedExperts, PackedLinear
 
 __version__ = VERSION
 __all__ = [
-    "Codebook", "CodebookEmbedding", "CodebookFormat", "CodebookLinear", "CodebookWeight", "Kronecker",
-    "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding",
-    "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report", "Source", "Statistics", "backends",
-    "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize", "freeze", "load",
-    "make_trainable", "register_quantizer", "register_source", "report", "save", "tune", "use_backend", "warmup",
+    "Codebook", "CodebookEmbedding", "CodebookExperts", "CodebookFormat", "CodebookLinear", "CodebookWeight",
+    "Kronecker", "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed",
+    "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report",
+    "Source", "Statistics", "backends", "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize",
+    "freeze", "load", "make_trainable", "register_quantizer", "register_source", "report", "save", "tune",
+    "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lowbit.backends import registry, transforms
-from lowbit.backends.operands import Activation, Operands
+from lowbit.backends.experts import ExpertsOps
+from lowbit.backends.operands import Activation, CodedOperands, Operands
 from lowbit.backends.reference import check_activations, check_ids, without_autocast
 from lowbit.backends.transforms import Rules
 
@@ -32,6 +33,11 @@ families: dict[str, FamilyOps] = {}
 
 Gradients = dict[str, Tensor | None]
 _FIRST = {"linear": "x", "embedding": "ids", "dequantize": ""}
+
+
+def _define(schema: str) -> None:
+    _library.define(schema)
+    _native.define(schema)
 
 
 class FamilyOps:
@@ -58,8 +64,7 @@ class FamilyOps:
         for name, arguments in self._arguments.items():
             op = f"{self.family}_{name}"
             schema = f"{op}({', '.join(f'{type} {argument}' for argument, type in arguments.items())}) -> Tensor"
-            _library.define(schema)
-            _native.define(schema)
+            _define(schema)
             _cuda.define(schema)
             _cuda.define(schema.replace(f"{op}(", f"{op}_declines(").replace("-> Tensor", "-> str"))
             registry.register_op(_library, op, references[name])
@@ -71,6 +76,7 @@ class FamilyOps:
                 batch=partial(self._batch, name),
             )
             transforms.register(_library, self._op(name), rules, follows_autocast=name == "linear")
+        self.experts = ExpertsOps(operands, _define, _library) if issubclass(operands, CodedOperands) else None
 
     def implement(self, backend: str, module: str) -> None:
         """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``.

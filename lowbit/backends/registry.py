@@ -66,7 +66,7 @@ class Backend:
         return self.ops[op](*args)
 
     def layouts(self, format: Format, kind: str) -> tuple[Layout, ...]:
-        """The layouts in which it reads the codes of a format, the best first; ``kind``: linear or embedding."""
+        """The layouts in which it reads the codes of a format, the best first; ``kind``: of the layer."""
         return (CANONICAL,)
 
     def settle(self, packed: Tensor, layout: Layout) -> None:

@@ -197,7 +197,7 @@ class Codebook(Spec):
             codebook_dtype=dtype_name(self.resolve_codebook_dtype()),
             scales=dtype_name(self.resolve_scale_dtype()) if self.scales else "none",
             outliers=round(self.outliers * n * k),
-            activations=self.activations if kind == "linear" else "float",
+            activations="float" if kind == "embedding" else self.activations,
         )
 
     def describe(self) -> str:

@@ -64,7 +64,8 @@ class Layer(nn.Module):
         if hasattr(cls, "family") and hasattr(cls, "kind"):
             _registry[cls.family, cls.kind] = cls
             cls._op = getattr(torch.ops.lowbit, f"{cls.family}_{cls.kind}").default
-            cls._call = call_of(cls._op, cls.operands_class, cls.kind)
+            if cls.kind != "experts":
+                cls._call = call_of(cls._op, cls.operands_class, cls.kind)
 
     def __init__(
         self,
@@ -155,7 +156,8 @@ class Layer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The float weight ``[out_features, in_features]`` in ``dtype``: see :class:`~lowbit.nn.weight.LazyWeight`.
+        """The float weight ``[out_features, in_features]`` (of experts ``[E, N, K]``) in ``dtype``: see
+        :class:`~lowbit.nn.weight.LazyWeight`.
 
         Shape, dtype and device cost nothing. An operation on the values is computed with :meth:`dequantize`, which
         is said once per layer; writing raises.
@@ -526,7 +528,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def layer_class(family: str, kind: str) -> Any:
-    """The layer class of a family: ``kind`` is ``"linear"`` or ``"embedding"``."""
+    """The layer class of a family: ``kind`` is ``"linear"``, ``"embedding"`` or ``"experts"``."""
     return _registry[family, kind]
 
 

@@ -141,7 +141,7 @@ class Packed(Spec):
             zeros="none" if self.symmetric else self.zeros or "int",
             scale_dtype=dtype_name(self.resolve_scale_dtype()),
             outliers=round(self.outliers * n * k),
-            **asdict(self.activation if kind == "linear" else ActivationSpec()),
+            **asdict(ActivationSpec() if kind == "embedding" else self.activation),
         )
 
     def resolve_group_size(self, k: int) -> int:

@@ -2,7 +2,8 @@
 
 #include "common/codebook_arguments.h"
 #include "cpu/codebook/kernel.h"
-#include "cpu/run.h"
+#include "cpu/codebook/stack.h"
+#include "cpu/experts.h"
 
 namespace lowbit {
 namespace codebook {
@@ -35,6 +36,20 @@ Tensor linear_cpu(Tensor x, Tensor packed, OptionalTensor outlier_values, Option
   return run_linear(a, x, cpu_kernel(current_isa()));
 }
 
+// y[i] = x[i / repeats] @ w[ids[i]].T + bias[ids[i]]
+Tensor experts_cpu(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                   OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales, OptionalTensor scale_codebook,
+                   OptionalTensor scale_absmax, OptionalTensor scale_offset, int64_t bits, int64_t group_size,
+                   int64_t layout, int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8) {
+  const char* op = "codebook_experts";
+  const int64_t K = check_activations(op, x);
+  Linear a{};
+  a.weight = check_weight(op, {packed, codebook, scales, {scale_codebook, scale_absmax, scale_offset},
+                               {outlier_values, outlier_columns, outlier_rows}, bits, group_size, layout, K});
+  check_call(op, bias, {int8, x_scale, /*x_group=*/0}, a);
+  return run_experts(op, a, x, ids, num_experts, cpu_kernel(current_isa()));
+}
+
 // w, [N, K] of `dtype`
 Tensor dequantize_cpu(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
                       OptionalTensor outlier_rows, Tensor codebook, OptionalTensor scales,
@@ -64,6 +79,7 @@ Tensor embedding_cpu(Tensor ids, Tensor packed, OptionalTensor outlier_values, O
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("codebook_linear", TORCH_BOX(&linear_cpu));
+  m.impl("codebook_experts", TORCH_BOX(&experts_cpu));
   m.impl("codebook_dequantize", TORCH_BOX(&dequantize_cpu));
   m.impl("codebook_embedding", TORCH_BOX(&embedding_cpu));
 }

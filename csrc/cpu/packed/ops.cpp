@@ -2,7 +2,8 @@
 
 #include "common/packed_arguments.h"
 #include "cpu/packed/kernel.h"
-#include "cpu/run.h"
+#include "cpu/experts.h"
+#include "cpu/packed/stack.h"
 
 namespace lowbit {
 namespace packed {
@@ -36,6 +37,22 @@ Tensor linear_cpu(Tensor x, Tensor packed, OptionalTensor outlier_values, Option
   return run_linear(a, x, cpu_kernel(current_isa()));
 }
 
+// y[i] = x[i / repeats] @ w[ids[i]].T + bias[ids[i]]
+Tensor experts_cpu(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+                   OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+                   int64_t layout, int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8,
+                   int64_t x_group) {
+  const char* op = "packed_experts";
+  const int64_t K = check_activations(op, x);
+  const ActivationArguments activations{int8, x_scale, x_group};
+  Linear a{};
+  a.weight = check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
+                               group_size, layout, K});
+  check_x_group(op, activations, a.weight);
+  check_call(op, bias, activations, a);
+  return run_experts(op, a, x, ids, num_experts, cpu_kernel(current_isa()));
+}
+
 // w, [N, K] of `dtype`
 Tensor dequantize_cpu(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
                       OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits,
@@ -61,6 +78,7 @@ Tensor embedding_cpu(Tensor ids, Tensor packed, OptionalTensor outlier_values, O
 
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("packed_linear", TORCH_BOX(&linear_cpu));
+  m.impl("packed_experts", TORCH_BOX(&experts_cpu));
   m.impl("packed_dequantize", TORCH_BOX(&dequantize_cpu));
   m.impl("packed_embedding", TORCH_BOX(&embedding_cpu));
 }

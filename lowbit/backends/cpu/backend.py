@@ -37,7 +37,7 @@ class CpuBackend(registry.Backend):
     def layouts(self, format: Format, kind: str) -> tuple[Layout, ...]:
         if format.family != "packed":
             return (CANONICAL,)
-        if kind == "linear":
+        if kind != "embedding":
             return (blocks.BLOCKS,) if format.out_features >= blocks.ROWS else (CANONICAL,)
         return (CANONICAL, blocks.BLOCKS)  # blocks, where a linear layer shares the codes
 

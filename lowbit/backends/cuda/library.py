@@ -32,7 +32,8 @@ def load() -> str | None:
         return f"its ops are in the compiled library of the CPU kernels: {reason}"
     file = path()
     if not file.is_file():
-        return f"not compiled: there is no {file} (build it where nvcc is: pip install -e . --no-build-isolation)"
+        how = "in a checkout, `make cuda` compiles it; so does an installation where nvcc and a GPU are"
+        return f"not compiled: there is no {file} ({how})"
     found = str(torch.ops.lowbit_cuda.open(str(file)))
     return f"{file} cannot be loaded: {found}" if found else None
 
@@ -46,4 +47,6 @@ def architectures() -> tuple[int, ...]:
 @cache
 def has(op: str) -> bool:
     """Whether ``op`` has a kernel in this version."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CompositeExplicitAutograd"))
+    key = "CompositeExplicitAutograd"
+    known = hasattr(torch.ops.lowbit_cuda, op)  # else torch raises
+    return known and bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key))

@@ -205,6 +205,15 @@ def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
             torch.ops.lowbit.packed_linear(x, *args)
 
 
+def test_an_op_that_it_does_not_have_goes_to_the_next_backend(emulated):
+    stack = lowbit.PackedExperts.from_float(torch.randn(2, 40, 300), lowbit.Packed(bits=4))
+    x, ids = torch.randn(3, 300), torch.tensor([1, 0, 1])
+    assert not library.has("packed_experts") and library.has("packed_linear")
+    with registry.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda cannot run: it has no packed_experts"):
+        stack(x, ids)
+    torch.testing.assert_close(stack(x, ids), stack.to_float()(x, ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -240,7 +249,8 @@ def test_the_check_of_a_gpu(emulated, monkeypatch):
 
 
 def test_without_a_library_the_reason_says_how_to_get_one(opened, tmp_path):
-    assert opened(tmp_path / "none.so").startswith(f"not compiled: there is no {tmp_path / 'none.so'} (build it")
+    absent = tmp_path / "none.so"
+    assert opened(absent).startswith(f"not compiled: there is no {absent} (in a checkout, `make cuda`")
     assert "cuda: unavailable (not compiled" in "\n".join(map(str, lowbit.backends()))
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: not compiled"), lowbit.use_backend("cuda"):
         pass

@@ -1,0 +1,243 @@
+"""The ops of a stack of experts, for families whose weights can be cut at any row.
+
+    <family>_experts(x, ids, *weight, num_experts, bias, *activation)          equals  y with
+        y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]]),    r = len(ids) // len(x)
+    <family>_experts_input_gradient(dy, ids, *weight, num_experts, in_features)  equals  d with
+        d[i] = dy[i] @ W[ids[i]]
+
+The E weights ``[N, K]`` are one weight ``[E*N, K]`` in the family's form: expert e has its rows ``[e*N, (e+1)*N)``.
+x is ``[T, K]``, ids ``[S]`` in any order, S a multiple of T: a token that goes to r experts stands once. Where an id is
+``num_experts`` or more, another process has the expert, and the row of y is 0. A bias is ``[E*N]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lowbit.backends import registry, transforms
+from lowbit.backends.operands import CodedOperands
+from lowbit.backends.reference import check_activations, check_ids, without_autocast
+from lowbit.backends.transforms import Rules
+
+Define = Callable[[str], None]
+
+
+class ExpertsOps:
+    """The ops of the experts of one family.
+
+    Args:
+        operands: the family's weight and activation.
+        define: makes a schema known, in every namespace that has the ops of families.
+        library: where references, fakes and derivatives go.
+    """
+
+    def __init__(self, operands: type[CodedOperands], define: Define, library: torch.library.Library) -> None:
+        self.operands: Any = operands
+        weight, activation = operands.types, operands.activation.types
+        self._weight, name = len(weight), f"{operands.family}_experts"
+        self._arguments: dict[str, str] = {
+            "x": "Tensor", "ids": "Tensor", **weight, "num_experts": "int", "bias": "Tensor?", **activation,
+        }  # fmt: skip
+        self._of_gradient: dict[str, str] = {
+            "dy": "Tensor", "ids": "Tensor", **weight, "num_experts": "int", "in_features": "int",
+        }  # fmt: skip
+        define(_schema(name, self._arguments))
+        registry.register_op(library, name, self._experts)
+        torch.library.register_fake(f"{registry.NAMESPACE}::{name}", self._fake, lib=library)
+        self._op: torch._ops.OpOverload = getattr(torch.ops.lowbit, name).default
+        rules = Rules(self._save, self._gradients, self._tangent, self._batch)
+        transforms.register(library, self._op, rules, follows_autocast=True)
+
+        gradient = f"{name}_input_gradient"  # an op, as a graph cannot tell which experts there are
+        library.define(_schema(gradient, self._of_gradient))
+        library.impl(gradient, self._input_gradient, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{registry.NAMESPACE}::{gradient}", self._fake_input_gradient, lib=library)
+        self._gradient_op: torch._ops.OpOverload = getattr(torch.ops.lowbit, gradient).default
+        of_gradient = Rules(
+            self._save_of_gradient, self._gradients_of_gradient, self._tangent_of_gradient, self._batch_gradient
+        )
+        transforms.register(library, self._gradient_op, of_gradient)
+
+    # ---- arguments
+
+    def arguments(self, x: Tensor, ids: Tensor, *arguments: Any) -> tuple[Any, int, Tensor | None, Any]:
+        """(weight, num_experts, bias, activation), checked; whether ids are negative is for the kernel to see."""
+        weight = self.operands.of(arguments[: self._weight])
+        num_experts, bias, *rest = arguments[self._weight :]
+        activation = self.operands.activation.of(rest)
+        check_activations(x)
+        _check_sizes("x", x, ids, weight.out_features, num_experts)
+        weight.check_linear(x, bias, activation)
+        rows = weight.out_features
+        torch._check(
+            bias is None or tuple(bias.shape) == (rows,),
+            lambda: f"bias must have shape [E*N] = ({rows},): got {None if bias is None else tuple(bias.shape)}",
+        )
+        return weight, num_experts, bias, activation
+
+    # ---- references and fakes
+
+    def _experts(self, x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+        weight, num_experts, bias, activation = self.arguments(x, ids, *arguments)
+        n = weight.out_features // num_experts
+        y = x.new_zeros(len(ids), n)
+        for rows, part, features in _by_expert(ids, weight.decoded(), num_experts):
+            own = None if bias is None else bias[features]
+            y[rows] = part.linear(x[rows // (len(ids) // len(x))], own, activation)
+        return y
+
+    def _fake(self, x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+        weight, num_experts, _, _ = self.arguments(x, ids, *arguments)
+        return x.new_empty(ids.shape[0], weight.out_features // num_experts)
+
+    def _input_gradient(self, dy: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+        weight, num_experts, k = self._checked_gradient(dy, ids, *arguments)
+        d = dy.new_zeros(len(ids), k)
+        for rows, part, _ in _by_expert(ids, weight.decoded(), num_experts):
+            d[rows] = part.input_gradient(dy[rows], k)
+        return d
+
+    def _fake_input_gradient(self, dy: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+        _, _, k = self._checked_gradient(dy, ids, *arguments)
+        return dy.new_empty(ids.shape[0], k)
+
+    def _checked_gradient(self, dy: Tensor, ids: Tensor, *arguments: Any) -> tuple[Any, int, int]:
+        weight = self.operands.of(arguments[: self._weight])
+        num_experts, k = arguments[self._weight :]
+        _check_sizes("dy", dy, ids, weight.out_features, num_experts)
+        weight.check(k)
+        n = weight.out_features // num_experts
+        torch._check(
+            dy.shape[0] == ids.shape[0] and dy.shape[1] == n,
+            lambda: f"dy must be [S, N] = [{ids.shape[0]}, {n}]: got shape {tuple(dy.shape)}",
+        )
+        return weight, num_experts, k
+
+    # ---- derivatives, of x and of the bias
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = dict(zip(self._arguments, inputs, strict=True))
+        weight, bias = self.operands.of([given[name] for name in self.operands.types]), given["bias"]
+        self._keep(ctx, given["ids"], weight, None if bias is None else bias.dtype)
+        ctx.num_experts, ctx.tokens, ctx.k = given["num_experts"], given["x"].shape[0], given["x"].shape[1]
+
+    def _save_of_gradient(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = dict(zip(self._of_gradient, inputs, strict=True))
+        self._keep(ctx, given["ids"], self.operands.of([given[name] for name in self.operands.types]), None)
+        ctx.num_experts, ctx.k = given["num_experts"], given["in_features"]
+
+    def _keep(self, ctx: Any, ids: Tensor, weight: Any, bias_dtype: torch.dtype | None) -> None:
+        count = len(weight.tensor_names)
+        saved = (ids, *list(weight)[:count])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*saved)
+        ctx.numbers, ctx.bias_dtype = list(weight)[count:], bias_dtype
+
+    def _saved(self, ctx: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        ids, *tensors = ctx.saved_tensors
+        return ids, (*tensors, *ctx.numbers)
+
+    def _check_differentiable(self, names: set[str], what: str) -> None:
+        for name in names - {"x", "dy", "bias"}:
+            raise RuntimeError(f"{self._op.name()} has no {what} with respect to {name}")
+
+    def _gradients(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(self._arguments)
+        wanted = {name for name, needed in zip(self._arguments, ctx.needs_input_grad, strict=True) if needed}
+        self._check_differentiable(wanted, "gradient")
+        ids, weight = self._saved(ctx)
+        found: dict[str, Tensor] = {}
+        with without_autocast():
+            if "x" in wanted:
+                rows = self._gradient_op(grad.contiguous(), ids, *weight, ctx.num_experts, ctx.k)
+                found["x"] = rows.view(ctx.tokens, -1, ctx.k).sum(1) if ctx.tokens else rows.view(0, ctx.k)
+            if "bias" in wanted:
+                sums = grad.new_zeros(ctx.num_experts + 1, grad.shape[1], dtype=torch.float32)
+                sums = sums.index_add(0, ids.to(torch.int64).clamp(max=ctx.num_experts), grad.float())
+                found["bias"] = sums[:-1].reshape(-1).to(ctx.bias_dtype)
+        return tuple(found.get(name) for name in self._arguments)
+
+    def _gradients_of_gradient(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(self._of_gradient)
+        wanted = {name for name, needed in zip(self._of_gradient, ctx.needs_input_grad, strict=True) if needed}
+        self._check_differentiable(wanted, "gradient")
+        ids, weight = self._saved(ctx)
+        with without_autocast():
+            dy = self._op(grad.contiguous(), ids, *weight, ctx.num_experts, None, *self.operands.activation())
+        return tuple(dy if name == "dy" else None for name in self._of_gradient)
+
+    def _tangent(self, ctx: Any, *tangents: Any) -> Tensor | None:
+        given = {name: t for name, t in zip(self._arguments, tangents, strict=True) if t is not None}
+        self._check_differentiable(set(given), "tangent")
+        ids, weight = self._saved(ctx)
+        parts: list[Tensor] = []
+        with without_autocast():
+            if "x" in given:
+                plain = (ctx.num_experts, None, *self.operands.activation())
+                parts.append(self._op(given["x"], ids, *weight, *plain))
+            if "bias" in given:
+                bias = torch.nn.functional.pad(given["bias"].view(ctx.num_experts, -1), (0, 0, 0, 1))
+                parts.append(bias.index_select(0, ids.to(torch.int64).clamp(max=ctx.num_experts)))
+        return sum(parts[1:], parts[0])
+
+    def _tangent_of_gradient(self, ctx: Any, *tangents: Any) -> Tensor | None:
+        given = {name: t for name, t in zip(self._of_gradient, tangents, strict=True) if t is not None}
+        self._check_differentiable(set(given), "tangent")
+        ids, weight = self._saved(ctx)
+        result: Tensor = self._gradient_op(given["dy"], ids, *weight, ctx.num_experts, ctx.k)
+        return result
+
+    def _batch(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _one_by_one(self._op, info, in_dims, args)
+
+    def _batch_gradient(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _one_by_one(self._gradient_op, info, in_dims, args)
+
+
+def _schema(op: str, arguments: dict[str, str]) -> str:
+    return f"{op}({', '.join(f'{type} {argument}' for argument, type in arguments.items())}) -> Tensor"
+
+
+def _check_sizes(name: str, x: Tensor, ids: Tensor, n: int, num_experts: int) -> None:
+    check_ids(ids)
+    torch._check(x.dim() == 2, lambda: f"{name} must be [T, {'K' if name == 'x' else 'N'}]: got shape {tuple(x.shape)}")
+    torch._check(
+        num_experts >= 1 and n % num_experts == 0,
+        lambda: f"num_experts must divide the rows of the weight, {n}: got num_experts={num_experts}",
+    )
+    torch._check(
+        ids.dim() == 1 and (ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0),
+        lambda: f"ids must be [S], S a multiple of T={x.shape[0]}: got shape {tuple(ids.shape)}",
+    )
+
+
+def _by_expert(ids: Tensor, weight: Any, num_experts: int) -> Iterator[tuple[Tensor, Any, slice]]:
+    """Of each expert that has some: the rows whose it is, its weight, and its rows of the stack."""
+    n = weight.out_features // num_experts
+    if ids.numel() and int(ids.min()) < 0:
+        raise RuntimeError(f"ids must not be negative: got {int(ids.min())}")
+    for e in ids.unique().tolist():
+        if e < num_experts:
+            features = slice(e * n, (e + 1) * n)
+            yield (ids == e).nonzero()[:, 0], weight.rows(features), features
+
+
+def _one_by_one(
+    op: torch._ops.OpOverload, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Tensor, int]:
+    if not info.batch_size:
+        raise RuntimeError(f"vmap of {op} needs a batch of 1 or more: got 0")
+    calls = (
+        op(*(a if dim is None else a.select(dim, i).contiguous() for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    )
+    return torch.stack(list(calls)), 0

@@ -1,0 +1,224 @@
+"""What the stacks of experts of every family share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.backends.layouts import CANONICAL, Layout
+from lowbit.core.activations import ActivationSpec
+from lowbit.core.family import Format, Spec, Weight, check_size, check_spec
+from lowbit.nn.coded import CodedLayer
+
+
+def experts_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``y[i] = F.linear(x[i // r], weight[ids[i]], bias[ids[i]])`` ``[S, N]``; 0 where there is no such expert.
+
+    One product for each expert that is chosen. ``weight`` is ``[E, N, K]``.
+    """
+    repeats = len(ids) // len(x) if len(x) else 1
+    y = x.new_zeros(len(ids), weight.shape[1])
+    for e in ids.unique().tolist():
+        if e < len(weight):
+            rows = (ids == e).nonzero()[:, 0]
+            own = nn.functional.linear(x[rows // repeats], weight[e], None if bias is None else bias[e])
+            y = y.index_copy(0, rows, own)
+    return y
+
+
+def _rows_of(bias: Tensor, ids: Tensor) -> Tensor:
+    """``bias[ids]``, 0 where there is no such expert."""
+    return nn.functional.pad(bias, (0, 0, 0, 1)).index_select(0, ids.clamp(max=len(bias)))
+
+
+class FloatExperts(nn.Module):
+    """E linear layers whose weights are one Parameter, ``[E, N, K]`` or, where ``transposed``, ``[E, K, N]``.
+
+    ``y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]])`` with ``r = len(ids) // len(x)``.
+
+    Where ``owner`` is given it stands for the Parameter ``attribute`` of that module, which is the very same.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        transposed: bool = False,
+        owner: nn.Module | None = None,
+        attribute: str = "",
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.transposed = transposed
+        self.__dict__["owner"] = owner  # not a part of this one
+        self.attribute = attribute
+
+    @property
+    def weights(self) -> Tensor:
+        """``[E, N, K]``."""
+        return self.weight.transpose(1, 2) if self.transposed else self.weight
+
+    def forward(self, input: Tensor, ids: Tensor) -> Tensor:
+        return experts_linear(input, ids, self.weights, self.bias)
+
+
+class ExpertsLayer(CodedLayer):
+    """E linear layers in one: ``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` with ``r = len(ids) // len(x)``.
+
+    x is ``[T, K]`` in float32, float16 or bfloat16, ids ``[S]`` in int32 or int64, S a multiple of T, and y ``[S, N]``
+    in the dtype of x. A row whose id is ``num_experts`` or more is 0: another process has its expert.
+
+    The weights are held as one, ``[E*N, K]``: expert e has the rows ``[e*N, (e+1)*N)`` of every stored tensor, and of
+    the bias ``[E*N]``. What a format has once per tensor, such as a table, all experts share.
+
+    Attributes:
+        num_experts: E.
+    """
+
+    kind = "experts"
+    num_experts: int
+    _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
+
+    def __init__(
+        self,
+        format: Format,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        num_experts: int,
+    ) -> None:
+        check_size("num_experts", num_experts)
+        if format.out_features % num_experts:
+            raise ValueError(
+                f"num_experts must divide the rows of the weight, {format.out_features}: got num_experts={num_experts}"
+            )
+        self.__dict__["num_experts"] = num_experts
+        super().__init__(format, bias, dtype, device)
+
+    def _derive(self) -> None:
+        super()._derive()
+        activation = self.operands_class.activation
+        self._activation = () if activation is None else activation.numbers_of(self.format.activation)
+
+    @property
+    def in_features(self) -> int:
+        """K of each expert."""
+        return cast(int, self.format.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """N of each expert."""
+        return cast(int, self.format.out_features) // self.num_experts
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        spec: Spec,
+        bias: Tensor | None = None,
+        *,
+        x_scale: Tensor | None = None,
+    ) -> Any:
+        """Quantize float weights ``[E, N, K]`` with ``spec``; the bias ``[E, N]`` is kept as it is.
+
+        Raises ``ValueError`` when the spec does not fit the weight, or needs calibration that is not given;
+        ``TypeError`` for what is no spec of this family.
+        """
+        check_spec(spec, cls.family)
+        if weight.dim() != 3:
+            raise ValueError(f"weight must be [E, N, K]: got shape {tuple(weight.shape)}")
+        flat = weight.reshape(-1, weight.shape[2])
+        if problem := spec.problem(*flat.shape):
+            raise ValueError(problem)
+        stored = spec.quantize(flat)
+        return cls.from_weight(
+            stored, bias, num_experts=weight.shape[0], **asdict(spec.activation), x_scale=x_scale, dtype=weight.dtype
+        )
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        num_experts: int,
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        **activation: Any,
+    ) -> Any:
+        """A layer that holds ``weight`` ``[E*N, K]`` as it is; the bias is ``[E, N]`` or ``[E*N]``."""
+        format = weight.format().with_activation(ActivationSpec(**activation))
+        layer = cls(format, bias is not None, dtype, "meta", num_experts=num_experts)
+        layer.store(weight.tensors())
+        if "x_scale" in format.tensors():
+            if x_scale is None:
+                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
+            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
+        if bias is not None:
+            trained = not isinstance(bias, nn.Parameter) or bias.requires_grad
+            layer.bias = nn.Parameter(bias.detach().reshape(-1), requires_grad=trained)
+        layer.validate()
+        return layer.prepare()
+
+    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
+        found = super().layouts(device)
+        whole = tuple(layout for layout in found if self.out_features % layout.rows_together == 0)
+        return whole or (CANONICAL,)
+
+    def arguments(self, x: Tensor, ids: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """The arguments of the op."""
+        t, activation = self.operands(), self.operands_class.activation
+        own = () if activation is None else activation.tensor_names
+        tensors = (*self.weight_arguments(t), self.num_experts, bias, *(t[name] for name in own))
+        return (x, ids, *tensors, *self._activation)
+
+    def forward(self, input: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``bias``: ``[E, N]``, of a layer that has none of its own."""
+        if input.dim() != 2 or input.size(-1) != self.format.in_features:
+            raise ValueError(
+                f"{self.title()}: input must be [tokens, in_features={self.format.in_features}]: "
+                f"got shape {tuple(input.shape)}"
+            )
+        bias = self.bias if bias is None else bias.reshape(-1)
+        if self.dtype is torch.float64:
+            return self._in_float64(input, ids, bias)
+        y: Tensor = self._op(*self.arguments(input, ids, bias))
+        return y
+
+    def _in_float64(self, x: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
+        if self.format.activations == "float":
+            return experts_linear(x, ids, self.dequantize(), None if bias is None else bias.view(self.num_experts, -1))
+        y: Tensor = self._op(*self.arguments(x.float(), ids, None)).double()  # x becomes int8
+        return y if bias is None else y + _rows_of(bias.view(self.num_experts, -1), ids)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weights ``[E, N, K]`` that this layer multiplies by, rounded once to ``dtype``."""
+        return super().dequantize(dtype).view(self.num_experts, self.out_features, -1)
+
+    def to_float(self) -> FloatExperts:
+        """The same experts with the dequantized weights."""
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().view(self.num_experts, -1))
+        return FloatExperts(nn.Parameter(self.dequantize()), bias).train(self.training)
+
+    def extras(self) -> dict[str, Any]:
+        return {"num_experts": self.num_experts}
+
+    @classmethod
+    def check_extras(cls, bias: bool, extras: dict[str, Any]) -> dict[str, Any]:
+        count = extras.pop("num_experts", None)
+        check_size("num_experts", count)
+        super().check_extras(bias, extras)
+        return {"num_experts": count}
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, " + super().extra_repr().replace(
+            f"out_features={self.format.out_features}", f"out_features={self.out_features}"
+        )
