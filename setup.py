@@ -218,7 +218,7 @@ def cuda_edges(folder: Path, architectures: Sequence[str]) -> list[str]:
     LOWBIT_BITS is compiled once for each width of codes. One without a kernel is compiled for one architecture, as is
     a kernel of one alone (*_sm90.cu). The slowest come first.
     """
-    numbers = ",".join(f"{name.rstrip('a')}0" for name in architectures)
+    numbers = r"\,".join(f"{name.rstrip('a')}0" for name in architectures)  # nvcc splits at a comma that is not escaped
     sources = sorted(Path("csrc/cuda").rglob("*.cu"), key=lambda path: (path.stem != "decode", path))
     objects, edges = [], []
     for source in sources:
@@ -227,7 +227,7 @@ def cuda_edges(folder: Path, architectures: Sequence[str]) -> list[str]:
         one = ".cuh" not in text or "_sm" in source.stem
         variables = {"architectures": gencode(own or (architectures[:1] if one else architectures))}
         if '"cuda/host.h"' in text:
-            variables["flags"] = f"-DLOWBIT_ARCHITECTURES={numbers}"
+            variables["flags"] = shlex.quote(f"-DLOWBIT_ARCHITECTURES={numbers}")
         for width in CUDA_WIDTHS if "LOWBIT_BITS" in text else [None]:
             if width is not None:
                 variables["flags"] = f"-DLOWBIT_BITS={width}"
