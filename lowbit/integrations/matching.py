@@ -21,7 +21,10 @@ from lowbit.nn.layer import LayerConfig, layer_class, layers
 # Without lowbit, transformers would only warn and start packed layers at random. So a saved file also holds, for every
 # packed layer, an empty tensor under the name of its float weight: transformers stops at the mismatch of its size. What
 # it prints then lists this name too.
-NOTICE = "this_model_needs_lowbit.pip_install_lowbit.import_lowbit_before_from_pretrained"
+_REMEDY = ".pip_install_lowbit.import_lowbit_before_from_pretrained"
+NOTICE = f"this_model_needs_lowbit{_REMEDY}"
+# Saving renames tensors for some models, this one too: from "model." to "backbone.", say.
+NOTICE_PATTERN = f"{re.escape(_REMEDY)}$"
 
 
 def guards(model: Any) -> dict[str, Tensor]:
@@ -49,7 +52,12 @@ def _is_saved_as_is(model: Any, name: str) -> bool:
 
 def is_guard(name: str, entry: Entry) -> bool:
     """Whether this is a guard, of a model whose packed layer has this name."""
-    return entry.shape == (0,) and (name == NOTICE or name.rpartition(".")[2] == "weight")
+    return entry.shape == (0,) and (is_notice(name) or name.rpartition(".")[2] == "weight")
+
+
+def is_notice(name: str) -> bool:
+    """Whether this is the name of ``NOTICE``, as some model has it."""
+    return re.search(NOTICE_PATTERN, name) is not None
 
 
 @dataclass
@@ -124,7 +132,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str]
     ignored = _left_out(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
-        if is_guard(name, checkpoint.entries[key]) and (name == NOTICE or name.rpartition(".")[0] in packed):
+        if is_guard(name, checkpoint.entries[key]) and (is_notice(name) or name.rpartition(".")[0] in packed):
             continue
         if name.rpartition(".")[0] in packed:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")

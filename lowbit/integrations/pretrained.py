@@ -24,7 +24,7 @@ from lowbit.checkpoint.metadata import Metadata, parse, train_again
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.integrations import resize, tensor_parallel, unread
 from lowbit.integrations.matching import (
-    NOTICE,
+    NOTICE_PATTERN,
     check,
     check_float,
     forget_kept_dtypes,
@@ -134,7 +134,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         ignored = [] if ignored is None else ignored  # a set in later versions
-        patterns = [rf"^{re.escape(f'{name}.weight')}$" for name in packed] + [re.escape(NOTICE)]
+        patterns = [rf"^{re.escape(f'{name}.weight')}$" for name in packed] + [NOTICE_PATTERN]
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns])  # type: ignore[assignment]
         return model
 

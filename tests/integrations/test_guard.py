@@ -115,6 +115,24 @@ def test_lowbit_leaves_out_the_guards_only(name, shards, folders):
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())
 
 
+def test_a_model_that_renames_what_it_saves(tmp_path):
+    """"model." becomes "backbone." in its files, in the name of the notice, too."""
+    made = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h").NemotronHForCausalLM
+    config = made.config_class(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+    )  # fmt: skip
+    model = lowbit.convert(made(config).eval(), SPEC)
+    lowbit.save(model, tmp_path)
+    ids = torch.arange(6)[None]
+    expected = model(ids, use_cache=False).logits
+    assert torch.equal(lowbit.load(tmp_path)(ids, use_cache=False).logits, expected)
+    loaded, info = made.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(loaded.eval()(ids, use_cache=False).logits, expected)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+
+
 def test_guards_are_small(folders):
     folder = folders / "llama"
     entries, _ = read_header(folder / "model.safetensors")
