@@ -27,13 +27,6 @@ struct Codes {
   Outliers outliers;
 };
 
-// Makes of codes their rows [first, first + N). Row pointers of outliers say where values are in the whole.
-inline void cut_codes(Codes& w, int64_t first, int64_t N) {
-  w.packed += first * w.row_bytes;
-  w.N = N;
-  if (w.outliers) w.outliers.rows += first;
-}
-
 template <class Weight>
 struct Linear {
   Weight weight;

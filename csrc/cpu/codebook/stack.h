@@ -2,6 +2,7 @@
 #pragma once
 #include "common/checks.h"
 #include "common/codebook.h"
+#include "common/stack.h"
 
 namespace lowbit {
 namespace codebook {
