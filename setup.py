@@ -153,7 +153,7 @@ def cuda_architectures(nvcc: str) -> list[str]:
     known = {int(name.rstrip("a")): name for name in able}
     best = {max((n for n in known if n // 10 == each // 10 and n <= each), default=0) for each in gpus_here()}
     found = [known[n] for n in sorted(best) if n]
-    return found or without("there is no GPU here for them (LOWBIT_CUDA=1 compiles them for all, in half an hour)")
+    return found or without("there is no GPU here for them (LOWBIT_CUDA=1 compiles them for all, in about ten minutes)")
 
 
 def gpus_here() -> set[int]:
