@@ -57,7 +57,7 @@ def warmup(model: nn.Module, max_m: int) -> int:
 
 def _on_gpu(model: nn.Module) -> Iterator[Layer]:
     for layer in layers(model).values():
-        if _may_run_triton(layer.device.type):
+        if layer.kind != "experts" and _may_run_triton(layer.device.type):  # Triton has no kernel of those
             yield layer
 
 

@@ -30,6 +30,13 @@ def test_calls_that_fall_through_to_triton_count(monkeypatch, forced, active, ab
     assert warmup._may_run_triton("cuda") is expected
 
 
+def test_stacks_of_experts_have_nothing_to_compile(monkeypatch):
+    monkeypatch.setattr(warmup, "_may_run_triton", lambda device_type: True)
+    linear = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed())
+    experts = lowbit.PackedExperts.from_float(torch.randn(2, 8, 64), lowbit.Packed())
+    assert list(warmup._on_gpu(torch.nn.ModuleList([experts, linear]))) == [linear]
+
+
 def test_tune_measures_triton_alone(monkeypatch):
     """The calls that it times must not go to a backend before Triton."""
     layer = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed())
