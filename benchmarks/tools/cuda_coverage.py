@@ -52,6 +52,7 @@ CHECKS = {
     "codebook_decode": ("test_codebook BITS DTYPES ROWS", "test_codebook BITS DTYPES PTX_ROWS"),
     "codebook_decode_simt": ("test_codebook_simt BITS FLOAT32 ROWS; test_codebook_simt HALF_BITS HALVES HALF_ROWS",
                              "test_codebook_simt BITS FLOAT32 PTX_ROWS; test_codebook_simt HALF_BITS HALVES PTX_ROWS"),
+    "codebook_linear_int8": ("test_codebook_int8 BITS DTYPES ROWS", "test_codebook_int8 BITS DTYPES PTX_ROWS"),
     "codebook_batch": ("test_codebook_batch WIDTHS DTYPES ROWS", "test_codebook_batch WIDTHS DTYPES PTX_ROWS"),
     "codebook_batch_sm90": ("", "test_codebook_sm90 WIDTHS DTYPES ROWS"),
     "codebook_gather": ("test_codebook BITS FLOATS -", "test_codebook BITS FLOATS -"),
@@ -88,15 +89,6 @@ def lines() -> Iterator[Line]:
             yield from (Line(family, "embedding, dequantize", weight, ANY, x, b) for x in FLOATS for b in bits)
 
 
-def why_declined(line: Line) -> str | None:
-    """The answer of the op's ``declines``; a test compares it with the emulated library's."""
-    if line.family == "kron" or line.rows == ANY:
-        return None
-    kernel = "decode" if line.rows == FEW else "batch"
-    taken = line.x != INT8 or line.family == "packed"
-    return None if taken else f"{kernel} has no int8 activations"
-
-
 def instances(kernel: Kernel, line: Line) -> list[Instance]:
     """Those that run a call. ``kron_fused`` is compiled for operands that factors and x of any dtype become."""
     every = [one for one in kernel.instances().values() if one.values.get("bits", line.bits) == line.bits]
@@ -106,11 +98,9 @@ def instances(kernel: Kernel, line: Line) -> list[Instance]:
 
 def kernels(line: Line) -> list[Kernel]:
     """Those that take a call; of two, the GPU and the shape decide. Rows of float32 decode takes 8 at a time."""
-    if why_declined(line):
-        return []
     stages = {FEW: ("decode", "fused"), MORE: ("batch_sm90", "batch", "fused"), ANY: ("gather",)}[line.rows]
     if line.x == INT8:
-        stages = tuple(f"{stage}_int8" for stage in stages)
+        stages = ("linear_int8",) if line.family == "codebook" else tuple(f"{stage}_int8" for stage in stages)
     elif line.weight == "a table per group" and line.rows != ANY:
         few = ("decode",) if line.bits <= 4 else ("decode_simt",)
         stages = few if line.rows == FEW else ("batch",)
@@ -118,7 +108,7 @@ def kernels(line: Line) -> list[Kernel]:
         named = [KERNELS[name] for name in (f"{line.family}_{stage}" for stage in some) if name in KERNELS]
         if found := [kernel for kernel in named if instances(kernel, line)]:
             return found
-    raise ValueError(f"no kernel is compiled for {line}, and why_declined() has no reason")
+    raise ValueError(f"no kernel is compiled for {line}")
 
 
 def recorded(kernel: Kernel, line: Line) -> str:
@@ -145,8 +135,6 @@ def table() -> list[list[str]]:
         for kernel in kernels(line):
             marks = [*(checked(some, line) for some in CHECKS[kernel.name]), recorded(kernel, line), "not yet"]
             bits_of.setdefault((*line[:5], kernel.name, by_default(line), *marks), []).append(line.bits)
-        if reason := why_declined(line):
-            bits_of.setdefault((*line[:5], "none", f"Triton: {reason}", *"––––"), []).append(line.bits)
     rows = []
     for row, bits in bits_of.items():
         whole = len(bits) > 2 and bits == [*range(bits[0], bits[-1] + 1)]

@@ -320,6 +320,32 @@ CODEBOOK_DECODE_SIMT = Kernel(
     ),
 )
 
+CODEBOOK_LINEAR_INT8 = Kernel(
+    "codebook_linear_int8",
+    "codebook/linear_int8.cu",
+    (
+        Function(
+            "codebook_linear_int8::kernel",
+            dict(bits=WIDTHS, m_tiles=(1, 4), tabled=(False, True)),
+            label=lambda bits, m_tiles, tabled: (
+                f"{bits}-bit {8 * m_tiles} rows, {'one scale' if tabled else 'scales of groups'}"
+            ),
+            threads=256,
+            shared=lambda bits, m_tiles, **_: cuda_codebook.int8_bytes(bits, m_tiles, in_shared=True),
+            weight_loads=tile_loads,
+        ),
+    ),
+)
+
+CODEBOOK_STEPS = Kernel(
+    "codebook_steps",
+    "codebook/steps.cu",
+    (
+        Function("codebook_int8::find_steps", {}, "steps", 256, shared=lambda **_: 2048),
+        Function("codebook_int8::add_splits", {}, "splits", 256),
+    ),
+)
+
 CODEBOOK_GATHER = Kernel(
     "codebook_gather",
     "codebook/gather.cu",
@@ -376,7 +402,7 @@ CODEBOOK_BATCH_SM90 = Kernel(
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
-        PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_GATHER, CODEBOOK_BATCH,
-        CODEBOOK_BATCH_SM90,
+        PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_LINEAR_INT8, CODEBOOK_STEPS,
+        CODEBOOK_GATHER, CODEBOOK_BATCH, CODEBOOK_BATCH_SM90,
     )
 }  # fmt: skip

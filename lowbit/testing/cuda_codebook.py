@@ -24,6 +24,7 @@ from lowbit.testing.cuda_ptx import (
     dtype_name,
     most_tiles,
     number_of,
+    quantized,
     sm90_maps,
 )
 from lowbit.testing.ptx_emulator import Statistics, execute
@@ -63,15 +64,16 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
 
 def linear(
     weight: Weight, x: Tensor, bias: Tensor | None = None, *, order: int = 0, of: Any = None, int8: bool = False,
-    batch_invariant: bool = False, processors: int = 1, architecture: int = 80, shared_bytes: int = 163 << 10,
+    x_scale: Tensor | None = None, batch_invariant: bool = False, processors: int = 1, architecture: int = 80,
+    shared_bytes: int = 163 << 10,
 ) -> Tensor:  # fmt: skip
     """``y = x @ W.T + bias`` by ``csrc/cuda/codebook``; as :func:`lowbit.testing.cuda_emulated.packed_linear`."""
     m, tiles = len(x), aligned(tile(weight.packed, weight.kind.bits, weight.kind.k))
     y = torch.full((m, weight.kind.n), torch.nan, dtype=x.dtype)
     arguments = weight_arguments(weight) | dict(
         packed=array(tiles), M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=int8,
-        batch_invariant=batch_invariant,
-        y=array(y), device=(architecture, processors, shared_bytes), order=order,
+        x_scale=array(x_scale), batch_invariant=batch_invariant, y=array(y),
+        device=(architecture, processors, shared_bytes), order=order,
     )  # fmt: skip
     result = (of or cuda_emulated.kernels()).codebook_linear(arguments)
     assert result == 0, result
@@ -226,6 +228,56 @@ def execute_simt(
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
         adding = symbol(ptx, "codebook_decode_simt::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
+    return y, statistics
+
+
+# --- codebook/linear_int8.cuh ---
+
+
+def int8_bytes(bits: int, m_tiles: int, in_shared: bool) -> int:
+    """As ``shared_bytes`` of codebook/linear_int8.h."""
+    x_rows = 8 * m_tiles
+    x = (3 if m_tiles == 1 else 2) * x_rows * (1024 + 32)
+    return (128 << bits if in_shared else 0) + max(x, 2 * 4 * 32 * x_rows * 4)
+
+
+def execute_int8(
+    ptx: str, steps_ptx: str, quantize_ptx: str, weight: Weight, x: Tensor, bias: Tensor | None = None,
+    x_scale: Tensor | None = None, splits: int = 1,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y = x @ W.T + bias`` with int8 activations by the instance of a PTX text that takes it, with the arguments of
+    linear_int8.cu; ``steps_ptx`` and ``quantize_ptx`` are the PTX of the kernels around it."""
+    kind, (m, k) = weight.kind, x.shape
+    n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
+    values, columns, rows = weight.outliers
+    tabled, m_tiles = groups == 1, 1 if m <= 8 else 4
+    row = {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits
+    group = (1 << kind.bits) if tables == "group" else 0
+    one_table = tables == "tensor" and (not tabled or weight.scales is None)
+    q, inverse = quantized(quantize_ptx, x, x_scale)
+    x, steps, y = aligned(x), torch.full((n,), torch.nan), torch.full((m, n), torch.nan, dtype=x.dtype)
+    parts = torch.full((splits, 2, m, n), -1, dtype=torch.int32)
+    of_weight = tuple(0 if t is None else t for t in (weight.codebook, weight.scales, *weight.nested))
+    dtypes = number_of(weight.codebook), number_of(weight.scales)
+    found = symbol(steps_ptx, "codebook_int8::find_steps")
+    given: tuple[object, ...] = (
+        *of_weight, steps, n, (groups if tables == "group" else 1) << kind.bits, groups, row, *dtypes,
+    )  # fmt: skip
+    execute(steps_ptx, found, (-(-n // 32),), THREADS, given, 8 * THREADS)
+    wide = columns is not None and columns.dtype == torch.int32
+    sparse = tuple(0 if t is None else t for t in (bias, values, columns, rows))
+    after = (number_of(bias), number_of(values), wide, number_of(x))
+    arguments = (
+        aligned(tile(weight.packed, kind.bits, k)), *of_weight, *sparse, q, inverse, steps, x, y, parts, m, n, k,
+        q.shape[1], group_size, *divisor(group_size), groups, row, group, one_table, *dtypes, *after, splits,
+    )  # fmt: skip
+    found = symbol(ptx, "codebook_linear_int8::kernel", kind.bits, m_tiles, int(tabled))
+    blocks = splits * -(-n // ROWS) * -(-m // (8 * m_tiles))
+    shared = int8_bytes(kind.bits, m_tiles, tabled or tables != "group")
+    statistics = execute(ptx, found, (blocks,), THREADS, arguments, shared)
+    if splits > 1:
+        given = (parts, inverse, steps, *sparse, x, y, m, n, k, splits, *after)
+        execute(steps_ptx, symbol(steps_ptx, "codebook_int8::add_splits"), (-(-m * n // THREADS),), THREADS, given)
     return y, statistics
 
 

@@ -139,7 +139,6 @@ def test_x_at_any_address():
 @pytest.mark.parametrize(
     ("kind", "rows", "dtype", "options", "reason"),
     [
-        (Kind(4, 5, 64, 32), 1, torch.float16, dict(int8=True), "no int8 activations"),
         (Kind(8, 5, 64, 64, "row"), 1, torch.float16, dict(shared_bytes=64 << 10), "no room for the tables"),
     ],
 )

@@ -64,7 +64,6 @@ def answer(line: Line) -> str | None:
 
 
 @pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}")
-def test_the_library_declines_what_the_document_says():
+def test_the_library_takes_what_the_document_says():
     for line in cuda_coverage.lines():
-        said, found = cuda_coverage.why_declined(line), answer(line)
-        assert (found is None) == (said is None) and (said or "") in (found or ""), (line, found)
+        assert answer(line) is None, line

@@ -4,6 +4,7 @@
 #include "cuda/codebook/batch_sm90.h"
 #include "cuda/codebook/decode.h"
 #include "cuda/codebook/decode_simt.h"
+#include "cuda/codebook/linear_int8.h"
 #include "cuda/widths.h"
 
 namespace lowbit {
@@ -13,16 +14,17 @@ namespace {
 
 using Call = Linear<codebook::Weight>;
 
-enum class Kernel { decode, decode_simt, batch, batch_sm90 };
+enum class Kernel { decode, decode_simt, batch, batch_sm90, int8 };
 
 // The kernels add in different orders: where a row of y may not depend on M, nor on where x lies, one of them takes every
-// call.
+// call. That with int8 activations adds integers.
 Kernel kernel_of(const Call& call, const Device& device) {
 #ifdef LOWBIT_EMULATED
   constexpr bool HAS_SM90 = false;  // the emulation has no tensor memory accelerator
 #else
   constexpr bool HAS_SM90 = true;
 #endif
+  if (call.int8) return Kernel::int8;
   if (call.dtype == DType::f32) return Kernel::decode_simt;  // 8 rows at a time
   if (call.batch_invariant) return Kernel::batch;
   if (call.M <= decode::MOST_ROWS)
@@ -37,6 +39,7 @@ const char* declines(const Call& call, const Device& device) {
     case Kernel::decode: return codebook_decode::declines(call, device);
     case Kernel::decode_simt: return codebook_decode_simt::declines(call, device);
     case Kernel::batch: return with_width(call.weight.bits, of_batch, nullptr);
+    case Kernel::int8: return codebook_linear_int8::declines(call, device);
     default: return nullptr;
   }
 }
@@ -47,6 +50,7 @@ int64_t workspace_bytes(const Call& call, const Device& device) {
     case Kernel::decode: return codebook_decode::workspace_bytes(call, device);
     case Kernel::decode_simt: return codebook_decode_simt::workspace_bytes(call, device);
     case Kernel::batch: return with_width(call.weight.bits, of_batch, int64_t(0));
+    case Kernel::int8: return codebook_linear_int8::workspace_bytes(call, device);
     default: return codebook_batch_sm90::workspace_bytes(call, device);
   }
 }
@@ -58,6 +62,7 @@ int run(const Call& call, const Device& device, void* workspace, void* stream) {
     const Kernel kernel = kernel_of(call, device);
     auto start = kernel == Kernel::decode        ? &codebook_decode::launch<BITS>
                  : kernel == Kernel::decode_simt ? &codebook_decode_simt::launch<BITS>
+                 : kernel == Kernel::int8        ? &codebook_linear_int8::launch<BITS>
                                                  : &codebook_batch::launch<BITS>;
 #ifndef LOWBIT_EMULATED
     if (kernel == Kernel::batch_sm90) start = &codebook_batch_sm90::launch<BITS>;

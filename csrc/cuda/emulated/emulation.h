@@ -286,13 +286,15 @@ void multiply_warp(Thread* warp) {
 }
 
 // The same of bytes: a without a sign, b with one. A sum that int32 cannot hold is a Fault.
-inline void multiply_warp_bytes(Thread* warp) {
+inline void multiply_warp_bytes(Thread* warp, bool left_is_signed) {
   int a[16][32], b[8][32];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int j = 0; j < 4; ++j) {
-      for (int i = 0; i < 4; ++i)
-        a[g + i % 2 * 8][4 * t + i / 2 * 16 + j] = static_cast<uint8_t>(warp[lane].a[i] >> 8 * j);
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t byte = static_cast<uint8_t>(warp[lane].a[i] >> 8 * j);
+        a[g + i % 2 * 8][4 * t + i / 2 * 16 + j] = left_is_signed ? static_cast<int8_t>(byte) : int(byte);
+      }
       for (int i = 0; i < 2; ++i) b[g][4 * t + i * 16 + j] = static_cast<int8_t>(warp[lane].b[i] >> 8 * j);
     }
   }
@@ -306,7 +308,7 @@ inline void multiply_warp_bytes(Thread* warp) {
     }
 }
 
-inline const char F16[] = "float16", BF16[] = "bfloat16", BYTES[] = "bytes";
+inline const char F16[] = "float16", BF16[] = "bfloat16", BYTES[] = "bytes", SIGNED_BYTES[] = "signed bytes";
 
 // Runs one warp until its threads are at a barrier or have left. Whether any of them has moved.
 inline bool run_warp(Block& b, int warp) {
@@ -328,8 +330,8 @@ inline bool run_warp(Block& b, int warp) {
         b.fault = "only a part of a warp takes part in a product of matrices";
         return true;
       }
-    if (threads[0].what == BYTES)
-      multiply_warp_bytes(threads);
+    if (threads[0].what == BYTES || threads[0].what == SIGNED_BYTES)
+      multiply_warp_bytes(threads, threads[0].what == SIGNED_BYTES);
     else
       threads[0].what == F16 ? multiply_warp<DType::f16>(threads) : multiply_warp<DType::bf16>(threads);
     for (int lane = 0; lane < 32; ++lane) threads[lane].at = At::ready;
@@ -517,13 +519,23 @@ void multiply_matrices(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   emulation::block()->wait(emulation::At::product);
 }
 
-inline void multiply_bytes(int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                           uint32_t b1) {
+inline void multiply_any_bytes(const char* what, int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                               uint32_t b0, uint32_t b1) {
   emulation::Thread& me = emulation::block()->thread();
   me.a[0] = a0, me.a[1] = a1, me.a[2] = a2, me.a[3] = a3, me.b[0] = b0, me.b[1] = b1;
   me.integer_sums = sums;
-  me.what = emulation::BYTES;
+  me.what = what;
   emulation::block()->wait(emulation::At::product);
+}
+
+inline void multiply_bytes(int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                           uint32_t b1) {
+  multiply_any_bytes(emulation::BYTES, sums, a0, a1, a2, a3, b0, b1);
+}
+
+inline void multiply_signed_bytes(int32_t (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                  uint32_t b1) {
+  multiply_any_bytes(emulation::SIGNED_BYTES, sums, a0, a1, a2, a3, b0, b1);
 }
 
 inline Device& emulated_device() {

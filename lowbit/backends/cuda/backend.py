@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowbit.backends import ops, registry
+from lowbit.backends import invariance, ops, registry
 from lowbit.backends.cuda import library, self_check
 from lowbit.backends.layouts import Layout
 from lowbit.backends.triton.tiles import TILES, tiles_of
@@ -100,8 +100,10 @@ def _why_another(op: str, args: tuple[Any, ...]) -> str | None:
     names = list(activation.types) if activation else []  # the last arguments
     if "int8" in names and args[names.index("int8") - len(names)]:
         dtype = "int8"
+    # Where a row may not depend on its batch, one backend takes every number of rows.
+    some_rows = -1 if invariance.on_gpu() else rows_of_x
     for row in dispatch():
-        if row["op"] == op and dtype in row["dtypes"] and (row["most_rows"] < 0 or rows_of_x <= row["most_rows"]):
+        if row["op"] == op and dtype in row["dtypes"] and (row["most_rows"] < 0 or 0 <= some_rows <= row["most_rows"]):
             return None
     return f"dispatch.json gives {rows_of_x} rows of {dtype} to another backend"
 

@@ -60,13 +60,16 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         for dtype in (torch.float16, torch.float32):
             for rows in ROWS:
                 what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"
-                yield what, "codebook_linear", (x(rows, dtype), *weight, None, None, False)
+                for int8 in (False, True) if dtype == torch.float16 else (False,):
+                    activations = f"{what}{' as int8' if int8 else ''}"
+                    yield activations, "codebook_linear", (x(rows, dtype), *weight, None, None, int8)
         yield f"{bits} bits", "codebook_embedding", (ids, *weight, K, torch.float16)
         tables = torch.randn(N, K // 64, 1 << bits, generator=draw)
         weight = (words(bits), *none, tables, *none, None, bits, 64, 0)
         for rows in ROWS:
             what = f"{bits} bits, a table for each group, {rows} rows of float16"
             yield what, "codebook_linear", (x(rows, torch.float16), *weight, None, None, False)
+        yield f"{what} as int8", "codebook_linear", (x(rows, torch.float16), *weight, None, None, True)
     a, b = torch.randn(1, 6, 20, generator=draw), torch.randn(1, 8, 16, generator=draw)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         factors = (a.to(dtype), None, None, b.to(dtype), None, None, None, None, 1, 6, 20, 8, 16, 0, 0, 0, 0)

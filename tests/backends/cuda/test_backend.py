@@ -146,6 +146,17 @@ def test_codebook_layers(emulated):
             assert_bitwise_equal(layer.dequantize(), dense)
 
 
+def test_codebook_layers_with_int8_activations(emulated):
+    torch.manual_seed(0)
+    for options in (dict(bits=4), dict(bits=3, outliers=0.01), dict(bits=8, granularity="tensor")):
+        spec = lowbit.Codebook(activations="int8", **options)
+        layer, x = lowbit.convert(torch.nn.Sequential(torch.nn.Linear(300, 40)), spec)[0], torch.randn(3, 300)
+        expected = layer(x)
+        with lowbit.use_backend("cuda"):
+            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x.repeat(7, 1)), expected.repeat(7, 1))
+
+
 def test_kronecker_layers(emulated):
     torch.manual_seed(0)
     for options in (dict(), dict(rank=2), dict(factors=lowbit.Packed(bits=4, group_size=None))):
@@ -180,6 +191,9 @@ def test_rows_beyond_the_table_go_to_the_next_backend():
     assert reason(torch.randn(500, 300), int8=True) is None
     assert backend._why_another("packed_embedding", (torch.zeros(500, dtype=torch.long),)) is None
     assert reason(torch.randn(4, 5, 300)) == "dispatch.json gives 20 rows of float32 to another backend"
+    with lowbit.batch_invariant():  # one backend for every number of rows
+        assert reason(torch.randn(2, 300)) == "dispatch.json gives 2 rows of float32 to another backend"
+        assert reason(torch.randn(2, 300).half()) is None
 
 
 def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
