@@ -4,6 +4,8 @@
         y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]]),    r = len(ids) // len(x)
     <family>_experts_input_gradient(dy, ids, *weight, num_experts, in_features)  equals  d with
         d[i] = dy[i] @ W[ids[i]]
+    <family>_experts_weight_gradient(dy, x, ids, num_experts)                  equals  D [E*N, K], float32, with
+        D[e] = sum of dy[i] x[i // r].T over the i with ids[i] == e
 
 The E weights ``[N, K]`` are one weight ``[E*N, K]`` in the family's form: expert e has its rows ``[e*N, (e+1)*N)``.
 x is ``[T, K]``, ids ``[S]`` in any order, S a multiple of T: a token that goes to r experts stands once. Where an id is
@@ -12,7 +14,7 @@ x is ``[T, K]``, ids ``[S]`` in any order, S a multiple of T: a token that goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +60,11 @@ class ExpertsOps:
         library.impl(gradient, self._input_gradient, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{registry.NAMESPACE}::{gradient}", self._fake_input_gradient, lib=library)
         self._gradient_op: torch._ops.OpOverload = getattr(torch.ops.lowbit, gradient).default
+        of_weight = f"{name}_weight_gradient"
+        library.define(f"{of_weight}(Tensor dy, Tensor x, Tensor ids, int num_experts) -> Tensor")
+        library.impl(of_weight, _weight_gradient, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{registry.NAMESPACE}::{of_weight}", _fake_weight_gradient, lib=library)
+        self._weight_gradient_op: torch._ops.OpOverload = getattr(torch.ops.lowbit, of_weight).default
         of_gradient = Rules(
             self._save_of_gradient, self._gradients_of_gradient, self._tangent_of_gradient, self._batch_gradient
         )
@@ -118,43 +125,47 @@ class ExpertsOps:
         )
         return weight, num_experts, k
 
-    # ---- derivatives, of x and of the bias
+    # ---- derivatives
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         given = dict(zip(self._arguments, inputs, strict=True))
         weight, bias = self.operands.of([given[name] for name in self.operands.types]), given["bias"]
-        self._keep(ctx, given["ids"], weight, None if bias is None else bias.dtype)
+        trained = self._wanted(ctx).intersection(weight.tensor_names)
+        self._keep(ctx, given["ids"], weight, None if bias is None else bias.dtype, given["x"] if trained else None)
         ctx.num_experts, ctx.tokens, ctx.k = given["num_experts"], given["x"].shape[0], given["x"].shape[1]
 
     def _save_of_gradient(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         given = dict(zip(self._of_gradient, inputs, strict=True))
-        self._keep(ctx, given["ids"], self.operands.of([given[name] for name in self.operands.types]), None)
+        self._keep(ctx, given["ids"], self.operands.of([given[name] for name in self.operands.types]), None, None)
         ctx.num_experts, ctx.k = given["num_experts"], given["in_features"]
 
-    def _keep(self, ctx: Any, ids: Tensor, weight: Any, bias_dtype: torch.dtype | None) -> None:
+    def _keep(self, ctx: Any, ids: Tensor, weight: Any, bias_dtype: torch.dtype | None, x: Tensor | None) -> None:
         count = len(weight.tensor_names)
-        saved = (ids, *list(weight)[:count])
+        saved = (x, ids, *list(weight)[:count])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*saved)
         ctx.numbers, ctx.bias_dtype = list(weight)[count:], bias_dtype
 
-    def _saved(self, ctx: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        ids, *tensors = ctx.saved_tensors
-        return ids, (*tensors, *ctx.numbers)
+    def _saved(self, ctx: Any) -> tuple[Tensor | None, Tensor, tuple[Any, ...]]:
+        x, ids, *tensors = ctx.saved_tensors
+        return x, ids, (*tensors, *ctx.numbers)
 
-    def _check_differentiable(self, names: set[str], what: str) -> None:
-        for name in names - {"x", "dy", "bias"}:
+    def _wanted(self, ctx: Any) -> set[str]:
+        return {name for name, needed in zip(self._arguments, ctx.needs_input_grad, strict=True) if needed}
+
+    def _check_differentiable(self, names: set[str], what: str, more: Iterable[str] = ()) -> None:
+        for name in names - {"x", "dy", "bias", *more}:
             raise RuntimeError(f"{self._op.name()} has no {what} with respect to {name}")
 
     def _gradients(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(self._arguments)
-        wanted = {name for name, needed in zip(self._arguments, ctx.needs_input_grad, strict=True) if needed}
-        self._check_differentiable(wanted, "gradient")
-        ids, weight = self._saved(ctx)
-        found: dict[str, Tensor] = {}
+        wanted = self._wanted(ctx)
+        self._check_differentiable(wanted, "gradient", self.operands.differentiable)
+        x, ids, weight = self._saved(ctx)
+        found: dict[str, Tensor | None] = {}
         with without_autocast():
             if "x" in wanted:
                 rows = self._gradient_op(grad.contiguous(), ids, *weight, ctx.num_experts, ctx.k)
@@ -163,6 +174,9 @@ class ExpertsOps:
                 sums = grad.new_zeros(ctx.num_experts + 1, grad.shape[1], dtype=torch.float32)
                 sums = sums.index_add(0, ids.to(torch.int64).clamp(max=ctx.num_experts), grad.float())
                 found["bias"] = sums[:-1].reshape(-1).to(ctx.bias_dtype)
+            if x is not None:
+                d = self._weight_gradient_op(grad.contiguous(), x, ids, ctx.num_experts)
+                found |= self.operands.of(weight).dense_gradients(d, wanted)
         return tuple(found.get(name) for name in self._arguments)
 
     def _gradients_of_gradient(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -170,7 +184,7 @@ class ExpertsOps:
             return (None,) * len(self._of_gradient)
         wanted = {name for name, needed in zip(self._of_gradient, ctx.needs_input_grad, strict=True) if needed}
         self._check_differentiable(wanted, "gradient")
-        ids, weight = self._saved(ctx)
+        _, ids, weight = self._saved(ctx)
         with without_autocast():
             dy = self._op(grad.contiguous(), ids, *weight, ctx.num_experts, None, *self.operands.activation())
         return tuple(dy if name == "dy" else None for name in self._of_gradient)
@@ -178,7 +192,7 @@ class ExpertsOps:
     def _tangent(self, ctx: Any, *tangents: Any) -> Tensor | None:
         given = {name: t for name, t in zip(self._arguments, tangents, strict=True) if t is not None}
         self._check_differentiable(set(given), "tangent")
-        ids, weight = self._saved(ctx)
+        _, ids, weight = self._saved(ctx)
         parts: list[Tensor] = []
         with without_autocast():
             if "x" in given:
@@ -192,7 +206,7 @@ class ExpertsOps:
     def _tangent_of_gradient(self, ctx: Any, *tangents: Any) -> Tensor | None:
         given = {name: t for name, t in zip(self._of_gradient, tangents, strict=True) if t is not None}
         self._check_differentiable(set(given), "tangent")
-        ids, weight = self._saved(ctx)
+        _, ids, weight = self._saved(ctx)
         result: Tensor = self._gradient_op(given["dy"], ids, *weight, ctx.num_experts, ctx.k)
         return result
 
@@ -218,6 +232,20 @@ def _check_sizes(name: str, x: Tensor, ids: Tensor, n: int, num_experts: int) ->
         ids.dim() == 1 and (ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0),
         lambda: f"ids must be [S], S a multiple of T={x.shape[0]}: got shape {tuple(ids.shape)}",
     )
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    n, repeats = dy.shape[1], len(ids) // len(x) if len(x) else 1
+    d = dy.new_zeros(num_experts * n, x.shape[1], dtype=torch.float32)
+    for e in ids.unique().tolist():
+        if e < num_experts:
+            rows = (ids == e).nonzero()[:, 0]
+            d[e * n : (e + 1) * n] = dy[rows].float().t() @ x[rows // repeats].float()
+    return d
+
+
+def _fake_weight_gradient(dy: Tensor, x: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    return dy.new_empty(num_experts * dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
 def _by_expert(ids: Tensor, weight: Any, num_experts: int) -> Iterator[tuple[Tensor, Any, slice]]:

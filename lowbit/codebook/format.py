@@ -162,6 +162,10 @@ class Codebook(Spec):
         object.__setattr__(self, "bits", bits)
 
     @property
+    def shares_over_rows(self) -> bool:
+        return self.granularity == "tensor" and self.table is None
+
+    @property
     def values(self) -> tuple[float, ...] | None:
         """The values of a fixed table; ``None`` when it is learned."""
         if isinstance(self.table, str):

@@ -70,6 +70,11 @@ class Spec(ABC):
         """The format that this spec gives ``weight`` (which may be on meta), as far as it is known beforehand."""
 
     @property
+    def shares_over_rows(self) -> bool:
+        """Whether something that is learned, such as one table per tensor, serves all rows of a weight."""
+        return False
+
+    @property
     def method(self) -> Quantizer[Any, Any]:
         """The quantizer that this spec names."""
         return find(self.family, self.quantizer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from lowbit.backends.layouts import CANONICAL, Layout
 from lowbit.core.activations import ActivationSpec
 from lowbit.core.family import Format, Spec, Weight, check_size, check_spec
+from lowbit.core.quantizer import Statistics
 from lowbit.nn.coded import CodedLayer
+from lowbit.nn.layer import Layer, layer_class
+from lowbit.nn.rows import cut_rows, join_rows
 
 
 def experts_linear(x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,8 +69,43 @@ class FloatExperts(nn.Module):
         """``[E, N, K]``."""
         return self.weight.transpose(1, 2) if self.transposed else self.weight
 
-    def forward(self, input: Tensor, ids: Tensor) -> Tensor:
-        return experts_linear(input, ids, self.weights, self.bias)
+    @property
+    def in_features(self) -> int:
+        """K of each expert."""
+        return self.weights.shape[2]
+
+    def forward(self, input: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``bias``: ``[E, N]``, of a module that has none of its own."""
+        return experts_linear(input, ids, self.weights, self.bias if bias is None else bias)
+
+
+def quantized(
+    spec: Spec, weights: Iterable[Tensor], statistics: Sequence[Statistics] | None = None
+) -> Iterator[Weight]:
+    """What ``spec`` makes of the weights ``[N, K]`` of experts, of each by itself, in their order.
+
+    ``statistics``: of each expert. What serves all rows of a weight and is learned, such as one table per tensor, is
+    learned on all experts together: then there is one result ``[E*N, K]``.
+    """
+    if spec.shares_over_rows:
+        held = list(weights)
+        yield spec.quantize(torch.cat(held), statistics=_of_all(spec, held, statistics))
+        return
+    for e, weight in enumerate(weights):
+        yield spec.quantize(weight, statistics=None if statistics is None else statistics[e])
+
+
+def _of_all(spec: Spec, weights: Sequence[Tensor], statistics: Sequence[Statistics] | None) -> Statistics:
+    """What was measured of each expert, as the weight ``[E*N, K]`` of all has it; else the mean of the others."""
+    if "sensitivity" not in spec.statistics or statistics is None:
+        return Statistics()
+    each = [None if own.sensitivity is None else own.sensitivity.expand(weight.shape)
+            for weight, own in zip(weights, statistics, strict=True)]  # fmt: skip
+    measured = [sensitivity for sensitivity in each if sensitivity is not None]
+    if not measured:
+        return Statistics()
+    usual = sum(measured[1:], measured[0]) / len(measured)
+    return Statistics(sensitivity=torch.cat([usual if sensitivity is None else sensitivity for sensitivity in each]))
 
 
 class ExpertsLayer(CodedLayer):
@@ -80,10 +119,12 @@ class ExpertsLayer(CodedLayer):
 
     Attributes:
         num_experts: E.
+        expert_errors: :attr:`weight_error` of each expert, where it is known.
     """
 
     kind = "experts"
     num_experts: int
+    expert_errors: list[float] | None = None
     _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
 
     def __init__(
@@ -135,13 +176,41 @@ class ExpertsLayer(CodedLayer):
         check_spec(spec, cls.family)
         if weight.dim() != 3:
             raise ValueError(f"weight must be [E, N, K]: got shape {tuple(weight.shape)}")
-        flat = weight.reshape(-1, weight.shape[2])
-        if problem := spec.problem(*flat.shape):
+        if problem := spec.problem(*weight.shape[1:]):
             raise ValueError(problem)
-        stored = spec.quantize(flat)
-        return cls.from_weight(
-            stored, bias, num_experts=weight.shape[0], **asdict(spec.activation), x_scale=x_scale, dtype=weight.dtype
-        )
+        return cls.from_weights(
+            quantized(spec, weight.unbind()), bias, num_experts=weight.shape[0], **asdict(spec.activation),
+            x_scale=x_scale, dtype=weight.dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Iterable[Weight],
+        bias: Tensor | None = None,
+        *,
+        num_experts: int,
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        **activation: Any,
+    ) -> Any:
+        """A layer that holds these weights, one below the other; the bias is ``[E, N]`` or ``[E*N]``.
+
+        Each is packed as it comes. Raises ``ValueError`` where they have no form in common.
+        """
+        tensors, weight_format = join_rows([(weight.tensors(), weight.format()) for weight in weights])
+        format = weight_format.with_activation(ActivationSpec(**activation))
+        layer = cls(format, bias is not None, dtype, "meta", num_experts=num_experts)
+        layer.store(tensors)
+        if "x_scale" in format.tensors():
+            if x_scale is None:
+                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
+            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
+        if bias is not None:
+            trained = not isinstance(bias, nn.Parameter) or bias.requires_grad
+            layer.bias = nn.Parameter(bias.detach().reshape(-1), requires_grad=trained)
+        layer.validate()
+        return layer.prepare()
 
     @classmethod
     def from_weight(
@@ -155,18 +224,7 @@ class ExpertsLayer(CodedLayer):
         **activation: Any,
     ) -> Any:
         """A layer that holds ``weight`` ``[E*N, K]`` as it is; the bias is ``[E, N]`` or ``[E*N]``."""
-        format = weight.format().with_activation(ActivationSpec(**activation))
-        layer = cls(format, bias is not None, dtype, "meta", num_experts=num_experts)
-        layer.store(weight.tensors())
-        if "x_scale" in format.tensors():
-            if x_scale is None:
-                raise ValueError("activations='int8_static' needs x_scale, the calibrated scale of the input")
-            layer.store({"x_scale": x_scale.detach().reshape(1).float()})
-        if bias is not None:
-            trained = not isinstance(bias, nn.Parameter) or bias.requires_grad
-            layer.bias = nn.Parameter(bias.detach().reshape(-1), requires_grad=trained)
-        layer.validate()
-        return layer.prepare()
+        return cls.from_weights([weight], bias, num_experts=num_experts, x_scale=x_scale, dtype=dtype, **activation)
 
     def layouts(self, device: torch.device) -> tuple[Layout, ...]:
         found = super().layouts(device)
@@ -202,6 +260,21 @@ class ExpertsLayer(CodedLayer):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weights ``[E, N, K]`` that this layer multiplies by, rounded once to ``dtype``."""
         return super().dequantize(dtype).view(self.num_experts, self.out_features, -1)
+
+    def expert(self, index: int) -> Layer:
+        """One expert as a linear layer, with a copy of its part of the tensors."""
+        if not 0 <= index < self.num_experts:
+            raise IndexError(f"{self.title()} has the experts 0 to {self.num_experts - 1}: got {index}")
+        rows = slice(index * self.out_features, (index + 1) * self.out_features)
+        held = self.canonical() if self.trained() else self.named_tensors()  # no expert ends inside a block of rows
+        tensors = cut_rows(held, self.format, rows)
+        nnz = len(tensors["outlier_values"]) if "outlier_values" in tensors else 0
+        format = replace(self.format, out_features=self.out_features, outliers=nnz)
+        layer: Layer = layer_class(self.family, "linear")(format, False, self.dtype, "meta")
+        layer.store(tensors)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach()[rows].clone(), requires_grad=self.bias.requires_grad)
+        return layer.prepare()
 
     def to_float(self) -> FloatExperts:
         """The same experts with the dequantized weights."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lowbit.core.family import FLOAT_DTYPES, dtype_name
 
 OUTLIERS = ("outlier_values", "outlier_columns", "outlier_rows")
 
@@ -32,3 +37,50 @@ def cut_rows(tensors: dict[str, Tensor], format: Any, rows: slice) -> dict[str, 
             cut |= {name: tensors[name][first:last].clone() for name in OUTLIERS[:2]}
             cut["outlier_rows"] = ends - ends[0]
     return cut
+
+
+def join_rows(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, format) of weights of one width, one below the other; each as files have it: ``(tensors, format)``.
+
+    Where parts differ in the dtype of scales, tables or outliers, the result has the one that holds all of them.
+
+    Raises:
+        ValueError: they differ in more, or in what serves all rows, such as a table per tensor.
+    """
+    first = parts[0][1]
+    dtypes = {field.name: _widest([getattr(format, field.name) for _, format in parts]) for field in fields(first)
+              if getattr(first, field.name) in FLOAT_DTYPES}  # fmt: skip
+    like_first = {"out_features": first.out_features, "outliers": first.outliers, **dtypes}
+    for _, format in parts:
+        if replace(format, **like_first) != replace(first, **dtypes):
+            raise ValueError(f"weights must be of one format to be joined: got {first} and {format}")
+    rows = sum(format.out_features for _, format in parts)
+    joined = replace(first, **dtypes, out_features=rows, outliers=sum(format.outliers for _, format in parts))
+    wanted, by_row, tensors = joined.weight_tensors(), row_tensors(joined), {}
+    for name, (_, dtype) in wanted.items():
+        if name == "outlier_rows":
+            tensors[name] = _joined_ends(parts)
+            continue
+        held = [part[name].to(dtype) for part, _ in parts if name in part]  # none of outliers where there are none
+        if name not in by_row and name not in OUTLIERS:
+            if not all(torch.equal(held[0], other) for other in held[1:]):
+                raise ValueError(f"weights must have the same {name} to be joined, as it serves all rows")
+            tensors[name] = held[0]
+        else:
+            tensors[name] = torch.cat(held)
+    return tensors, joined
+
+
+def _widest(names: Sequence[str]) -> str:
+    return dtype_name(reduce(torch.promote_types, (FLOAT_DTYPES[name] for name in names)))
+
+
+def _joined_ends(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> Tensor:
+    """The row pointers ``[N + 1]`` of outliers of all parts."""
+    device = parts[0][0]["packed"].device
+    ends, before = [torch.zeros(1, dtype=torch.int32, device=device)], 0
+    for tensors, format in parts:
+        own = tensors.get("outlier_rows", torch.zeros(format.out_features + 1, dtype=torch.int32, device=device))
+        ends.append(own[1:] + before)
+        before += format.outliers
+    return torch.cat(ends)

@@ -124,6 +124,10 @@ class Packed(Spec):
         check_outlier_fraction(self.outliers)
         check_float_dtype("scale_dtype", self.scale_dtype)
 
+    @property
+    def shares_over_rows(self) -> bool:
+        return self.granularity == "tensor"
+
     def problem(self, n: int, k: int) -> str | None:
         if self.group_size is not None and self.group_size > k:
             return f"group_size must be between 1 and K: got group_size={self.group_size}, K={k}"

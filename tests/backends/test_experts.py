@@ -1,10 +1,14 @@
 """The ops of experts as torch sees them: schemas, fakes, gradients, transforms, graphs."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+from lowbit import Codebook, CodebookExperts, Packed, PackedExperts, make_trainable
+from lowbit.nn.experts import experts_linear
 from lowbit.packed.format import PackedFormat
 from lowbit.testing import codebook_cases, packed_cases
 from lowbit.testing.packed_cases import activations, random_weight
@@ -70,6 +74,27 @@ def test_transforms(name, tensor):
     assert_same(name, ours, exact, x if tensor == "x" else bias)
 
 
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("family", ["packed", "codebook"])
+def test_gradients_of_the_tensors_of_the_weight(where, family, repeats):
+    """Those of float64 autograd through the dense weights of the experts."""
+    if family == "packed":
+        layer, names = PackedExperts.from_float(torch.randn(E, N, K), Packed(bits=3, group_size=16, outliers=0.01)), (
+            "scales", "zeros", "outlier_values")  # fmt: skip
+    else:
+        layer, names = CodebookExperts.from_float(torch.randn(E, N, K), Codebook(bits=2)), ("codebook",)
+    make_trainable(layer, *names)
+    x, ids, seed = activations(len(IDS) // repeats, K, torch.float32), IDS, torch.randn(len(IDS), N)
+    (layer(x, ids) * seed).sum().backward()
+    exact = copy.deepcopy(layer)
+    for name in names:
+        getattr(exact, name).grad = None
+    (experts_linear(x.double(), ids, exact.dequantize().double(), None) * seed.double()).sum().backward()
+    for name in names:
+        assert getattr(layer, name).grad.any()
+        torch.testing.assert_close(getattr(layer, name).grad, getattr(exact, name).grad, rtol=1e-4, atol=1e-4)
+
+
 def test_vmap_is_one_call_after_the_other(where):
     w, x = random_weight(FORMATS[0]), activations(12, K, torch.float32).view(3, 4, K)
     ids = torch.stack([IDS, IDS.flip(0), IDS])
@@ -98,8 +123,9 @@ def test_a_graph_with_its_backward(where):
     assert torch.equal(given.grad, expected)
 
 
-def test_what_has_no_gradient_says_so(where):
+def test_what_has_no_tangent_says_so(where):
     w = random_weight(FORMATS[1])
-    trained = replace(w, scales=w.scales.clone().requires_grad_())
-    with pytest.raises(RuntimeError, match="packed_experts has no gradient with respect to scales"):
-        product(trained, activations(4, K, torch.float32)).sum().backward()
+    with forward_ad.dual_level():
+        moved = replace(w, scales=forward_ad.make_dual(w.scales, torch.ones_like(w.scales)))
+        with pytest.raises(RuntimeError, match="packed_experts has no tangent with respect to scales"):
+            product(moved, activations(4, K, torch.float32))
