@@ -178,7 +178,8 @@ def training(model: nn.Module, inputs: Inputs, names: tuple[str, ...] = ("scales
     theirs = {name: parameter.grad for name, parameter in dense.named_parameters(remove_duplicate=False)}
     largest = max(float(gradient.abs().max()) for gradient in theirs.values() if gradient is not None)
     for name, parameter in parameters.items():
-        reached = theirs.get(name, theirs.get(f"{name.rpartition('.')[0]}.weight"))
+        owner = name.rpartition(".")[0]  # of experts the float weight has the name of the layer
+        reached = theirs.get(name, theirs.get(f"{owner}.weight", theirs.get(owner)))
         a_or_no = "a" if reached is None else "no"
         assert (parameter.grad is None) == (reached is None), f"{name} has {a_or_no} gradient"
         if parameter.grad is not None:

@@ -34,7 +34,7 @@ Of the cells of architectures {architectures_works} of {architectures_cells} say
 ## Architectures of transformers
 
 Tiny models with random weights, from their configurations (`benchmarks/compatibility/architectures.py`). **packed**
-counts linear and embedding layers.
+counts linear and embedding layers, and stacks of experts.
 
 | architecture | class | packed | {columns} |
 | --- | --- | --- | {rule} |

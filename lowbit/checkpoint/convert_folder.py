@@ -23,6 +23,7 @@ from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
+from lowbit.model.experts import float_name
 from lowbit.model.plan import Swap, check_arguments, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
@@ -110,7 +111,7 @@ def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[st
         return None
     model, names = folder.model, folder.names
     plan = make_plan(model, spec, skip)
-    if any(s.spec is None or (s.kind == "linear" and s.spec.needs_calibration) for s in plan.swaps()):
+    if any(s.spec is None or (s.kind != "embedding" and s.spec.needs_calibration) for s in plan.swaps()):
         return None
     stream.check_shapes(model, checkpoint, names)
     for group in tqdm(plan.groups, desc="lowbit convert", unit="layer", disable=None):
@@ -138,7 +139,7 @@ def _return_freed_memory() -> None:
 def _convert_group(folder: FloatFolder, group: list[Swap], checkpoint: Checkpoint) -> None:
     """Read the weight of a group and its biases, quantize, swap the packed layers in, forget the weight."""
     first, names = group[0], folder.names
-    weight_names = [f"{name}.weight" for swap in group for name in swap.names]
+    weight_names = [float_name(name, swap.kind) for swap in group for name in swap.names]
     source = next((name for name in weight_names if name in names), None)
     if source is None:
         raise ValueError(f"{weight_names[0]!r} is missing in the checkpoint")

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from lowbit.core.version import VERSION
-from lowbit.model import sources
+from lowbit.model import experts, sources
 from lowbit.model.kept import skipped_in as skipped_in
 from lowbit.model.surgery import put
+from lowbit.nn.experts import FloatExperts
 from lowbit.nn.layer import Layer, LayerConfig, layers, make_trainable, storage_of
 
 # 1.0 knew the family packed only, 1.1 no groups of activations, 1.2 no guards in the files of transformers models, 2.0
@@ -192,7 +193,10 @@ def parse(description: dict[str, Any]) -> Metadata:
 
 
 def _shape_of(module: nn.Module) -> tuple[int, int] | None:
-    """``(N, K)`` of a module that a packed layer stands for, where its attributes tell."""
+    """``(N, K)`` of a module that a packed layer stands for, where its attributes tell; of experts ``(E*N, K)``."""
+    if isinstance(module, FloatExperts):
+        experts, n, k = module.weights.shape
+        return experts * n, k
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': a linear with weight [K, N]
         return int(module.nf), module.get_parameter("weight").shape[0]  # type: ignore[arg-type]
     for rows, columns in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
@@ -227,7 +231,7 @@ def apply(
     Raises:
         ValueError: nothing has changed; a name that the model lacks, or a module of another kind or shape.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(experts.named_parts(model))
     built: dict[str, Layer] = {}
     replacements: dict[str, nn.Module] = {}
     by_module: dict[int, Layer] = {}  # a module registered under two names stays one module
@@ -246,7 +250,9 @@ def apply(
         is_embedding = isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
         # a trained module's class need not tell what it is
         untold = found is None and sources.is_source(module)
-        if (found is not None and found != shape) or (is_embedding != (kind == "embedding") and not untold):
+        is_stack = isinstance(module, FloatExperts)
+        other_kind = is_embedding != (kind == "embedding") or is_stack != (kind == "experts")
+        if (found is not None and found != shape) or (other_kind and not untold):
             raise ValueError(
                 f"layer {name!r} was saved from a float {kind} of shape {list(shape)}: "
                 f"this model has {repr(module)[:200]} there"

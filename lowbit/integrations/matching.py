@@ -15,8 +15,9 @@ from lowbit.checkpoint import foreign, stream
 from lowbit.checkpoint.metadata import Metadata, apply, place_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
 from lowbit.core.activations import ActivationSpec
+from lowbit.model import experts
 from lowbit.model.candidates import embedding_extras
-from lowbit.nn.layer import LayerConfig, layer_class, layers
+from lowbit.nn.layer import Layer, LayerConfig, layer_class, layers
 
 # Without lowbit, transformers would only warn and start packed layers at random. So a saved file also holds, for every
 # packed layer, an empty tensor under the name of its float weight: transformers stops at the mismatch of its size. What
@@ -30,9 +31,28 @@ NOTICE_PATTERN = f"{re.escape(_REMEDY)}$"
 def guards(model: Any) -> dict[str, Tensor]:
     """What stops transformers without lowbit: see ``NOTICE``."""
     tied = {target.rpartition(".")[0] for target in model.all_tied_weights_keys}
-    found = {f"{name}.weight": layer for name, layer in layers(model).items() if name not in tied}
+    found = {experts.float_name(name, layer.kind): layer for name, layer in layers(model).items() if name not in tied}
     names = [name for name in found if _is_saved_as_is(model, name)]
     return {name: torch.empty(0, dtype=found[name].dtype) for name in names} | {NOTICE: torch.empty(0)}
+
+
+def conversions_to_save(model: Any) -> list[Any] | None:
+    """What transformers is to revert when it saves ``model``: not what makes a stack of experts of many weights, where
+    that is packed. ``None``: what it would by itself."""
+    from transformers.core_model_loading import WeightConverter
+
+    stacks = [name for name, layer in layers(model, duplicates=True).items() if layer.kind == "experts"]
+    conversions = getattr(model, "_weight_conversions", None)
+    if not stacks or conversions == []:
+        return None
+    if conversions is None:
+        conversions = [c for c in _conversions(model) if type(c).__name__ != "PrefixChange"]
+
+    def makes_a_stack(conversion: Any) -> bool:
+        patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
+        return any(re.search(pattern, name) for pattern in patterns for name in stacks)
+
+    return [conversion for conversion in conversions if not makes_a_stack(conversion)]
 
 
 def _is_saved_as_is(model: Any, name: str) -> bool:
@@ -50,14 +70,10 @@ def _is_saved_as_is(model: Any, name: str) -> bool:
         return False
 
 
-def is_guard(name: str, entry: Entry) -> bool:
-    """Whether this is a guard, of a model whose packed layer has this name."""
-    return entry.shape == (0,) and (is_notice(name) or name.rpartition(".")[2] == "weight")
-
-
-def is_notice(name: str) -> bool:
-    """Whether this is the name of ``NOTICE``, as some model has it."""
-    return re.search(NOTICE_PATTERN, name) is not None
+def is_guard(name: str, entry: Entry, packed: Mapping[str, Layer]) -> bool:
+    """Whether this is a guard, of one of the packed layers."""
+    floats = {experts.float_name(n, layer.kind) for n, layer in packed.items()}
+    return entry.shape == (0,) and (name in floats or re.search(NOTICE_PATTERN, name) is not None)
 
 
 @dataclass
@@ -132,7 +148,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str]
     ignored = _left_out(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
-        if is_guard(name, checkpoint.entries[key]) and (is_notice(name) or name.rpartition(".")[0] in packed):
+        if is_guard(name, checkpoint.entries[key], packed):
             continue
         if name.rpartition(".")[0] in packed:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")
@@ -232,7 +248,7 @@ def swap_in(model: Any, described: Metadata, saved: Sequence[str] | None = None)
     wanted = model.config.dtype
 
     def dtype_of(name: str, saved: torch.dtype) -> torch.dtype:
-        return kept_dtype(plan, f"{name}.weight") or wanted or saved
+        return kept_dtype(plan, experts.float_name(name, described.layers[name].layer_class.kind)) or wanted or saved
 
     apply(model, described, dtype_of=dtype_of)
 
@@ -265,7 +281,7 @@ def names_in(model: Any, described: Metadata, saved: Sequence[str] | None = None
     A layer may be missing only with everything around it (a head, a decoder) and only from another class than
     the one that was saved: a layer that silently stayed float would run on random weights.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(experts.named_parts(model))
     prefix, same_class = model.base_model_prefix + ".", _same_class(model, saved)
     names: dict[str, str] = {}
     missing = []

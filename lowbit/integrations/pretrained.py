@@ -27,6 +27,7 @@ from lowbit.integrations.matching import (
     NOTICE_PATTERN,
     check,
     check_float,
+    conversions_to_save,
     forget_kept_dtypes,
     guards,
     match,
@@ -36,6 +37,7 @@ from lowbit.integrations.matching import (
 from lowbit.integrations.ties import retie, submodels
 from lowbit.model.accelerate import canonical_state_dict
 from lowbit.model.convert import convert, dequantize
+from lowbit.model.experts import float_name
 from lowbit.model.foreign import why_foreign
 from lowbit.model.plan import check_arguments
 from lowbit.nn.layer import Layer, layers
@@ -134,8 +136,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         ignored = [] if ignored is None else ignored  # a set in later versions
-        patterns = [rf"^{re.escape(f'{name}.weight')}$" for name in packed] + [NOTICE_PATTERN]
-        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns])  # type: ignore[assignment]
+        patterns = [rf"^{re.escape(float_name(name, layer.kind))}$" for name, layer in packed.items()]
+        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns, NOTICE_PATTERN])  # type: ignore[assignment]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -263,6 +265,7 @@ def _saving(model: Any) -> Iterator[None]:
     config, quantizer = model.config, model.__dict__.get("hf_quantizer")
     is_own, around = isinstance(quantizer, LowbitQuantizer), _is_ours(config)
     before = config.quantization_config if around and not is_own else None  # that of the model around it
+    conversions, kept = model.__dict__.get("_weight_conversions"), conversions_to_save(model)
     if layers(model):
         _check_others(model, quantizer)
         _restore_conv1d(model)
@@ -272,8 +275,14 @@ def _saving(model: Any) -> Iterator[None]:
     elif around:
         del config.quantization_config
     try:
+        if kept is not None:
+            model._weight_conversions = kept
         yield
     finally:
+        if kept is not None:
+            del model._weight_conversions
+        if conversions is not None:
+            model._weight_conversions = conversions
         if before is not None:
             config.quantization_config = before
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowbit.core.family import Format
+from lowbit.core.family import Format, Weight
 from lowbit.core.quantizer import Statistics
 from lowbit.model import sources
 from lowbit.model.candidates import Swap
@@ -19,6 +19,7 @@ from lowbit.model.report import Report, Row, rows_of, usual_bytes_before
 from lowbit.model.storage import Ledger
 from lowbit.model.surgery import carry_over
 from lowbit.nn.coded import CodedLayer
+from lowbit.nn.experts import quantized
 from lowbit.nn.layer import Layer, layer_class
 
 _PROGRESS_FROM = 1 << 26  # weights; below that a conversion takes less than a few seconds
@@ -48,7 +49,7 @@ def predicted(model: nn.Module, plan: Plan) -> Report:
         rows += rows_of({swap.name: _layer_in(made[swap.name]) for swap in group})
     settle(ledger, plan, {row.name: row for row in rows})
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    rows.sort(key=lambda row: order[row.name])
+    rows.sort(key=lambda row: order.get(row.name, order[row.name.rpartition(".")[0]]))  # experts are in a module
     packed = [swap.module for swap in plan.swaps()]
     return Report.of(model, rows, packed, plan.skipped, ledger.before, ledger.after)
 
@@ -56,7 +57,7 @@ def predicted(model: nn.Module, plan: Plan) -> Report:
 def _format_by_values(swap: Swap) -> Format | None:
     """The format of a weight whose values may not fit float16, which only quantizing it tells; else ``None``."""
     assert swap.spec is not None
-    weight, format = swap.weight(), swap.spec.format(swap.weight(), swap.kind)
+    weight, format = swap.weight(), swap.format()
     halves = any(dtype == torch.float16 for _, dtype in format.weight_tensors().values())
     if weight.device.type == "meta" or not halves or not _is_unusual(weight, format):
         return None
@@ -131,6 +132,8 @@ def build_group(
         return _share([(swap, _empty(swap)) for swap in group])
     measured = {s.name: (statistics or {}).get(s.name, Statistics()) for s in group}
     spec = first.spec
+    if first.kind == "experts":
+        return {first.name: build_experts(first, quantized(spec, first.experts()), measured[first.name].x_scale)}
     try:
         stored = spec.quantize(weight, statistics=_first_of(measured.values()))
     except ValueError as error:
@@ -157,6 +160,28 @@ def build_group(
     return _share(made)
 
 
+def build_experts(swap: Swap, weights: Iterable[Weight], x_scale: Tensor | None = None) -> nn.Module:
+    """The packed stack of a swap, from the weights of its experts (:func:`~lowbit.nn.experts.quantized`)."""
+    assert swap.spec is not None
+    try:
+        layer: Layer = layer_class(swap.spec.family, "experts").from_weights(
+            weights, swap.bias(), **swap.extras,
+            **asdict(swap.spec.activation), x_scale=x_scale, dtype=swap.module.get_parameter("weight").dtype,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{swap.name}: {error}") from error
+    note_errors(layer, swap.experts())
+    layer.note = swap.note
+    return carry_over(swap.module, layer)
+
+
+def note_errors(layer: Any, experts: Iterable[Tensor]) -> None:
+    """Let a packed stack know the errors of its weights against the float ones."""
+    squares = [_squares(weight, layer.expert(e), torch.float32) for e, weight in enumerate(experts)]
+    layer.expert_errors = [_relative(*pair) for pair in squares]
+    layer.weight_error = _relative(*map(sum, zip(*squares, strict=True)))
+
+
 def _first_of(measured: Iterable[Statistics]) -> Statistics:
     """Of each statistic, the first that was measured."""
     found = Statistics()
@@ -181,7 +206,7 @@ def _empty(swap: Swap, stored: Format | None = None) -> Layer:
     assert swap.spec is not None
     weight, cls = swap.weight(), layer_class(swap.spec.family, swap.kind)
     if stored is None:
-        format = swap.spec.format(weight, swap.kind)
+        format = swap.format()
     else:
         format = stored if swap.kind == "embedding" else stored.with_activation(swap.spec.activation)
     layer: Layer = cls(format, False, weight.dtype, "meta", **swap.extras)
@@ -236,6 +261,11 @@ def layer_from_source(swap: Swap) -> Layer:
 
 def relative_error(weight: Tensor, layer: Layer, dtype: torch.dtype = torch.float32) -> float:
     """Frobenius norm of the weight's error over that of the weight, with the layer's weight rounded to ``dtype``."""
+    return _relative(*_squares(weight, layer, dtype))
+
+
+def _squares(weight: Tensor, layer: Layer, dtype: torch.dtype) -> tuple[float, float]:
+    """Squared Frobenius norms: of the weight's error, of the weight."""
     difference = norm = 0.0
     step = max(1, (1 << 22) // weight.shape[1])
     dense = layer.dequantize(dtype)
@@ -243,11 +273,15 @@ def relative_error(weight: Tensor, layer: Layer, dtype: torch.dtype = torch.floa
         w = weight[start : start + step].double()
         difference += float((w - dense[start : start + step]).square().sum())
         norm += float(w.square().sum())
+    return difference, norm
+
+
+def _relative(difference: float, norm: float) -> float:
     return float((difference / norm) ** 0.5) if norm else float(difference**0.5)
 
 
 def progress_bar(plan: Plan) -> Any:
     """A progress bar for work of more than a few seconds, on a terminal."""
-    total = sum(group[0].weight().numel() for group in plan.groups if group[0].spec is not None)
+    total = sum(group[0].module.get_parameter("weight").numel() for group in plan.groups if group[0].spec is not None)
     quiet = None if total > _PROGRESS_FROM else True
     return tqdm(total=len(plan.groups), desc="lowbit convert", unit="layer", disable=quiet)

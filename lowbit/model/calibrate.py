@@ -20,25 +20,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["calibrate_sequential", "collect_hessians", "collect_input_maxima", "collect_sensitivities"]
+from lowbit.nn.experts import FloatExperts
+
+__all__ = ["Expert", "calibrate_sequential", "collect_hessians", "collect_input_maxima", "collect_sensitivities"]
 
 # Float32 Hessians held at a time; more of them need fewer passes over the batches.
 _HESSIANS_AT_ONCE = 1 << 30
+
+# Fewer tokens than this say nothing of the inputs of an expert.
+FEW_TOKENS = 32
 
 Forward = Callable[[nn.Module, Any], Any]
 _Visit = Callable[[str, Tensor, "Tensor | None"], None]  # layer name, its input [..., K], padding mask
 
 
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a stack, a module that is called with ``(x, ids)``: its inputs are the rows routed to it."""
+
+    stack: nn.Module
+    index: int
+
+
+_Layers = Mapping[str, "nn.Module | Expert"]
+
+
 def collect_hessians(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: _Layers,
     batches: Iterable[Any],
     *,
     forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """H = 2/n X.T X of every layer's input X [n, K] over all batches: float32 [K, K] by layer name.
 
-    Layers that see the very same input share one tensor. Costs one pass over the batches, the first twice.
+    Layers that see the very same input share one tensor. An expert that fewer than ``FEW_TOKENS`` rows reach has none.
+    Costs one pass over the batches, the first twice.
 
     Raises:
         ValueError: no batches; a layer that no batch reaches; an input that is not finite.
@@ -122,16 +139,17 @@ def collect_sensitivities(
 
 def calibrate_sequential(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: _Layers,
     batches: Iterable[Any],
-    quantize_layer: Callable[[str, nn.Module, Tensor], None],
+    quantize_layer: Callable[[str, Any, Any], None],
     *,
     forward: Forward | None = None,
     memory: int = 1 << 30,
 ) -> None:
     """Call ``quantize_layer(name, layer, hessian)`` in execution order, on the model as it is by then.
 
-    ``quantize_layer`` changes the layer's weight, or swaps the module in the model. A pass over the batches measures
+    ``quantize_layer`` changes the layer's weight, or swaps the module in the model. The Hessian is ``None`` for an
+    expert that fewer than ``FEW_TOKENS`` rows reach. A pass over the batches measures
     as many layers as have Hessians of ``memory`` bytes together (at least the layers of one input), so these are
     fitted to the quantized layers of all passes before theirs. A small model takes one pass; ``memory=0`` makes a
     pass per input, so that every layer is fitted to what its quantized predecessors feed it (on trained models this
@@ -146,7 +164,7 @@ def calibrate_sequential(
         measured, groups = groups[:count], groups[count:]
         hessians = _hessians(model, layers, measured, batches, forward)
         for name in (name for group in measured for name in group.names):
-            quantize_layer(name, layers[name], hessians[name])
+            quantize_layer(name, layers[name], hessians.get(name))
 
 
 def batches_of(calibration: Any) -> list[Any]:
@@ -230,7 +248,7 @@ class _Reached(Exception):
 
 
 def _trace(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], forward: Forward | None
+    model: nn.Module, layers: _Layers, batches: Sequence[Any], forward: Forward | None
 ) -> list[_Group]:
     """The groups in execution order, as the first batch shows them; layers it does not reach come last."""
     inputs: dict[str, list[int]] = {name: [] for name in layers}
@@ -288,7 +306,7 @@ class _SumOfSquares:
 
 def _hessians(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: _Layers,
     groups: Sequence[_Group],
     batches: Sequence[Any],
     forward: Forward | None,
@@ -296,21 +314,25 @@ def _hessians(
     """Collected at the first layer of every group."""
     sums: dict[str, _SumOfSquares] = {}
     counts: dict[str, int] = {}
-    one_call = len(groups) == 1 and groups[0].calls == 1
+    first = {group.names[0]: layers[group.names[0]] for group in groups}
+    one_call = all(group.calls == 1 for group in groups) and len({id(_module(layer)) for layer in first.values()}) == 1
+    last = next(reversed(first))
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
         rows = _samples(x, mask).float()
         if not sums.setdefault(name, _SumOfSquares(products=True)).add(rows):
             raise ValueError(_not_finite(name))
         counts[name] = counts.get(name, 0) + rows.shape[0]
-        if one_call:
+        if one_call and name == last:
             raise _Reached
 
-    _observe(model, {group.names[0]: layers[group.names[0]] for group in groups}, batches, forward, visit)
-    _require_reached([group.names[0] for group in groups], {name for name in counts if counts[name]})
+    _observe(model, first, batches, forward, visit)
+    _require_reached(first, {n for n, count in counts.items() if count or isinstance(first[n], Expert)})
     hessians: dict[str, Tensor] = {}
     for group in groups:
         name = group.names[0]
+        if isinstance(first[name], Expert) and counts[name] < FEW_TOKENS:
+            continue
         hessian = sums[name].total().mul_(2 / counts[name])
         hessians.update(dict.fromkeys(group.names, hessian))
     return hessians
@@ -319,7 +341,7 @@ def _hessians(
 @torch.no_grad()
 def _observe(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: _Layers,
     batches: Sequence[Any],
     forward: Forward | None,
     visit: _Visit,
@@ -328,19 +350,28 @@ def _observe(
     _require_batches(len(batches))
     mask: Tensor | None = None
 
-    def see(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        width = widths.get(name)
+        width = _width(module)
         if not isinstance(x, Tensor) or not x.dim() or (width is not None and x.shape[-1] != width):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"layer {name} takes inputs [..., {width if width is not None else 'K'}]: got {got}")
-        visit(name, x, mask)
+            raise ValueError(f"layer {names[0]} takes inputs [..., {width if width is not None else 'K'}]: got {got}")
+        for name in names:
+            layer = layers[name]
+            if isinstance(layer, Expert):
+                visit(name, _routed(x, args[1], layer.index, mask), None)
+            elif isinstance(module, FloatExperts):
+                visit(name, x[_is_token(len(x), mask, x.device)], None)
+            else:
+                visit(name, x, mask)
 
-    widths = {name: _width(layer) for name, layer in layers.items()}
+    called: dict[nn.Module, list[str]] = {}
+    for name, layer in layers.items():
+        called.setdefault(_module(layer), []).append(name)
     handles: list[RemovableHandle] = []
     try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(partial(see, name), with_kwargs=True))
+        for module, names in called.items():
+            handles.append(module.register_forward_pre_hook(partial(see, names), with_kwargs=True))
         with _evaluating(model):
             for i, batch in enumerate(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -349,6 +380,24 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _module(layer: nn.Module | Expert) -> nn.Module:
+    """What is called."""
+    return layer.stack if isinstance(layer, Expert) else layer
+
+
+def _routed(x: Tensor, ids: Tensor, index: int, mask: Tensor | None) -> Tensor:
+    """The rows of x that go to expert ``index``, without those of padding; x[i] goes to r experts, which follow."""
+    chosen = (ids == index) & _is_token(len(ids), mask, ids.device)
+    return x.detach()[chosen.nonzero()[:, 0] // max(1, len(ids) // max(1, len(x)))]
+
+
+def _is_token(rows: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """bool ``[rows]``: which rows are not of padding, where each token of the mask has the same number of rows."""
+    if mask is None or mask.dim() != 2 or not mask.numel() or rows % mask.numel():
+        return torch.ones(rows, dtype=torch.bool, device=device)
+    return mask.to(device).bool().flatten().repeat_interleave(rows // mask.numel())
 
 
 def _width(layer: nn.Module) -> int | None:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.core.family import Weight
 from lowbit.core.quantizer import Statistics
-from lowbit.model import calibrate
-from lowbit.model.build import build, build_group, progress_bar
+from lowbit.model import calibrate, experts
+from lowbit.model.build import build, build_experts, build_group, progress_bar
 from lowbit.model.plan import Plan, Swap
 from lowbit.model.surgery import put, restoring
+from lowbit.nn.experts import FloatExperts, quantized
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -26,19 +28,43 @@ def build_calibrated(
     quantizers need or use is measured: scales of inputs and gradients on the float model, Hessians on the model as it
     is when the layer's turn comes.
     """
-    linears = {s.name: s for s in plan.swaps() if s.kind == "linear" and s.spec is not None}
-    if not linears:
+    swaps = {s.name: s for s in plan.swaps() if s.kind != "embedding" and s.spec is not None}
+    if not swaps:
         return build(plan)
-    statistics = {name: Statistics() for name in linears}
-    if static := _modules(linears, "x_scale"):
+    statistics = {name: Statistics() for name in swaps}
+    originals = {name: swap.module for swap in plan.swaps() for name in swap.names}
+    with restoring(model, originals), progress_bar(plan) as progress:
+        for swap in swaps.values():
+            if isinstance(swap.module, FloatExperts):
+                experts.expose(swap.module)
+        _measure(model, swaps, statistics, batches, loss)
+        return _build_in_order(model, plan, swaps, statistics, batches, progress)
+
+
+def _measure(
+    model: nn.Module, swaps: dict[str, Swap], statistics: dict[str, Statistics], batches: list[Any], loss: Loss | None
+) -> None:
+    """What is measured on the float model."""
+    if static := _modules(swaps, "x_scale"):
         for name, peak in calibrate.collect_input_maxima(model, static, batches).items():
             # an input that is always zero needs some positive scale
             statistics[name].x_scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    weighed = _modules(linears, "sensitivity")
+    weighed = _modules(swaps, "sensitivity")
     if weighed and loss is not None:
         for name, squares in calibrate.collect_sensitivities(model, weighed, batches, loss).items():
-            statistics[name].sensitivity = squares.t() if linears[name].transposed else squares
-    fitted = _modules(linears, "hessian")
+            statistics[name].sensitivity = squares.transpose(-1, -2) if swaps[name].transposed else squares
+
+
+def _build_in_order(
+    model: nn.Module,
+    plan: Plan,
+    swaps: dict[str, Swap],
+    statistics: dict[str, Statistics],
+    batches: list[Any],
+    progress: Any,
+) -> dict[str, nn.Module]:
+    fitted = _modules(swaps, "hessian")
+    stacks = {name: _Stack(swaps[name], statistics[name]) for name in fitted if swaps[name].kind == "experts"}
     group_of = {swap.name: group for group in plan.groups for swap in group}
     built: dict[str, nn.Module] = {}
 
@@ -51,24 +77,80 @@ def build_calibrated(
                 put(model, name, made[swap.name])
         progress.update()
 
-    def quantize_layer(name: str, _: nn.Module, hessian: Tensor) -> None:
-        statistics[name].hessian = hessian
-        replace(group_of[name])
+    def quantize_layer(name: str, layer: Any, hessian: Tensor | None) -> None:
+        if not isinstance(layer, calibrate.Expert):
+            statistics[name].hessian = hessian
+            replace(group_of[name])
+        elif (whole := stack_of[name].add(hessian)) is not None:
+            stack = stack_of[name].swap.name
+            built[stack] = whole
+            put(model, stack, whole)
+            progress.update()
 
-    originals = {name: swap.module for swap in plan.swaps() for name in swap.names}
-    with restoring(model, originals), progress_bar(plan) as progress:
-        # a head tied to the embedding has to be known before the first layer runs: calibrate it on the float model
-        tied = {name: module for name, module in fitted.items() if len(group_of[name]) > 1}
-        if tied:
-            for name, hessian in calibrate.collect_hessians(model, tied, batches).items():
-                statistics[name].hessian = hessian
-        sequential = {name: module for name, module in fitted.items() if name not in tied}
-        for group in plan.groups:
-            if group[0].name not in sequential:
-                replace(group)
-        if sequential:
-            calibrate.calibrate_sequential(model, sequential, batches, quantize_layer)
+    # a head tied to the embedding has to be known before the first layer runs: calibrate it on the float model
+    tied = {name: module for name, module in fitted.items() if len(group_of[name]) > 1}
+    if tied:
+        for name, hessian in calibrate.collect_hessians(model, tied, batches).items():
+            statistics[name].hessian = hessian
+    for group in plan.groups:
+        if group[0].name not in fitted or group[0].name in tied:
+            replace(group)
+    sequential: dict[str, Any] = {}
+    stack_of: dict[str, _Stack] = {}
+    for name in [name for name in fitted if name not in tied]:
+        parts = stacks[name].parts() if name in stacks else {name: fitted[name]}
+        sequential.update(parts)
+        stack_of.update(dict.fromkeys(parts, stacks[name]) if name in stacks else {})
+    if sequential:
+        calibrate.calibrate_sequential(model, sequential, batches, quantize_layer)
     return built
+
+
+class _Stack:
+    """A stack of experts that is quantized one expert after the other, as their Hessians come."""
+
+    def __init__(self, swap: Swap, statistics: Statistics) -> None:
+        self.swap, self._statistics = swap, statistics
+        self._experts = list(swap.experts())
+        self._measured: list[Statistics] = []
+        self._weights: list[Weight] = []
+
+    def parts(self) -> dict[str, calibrate.Expert]:
+        """The experts by name."""
+        count = len(self._experts)
+        return {f"{self.swap.name}.{e}": calibrate.Expert(self.swap.module, e) for e in range(count)}
+
+    def add(self, hessian: Tensor | None) -> nn.Module | None:
+        """Quantize the next expert; ``hessian``: ``None`` where too few tokens reached it. The packed stack with the
+        last one."""
+        spec, e = self.swap.spec, len(self._measured)
+        assert spec is not None
+        own, weighed = Statistics(), self._statistics.sensitivity
+        if hessian is not None:
+            own = Statistics(hessian, None if weighed is None else weighed[e])
+        if spec.shares_over_rows:  # a diagonal is all that is used, and small
+            if own.sensitivity is None and hessian is not None:
+                own.sensitivity = hessian.diagonal().clone()
+            own.hessian = None
+        else:
+            fitted = spec if hessian is not None else spec.for_embedding()
+            self._weights += quantized(fitted, [self._experts[e]], [own])
+        self._measured.append(own)
+        if len(self._measured) < len(self._experts):
+            return None
+        weights = quantized(spec, self._experts, self._measured) if spec.shares_over_rows else self._weights
+        whole = build_experts(self.swap, weights, self._statistics.x_scale)
+        whole.note = self._note()  # type: ignore[assignment]
+        return whole
+
+    def _note(self) -> str | None:
+        few = [e for e, own in enumerate(self._measured) if own.hessian is None and own.sensitivity is None]
+        if not few:
+            return None
+        return (
+            f"fewer than {calibrate.FEW_TOKENS} tokens of the calibration data reach experts {', '.join(map(str, few))}"
+            ": quantized without it"
+        )
 
 
 def _modules(swaps: dict[str, Swap], statistic: str) -> dict[str, nn.Module]:

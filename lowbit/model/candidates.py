@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from lowbit.core.family import Spec
-from lowbit.model import accelerate, adapters, sources
+from lowbit.core.family import Format, Spec
+from lowbit.model import accelerate, adapters, experts, sources
+from lowbit.nn.experts import FloatExperts
 from lowbit.nn.layer import Layer
 
 
@@ -22,7 +23,7 @@ class Swap:
 
     names: list[str]
     module: nn.Module
-    kind: str  # "linear" or "embedding"
+    kind: str  # "linear", "embedding" or "experts"
     transposed: bool = False  # transformers' Conv1D keeps its weight as [in, out]
     spec: Spec | None = None
     source: sources.Source | None = None
@@ -35,11 +36,28 @@ class Swap:
         return self.names[0]
 
     def weight(self) -> Tensor:
-        """The float weight as ``[N, K]``."""
+        """The float weight as ``[N, K]``; of experts, one below the other, ``[E*N, K]``."""
         weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
         assert weight is not None
         weight = weight.detach()
+        if self.kind == "experts":
+            return (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
         return weight.t() if self.transposed else weight
+
+    def experts(self) -> Iterator[Tensor]:
+        """The float weights ``[N, K]`` of a stack, one after the other."""
+        weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
+        assert weight is not None
+        yield from (weight.detach().transpose(1, 2) if self.transposed else weight.detach()).unbind()
+
+    def format(self) -> Format:
+        """The format that its spec gives the weight, as far as it is known beforehand."""
+        assert self.spec is not None
+        if self.kind != "experts" or self.spec.shares_over_rows:
+            return self.spec.format(self.weight(), self.kind)
+        one: Any = self.spec.format(next(self.experts()), self.kind)
+        count = self.extras["num_experts"]
+        return replace(one, out_features=count * one.out_features, outliers=count * one.outliers)  # type: ignore[no-any-return]
 
     def bias(self) -> nn.Parameter | None:
         """The bias as it is, the very same Parameter; a new one of a bias that is offloaded."""
@@ -63,6 +81,8 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
         if id(module) in swaps:
             swaps[id(module)].names.append(name)
             continue
+        for stack in experts.stacks(module):
+            _enter_stack(f"{name}.{stack.attribute}".lstrip("."), stack, swaps, skipped)
         swap, reason = _examine(name, module)
         if swap is not None or reason is not None:
             parent = modules.get(name.rpartition(".")[0])
@@ -75,6 +95,20 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
         elif reason is not None:
             skipped[name] = reason
     return list(swaps.values()), skipped
+
+
+def _enter_stack(name: str, stack: FloatExperts, swaps: dict[int, Swap], skipped: dict[str, str]) -> None:
+    owner = stack.__dict__["owner"]
+    weight, reason = stack.weight, experts.reason_against(owner)
+    if is_lazy(weight):
+        reason = "its weight is not initialised yet: call the model once"
+    elif _is_sharded(weight):
+        reason = "its weight is sharded (DTensor): convert the model before that"
+    if reason is not None:
+        skipped[name] = reason
+        return
+    extras = {"num_experts": weight.shape[0]}
+    swaps[id(stack)] = Swap([name], stack, "experts", transposed=stack.transposed, extras=extras)
 
 
 def _read_by(parent: nn.Module | None) -> str | None:

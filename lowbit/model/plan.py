@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from lowbit.core.family import FLOAT_DTYPES, Spec, written_spec
 from lowbit.core.folder import is_packed
-from lowbit.model import adapters, candidates, foreign, sources
+from lowbit.model import adapters, candidates, experts, foreign, sources
 from lowbit.model.candidates import Swap as Swap
 from lowbit.model.kept import kept_float, untied
 from lowbit.model.storage import named_tensors, overlap, place, storages
-from lowbit.nn.layer import Layer, layers
+from lowbit.nn.experts import ExpertsLayer, FloatExperts
+from lowbit.nn.layer import Layer, layer_classes, layers
 
 Specs = Spec | Mapping[str, Spec | None]
 
 _SPECS = "a Packed, Codebook or Kronecker"
 _NO_SPEC = "no spec for it"
+ROUTER = "it chooses the experts of each token"
 
 
 @dataclass
@@ -44,6 +46,7 @@ def make_plan(model: nn.Module, spec: Specs | None, skip: Iterable[str] | None =
     skip = check_arguments(spec, skip)
     found, skipped = candidates.find(model)
     found = _refuse_foreign(model, found, spec, skip, skipped)
+    found = _without_routers(model, found, spec, skipped)
     found = _without_trained(model, found, spec, skipped)
     problems: list[str] = []
     for name, reason in list(skipped.items()):
@@ -77,6 +80,25 @@ def _refuse_foreign(
     if problem is not None:
         raise ValueError(f"cannot convert, nothing was changed: {problem}")
     return [swap for swap in found if not any(f"{swap.name}.".startswith(f"{name}.") for name in others)]
+
+
+def _without_routers(
+    model: nn.Module, found: list[Swap], spec: Specs | None, skipped: dict[str, str]
+) -> list[Swap]:
+    """Leave alone the linear layers that choose experts, unless a pattern is their very name: a small error of theirs
+    sends tokens to other experts."""
+    blocks = {name.rpartition(".")[0]: module.num_experts for name, module in model.named_modules()
+              if experts.is_interface(module)}  # fmt: skip
+    kept = []
+    for swap in found:
+        block = next((b for b in blocks if b and swap.name.startswith(f"{b}.")), None)
+        scores = block is not None and swap.kind == "linear" and swap.source is None and swap.problem is None
+        named = isinstance(spec, Mapping) and any(name in spec for name in swap.names)
+        if scores and not named and swap.weight().shape[0] == blocks[block or ""]:
+            skipped[swap.name] = ROUTER
+        else:
+            kept.append(swap)
+    return kept
 
 
 def _without_trained(
@@ -218,6 +240,10 @@ def _tied(swaps: list[Swap]) -> list[list[Swap]]:
 
 def _instead(model: nn.Module, pattern: str, names: list[str]) -> str:
     """What a pattern that matches no layer may have meant."""
+    stack, _, expert = pattern.rpartition(".")
+    is_stack = {name for name, part in experts.named_parts(model) if isinstance(part, (FloatExperts, ExpertsLayer))}
+    if expert.isdigit() and any(fnmatchcase(name, stack) for name in is_stack):
+        return f": the experts of a stack have one format; {stack!r} is all of them"
     if _matching([f"*.{pattern}"], names):
         return f"; did you mean '*.{pattern}'?"
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -265,6 +291,12 @@ def _assign(
             if "linear" not in kinds and chosen.method.needs_for(chosen):
                 problems.append(f"{group[0].name}: {chosen.method.argument(chosen)} needs calibration data, which the "
                                 "weight of an embedding cannot have")  # fmt: skip
+        if chosen is not None and "experts" in kinds and (chosen.family, "experts") not in layer_classes():
+            skipped[group[0].name] = f"family {chosen.family!r} has no form for a stack of experts"
+            continue
+        if chosen is not None and "experts" in kinds and chosen.shares_over_rows and "hessian" in chosen.method.needs:
+            problems.append(f"{group[0].name}: quantizer={chosen.quantizer!r} fits every expert to its own inputs, and "
+                            "granularity='tensor' is one scale for all experts: choose 'row' or 'group'")  # fmt: skip
         for swap in group:
             if swap.source is None:
                 swap.spec = chosen
@@ -351,7 +383,7 @@ def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:
     if _on_meta(plan):
         return
     for swap in plan.swaps():
-        if swap.kind != "linear" or swap.spec is None:
+        if swap.kind == "embedding" or swap.spec is None:
             continue
         needs = swap.spec.needs
         if needs and not batches:
@@ -368,7 +400,7 @@ def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:
 
 def unused_arguments(plan: Plan, calibration: Any, loss: Any) -> str | None:
     """What to say of arguments that no spec of the plan makes use of."""
-    specs = {swap.spec for swap in plan.swaps() if swap.spec is not None and swap.kind == "linear"}
+    specs = {swap.spec for swap in plan.swaps() if swap.spec is not None and swap.kind != "embedding"}
     measured = {statistic for spec in specs for statistic in spec.statistics}
     unused = [name for name, given, used in (
         ("calibration", calibration is not None, bool(measured)), ("loss", loss is not None, "sensitivity" in measured)

@@ -56,6 +56,8 @@ class Row:
     @classmethod
     def of_layer(cls, name: str, layer: Layer) -> Row:
         row = cls.planned(name, layer.kind, layer.format, layer.dtype)
+        if layer.kind == "experts":
+            row.scheme = f"{layer.num_experts} experts, {row.scheme}"
         row.bytes_before = usual_bytes_before(layer) if layer.bytes_before is None else layer.bytes_before
         row.bytes_after = sum(storages(layer.named_tensors().values()).values())
         row.backend = "" if layer.device.type == "meta" else registry.active_backend(layer.device.type)

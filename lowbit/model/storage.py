@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lowbit.nn.experts import FloatExperts
+
 _SPARSE = {
     torch.sparse_coo: ("_indices", "_values"),
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
@@ -45,14 +47,17 @@ def named_tensors(model: nn.Module, without: Iterable[nn.Module] = ()) -> Iterat
 
     ``without``: modules that are left out, with all below them.
     """
+    without = list(without)
     left_out = {id(module) for module in without}
+    # a module of `without` may stand for a Parameter of one in the model
+    stood_for = {(id(m.owner), m.attribute) for m in without if isinstance(m, FloatExperts)}
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
         if id(module) in left_out:
             return
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and not is_lazy(tensor):
+                if tensor is not None and not is_lazy(tensor) and (id(module), name) not in stood_for:
                     yield prefix + name, module, tensor
         for name, child in module._modules.items():
             if child is not None:

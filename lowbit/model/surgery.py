@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.model import accelerate
+from lowbit.model import accelerate, experts
+from lowbit.nn.experts import ExpertsLayer, FloatExperts
 from lowbit.nn.layer import Layer, layers, storage_of
 
 _HOOKS = (
@@ -30,7 +31,11 @@ def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     if not name:
         return module
     path, _, child = name.rpartition(".")
-    setattr(model.get_submodule(path), child, module)
+    parent = model.get_submodule(path)
+    if isinstance(module, (ExpertsLayer, FloatExperts)):
+        experts.put(parent, child, module)
+    else:
+        setattr(parent, child, module)
     ancestors = [model, *(model.get_submodule(path[: m.end()]) for m in re.finditer(r"[^.]+", path))]
     for parent in ancestors:
         for attribute, value in _FUSED_PATHS.get(type(parent), {}).items():
