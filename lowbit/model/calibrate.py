@@ -28,7 +28,7 @@ __all__ = ["Expert", "calibrate_sequential", "collect_hessians", "collect_input_
 _HESSIANS_AT_ONCE = 1 << 30
 
 # Fewer tokens than this say nothing of the inputs of an expert.
-FEW_TOKENS = 32
+FEW_TOKENS = 8
 
 Forward = Callable[[nn.Module, Any], Any]
 _Visit = Callable[[str, Tensor, "Tensor | None"], None]  # layer name, its input [..., K], padding mask
@@ -53,6 +53,10 @@ def collect_hessians(
     forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """H = 2/n X.T X of every layer's input X [n, K] over all batches: float32 [K, K] by layer name.
+
+    Its diagonal is raised by K/n times its mean, which tends to 0 with more data: a covariance of few samples is far
+    from that of the inputs (Ledoit and Wolf, 2004), and error feedback from it does harm. Measured on a trained Llama,
+    from n = K/8 on no calibration was worse than none; without this, below n = 4 K, most were.
 
     Layers that see the very same input share one tensor. An expert that fewer than ``FEW_TOKENS`` rows reach has none.
     Costs one pass over the batches, the first twice.
@@ -334,6 +338,7 @@ def _hessians(
         if isinstance(first[name], Expert) and counts[name] < FEW_TOKENS:
             continue
         hessian = sums[name].total().mul_(2 / counts[name])
+        hessian.diagonal().add_(len(hessian) / counts[name] * hessian.diagonal().mean())
         hessians.update(dict.fromkeys(group.names, hessian))
     return hessians
 

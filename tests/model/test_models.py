@@ -106,6 +106,32 @@ def test_calibrated_rounding_earns_its_place(stories260k):
     assert calibrated < 0.85 * plain, (calibrated, plain)
 
 
+def test_calibrated_rounding_does_no_harm_with_few_tokens(stories260k):
+    """From 64 tokens, K = 172: the error on other tokens is smaller than that of rounding without calibration."""
+    model, stories = stories260k
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(5)]
+    weights = {name: model.get_submodule(name).weight.detach() for name in names}
+    inputs = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs[name].append(args[0][0]))
+        for name in names
+    ]
+    with torch.no_grad():
+        for story in stories[40:46]:
+            model(story)
+    for handle in handles:
+        handle.remove()
+
+    def error(quantizer):
+        spec = {"*.down_proj": Packed(bits=4, group_size=32, quantizer=quantizer)}
+        calibration = [stories[0][:, :64]] if quantizer == "gptq" else None
+        made = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration)
+        dense = {name: made.get_submodule(name).dequantize(torch.float32) for name in names}
+        return sum(float((torch.cat(inputs[n]) @ (dense[n] - weights[n]).t()).square().sum()) for n in names)
+
+    assert error("gptq") < error("mse")
+
+
 @pytest.mark.parametrize(("bits", "loss"), [(8, 0.0005), (4, 0.005)])
 def test_a_plain_module_keeps_its_accuracy(bits, loss):
     vit = script("vit_mnist", "vit")
