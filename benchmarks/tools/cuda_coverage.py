@@ -120,12 +120,16 @@ def recorded(kernel: Kernel, line: Line) -> str:
     return ", ".join(sound) or "–"
 
 
-def by_default(line: Line) -> str:
+def by_default(line: Line, kernel: Kernel) -> str:
     """Which backend takes a call that a kernel takes too."""
     rows = json.loads(DISPATCH.read_text(encoding="utf-8"))["rows"]
-    limits = [row["most_rows"] for row in rows if row["op"] == f"{line.family}_linear" and line.x in row["dtypes"]]
-    takes = line.rows == ANY or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits)
-    return "CUDA C++" if takes else "Triton: `dispatch.json`"
+    mine = [row for row in rows if row["op"] == f"{line.family}_linear" and line.x in row["dtypes"]]
+    on_sm90 = kernel.architectures == ("sm_90a",)
+    limits = [row["most_rows"] for row in mine if on_sm90 or "architectures" not in row]
+    if line.rows == ANY or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits):
+        return "CUDA C++"
+    most = max(limits)
+    return "Triton: `dispatch.json`" if most <= 16 else f"CUDA C++ up to {most}, then Triton: `dispatch.json`"
 
 
 def table() -> list[list[str]]:
@@ -134,7 +138,7 @@ def table() -> list[list[str]]:
     for line in lines():
         for kernel in kernels(line):
             marks = [*(checked(some, line) for some in CHECKS[kernel.name]), recorded(kernel, line), "not yet"]
-            bits_of.setdefault((*line[:5], kernel.name, by_default(line), *marks), []).append(line.bits)
+            bits_of.setdefault((*line[:5], kernel.name, by_default(line, kernel), *marks), []).append(line.bits)
     rows = []
     for row, bits in bits_of.items():
         whole = len(bits) > 2 and bits == [*range(bits[0], bits[-1] + 1)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import struct
 import subprocess
@@ -32,7 +33,10 @@ from triton import knobs
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.packed.format import PackedFormat
 from lowbit.testing import cuda_names, cuda_ptx
+from lowbit.testing.kron_cases import Factor, Kind
+from lowbit.testing.kron_cases import Weight as KronWeight
 from lowbit.testing.packed_cases import Weight
+from lowbit.testing.ptx_emulator import TensorMap
 
 from . import cuda_compiled, sass
 from .cuda_kernels import KERNELS, PACKED_DECODE, ROOT, Kernel
@@ -53,6 +57,8 @@ L2 = 39.0  # bytes per cycle and processor
 SCHEDULERS = 4  # warp instructions per cycle and processor
 LANES = {"alu": 64, "fma": 128, "half": 128, "special": 16, "uniform": 64}  # per cycle and processor
 MMA = 2048 * 0.62  # multiplications per cycle and processor of mma.sync
+WGMMA = 2048.0  # of wgmma: the whole rate of the tensor cores
+CUBLAS = 4096 * 8192**2 / 800e-6  # multiplications a second, as the target of M = 4096 has them
 SHARED = 128.0  # bytes per cycle and processor
 
 
@@ -70,11 +76,14 @@ class Case:
     @property
     def label(self) -> str:
         asymmetric = "" if self.zeros == "none" else f" {self.zeros} zeros"
-        return f"{self.family} {self.bits}-bit{asymmetric} N{self.n} K{self.k} M={self.m}"
+        kind = f"{self.bits}-bit{asymmetric}" if self.bits else "dense factors"
+        return f"{self.family} {kind} N{self.n} K{self.k} M={self.m}"
 
     @property
     def weight_bytes(self) -> int:
-        """Of codes in tiles, scales and zeros."""
+        """Of codes in tiles, scales and zeros; of a Kronecker product, of its two factors, which are alike."""
+        if self.family == "kron":
+            return 2 * 2 * math.isqrt(self.n) * math.isqrt(self.k)
         groups = -(-self.k // 128)
         codes = self.n * -(-self.k // 256) * 32 * self.bits
         return codes + self.n * groups * (2 + {"none": 0, "int": 1, "float": 2}[self.zeros])
@@ -87,12 +96,17 @@ class Case:
 
 SHAPES = ((8192, 8192), (4096, 14336), (28672, 4096), (4096, 4096))
 BITS = tuple(range(2, 9))
+BATCH_BITS, BATCH_ROWS = (2, 3, 4, 8), (64, 128, 256, 4096)
+KRON = Case("kron", 0, 4096, 4096, 4096)
 CASES: dict[str, tuple[Case, ...]] = {
     "packed_decode": (
         *(Case("packed", bits, 1, n, k) for bits in BITS for n, k in SHAPES),
         *(Case("packed", bits, 16, 8192, 8192) for bits in BITS),
         *(Case("packed", bits, 1, 8192, 8192, "int") for bits in BITS),
     ),
+    "packed_batch_sm90": tuple(Case("packed", bits, m, 8192, 8192) for bits in BATCH_BITS for m in BATCH_ROWS),
+    "packed_batch": tuple(Case("packed", 4, m, 8192, 8192) for m in (64, 4096)),
+    "kron_fused": (KRON,),
 }
 # µs by (bits, N, K, M): the targets of this project
 TARGET_TIMES = {
@@ -107,6 +121,7 @@ TARGET_TIMES = {
     (4, 8192, 8192, 128): 27.0,
     (4, 8192, 8192, 256): 54.0,
     (4, 8192, 8192, 4096): 800.0,
+    (0, 4096, 4096, 4096): 1e6 * 4096**3 / CUBLAS / 5,  # a Kronecker product: a fifth of a dense layer
 }  # fmt: skip
 
 
@@ -127,7 +142,7 @@ def captured(run: Callable[[], object]) -> list[Launch]:
     """The launches of a function of lowbit/testing/cuda_ptx.py, on tensors without memory; nothing is executed."""
     found: list[Launch] = []
 
-    def execute(_: str, kernel: Any, grid: Any, threads: int, arguments: Any, *rest: Any) -> None:
+    def execute(_: str, kernel: Any, grid: Any, threads: int, arguments: Any, *rest: Any, **more: Any) -> None:
         found.append(Launch(kernel, grid[0], threads, tuple(arguments)))
 
     with (
@@ -143,44 +158,94 @@ def plain(argument: Any) -> Any:
     return int(argument) if isinstance(argument, bool) else argument
 
 
-def packed_decode_splits(n: int, k: int) -> int:
-    """As ``splits_of`` of packed/decode.h."""
-    return max(1, min(PROCESSORS // -(-n // cuda_ptx.ROWS), -(-k // 1024) // 2, 16))
+def splits_of(blocks: int, most: int) -> int:
+    """Of K: blocks for all processors, as the headers of the kernels have it."""
+    return max(1, min(PROCESSORS // blocks, most, 16))
 
 
-def packed_decode_launches(case: Case) -> list[Launch]:
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed_weight(case: Case) -> Weight:
     form = PackedFormat(
         bits=case.bits, out_features=case.n, in_features=case.k, group_size=128, granularity="group",
         zeros=case.zeros, scale_dtype="float16", outliers=0,
     )  # type: ignore[arg-type]  # fmt: skip
     groups, zeros = (case.n, -(-case.k // 128)), {"none": None, "int": torch.uint8}[case.zeros]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    weight = Weight(
+    return Weight(
         form, empty(0), empty(case.n, -(-case.k // 32) * case.bits, dtype=torch.int32), empty(*groups),
         None if zeros is None else empty(*groups, dtype=zeros), (None, None, None),
     )  # fmt: skip
-    splits = packed_decode_splits(case.n, case.k)
-    return captured(lambda: cuda_ptx.packed_decode("", weight, empty(case.m, case.k), splits=splits))
 
 
-LAUNCHES = {"packed_decode": packed_decode_launches}
+def packed_decode_launches(case: Case) -> list[Launch]:
+    splits = splits_of(-(-case.n // cuda_ptx.ROWS), -(-case.k // 1024) // 2)
+    return captured(lambda: cuda_ptx.packed_decode("", packed_weight(case), empty(case.m, case.k), splits=splits))
+
+
+def x_rows_of(kernel: str, case: Case) -> int:
+    """Rows of x of a block, or of a piece of work."""
+    few = {"packed_batch_sm90": 64, "packed_batch": 32}[kernel]
+    return few if case.m <= few else 2 * few
+
+
+def works(kernel: str, case: Case) -> int:
+    """Into how many blocks y is cut."""
+    rows = {"packed_batch_sm90": cuda_ptx.SM90_ROWS, "packed_batch": cuda_ptx.BATCH_ROWS}[kernel]
+    return -(-case.n // rows) * -(-case.m // x_rows_of(kernel, case))
+
+
+def packed_batch_sm90_launches(case: Case) -> list[Launch]:
+    splits = splits_of(works("packed_batch_sm90", case), -(-case.k // 256) // 4)
+    map_of = TensorMap.__new__(TensorMap)  # of tensors without memory there is none
+    with patch.object(cuda_ptx, "sm90_maps", lambda *_: (map_of, map_of, map_of)):
+        return captured(
+            lambda: cuda_ptx.packed_batch_sm90(
+                "", packed_weight(case), empty(case.m, case.k), splits=splits, blocks=PROCESSORS
+            )
+        )
+
+
+def packed_batch_launches(case: Case) -> list[Launch]:
+    splits = splits_of(works("packed_batch", case), -(-case.k // 256) // 2)
+    return captured(lambda: cuda_ptx.packed_batch("", packed_weight(case), empty(case.m, case.k), splits=splits))
+
+
+KRON_ROWS, KRON_TOGETHER = 2, 2  # rows of x of a step, blocks of a processor: the plan of csrc/cuda/kron/fused.cu
+
+
+def kron_fused_launches(case: Case) -> list[Launch]:
+    n, k = math.isqrt(case.n), math.isqrt(case.k)
+    values = empty(1, n, k)
+    factor = Factor(Kind(torch.float16), values, None, None, values)
+    weight = KronWeight(factor, factor, None, None)
+    return captured(
+        lambda: cuda_ptx.kron_fused(
+            "", weight, empty(case.m, case.k), None, rows=KRON_ROWS, stages=2, blocks=KRON_TOGETHER * PROCESSORS
+        )
+    )
+
+
+LAUNCHES = {
+    "packed_decode": packed_decode_launches, "packed_batch_sm90": packed_batch_sm90_launches,
+    "packed_batch": packed_batch_launches, "kron_fused": kron_fused_launches,
+}  # fmt: skip
 
 
 def constants(ptx: str, launch: Launch) -> bytes:
     """Constant bank 0 of a launch. Pointers that are no null are made up: nothing is read."""
     name = cuda_names.symbol(ptx, *launch.kernel)
     head = ptx[ptx.index(f".entry {name}(") :]
-    types = re.findall(r"\.param\s+(?:\.align \d+ )?\.([bsuf]\d+)", head[: head.index(")")])
-    bank = bytearray(PARAMETERS + 8 * len(types))
+    pattern = r"\.param\s+(?:\.align (\d+) )?\.[bsuf](\d+) \w+(?:\[(\d+)\])?"
+    types = re.findall(pattern, head[: head.index(")")])
+    bank = bytearray(PARAMETERS + 256 * len(types))
     struct.pack_into("<6I", bank, 0, launch.threads, 1, 1, launch.blocks, 1, 1)
     at = PARAMETERS
-    for number, (kind, given) in enumerate(zip(types, launch.arguments, strict=True)):
-        size = int(kind[1:]) // 8
-        at = -(-at // size) * size
-        value = (number + 1) << 32 if isinstance(given, Tensor) else int(given)
+    for number, ((align, bits, count), given) in enumerate(zip(types, launch.arguments, strict=True)):
+        size = int(bits) // 8 * int(count or 1)
+        at = -(-at // int(align or size)) * int(align or size)
+        value = (number + 1) << 32 if isinstance(given, Tensor | TensorMap) else int(given)
         bank[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
         at += size
     return bytes(bank)
@@ -194,6 +259,12 @@ def width(op: str) -> int:
     return 16 if ".128" in op else 8 if ".64" in op else 1 if ".U8" in op else 2 if ".U16" in op else 4
 
 
+def products_of(op: str) -> int:
+    """How many products of 16 x 8 x 16 an instruction of a warp makes: of wgmma, a warp has 16 of the 64 rows."""
+    wide = re.match(r"HGMMA\.64x(\d+)x16", op)
+    return int(wide[1]) // 8 if wide else 1
+
+
 def counted(traces: Sequence[sass.Trace]) -> dict[str, int]:
     """What the warps of a block issue: ``slots``, and by unit what their guards let through."""
     ops: Counter[str] = Counter()
@@ -204,7 +275,7 @@ def counted(traces: Sequence[sass.Trace]) -> dict[str, int]:
         units[unit(op, TARGET)] += times
     moved = sum(32 * width(op) * times for op, times in ops.items() if unit(op, TARGET) == "shared")
     weights = sum(32 * width(op) * times for op, times in ops.items() if op.startswith("LDG.E.NA"))
-    products = sum(times for op, times in ops.items() if unit(op, TARGET) == TENSOR)
+    products = sum(times * products_of(op) for op, times in ops.items() if unit(op, TARGET) == TENSOR)
     return {
         "slots": sum(one.slots for one in traces), **{name: units[name] for name in LANES}, "products": products,
         "shared bytes": moved, "weight bytes": weights,
@@ -228,6 +299,19 @@ def code(name: str, bits: int | None) -> tuple[str, dict[str, list[sass.Instruct
     return ptx, sass.functions(text)
 
 
+# Warps that do the same, by kernel: one of them, and how many they are
+ALIKE = {"packed_batch_sm90::kernel": ((0, 1), (1, 3), (4, 8)), "packed_batch::kernel": ((0, 8),)}
+
+
+def chosen_blocks(kernel: Kernel, case: Case, launch: Launch) -> list[int]:
+    """One of each kind: of decode, in the middle of a split. Of a persistent grid, the first block has most work."""
+    if kernel.name != "packed_decode":
+        return [0]
+    rows = -(-case.n // cuda_ptx.ROWS)
+    splits = max(1, launch.blocks // rows)
+    return [rows * split + rows // 2 for split in range(splits)] if launch.blocks >= rows else [0]
+
+
 def launched(kernel: Kernel, bits: int | None, launch: Launch, chosen: Sequence[int]) -> dict[str, int]:
     """What a launch issues: of blocks that are alike, one of each kind is followed."""
     ptx, functions = code(kernel.name, bits)
@@ -237,9 +321,11 @@ def launched(kernel: Kernel, bits: int | None, launch: Launch, chosen: Sequence[
     for block in chosen:
         special = {"SR_CTAID.X": block, "SR_CTAID.Y": 0, "SR_CTAID.Z": 0, "SR_LANEID": 0, "SR_CgaCtaId": 0,
                    "SR_TID.Y": 0, "SR_TID.Z": 0}  # fmt: skip
-        warps = [sass.trace(body, bank, {**special, "SR_TID.X": 32 * warp}) for warp in range(launch.threads // 32)]
-        for name, number in counted(warps).items():
-            total[name] += number
+        alike = ALIKE.get(launch.kernel[0], ((warp, 1) for warp in range(launch.threads // 32)))
+        for warp, times in alike:
+            one = sass.trace(body, bank, {**special, "SR_TID.X": 32 * warp})
+            for name, number in counted([one]).items():
+                total[name] += times * number
     return {name: number * launch.blocks // len(chosen) for name, number in total.items()}
 
 
@@ -248,9 +334,7 @@ def case_counts(kernel: Kernel, case: Case) -> list[dict[str, Any]]:
     found = []
     for launch in LAUNCHES[kernel.name](case):
         bits = case.bits if kernel.compilations != (None,) else None
-        rows = -(-case.n // cuda_ptx.ROWS)
-        splits = max(1, launch.blocks // rows)
-        kinds = [rows * split + rows // 2 for split in range(splits)] if launch.blocks >= rows else [0]
+        kinds = chosen_blocks(kernel, case, launch)
         instance = cuda_compiled.instance(kernel, cuda_names.symbol(code(kernel.name, bits)[0], *launch.kernel))
         assert instance is not None
         counts = launched(kernel, bits, launch, kinds)
@@ -293,20 +377,54 @@ def resident(kernel: Kernel, launch: dict[str, Any]) -> int:
 def seconds(kernel: Kernel, case: Case, launch: dict[str, Any]) -> dict[str, float]:
     """The time that each part of a processor is busy with a launch, on the processor that has most blocks."""
     share = -(-launch["blocks"] // PROCESSORS) / launch["blocks"]  # of the grid's work
+    if kernel.name == "packed_batch_sm90" and launch["products"]:
+        share = 1 / launch["blocks"]  # a block for each processor: the first is followed
+    main = launch["products"] > 0
     cycles = {
         "issue": launch["slots"] / SCHEDULERS,
         **{name: launch[name] * 32 / lanes for name, lanes in LANES.items()},
-        "MMA": launch["products"] * 16 * 8 * 16 / MMA,
+        "MMA": launch["products"] * 16 * 8 * 16 / (WGMMA if kernel.name.endswith("sm90") else MMA),
         "shared": launch["shared bytes"] / SHARED,
-        "L2": (launch["weight bytes"] + 2 * case.m * case.k * launch["blocks"]) / L2,
+        "L2": (from_l2(kernel, case, launch) if main else added_bytes(case, launch)) / L2,
     }
     times = {name: number * share / CLOCK for name, number in cycles.items()}
-    if launch["weight bytes"]:
+    if main:
+        times["DRAM"] = case.bytes / DRAM
+        times["latency"] = waiting(kernel, case, launch)
+    return times
+
+
+def added_bytes(case: Case, launch: dict[str, Any]) -> float:
+    """Of a kernel that adds splits: at most 16 of them are read."""
+    return 4.0 * case.m * case.n * 4
+
+
+def from_l2(kernel: Kernel, case: Case, launch: dict[str, Any]) -> float:
+    """Bytes that all blocks read and write, past their own caches."""
+    if kernel.name == "packed_decode":
+        return float(launch["weight bytes"] + 2 * case.m * case.k * launch["blocks"])
+    if kernel.name == "kron_fused":
+        return float(case.bytes + case.weight_bytes * launch["blocks"])
+    x_rows = x_rows_of(kernel.name, case)
+    rows = cuda_ptx.SM90_ROWS if kernel.name == "packed_batch_sm90" else cuda_ptx.BATCH_ROWS
+    return works(kernel.name, case) * case.k * (2 * x_rows + rows * case.bits / 8) + 2 * case.m * case.n
+
+
+def waiting(kernel: Kernel, case: Case, launch: dict[str, Any]) -> float:
+    """Seconds from load to data, one after the other, with as many under way as the kernel has."""
+    if kernel.name == "packed_decode":
         warps = launch["threads"] // 32 * resident(kernel, launch)
         ahead = warps * DEPTH[kernel.name] * 16 * 32 * case.bits
-        times["DRAM"] = case.bytes / DRAM
-        times["latency"] = case.bytes / (ahead * min(PROCESSORS, launch["blocks"]) / LATENCY)
-    return times
+        return case.bytes / (ahead * min(PROCESSORS, launch["blocks"]) / LATENCY)
+    blocks = -(-launch["blocks"] // PROCESSORS) / resident(kernel, launch)  # one after the other
+    if kernel.name == "kron_fused":
+        return blocks * -(-case.m // (KRON_ROWS * launch["blocks"])) * LATENCY
+    splits = max(1, launch["blocks"] // works(kernel.name, case))
+    if kernel.name == "packed_batch":
+        return blocks * -(-case.k // (128 * splits)) / 2 * LATENCY  # of three slices, one is read
+    stage = 512 * x_rows_of(kernel.name, case) + 32 * case.bits * cuda_ptx.SM90_ROWS
+    pieces = -(-works(kernel.name, case) * splits // launch["blocks"])
+    return pieces * -(-case.k // (256 * splits)) / min(4, 225 * 1024 // stage) * LATENCY
 
 
 DEPTH = {"packed_decode": 2}  # tiles of 16 rows that a warp has on their way
@@ -342,11 +460,24 @@ BARS = {2: 1.15, 3: 1.15, 4: 1.0, 5: 1.0, 6: 1.0, 7: 1.0, 8: 1.0}
 
 # Bars that are not kept yet: (bits, zeros) of 8192², M = 1
 MISSED = {(bits, zeros) for bits in (2, 3) for zeros in ("none", "int")}
+MISSED_BATCH = {3}
 
 
 def ratio(one: Prediction) -> float:
     """Issue or ALU time, the longer one, by the DRAM time."""
     return max(one.times["issue"], one.times["alu"]) / one.dram
+
+
+BATCH_BAR = 0.7  # issue time of batch_sm90 by that of its products, M = 4096
+
+
+def batch_ratio(one: Prediction) -> float:
+    return one.times["issue"] / one.times["MMA"]
+
+
+def batch_missed(every: dict[Case, Prediction]) -> set[int]:
+    """The widths that do not keep :data:`BATCH_BAR`."""
+    return {case.bits for case, one in every.items() if case.m == BATCH_ROWS[-1] and batch_ratio(one) > BATCH_BAR}
 
 
 def missed(every: dict[Case, Prediction]) -> set[tuple[int, str]]:
@@ -367,10 +498,11 @@ def us(seconds: float) -> str:
     return f"{1e6 * seconds:.1f}"
 
 
-def triton_times() -> dict[int, tuple[float, str]]:
-    """By bits, the prediction of docs/gpu.md for 8192² and M = 1: µs and the busiest unit."""
+def triton_times(m: int = 1) -> dict[int, tuple[float, str]]:
+    """By bits, the prediction of docs/gpu.md for 8192² and M = m: µs and the busiest unit."""
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| `Packed` (\d) bits \| ([\d.]+) \((\w+)", text, re.MULTILINE)
+    before = r"[^|]*\|" * (1, 16, 64, 256).index(m)
+    found = re.findall(rf"^\| `Packed` (\d) bits \|{before} ([\d.]+) \((\w+)", text, re.MULTILINE)
     return {int(bits): (float(time), bound) for bits, time, bound in found}
 
 
@@ -398,6 +530,39 @@ def m16_table(every: dict[Case, Prediction]) -> str:
     return table(["8192², µs (bound) / target", *(f"{bits} bits" for bits in BITS)], [["M = 16", *cells]])
 
 
+def batch_parts(batch: dict[Case, Prediction]) -> dict[str, str]:
+    """The tables of batch_sm90: times, bars, and Triton's beside."""
+    widths = [f"{bits} bits" for bits in BATCH_BITS]
+    rows, beside, bars = [], [], []
+    for m in BATCH_ROWS:
+        ours = [batch[Case("packed", bits, m, 8192, 8192)] for bits in BATCH_BITS]
+        rows.append([f"M = {m}", *map(cell, ours)])
+        if m in (64, 256):
+            triton = triton_times(m)
+            beside += [
+                [f"M = {m}, Triton", *(f"{triton[bits][0]} ({triton[bits][1]})" for bits in BATCH_BITS)],
+                [f"M = {m}, CUDA C++", *(f"{us(max(one.times.values()))} ({one.bound})" for one in ours)],
+            ]
+    for bits in BATCH_BITS:
+        one = batch[Case("packed", bits, BATCH_ROWS[-1], 8192, 8192)]
+        over = " **✗**" if batch_ratio(one) > BATCH_BAR else ""
+        bars.append([
+            f"{bits} bits", us(one.times["issue"]), us(one.times["alu"]), us(one.times["MMA"]), us(one.times["L2"]),
+            f"{batch_ratio(one):.2f}{over} (at most {BATCH_BAR})",
+        ])  # fmt: skip
+    return dict(
+        batch=table(["8192², µs (bound) / target", *widths], rows), beside=table(["8192²", *widths], beside),
+        batch_bars=table(["8192², M = 4096", "issue µs", "ALU µs", "MMA µs", "L2 µs", "issue / MMA"], bars),
+    )  # fmt: skip
+
+
+def units_table(every: dict[Case, Prediction]) -> str:
+    """What keeps each case busy, and its time."""
+    units = ("issue", "alu", "MMA", "shared", "L2", "DRAM")
+    rows = [[one.case.label, *(us(one.times[name]) for name in units), us(one.total)] for one in every.values()]
+    return table(["", *(f"{name} µs" for name in units), "predicted µs"], rows)
+
+
 def document() -> str:
     kernel = PACKED_DECODE
     every = predictions(kernel)
@@ -421,17 +586,18 @@ def document() -> str:
         one = every[Case("packed", bits, 1, 8192, 8192)]
         beside.append([f"{bits} bits", f"{triton[bits][0]} ({triton[bits][1]})",
                        f"{us(max(one.times.values()))} ({one.bound})"])  # fmt: skip
+    batch, kron = predictions(KERNELS["packed_batch_sm90"]), predictions(KERNELS["kron_fused"])
     misses = []
-    for one in every.values():
+    for one in (*every.values(), *batch.values(), *kron.values()):
         target = target_of(one.case)
         if target is not None and 1e6 * one.total > target:
             misses.append(f"- {one.case.label}: {us(one.total)} instead of {target:g} µs: {reason(one)}.")
-    unmade = [f"M = {m}" for (_, n, k, m) in TARGET_TIMES if (n, k) == (8192, 8192) and m > 16]
-    misses.append(f"- {', '.join(unmade)}: decode takes at most 16 rows of x; other kernels are not predicted yet.")
     return TEMPLATE.read_text(encoding="utf-8").format(
         nvcc=counts["nvcc"], launch=1e6 * LAUNCH, latency=1e6 * LATENCY, processors=PROCESSORS, clock=CLOCK / 1e9,
         m1=shapes_table(every, 1), m16=m16_table(every),
         ratios=table(head, ratios), triton=table(["", "Triton", "CUDA C++"], beside), misses="\n".join(misses),
+        **batch_parts(batch), mma=units_table(predictions(KERNELS["packed_batch"])), kron=units_table(kron),
+        dense=us(4096**3 / CUBLAS),
     )  # fmt: skip
 
 
@@ -453,8 +619,10 @@ def problems() -> Iterator[str]:
         if not is_current(KERNELS[name]):
             yield f"{name}: the counts are of other sources: --write {name}"
             return
-        if (now := missed(predictions(KERNELS[name]))) != MISSED:
-            yield f"{name}: bars that are not kept: {sorted(now)}, MISSED says {sorted(MISSED)}"
+    if (now := missed(predictions(PACKED_DECODE))) != MISSED:
+        yield f"bars that are not kept: {sorted(now)}, MISSED says {sorted(MISSED)}"
+    if (widths := batch_missed(predictions(KERNELS["packed_batch_sm90"]))) != MISSED_BATCH:
+        yield f"bars of batch that are not kept: {sorted(widths)}, MISSED_BATCH says {sorted(MISSED_BATCH)}"
     if not DOCUMENT.exists() or DOCUMENT.read_text(encoding="utf-8") != document():
         yield f"{DOCUMENT.relative_to(ROOT)} is out of date: python -m benchmarks.tools.cuda_static --write"
 

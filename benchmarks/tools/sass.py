@@ -437,6 +437,11 @@ def unknown_predicate(t: Thread, i: Instruction) -> None:
             t.set_truth(text, None)
 
 
+def granted(t: Thread, i: Instruction) -> None:
+    """A phase of an mbarrier is over, registers are there, and the thread that is followed is the elected one."""
+    t.set_truth(i.operands[0], True)
+
+
 def from_predicates(t: Thread, i: Instruction) -> None:
     """``P2R R0, PR, R1, mask``: the predicates of the mask as bits, the other bits of R1."""
     into, _, other, text = i.operands
@@ -471,6 +476,8 @@ def effect(op: str) -> Callable[[Thread, Instruction], None] | None:
     """What an instruction does to integers and predicates; None: nothing."""
     if DATA.match(op):
         return forget
+    if re.match(r"SYNCS\.PHASECHK|ELECT|USETMAXREG\.TRY", op):
+        return granted
     if NOTHING.match(op):
         return None
     for pattern, function in INTEGERS:

@@ -25,10 +25,25 @@ def test_a_path_through_decode_is_that_of_its_shape(case):
     assert first["weight bytes"] == tiles * 16 * 32 * case.bits
 
 
+@pytest.mark.parametrize("case", cuda_static.CASES["packed_batch_sm90"], ids=lambda case: case.label)
+def test_a_path_through_batch_is_that_of_its_shape(case):
+    """The first block, which has most work, made every product of it."""
+    first = cuda_static.read_counts(KERNELS["packed_batch_sm90"])["cases"][case.label][0]
+    splits = cuda_static.splits_of(cuda_static.works("packed_batch_sm90", case), 8)
+    works, blocks = splits * cuda_static.works("packed_batch_sm90", case), first["blocks"]
+    assert blocks == min(works, 132)
+    of_a_work = 128 // 16 * cuda_static.x_rows_of("packed_batch_sm90", case) // 8 * case.k // 16 // splits
+    assert first["products"] == blocks * -(-works // blocks) * of_a_work
+
+
 def test_bars():
     """A bar that is missed, or kept again, is a change that this list must know of."""
     every = cuda_static.predictions(KERNELS["packed_decode"])
     assert cuda_static.missed(every) == cuda_static.MISSED
+    batch = cuda_static.predictions(KERNELS["packed_batch_sm90"])
+    assert cuda_static.batch_missed(batch) == cuda_static.MISSED_BATCH
+    batch[cuda_static.Case("packed", 4, 4096, 8192, 8192)].times["issue"] *= 1.2
+    assert 4 in cuda_static.batch_missed(batch)
 
 
 def test_a_planted_instruction_breaks_a_bar():

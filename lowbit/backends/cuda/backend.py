@@ -25,7 +25,7 @@ STATE = "verified on emulators, not yet on a GPU"
 
 @cache
 def dispatch() -> list[dict[str, Any]]:
-    """The rows of ``dispatch.json``: an op, dtypes, the most rows of x that it takes, and where that is from."""
+    """The rows of ``dispatch.json``: an op, dtypes, the most rows of x that it takes, where that is from, and why."""
     text = Path(__file__).with_name("dispatch.json").read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = json.loads(text)["rows"]
     return rows
@@ -100,12 +100,21 @@ def _why_another(op: str, args: tuple[Any, ...]) -> str | None:
     names = list(activation.types) if activation else []  # the last arguments
     if "int8" in names and args[names.index("int8") - len(names)]:
         dtype = "int8"
-    # Where a row may not depend on its batch, one backend takes every number of rows.
-    some_rows = -1 if invariance.on_gpu() else rows_of_x
     for row in dispatch():
-        if row["op"] == op and dtype in row["dtypes"] and (row["most_rows"] < 0 or 0 <= some_rows <= row["most_rows"]):
+        if row["op"] == op and dtype in row["dtypes"] and _takes(row, rows_of_x, x.device):
             return None
     return f"dispatch.json gives {rows_of_x} rows of {dtype} to another backend"
+
+
+def _takes(row: dict[str, Any], rows_of_x: int, device: torch.device) -> bool:
+    architecture = 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if architecture not in row.get("architectures", [architecture]):
+        return False
+    if row["most_rows"] < 0:
+        return True
+    if invariance.on_gpu():  # one backend takes every number of rows
+        return bool(row.get("batch_invariant", False))
+    return bool(rows_of_x <= row["most_rows"])
 
 
 @cache

@@ -182,7 +182,7 @@ def test_on_a_cpu_it_runs_where_it_is_asked_for_alone(emulated):
     assert row.available and backend.STATE in str(row) and "none: the emulation" in str(row)
 
 
-def test_rows_beyond_the_table_go_to_the_next_backend():
+def test_rows_beyond_the_table_go_to_the_next_backend(monkeypatch):
     def reason(x, int8=False):
         return backend._why_another("packed_linear", (x, None, int8, 0))  # x, the weight, the numbers of activations
 
@@ -194,6 +194,14 @@ def test_rows_beyond_the_table_go_to_the_next_backend():
     with lowbit.batch_invariant():  # one backend for every number of rows
         assert reason(torch.randn(2, 300)) == "dispatch.json gives 2 rows of float32 to another backend"
         assert reason(torch.randn(2, 300).half()) is None
+        assert reason(torch.randn(600, 300).half()) is None
+    assert reason(torch.randn(600, 300).half()) == "dispatch.json gives 600 rows of float16 to another backend"
+    (row,) = (row for row in backend.dispatch() if row["op"] == "packed_linear" and "architectures" in row)
+    with monkeypatch.context() as m:  # on sm_90 wgmma is taken
+        m.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert backend._takes(row, 600, torch.device("cuda", 0))
+        m.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        assert not backend._takes(row, 600, torch.device("cuda", 0))
 
 
 def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
@@ -297,7 +305,8 @@ def test_the_compiled_library_needs_nothing_of_cuda():
 def test_the_table_names_ops_and_sources():
     for row in backend.dispatch():
         assert library.has(row["op"]) and row["source"] in ("predicted", "measured")
-        assert row["most_rows"] != 0 and set(row["dtypes"]) <= {"float32", "float16", "bfloat16", "int8"}
+        assert row["most_rows"] != 0 and (row["most_rows"] < 0 or row["why"])
+        assert set(row["dtypes"]) <= {"float32", "float16", "bfloat16", "int8"}
 
 
 @pytest.mark.parametrize(
