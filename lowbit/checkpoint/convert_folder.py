@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
-from lowbit.model.experts import float_name
-from lowbit.model.plan import Swap, check_arguments, make_plan, problem_of
+from lowbit.model.plan import Swap, all_finite, check_arguments, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
@@ -123,6 +123,10 @@ def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[st
     packed = layers(model, duplicates=True)
     rest = {n: key for n, key in names.items() if n in state and n.rpartition(".")[0] not in packed}
     stream.fill(model, checkpoint, rest, dtype_of=folder.dtype_of)
+    for name, read in folder.stacks.items():
+        if name in state:  # they stay float
+            experts = [read(e).to(folder.dtype_of(name)) for e in range(state[name].shape[0])]
+            stream.assign(model, name, torch.stack(experts))
     finished = folder.finish()
     made = report(finished)
     warn_if_larger(made.total_before, made.total_after, stacklevel=3)
@@ -139,7 +143,11 @@ def _return_freed_memory() -> None:
 def _convert_group(folder: FloatFolder, group: list[Swap], checkpoint: Checkpoint) -> None:
     """Read the weight of a group and its biases, quantize, swap the packed layers in, forget the weight."""
     first, names = group[0], folder.names
-    weight_names = [float_name(name, swap.kind) for swap in group for name in swap.names]
+    if first.kind == "experts":
+        first.read = partial(_read_expert, folder, checkpoint, first)
+        put(folder.model, first.name, build_group(group)[first.name])
+        return
+    weight_names = [f"{name}.weight" for swap in group for name in swap.names]
     source = next((name for name in weight_names if name in names), None)
     if source is None:
         raise ValueError(f"{weight_names[0]!r} is missing in the checkpoint")
@@ -155,3 +163,15 @@ def _convert_group(folder: FloatFolder, group: list[Swap], checkpoint: Checkpoin
     for swap in group:
         for name in swap.names:
             put(folder.model, name, built[swap.name])
+
+
+def _read_expert(folder: FloatFolder, checkpoint: Checkpoint, swap: Swap, index: int) -> torch.Tensor:
+    """The weight of one expert of a stack, and nothing else, from the files."""
+    name = swap.name
+    if name not in folder.names and name not in folder.stacks:
+        raise ValueError(f"{name!r} is missing in the checkpoint")
+    in_one = name in folder.names
+    weight = checkpoint.read_part(folder.names[name], index) if in_one else folder.stacks[name](index)
+    if not all_finite(weight):
+        raise ValueError(f"{name}: expert {index}: the weight must be finite: it holds NaN or infinity")
+    return weight.to(folder.dtype_of(name))

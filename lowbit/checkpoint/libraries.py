@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.checkpoint.reader import Checkpoint
 
@@ -18,10 +19,13 @@ class FloatFolder(ABC):
     Attributes:
         model: the float model, its parameters on meta.
         names: name in the model's state_dict -> name of the tensor in the files.
+        stacks: name in the model's state_dict -> what reads the weight of one expert, as the model has it, where the
+            files have a tensor for each expert.
     """
 
     model: nn.Module
     names: dict[str, str]
+    stacks: dict[str, Callable[[int], Tensor]]
 
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype | None:

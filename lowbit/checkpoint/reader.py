@@ -187,14 +187,25 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        if entry.nbytes == 0:
+        return self._read(name, entry.shape, entry.offset)
+
+    def read_part(self, name: str, index: int) -> Tensor:
+        """``read(name)[index]``, and no more of the file."""
+        entry = self.entries[name]
+        shape = entry.shape[1:]
+        return self._read(name, shape, entry.offset + index * math.prod(shape) * entry.dtype.itemsize)
+
+    def _read(self, name: str, shape: tuple[int, ...], offset: int) -> Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")
+        nbytes = tensor.numel() * tensor.itemsize
+        if nbytes == 0:
             return tensor
         view = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with open(entry.file, "rb", buffering=0) as stream:
-            stream.seek(entry.offset)
+            stream.seek(offset)
             done = 0
-            while done < entry.nbytes:  # one read gives at most 2 GiB
+            while done < nbytes:  # one read gives at most 2 GiB
                 count = stream.readinto(view[done:])
                 if not count:
                     raise ValueError(f"{entry.file} is truncated: tensor {name!r} ends after {done} bytes")

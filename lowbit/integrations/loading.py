@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.checkpoint import foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, train_again
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.integrations.matching import check, check_float, dtype_plan, kept_dtype, match, names_in, swap_in
+from lowbit.integrations.matching import check, check_float, dtype_plan, kept_dtype, match, names_in, stacks, swap_in
 from lowbit.integrations.pretrained import METHOD, LowbitConfig, mark
 from lowbit.integrations.ties import retie
 
@@ -128,14 +128,15 @@ def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
     if model is None:
         return None
     found = match(model, checkpoint)
-    if found.transformed:
+    experts = stacks(model, checkpoint, found)
+    if experts is None:
         return None
     check_float(model, checkpoint.entries, found)
     for target, source in model.all_tied_weights_keys.items():
         key = found.names.get(source) or found.names.get(target)
         if key is not None:
             found.names[target] = found.names[source] = key
-    return FloatFolder(model, found.names)
+    return FloatFolder(model, found.names, experts)
 
 
 class FloatFolder(libraries.FloatFolder):
@@ -143,8 +144,8 @@ class FloatFolder(libraries.FloatFolder):
 
     model: Any
 
-    def __init__(self, model: Any, names: dict[str, str]) -> None:
-        self.model, self.names = model, names
+    def __init__(self, model: Any, names: dict[str, str], stacks: dict[str, Callable[[int], Tensor]]) -> None:
+        self.model, self.names, self.stacks = model, names, stacks
         self._kept = dtype_plan(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 

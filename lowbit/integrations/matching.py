@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,11 +85,15 @@ class Match:
         unexpected: what the model has no place for: the model's name it would have -> name in the checkpoint.
         transformed: model names that transformers computes from several tensors or by an operation -> the names of
             those in the checkpoint.
+        operations: of each of these model names, the conversion that transformers does.
+        patterns: of each name of ``transformed`` in the checkpoint, the pattern of the conversion that it matches.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     unexpected: dict[str, str] = field(default_factory=dict)
     transformed: dict[str, list[str]] = field(default_factory=dict)
+    operations: dict[str, Any] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
 
 
 def _conversions(model: Any) -> list[Any]:
@@ -110,16 +114,73 @@ def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None =
     state, prefix = model.state_dict(), model.base_model_prefix
     found = Match()
     for key in checkpoint:
-        name, operation = rename_source_key(key, renamings, converters, prefix, state)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
-            name, operation = rename_source_key(key, [], [], prefix, state)
+            name, pattern = rename_source_key(key, [], [], prefix, state)
         if name not in state:
             found.unexpected[name] = key
-        elif operation is not None:
+        elif pattern is not None:
             found.transformed.setdefault(name, []).append(key)
+            found.operations[name] = next(c for c in converters if pattern in c.source_patterns)
+            found.patterns[key] = pattern
         else:
             found.names[name] = key
     return found
+
+
+def stacks(model: Any, checkpoint: Checkpoint, found: Match) -> dict[str, Callable[[int], Tensor]] | None:
+    """For each tensor of ``found.transformed``, what gives its part for one expert; ``None`` where one is not made of
+    experts that the files have one by one.
+
+    Raises:
+        ValueError: naming file and tensor: an expert is missing, or has another shape than the model's.
+    """
+    state = model.state_dict()
+    made: dict[str, Callable[[int], Tensor]] = {}
+    for name, keys in found.transformed.items():
+        operations = found.operations[name].operations
+        rest = [type(operation).__name__ for operation in operations[1:]]
+        merges = type(operations[0]).__name__ == "MergeModulelist" and operations[0].dim == 0
+        if not merges or rest not in ([], ["Concatenate"]) or (rest and operations[1].dim == 0):
+            return None
+        made[name] = _stack(name, state[name].shape, keys, checkpoint, found)
+    return made
+
+
+def _stack(
+    name: str, shape: torch.Size, keys: Iterable[str], checkpoint: Checkpoint, found: Match
+) -> Callable[[int], Tensor]:
+    conversion, parts = found.operations[name], dict[str, list[str]]()
+    for key in sorted(keys, key=_by_number):
+        parts.setdefault(found.patterns[key], []).append(key)
+    along = [operation.dim - 1 for operation in conversion.operations[1:]]  # where there are several for each expert
+    for pattern in conversion.source_patterns:
+        if len(parts.get(pattern, ())) != shape[0]:
+            raise ValueError(f"tensor {name!r} needs {pattern} for {shape[0]} experts: the files have "
+                             f"{len(parts.get(pattern, ()))}")  # fmt: skip
+
+    for e in range(shape[0]):
+        own = [checkpoint.entries[parts[pattern][e]] for pattern in conversion.source_patterns]
+        sizes = [list(entry.shape) for entry in own]
+        wanted = [list(shape[1:]) for _ in own]
+        if along and all(len(size) == len(shape) - 1 for size in sizes):
+            for size, one in zip(sizes, wanted, strict=True):
+                one[along[0]] = size[along[0]]
+        if sizes != wanted or (along and sum(size[along[0]] for size in sizes) != shape[1 + along[0]]):
+            key = parts[conversion.source_patterns[0]][e]
+            raise ValueError(f"{own[0].file}: tensor {key!r}: expert {e} of {name!r} must have shape "
+                             f"{tuple(shape[1:])}: got {sizes}")  # fmt: skip
+
+    def read(e: int) -> Tensor:
+        tensors = [checkpoint.read(parts[pattern][e]) for pattern in conversion.source_patterns]
+        return torch.cat(tensors, along[0]) if along else tensors[0]
+
+    return read
+
+
+def _by_number(key: str) -> list[tuple[int, int, str]]:
+    """Sorts names as transformers does: numbers between dots by value."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
 
 
 def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str] | None = None) -> None:

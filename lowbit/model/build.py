@@ -128,7 +128,7 @@ def build_group(
         return {first.name: carry_over(first.module, wrapped)}
     assert first.spec is not None
     weight = first.weight()
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and first.read is None:
         return _share([(swap, _empty(swap)) for swap in group])
     measured = {s.name: (statistics or {}).get(s.name, Statistics()) for s in group}
     spec = first.spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class Swap:
     problem: str | None = None  # why its recogniser cannot read it
     note: str | None = None  # for the report
     extras: dict[str, Any] = field(default_factory=dict)
+    read: Callable[[int], Tensor] | None = None  # the weight of an expert that the module does not hold, as it would
 
     @property
     def name(self) -> str:
@@ -46,6 +47,11 @@ class Swap:
 
     def experts(self) -> Iterator[Tensor]:
         """The float weights ``[N, K]`` of a stack, one after the other."""
+        if self.read is not None:
+            for e in range(self.extras["num_experts"]):
+                one = self.read(e)
+                yield one.t() if self.transposed else one
+            return
         weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
         assert weight is not None
         yield from (weight.detach().transpose(1, 2) if self.transposed else weight.detach()).unbind()

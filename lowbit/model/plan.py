@@ -343,12 +343,12 @@ def cause_of(swap: Swap) -> str | None:
         return f"the bias must be float32, float16 or bfloat16: got {bias.dtype}"
     if problem := swap.spec.problem(*weight.shape):
         return problem
-    if weight.device.type != "meta" and not _all_finite(weight):
+    if weight.device.type != "meta" and not all_finite(weight):
         return "the weight must be finite: it holds NaN or infinity"
     return None
 
 
-def _all_finite(weight: Tensor) -> bool:
+def all_finite(weight: Tensor) -> bool:
     # min and max propagate NaN, and need no temporary of the weight's size
     low, high = torch.aminmax(weight)
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))

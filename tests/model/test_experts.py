@@ -2,14 +2,18 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
 from lowbit import Codebook, Kronecker, Packed
+from lowbit.checkpoint.reader import Checkpoint
+from lowbit.integrations import loading
 from lowbit.model.calibrate import FEW_TOKENS
 from lowbit.nn.experts import experts_linear
 
@@ -184,9 +188,67 @@ def test_folders(make, tmp_path):
         for loaded in (lowbit.load(folder), type(model).from_pretrained(folder)):
             assert torch.equal(logits(loaded.eval()), y)
             assert rows(lowbit.report(loaded)).keys() == rows(lowbit.report(model)).keys()
-    make().save_pretrained(tmp_path / "float")
-    lowbit.convert_folder(tmp_path / "float", tmp_path / "c", SPEC)
-    assert torch.equal(logits(lowbit.load(tmp_path / "c").eval()), y)
+
+
+MODELS = {
+    "mixtral": mixtral,
+    "gpt_oss": gpt_oss,
+    "deepseek": lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        **{**SIZES, "num_hidden_layers": 2}, n_routed_experts=5, moe_intermediate_size=24, n_shared_experts=1,
+        n_group=1, topk_group=1, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8,
+    )).eval(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("name", MODELS)
+def test_folders_are_converted_one_expert_at_a_time(name, shard, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = MODELS[name]().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "float", max_shard_size=shard)
+    spec = {"*": Packed(bits=4, group_size=8, outliers=0.01), "*.down_proj": Codebook(bits=3)}
+    expected = lowbit.convert(copy.deepcopy(model), spec)
+    monkeypatch.setattr(loading, "load_float", None)  # the whole model is not loaded
+    largest = [0]
+    read = Checkpoint._read
+    monkeypatch.setattr(Checkpoint, "_read", lambda *args: largest.append(read(*args).numel()) or read(*args))
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", spec)
+    assert max(largest) == model.get_input_embeddings().weight.numel()  # 96 x 32; a stack has more
+    made = lowbit.load(tmp_path / "packed").eval()
+    state, other = made.state_dict(), expected.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+    assert made.lowbit_skipped == expected.lowbit_skipped
+    reports = [lowbit.report(model) for model in (made, expected)]
+    assert [(row.name, row.scheme, row.bytes_after) for row in reports[0].rows] == [
+        (row.name, row.scheme, row.bytes_after) for row in reports[1].rows
+    ]
+
+
+def test_stacks_that_stay_float_are_read_from_folders_too(tmp_path):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "float")
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", SPEC, skip=["*.gate_up_proj"])
+    made = lowbit.load(tmp_path / "packed").eval()
+    assert torch.equal(made.get_parameter(UP), model.get_parameter(UP))
+    assert torch.equal(logits(made), logits(lowbit.convert(model, SPEC, skip=["*.gate_up_proj"])))
+
+
+@pytest.mark.parametrize("what", ["missing", "shape", "nan"])
+def test_folders_whose_experts_are_not_whole_are_refused(what, tmp_path):
+    mixtral().save_pretrained(tmp_path / "float")
+    file = tmp_path / "float" / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    if what == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key][:-1].clone() if what == "shape" else tensors[key].fill_(torch.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    text = {"missing": "for 5 experts: the files have 4", "shape": re.escape(key), "nan": "expert 3: .* must be finite"}
+    with pytest.raises(ValueError, match=text[what]):
+        lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", SPEC)
+    assert not (tmp_path / "packed").exists()
 
 
 # ---------------------------------------------------------------------------------------------- calibration
