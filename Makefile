@@ -103,11 +103,12 @@ sanitize: $(VENV)/.installed $(VENV)/.test-tools
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu $(GPU_CHECK_ARGS)
 
-# auditwheel refuses the tag where a symbol is too new for it. torch's libraries are there when lowbit is imported.
+# Refused where a symbol is too new for the tag, by name first. torch's libraries are there when lowbit is imported.
 PLATFORM = manylinux_2_28_$(shell uname -m)
 wheel: $(VENV)/.installed $(VENV)/.wheel-tools
 	rm -rf build/lib* build/bdist* build/wheel
 	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PY) -m benchmarks.tools.runtimes build/lib*/lowbit/*.so
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat --plat $(PLATFORM) --exclude 'libtorch*' \
 		--exclude 'libc10*' --wheel-dir dist build/wheel/lowbit-*.whl
 

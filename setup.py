@@ -81,6 +81,12 @@ FLAGS = ["-std=c++17", "-Icsrc", "-fPIC", "-fvisibility=hidden", "-ffp-contract=
 FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
 CUDA_LIBRARY = "liblowbit_cuda.so"
+# Which have what csrc/cuda/older_glibc.cpp jumps to
+OLDER_LIBRARIES = (
+    ["-Xlinker=--push-state,--no-as-needed,-l:libpthread.so.0,-l:libdl.so.2,-l:librt.so.1,--pop-state"]
+    if platform.libc_ver()[0] == "glibc" and platform.machine() == "x86_64"
+    else []
+)
 CUDA_WIDTHS = range(1, 9)
 CUDA_ARCHITECTURES = ("80", "89", "90a", "100", "120")
 # The front end makes the same PTX for both (a test compares it): it runs once, and ptxas makes the code of each.
@@ -234,7 +240,9 @@ def cuda_edges(folder: Path, architectures: Sequence[str]) -> list[str]:
             target = stem.with_name(f"{stem.name}.o" if width is None else f"{stem.name}_{width}.o")
             edges.append(edge(target, "cuda", source, **variables))
             objects.append(target)
-    return [*edges, edge(folder / CUDA_LIBRARY, "cuda_link", *objects)]
+    older = folder / "cuda" / "older_glibc.o"
+    edges.append(edge(older, "compile", Path("csrc/cuda/older_glibc.cpp")))
+    return [*edges, edge(folder / CUDA_LIBRARY, "cuda_link", *objects, older)]
 
 
 def write_ninja(folder: Path, library: str) -> list[str]:
@@ -264,7 +272,7 @@ def write_ninja(folder: Path, library: str) -> list[str]:
         "link": link,
         "nvcc": [*nvcc_command, *environment_flags("NVCCFLAGS")],
         # The Python package of the compiler has its libraries in lib, where it does not look.
-        "nvcc_link": [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}"] if nvcc else [],
+        "nvcc_link": [f"-L{Path(nvcc).resolve().parents[1] / 'lib'}", *OLDER_LIBRARIES] if nvcc else [],
     }
     commands = {name: shlex.join(words).replace("$", "$$") for name, words in shell.items()}
     objects = [folder / f"{name}.o" for name in OBJECTS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import re
 import shlex
 import subprocess
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tools import cuda_compiled
+from benchmarks.tools import cuda_compiled, runtimes
 from benchmarks.tools.cuda_kernels import ARCHITECTURES, KERNELS, ROOT
 from lowbit.testing import verdicts
 
@@ -41,6 +43,7 @@ def test_every_source_is_compiled_for_what_it_runs_on(monkeypatch):
         for bits in kernel.compilations:
             name = kernel.source.removesuffix(".cu") + (".o" if bits is None else f"_{bits}.o")
             assert codes.pop(f"b/cuda/{name}") == set(kernel.architectures)
+    assert codes.pop("b/cuda/older_glibc.o") == set()
     assert all(len(found) == 1 for found in codes.values())
     assert {Path(name).stem for name in codes} == {"library", "linear", "rows"}
 
@@ -70,3 +73,21 @@ def test_one_ptx_serves_two_architectures(number, request):
         return re.sub(r"^(//|\.target).*\n", "", ptx, flags=re.MULTILINE)
 
     assert code(name) == code(setup()["CUDA_PTX"][name])
+
+
+@needs_nvcc
+def test_the_cuda_runtime_runs_on_manylinux_2_28(tmp_path):
+    """Linked into a library as into ours, which takes minutes; without older_glibc.cpp what is too new is named."""
+    options = setup()["OLDER_LIBRARIES"]
+    if not options:
+        pytest.skip("x86_64 and glibc alone")
+    source, library = tmp_path / "one.cu", tmp_path / "one.so"
+    source.write_text('extern "C" int one() { return cudaGetLastError(); }')
+    command = ["nvcc", "-shared", "-Xcompiler=-fPIC", str(source), "-o", str(library)]
+    subprocess.run([*command, str(ROOT / "csrc/cuda/older_glibc.cpp"), *options], check=True)
+    assert runtimes.asked_for(library) and not runtimes.too_new(library)
+    ctypes.CDLL(str(library)).one()
+    if tuple(map(int, platform.libc_ver()[1].split("."))) >= (2, 34):
+        subprocess.run(command, check=True)
+        assert "dlopen@GLIBC_2.34" in runtimes.too_new(library)
+        assert runtimes.main([str(library)]) == 1
