@@ -92,7 +92,7 @@ def work(ttir: str, launch: Launch) -> Work:
     """Follow the first program of a launch through its Triton IR.
 
     Of values only whole numbers are followed that come from arguments and program numbers. What depends on other data
-    is taken as happening once, and masks as true.
+    is taken as happening once, and masks and conditions as true.
     """
     lines = ttir.splitlines()
     start = next(number for number, line in enumerate(lines) if "tt.func public" in line)
@@ -198,6 +198,8 @@ class _Follow:
         elif op == "arith.constant":
             if number := re.search(r"arith\.constant (-?\d+|true|false) ?", line):
                 self.values[into] = {"true": 1, "false": 0}.get(number[1]) if number[1].isalpha() else int(number[1])
+        elif op == "arith.select" and operands[0] not in self.values and operands[1] in self.values:
+            self.values[into] = self.values[operands[1]]
         elif all(name in self.values for name in operands):
             known = [self.values[name] for name in operands]
             if op == "arith.cmpi" and (relation := re.search(r"cmpi (\w+),", line)) and relation[1] in COMPARISONS:

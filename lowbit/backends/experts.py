@@ -9,7 +9,8 @@
 
 The E weights ``[N, K]`` are one weight ``[E*N, K]`` in the family's form: expert e has its rows ``[e*N, (e+1)*N)``.
 x is ``[T, K]``, ids ``[S]`` in any order, S a multiple of T: a token that goes to r experts stands once. Where an id is
-``num_experts`` or more, another process has the expert, and the row of y is 0. A bias is ``[E*N]``.
+``num_experts`` or more, another process has the expert, and the row of y is 0. A negative id is an error; Triton's
+kernels, which do not wait for the GPU to check it, give a row of NaN. A bias is ``[E*N]``.
 """
 
 from __future__ import annotations

@@ -79,12 +79,13 @@ class FamilyOps:
         self.experts = ExpertsOps(operands, _define, _library) if issubclass(operands, CodedOperands) else None
 
     def implement(self, backend: str, module: str) -> None:
-        """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``.
+        """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``, and
+        ``experts`` where the family has stacks of experts.
 
         The module is imported at the first call. It may import this object: whoever names it here must not be
         imported by it.
         """
-        for name in self._arguments:
+        for name in (*self._arguments, *(() if self.experts is None else ("experts",))):
             registry.implement(backend, f"{self.family}_{name}", module, name)
 
     # ---- arguments
@@ -95,6 +96,11 @@ class FamilyOps:
         check_activations(x)
         weight.check_linear(x, bias, activation)
         return weight, bias, activation
+
+    def experts_arguments(self, x: Tensor, ids: Tensor, *arguments: Any) -> tuple[Any, int, Tensor | None, Any]:
+        """(weight, num_experts, bias, activation) of a stack of experts, checked; ids are for the kernel to see."""
+        assert self.experts is not None
+        return self.experts.arguments(x, ids, *arguments)
 
     def row_arguments(self, *arguments: Any) -> tuple[Any, int, torch.dtype]:
         """(weight, K, dtype) of a dequantize, checked."""

@@ -48,6 +48,15 @@ from lowbit.backends.triton.codes import (
     outlier_products,
     plane_width,
 )  # fmt: skip
+from lowbit.backends.triton.experts import (
+    Rows,
+    arguments_of,
+    choose,
+    expert_of_row,
+    of_what,
+    rows_of_tile,
+    sorted_rows,
+)  # fmt: skip
 from lowbit.backends.triton.launch import Launch, Target, run, target_of
 from lowbit.backends.triton.tiles import TILES, tiles_of, tiles_per_row
 from lowbit.codebook.op import OPS
@@ -266,17 +275,20 @@ def codebook_steps_kernel(
             tl.store(fixed_ptr + n * entries + at, _fixed(weights, inverse), mask=at < entries)
 
 
-@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride"])
+@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride", "repeats"])
 def codebook_linear_kernel(
     x_ptr, tiles16_ptr, tiles8_ptr, codebook_ptr, scales_ptr, scale_codebook_ptr, scale_absmax_ptr, scale_offset_ptr,
     steps_ptr, inverse_ptr, x_sums_ptr, bias_ptr,
-    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, y_ptr,
-    m_size, n_size, k_size, tiles, groups, x_stride, outlier_x_stride,
+    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, tile_rows_ptr, order_ptr, y_ptr,
+    m_size, n_size, k_size, tiles, groups, x_stride, outlier_x_stride, repeats,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PERIOD: tl.constexpr, TABLES: tl.constexpr,
     PER_ELEMENT: tl.constexpr, SHARED_STEP: tl.constexpr, EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr,
     SPLIT: tl.constexpr, PTX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for BLOCK_N rows of W and BLOCK_M of x; one split of K where SPLIT > 1 (y: float32 ``[SPLIT, M, N]``).
+
+    With ``tile_rows_ptr`` W is a stack of experts, each of ``n_size`` rows, and ``repeats`` rows of y meet a row of x:
+    :mod:`lowbit.backends.triton.experts`.
 
     PERIOD: after how many chunks the table or the scale changes; 0: never; -1: groups cut chunks. PER_ELEMENT: each
     weight is multiplied by its scale; otherwise int8 activations are multiplied with entries of a table of T, which has
@@ -290,6 +302,11 @@ def codebook_linear_kernel(
     # Rows past the end repeat the last one and are not stored, so that no load in the loop needs a mask for them.
     n_row = tl.minimum(n, n_size - 1).to(tl.int64)
     m_row = tl.minimum(m, m_size - 1).to(tl.int64)
+    row, column = m, n  # of y
+    if tile_rows_ptr is not None:
+        first_row, row, m_valid, what = rows_of_tile(tile_rows_ptr, order_ptr, tl.program_id(1), BLOCK_M)
+        m, n, n_row = row // repeats, n + first_row, n_row + first_row
+        m_row = m.to(tl.int64)
     lane = tl.arange(0, 32)
     first_tile = n_row * tiles
     x_rows = x_ptr + m_row * (x_stride * X_ALIGN)
@@ -315,6 +332,8 @@ def codebook_linear_kernel(
 
     begin = (part * tiles) // SPLIT
     end = ((part + 1) * tiles) // SPLIT
+    if tile_rows_ptr is not None:
+        end = tl.where(what == 1, end, begin)
     for t in range(begin, end):
         second, third = load_upper_planes(tiles16_ptr, tiles8_ptr, first_tile + t, BITS)
         for CHUNK in tl.static_range(8):
@@ -374,9 +393,11 @@ def codebook_linear_kernel(
         )  # fmt: skip
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
-    y_row = (part * m_size + m).to(tl.int64) * n_size
+    if tile_rows_ptr is not None:
+        sums = of_what(sums, what)
+    y_row = (part * m_size + row).to(tl.int64) * n_size
     tl.store(
-        y_ptr + y_row[None, :] + n[:, None], sums.to(y_ptr.dtype.element_ty),
+        y_ptr + y_row[None, :] + column[:, None], sums.to(y_ptr.dtype.element_ty),
         mask=n_valid[:, None] & m_valid[None, :],
     )  # fmt: skip
 
@@ -389,21 +410,29 @@ def _unscaled(sums, steps_ptr, inverse_ptr, n_row, m_row, SHARED_STEP: tl.conste
     return tl.div_rn(sums * step[:, None], inverse)
 
 
-@triton.jit(do_not_specialize=["m_size", "outlier_x_stride"])
+@triton.jit(do_not_specialize=["m_size", "outlier_x_stride", "repeats"])
 def codebook_sum_kernel(
     parts_ptr, steps_ptr, inverse_ptr, bias_ptr, outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr,
-    outlier_x_ptr, y_ptr, m_size, n_size, outlier_x_stride,
-    PARTS: tl.constexpr, SHARED_STEP: tl.constexpr, BLOCK: tl.constexpr,
+    outlier_x_ptr, ids_ptr, y_ptr, m_size, n_size, outlier_x_stride, repeats,
+    EXPERTS: tl.constexpr, PARTS: tl.constexpr, SHARED_STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y from the parts of integer sums: these are added before anything rounds or scales them."""
+    """y from the parts of integer sums: these are added before anything rounds or scales them.
+
+    With ``ids_ptr`` W is a stack of experts, as in codebook_linear_kernel.
+    """
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n_valid = n < n_size
     n_row = tl.minimum(n, n_size - 1)
     m_row = m.to(tl.int64)
+    row, column = m_row, n  # of y
     sums = tl.zeros((BLOCK, 1), tl.float32)
     for p in tl.static_range(PARTS):
         sums += tl.load(parts_ptr + ((p * m_size + m_row) * n_size)[None, :] + n_row[:, None])
+    if ids_ptr is not None:
+        expert, what = expert_of_row(ids_ptr, row, EXPERTS)
+        m, m_row = m // repeats, m_row // repeats
+        n, n_row = n + expert * n_size, n_row + expert * n_size
     sums = _unscaled(sums, steps_ptr, inverse_ptr, n_row, m_row, SHARED_STEP)
     if outlier_values_ptr is not None:
         sums += outlier_products(
@@ -412,7 +441,9 @@ def codebook_sum_kernel(
         )  # fmt: skip
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
-    tl.store(y_ptr + (m_row * n_size)[None, :] + n[:, None], sums.to(y_ptr.dtype.element_ty), mask=n_valid[:, None])
+    if ids_ptr is not None:
+        sums = of_what(sums, what[None, :])
+    tl.store(y_ptr + (row * n_size)[None, :] + column[:, None], sums.to(y_ptr.dtype.element_ty), mask=n_valid[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -505,6 +536,10 @@ def _kernel_name(codebook: Tensor, scales: Scales, group_size: int, k: int, int8
     return "codebook_linear" if fast else "codebook_linear_odd_groups"
 
 
+def _experts_kernel_name(*arguments: Any) -> str:
+    return _kernel_name(*arguments).replace("linear", "experts")
+
+
 def _scales(weight: CodebookOperands) -> Scales:
     return weight.scales, weight.scale_codebook, weight.scale_absmax, weight.scale_offset
 
@@ -538,11 +573,15 @@ def linear_launches(
     bias: Tensor | None,
     activation: Activation,
     y: Tensor,
+    rows: Rows | None = None,
 ) -> list[Launch]:
-    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles."""
+    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles.
+
+    With ``rows`` they are those of a stack of experts: W is ``[E*N, K]``, and rows of y may share a row of x.
+    """
     tiles, codebook, scales, outliers = weight.packed, weight.codebook, _scales(weight), weight.outliers
     bits, group_size, int8, x_scale = weight.bits, weight.group_size, activation.int8, activation.x_scale
-    (m, k), n = x.shape, tiles.shape[0]
+    (m, n), k, stack = y.shape, x.shape[1], len(tiles)
     launches: list[Launch] = []
     operand, inverse, steps, x_sums = x, None, None, None
     split = config.split
@@ -550,7 +589,7 @@ def linear_launches(
     per_element = period < 0 or (x.dtype == torch.float32 and not int8)
     if int8:
         quantize, operand, inverse, x_sums = quantize_launch(x, x_scale)
-        steps_of_rows, steps, fixed = steps_launch(codebook, scales, n, _tabled(scales, period))
+        steps_of_rows, steps, fixed = steps_launch(codebook, scales, stack, _tabled(scales, period))
         launches += [quantize, steps_of_rows]
         per_element = fixed is None
         if fixed is not None:
@@ -571,11 +610,12 @@ def linear_launches(
     launches.append(
         Launch(
             codebook_linear_kernel,
-            (-(-n // config.block_n), -(-m // config.block_m), split),
+            (-(-n // config.block_n), -(-m // config.block_m) if rows is None else len(rows.tiles), split),
             dict(
                 x_ptr=operand, tiles16_ptr=words, tiles8_ptr=octets, codebook_ptr=codebook, **_scale_pointers(scales),
-                steps_ptr=steps, x_sums_ptr=x_sums, bias_ptr=bias if split == 1 else None, y_ptr=out, m_size=m,
-                n_size=n, k_size=k, tiles=tiles.shape[1], groups=_groups(codebook, scales), x_stride=stride, **finish,
+                steps_ptr=steps, x_sums_ptr=x_sums, bias_ptr=bias if split == 1 else None,
+                y_ptr=out, m_size=m, n_size=n, k_size=k, tiles=tiles.shape[1], groups=_groups(codebook, scales),
+                x_stride=stride, **finish, **arguments_of(rows),
             ),
             dict(
                 BITS=bits, GROUP_SIZE=group_size, PERIOD=period, TABLES=_tables(codebook), PER_ELEMENT=per_element,
@@ -587,13 +627,16 @@ def linear_launches(
         )
     )  # fmt: skip
     if integers:
+        ids, repeats, num_experts = (None, None, 0) if rows is None else (rows.ids, rows.repeats, rows.num_experts)
         arguments = dict(
-            parts_ptr=out, steps_ptr=steps, inverse_ptr=inverse, bias_ptr=bias, y_ptr=y, m_size=m, n_size=n, **sparse
-        )
-        constants = dict(PARTS=split, SHARED_STEP=steps is not None and steps.shape[0] == 1, BLOCK=64)
+            parts_ptr=out, steps_ptr=steps, inverse_ptr=inverse, bias_ptr=bias, ids_ptr=ids, y_ptr=y, m_size=m,
+            n_size=n, repeats=repeats, **sparse,
+        )  # fmt: skip
+        shared = steps is not None and steps.shape[0] == 1
+        constants = dict(EXPERTS=num_experts, PARTS=split, SHARED_STEP=shared, BLOCK=64)
         launches.append(Launch(codebook_sum_kernel, (-(-n // 64), m), arguments, constants, fuse=False))
     elif split > 1:
-        launches.append(sum_launch(out, bias, y))
+        launches.append(sum_launch(out, bias, y, rows))
     return launches
 
 
@@ -662,6 +705,27 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     return y.view(*x.shape[:-1], n)
 
 
+def experts(x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+    """``lowbit::codebook_experts`` on a GPU. A negative id gives a row of NaN: checking would wait for the GPU.
+
+    Verified on emulators, not yet on a GPU.
+    """
+    weight, num_experts, bias, activation = OPS.experts_arguments(x, ids, *arguments)
+    (tokens, k), s, n = x.shape, len(ids), weight.out_features // num_experts
+    weight = _prepared(x.device, weight, k, bias)
+    check_tensors(x.device, ids=ids)
+    check_bias(bias, weight.out_features)
+    check_x_scale(activation.x_scale, activation.int8)
+    target = target_of(x.device)
+    name = _experts_kernel_name(weight.codebook, _scales(weight), weight.group_size, k, activation.int8)
+    kind = torch.int8 if activation.int8 else x.dtype
+    config = choose(target, name, kind, weight.bits, s, n, k, num_experts)
+    y = torch.empty(s, n, dtype=x.dtype, device=x.device)
+    sorting, rows = sorted_rows(ids, tokens, n, num_experts, config.block_m)
+    run([*sorting, *linear_launches(target, config, aligned_rows(x), weight, bias, activation, y, rows)])
+    return y
+
+
 def dequantize(*arguments: Any) -> Tensor:
     """``lowbit::codebook_dequantize`` on a GPU."""
     weight, k, dtype = OPS.row_arguments(*arguments)
@@ -681,14 +745,18 @@ def embedding(ids: Tensor, *arguments: Any) -> Tensor:
 
 
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
-    """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights."""
+    """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights.
+
+    Stacks are of 8 experts, 2 for each row of x. Their kernel is the linear's with other rows: fewer kinds will do.
+    """
     n = 4096
+    num_experts = 8
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def weight(
-        bits: int, tables: str, scales: str, group_size: int, k: int, outliers: bool = False
+        bits: int, tables: str, scales: str, group_size: int, k: int, outliers: bool = False, n: int = n
     ) -> CodebookOperands:
         groups = -(-k // group_size)
         shape = {"tensor": (1, 1), "row": (n, 1), "group": (n, groups)}[tables]
@@ -726,6 +794,23 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                 launches = linear_launches(target, config, x, of_weights, None, activation, y)
                 yield f"codebook_linear {bits}-bit {name} {dtype_name(dtype)} M={m}", launches
 
+    def experts(
+        name: str, bits: int, dtype: torch.dtype, tables: str, scales: str, group_size: int, outliers: bool = False,
+        regimes: int = 9,
+    ) -> Iterator[tuple[str, list[Launch]]]:  # fmt: skip
+        int8 = dtype == torch.int8
+        of_weights = weight(bits, tables, scales, group_size, n, outliers, num_experts * n)
+        kernel = _experts_kernel_name(of_weights.codebook, _scales(of_weights), group_size, n, int8)
+        for m in tuning.regimes(target, kernel, dtype, bits)[:regimes]:
+            s = 2 if m <= 16 else m * num_experts  # a row of x, or all experts
+            config = choose(target, kernel, dtype, bits, s, n, n, num_experts)
+            sorting, rows = sorted_rows(empty((s,), torch.int64), s // 2, n, num_experts, config.block_m)
+            x = empty((s // 2, n), torch.float16 if int8 else dtype)
+            bias = empty((num_experts * n,), x.dtype) if outliers else None
+            activation, y = Activation(int8=int8), empty((s, n), x.dtype)
+            product = linear_launches(target, config, x, of_weights, bias, activation, y, rows)
+            yield f"codebook_experts {bits}-bit {name} {dtype_name(dtype)} M={m}", [*sorting, *product]
+
     for bits in range(1, 9):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
             if dtype != torch.float16 or bits == 4:
@@ -741,3 +826,11 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
         yield from linears("group 20", 4, dtype, "tensor", "float", 20)
         yield from linears("outliers", 4, dtype, "row", "none", n, outliers=True)
         yield from linears("odd K", 4, dtype, "row", "none", n - 1, n - 1)
+    for bits in range(1, 9):
+        yield from experts("row", bits, torch.float16, "row", "none", n, regimes=9 if bits == 4 else 1)
+    for dtype in (torch.bfloat16, torch.float32, torch.int8):
+        yield from experts("row", 4, dtype, "row", "none", n)
+    yield from experts("tensor, group 64", 4, torch.float16, "tensor", "float", 64, regimes=1)
+    yield from experts("outliers, bias", 4, torch.bfloat16, "row", "none", n, outliers=True, regimes=1)
+    yield from experts("outliers, bias", 4, torch.int8, "row", "none", n, outliers=True, regimes=1)
+    yield from experts("group 20", 4, torch.float16, "tensor", "float", 20)

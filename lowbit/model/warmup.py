@@ -15,11 +15,16 @@ from lowbit.backends.triton import launch, tuning
 from lowbit.backends.triton.tuning import Config, Question
 from lowbit.core.family import dtype_name
 from lowbit.nn.embedding import EmbeddingLayer
+from lowbit.nn.experts import ExpertsLayer
 from lowbit.nn.layer import Layer, layers
 
 # Beyond _EVERY_M_UP_TO rows, launches depend on M only through multiples of this.
 _ROWS = 16
 _EVERY_M_UP_TO = 256
+# of a stack of more: as many for each row of x are counted on
+_EXPERTS_OF_A_ROW = 16
+# rows of x, each for an expert of its own, that stand for decoding where a stack is measured
+_MET_IN_DECODING = 8
 
 
 def warmup(model: nn.Module, max_m: int) -> int:
@@ -27,7 +32,8 @@ def warmup(model: nn.Module, max_m: int) -> int:
 
     Args:
         model: a converted model; its layers on a GPU are prepared, those elsewhere have nothing to compile.
-        max_m: the largest number of rows (tokens of a batch) that a layer will be given.
+        max_m: the largest number of rows (tokens of a batch) that a layer will be given. Of a stack of experts a row
+            may meet up to 16.
 
     Returns:
         How many kernels were compiled, or loaded from Triton's cache on disk.
@@ -44,20 +50,19 @@ def warmup(model: nn.Module, max_m: int) -> int:
     with torch.no_grad():
         for layer in _on_gpu(model):
             layer.prepare()
-            for m in _sizes(max_m):
-                x = _input(layer, m)
+            for inputs in _inputs(layer, max_m):
                 with launch.collecting() as planned:
-                    layer.forward(x)
+                    layer.forward(*inputs)
                 new = {step.signature for step in planned} - seen
                 if new:
-                    layer.forward(x)
+                    layer.forward(*inputs)
                     seen |= new
     return launch.compilations() - before
 
 
 def _on_gpu(model: nn.Module) -> Iterator[Layer]:
     for layer in layers(model).values():
-        if layer.kind != "experts" and _may_run_triton(layer.device.type):  # Triton has no kernel of those
+        if _may_run_triton(layer.device.type):
             yield layer
 
 
@@ -73,10 +78,31 @@ def _sizes(max_m: int) -> list[int]:
     return [*few, *range(_EVERY_M_UP_TO + _ROWS, max_m + _ROWS, _ROWS)]
 
 
+def _inputs(layer: Layer, max_m: int) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs that together launch everything that up to ``max_m`` rows of x can."""
+    if not isinstance(layer, ExpertsLayer):
+        for m in _sizes(max_m):
+            yield (_input(layer, m),)
+        return
+    # Launches depend on the rows of y, each with an expert: all alike, or, where they do not go round, a few.
+    experts = layer.num_experts
+    most = max(1, max_m * min(experts, _EXPERTS_OF_A_ROW) // experts)
+    for s in [*range(1, experts), *(m * experts for m in _sizes(most))]:
+        yield _experts_input(layer, 1 if s <= experts else s // experts, s)
+        if 1 < s <= experts:
+            yield _experts_input(layer, s, s)
+
+
 def _input(layer: Layer, m: int) -> Tensor:
     if isinstance(layer, EmbeddingLayer):
         return torch.zeros(m, dtype=torch.int64, device=layer.device)
     return torch.zeros(m, layer.format.in_features, dtype=layer.dtype, device=layer.device)
+
+
+def _experts_input(layer: ExpertsLayer, tokens: int, s: int) -> tuple[Tensor, Tensor]:
+    """``tokens`` rows of x for S rows of y, the experts of which take turns."""
+    x = torch.zeros(tokens, layer.in_features, dtype=layer.dtype, device=layer.device)
+    return x, torch.arange(s, device=layer.device) % layer.num_experts
 
 
 def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]]:
@@ -113,7 +139,7 @@ def tune(model: nn.Module, max_m: int = tuning.LARGEST_M) -> list[dict[str, Any]
 def _questions(layer: Layer, max_m: int) -> Iterator[tuple[int, Question]]:
     """The products of a layer in each regime of M that the shipped table knows."""
     with tuning.asking() as asked, launch.collecting():
-        layer.forward(_input(layer, 1))
+        layer.forward(*_input_of(layer, 1))
     for question in dict.fromkeys(asked):
         for m in tuning.regimes(question.target, question.kernel, question.x, question.bits):
             yield min(m, max_m), question
@@ -121,15 +147,24 @@ def _questions(layer: Layer, max_m: int) -> Iterator[tuple[int, Question]]:
                 break
 
 
+def _input_of(layer: Layer, m: int) -> tuple[Tensor, ...]:
+    """m rows of x, or for each expert that a call may meet m rows."""
+    if not isinstance(layer, ExpertsLayer):
+        return (_input(layer, m),)
+    met = layer.num_experts if m > _ROWS else min(layer.num_experts, _MET_IN_DECODING)
+    return _experts_input(layer, m * met, m * met)
+
+
 def _measure(layer: Layer, m: int, question: Question) -> dict[str, Any]:
     from triton.testing import do_bench
 
-    x = torch.randn(m, layer.format.in_features, device=layer.device).to(layer.dtype)
+    x, *ids = _input_of(layer, m)
+    x = torch.randn_like(x, dtype=torch.float32).to(x.dtype)
     times: dict[Config, float] = {}
     for config in candidates(m, question):
         try:
             with tuning.using(config):
-                times[config] = float(do_bench(lambda: layer.forward(x), warmup=5, rep=20, return_mode="median"))
+                times[config] = float(do_bench(lambda: layer.forward(x, *ids), warmup=5, rep=20, return_mode="median"))
         except _does_not_fit():
             continue
     best = min(times, key=lambda config: times[config])
@@ -153,13 +188,14 @@ def _does_not_fit() -> tuple[type[Exception], ...]:
 
 def candidates(m: int, question: Question) -> Iterator[Config]:
     """What :func:`tune` measures: the shipped choice first."""
-    yield tuning.choose(question.target, question.kernel, question.x, question.bits, m, question.n, question.k)
-    if question.x != torch.int8:
+    q = question
+    yield tuning.choose(q.target, q.kernel, q.x, q.bits, m, q.n, q.k, q.experts)
+    if question.x != torch.int8 and not question.experts:
         yield Config(dense=True)
     largest = max(16, min(128, 1 << (m - 1).bit_length()))
     blocks = [(n, b) for n in (64, 128) for b in (16, 32, 64, 128) if b in (largest, largest // 2)]
     for (block_n, block_m), warps, stages in itertools.product(blocks, (4, 8), (2, 3, 4)):
-        programs = -(-question.n // block_n) * -(-m // block_m)
+        programs = -(-question.n // block_n) * -(-m // block_m) * max(1, question.experts)
         for split in (1, 2, 4, 8, 16):
             if split == 1 or (programs * split <= 8 * question.target.processors and split * 256 <= question.k):
                 yield Config(block_n, block_m, warps, stages, split)

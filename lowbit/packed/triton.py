@@ -11,7 +11,7 @@ into bfloat16 pieces, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,7 @@ from lowbit.backends.triton.codes import (
     outlier_products,
     plane_width,
 )  # fmt: skip
+from lowbit.backends.triton.experts import Rows, arguments_of, choose, of_what, rows_of_tile, sorted_rows
 from lowbit.backends.triton.launch import Launch, Target, run, target_of
 from lowbit.backends.triton.tiles import TILES, tiles_of, tiles_per_row
 from lowbit.core.family import dtype_name
@@ -78,16 +79,20 @@ def _with_residual(products, x_sums, center, zero, RESIDUAL: tl.constexpr, ZEROS
         return products.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride"])
+@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride", "repeats"])
 def packed_linear_kernel(
     x_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, bias_ptr, inverse_ptr, x_sums_ptr,
-    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, y_ptr,
-    m_size, n_size, k_size, tiles, groups, x_stride, outlier_x_stride,
+    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, tile_rows_ptr, order_ptr, y_ptr,
+    m_size, n_size, k_size, tiles, groups, x_stride, outlier_x_stride, repeats,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, FLUSH: tl.constexpr, PER_TENSOR: tl.constexpr, ZEROS: tl.constexpr,
     EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for BLOCK_N rows of W and BLOCK_M of x; one split of K where SPLIT > 1 (y: float32 ``[SPLIT, M, N]``).
+
+    With ``tile_rows_ptr`` W is a stack of experts, each of ``n_size`` rows, and ``repeats`` rows of y meet a row of x:
+    :mod:`lowbit.backends.triton.experts`.
+
 
     FLUSH: after how many chunks the scales multiply the sums; 0: once, at the end; -1: each weight is scaled.
     ``x_sums_ptr``: sums of whole rows of x, where FLUSH is 0 and the zero point needs them.
@@ -101,6 +106,11 @@ def packed_linear_kernel(
     # Rows past the end repeat the last one and are not stored, so that no load in the loop needs a mask for them.
     n_row = tl.minimum(n, n_size - 1)
     m_row = tl.minimum(m, m_size - 1).to(tl.int64)
+    row, column = m, n  # of y
+    if tile_rows_ptr is not None:
+        first_row, row, m_valid, what = rows_of_tile(tile_rows_ptr, order_ptr, tl.program_id(1), BLOCK_M)
+        m, n, n_row = row // repeats, n + first_row, n_row + first_row
+        m_row = m.to(tl.int64)
     lane = tl.arange(0, 32)
     first_tile = n_row.to(tl.int64) * tiles
     first_scale = n_row.to(tl.int64) * groups
@@ -124,6 +134,8 @@ def packed_linear_kernel(
 
     begin = (part * tiles) // SPLIT
     end = ((part + 1) * tiles) // SPLIT
+    if tile_rows_ptr is not None:
+        end = tl.where(what == 1, end, begin)
     for t in range(begin, end):
         second, third = load_upper_planes(tiles16_ptr, tiles8_ptr, first_tile + t, BITS)
         for CHUNK in tl.static_range(8):
@@ -177,9 +189,11 @@ def packed_linear_kernel(
         )  # fmt: skip
     if bias_ptr is not None:
         sums += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
-    y_row = (part * m_size + m).to(tl.int64) * n_size
+    if tile_rows_ptr is not None:
+        sums = of_what(sums, what)
+    y_row = (part * m_size + row).to(tl.int64) * n_size
     tl.store(
-        y_ptr + y_row[None, :] + n[:, None], sums.to(y_ptr.dtype.element_ty),
+        y_ptr + y_row[None, :] + column[:, None], sums.to(y_ptr.dtype.element_ty),
         mask=n_valid[:, None] & m_valid[None, :],
     )  # fmt: skip
 
@@ -279,11 +293,15 @@ def linear_launches(
     bias: Tensor | None,
     activation: PackedActivation,
     y: Tensor,
+    rows: Rows | None = None,
 ) -> list[Launch]:
-    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles."""
+    """The launches of ``y [M, N] = x [M, K] @ W.T + bias``; x is as :func:`aligned_rows` gives it, W in tiles.
+
+    With ``rows`` they are those of a stack of experts: W is ``[E*N, K]``, and rows of y may share a row of x.
+    """
     tiles, scales, zeros, outliers = weight.packed, weight.scales, weight.zeros, weight.outliers
     bits, group_size, int8, x_scale = weight.bits, weight.group_size, activation.int8, activation.x_scale
-    (m, k), n = x.shape, tiles.shape[0]
+    (m, n), k = y.shape, x.shape[1]
     launches: list[Launch] = []
     operand, inverse, x_sums = x, None, None
     if int8:
@@ -305,16 +323,17 @@ def linear_launches(
     launches.append(
         Launch(
             packed_linear_kernel,
-            (-(-n // config.block_n), -(-m // config.block_m), split),
+            (-(-n // config.block_n), -(-m // config.block_m) if rows is None else len(rows.tiles), split),
             dict(
                 x_ptr=operand, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros,
                 bias_ptr=bias if split == 1 else None, inverse_ptr=inverse, x_sums_ptr=x_sums,
                 outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers,
                 outlier_x_ptr=None if values is None else x, y_ptr=out, m_size=m, n_size=n, k_size=k,
                 tiles=tiles.shape[1], groups=scales.shape[1], x_stride=stride, outlier_x_stride=x.stride(0),
+                **arguments_of(rows),
             ),
             dict(
-                BITS=bits, GROUP_SIZE=group_size, FLUSH=period, PER_TENSOR=scales.shape[0] == 1 and n > 1,
+                BITS=bits, GROUP_SIZE=group_size, FLUSH=period, PER_TENSOR=scales.shape[0] == 1 and len(tiles) > 1,
                 ZEROS="none" if zeros is None else "float" if zeros.is_floating_point() else "int",
                 EVEN_K=int8 or k % 256 == 0, X_ALIGN=align, SPLIT=split, PTX=target.inline_ptx,
                 BLOCK_N=config.block_n, BLOCK_M=config.block_m, ENTRIES=max(1, 32 // config.block_m),
@@ -325,7 +344,7 @@ def linear_launches(
         )
     )  # fmt: skip
     if split > 1:
-        launches.append(sum_launch(out, bias, y))
+        launches.append(sum_launch(out, bias, y, rows))
     return launches
 
 
@@ -363,7 +382,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     weight, bias, activation = OPS.linear_arguments(x, *arguments)
     n, k = weight.out_features, x.shape[-1]
     if 0 < activation.x_group < k:  # else one group is the row
-        return _linear_in_groups(x, weight, bias, activation)
+        return _in_groups(linear, x, weight, bias, activation)
     weight = _prepared(x.device, weight, k, bias)
     check_bias(bias, n)
     check_x_scale(activation.x_scale, activation.int8)
@@ -385,16 +404,46 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     return y.view(*x.shape[:-1], n)
 
 
-def _linear_in_groups(x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: PackedActivation) -> Tensor:
-    """:func:`linear` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x
-    as it is, beside weights whose scales are 0."""
+def experts(x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
+    """``lowbit::packed_experts`` on a GPU. A negative id gives a row of NaN: checking would wait for the GPU.
+
+    Verified on emulators, not yet on a GPU.
+    """
+    weight, num_experts, bias, activation = OPS.experts_arguments(x, ids, *arguments)
+    (tokens, k), s, n = x.shape, len(ids), weight.out_features // num_experts
+    if 0 < activation.x_group < k:
+
+        def product(x: Tensor, *operands: Any) -> Tensor:
+            *of_weight, bias, x_scale, int8, x_group = operands
+            return experts(x, ids, *of_weight, num_experts, bias, x_scale, int8, x_group)
+
+        return _in_groups(product, x, weight, bias, activation)
+    weight = _prepared(x.device, weight, k, bias)
+    check_tensors(x.device, ids=ids)
+    check_bias(bias, weight.out_features)
+    check_x_scale(activation.x_scale, activation.int8)
+    target = target_of(x.device)
+    name = "packed_experts" if scale_period(weight.group_size, k) >= 0 else "packed_experts_odd_groups"
+    kind = torch.int8 if activation.int8 else x.dtype
+    config = choose(target, name, kind, weight.bits, s, n, k, num_experts)
+    y = torch.empty(s, n, dtype=x.dtype, device=x.device)
+    sorting, rows = sorted_rows(ids, tokens, n, num_experts, config.block_m)
+    run([*sorting, *linear_launches(target, config, aligned_rows(x), weight, bias, activation, y, rows)])
+    return y
+
+
+def _in_groups(
+    product: Callable[..., Tensor], x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: PackedActivation
+) -> Tensor:
+    """``product`` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x as
+    it is, beside weights whose scales are 0."""
     flat, x_group = x.reshape(-1, x.shape[-1]), activation.x_group
     rounded = dequantize_activations(*quantize_activations(flat, None, x_group), x_group).view(x.shape)
     coded = replace(weight, outlier_values=None, outlier_columns=None, outlier_rows=None)
-    y = linear(rounded, *coded, bias, *_FLOAT)
+    y = product(rounded, *coded, bias, *_FLOAT)
     if weight.outlier_values is not None:
         outliers = replace(weight, scales=torch.zeros_like(weight.scales))
-        y = y + linear(x.float(), *outliers, None, *_FLOAT)
+        y = y + product(x.float(), *outliers, None, *_FLOAT)
     return y.to(x.dtype)
 
 
@@ -419,14 +468,18 @@ def embedding(ids: Tensor, *arguments: Any) -> Tensor:
 def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
     """(name, launches) of every configuration that ships for ``target``, on meta tensors of 4096 x 4096 weights.
 
-    Scales and zeros are per group, which takes more registers than per row; other kinds come at 4 bits only.
+    Scales and zeros are per group, which takes more registers than per row; other kinds come at 4 bits only. Stacks
+    are of 8 experts, 2 for each row of x. Their kernel is the linear's with other rows, so that fewer kinds will do.
     """
     n = k = 4096
+    num_experts = 8
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weight(bits: int, group_size: int, zeros: torch.dtype | None, outliers: bool = False) -> PackedOperands:
+    def weight(
+        bits: int, group_size: int, zeros: torch.dtype | None, outliers: bool = False, n: int = n
+    ) -> PackedOperands:
         shape = (n, -(-k // group_size))
         return PackedOperands(
             packed=empty((n, tiles_per_row(k), 8 * bits), torch.int32), scales=empty(shape, torch.float16),
@@ -454,6 +507,22 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
                     ),
                 )  # fmt: skip
 
+    def experts(
+        name: str, bits: int, dtype: torch.dtype, group_size: int, zeros: torch.dtype | None, outliers: bool = False,
+        kernel: str = "packed_experts", regimes: int = 9,
+    ) -> Iterator[tuple[str, list[Launch]]]:  # fmt: skip
+        int8 = dtype == torch.int8
+        for m in tuning.regimes(target, kernel, dtype, bits)[:regimes]:
+            s = 2 if m <= 16 else m * num_experts  # a row of x, or all experts
+            config = choose(target, kernel, dtype, bits, s, n, k, num_experts)
+            sorting, rows = sorted_rows(empty((s,), torch.int64), s // 2, n, num_experts, config.block_m)
+            x = empty((s // 2, k), torch.float16 if int8 else dtype)
+            bias = empty((num_experts * n,), x.dtype) if outliers else None
+            operands = weight(bits, group_size, zeros, outliers, num_experts * n)
+            activation, y = PackedActivation(int8=int8), empty((s, n), x.dtype)
+            product = linear_launches(target, config, x, operands, bias, activation, y, rows)
+            yield f"packed_experts {bits}-bit {name} {dtype_name(dtype)} M={m}", [*sorting, *product]
+
     for bits in range(2, 9):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int8):
             yield from linears("group 128", bits, dtype, 128, torch.uint8)
@@ -464,3 +533,10 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
         yield from linears("group 128, float zeros", 4, dtype, 128, torch.float16)
         yield from linears("group 128, outliers", 4, dtype, 128, None, outliers=True)
         yield from linears("group 20", 4, dtype, 20, torch.uint8, kernel="packed_linear_odd_groups")
+    for bits in range(2, 9):
+        yield from experts("group 128", bits, torch.float16, 128, torch.uint8, regimes=9 if bits == 4 else 1)
+    for dtype in (torch.bfloat16, torch.float32, torch.int8):
+        yield from experts("group 128", 4, dtype, 128, torch.uint8)
+    yield from experts("per row", 8, torch.int8, k, None)
+    yield from experts("group 128, outliers, bias", 4, torch.bfloat16, 128, None, outliers=True, regimes=1)
+    yield from experts("group 20", 4, torch.float16, 20, torch.uint8, kernel="packed_experts_odd_groups")

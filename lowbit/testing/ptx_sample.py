@@ -18,6 +18,10 @@ NAMES = (
             ("4-bit row int8 M=16", 3), ("5-bit row float32 M=16", 1), ("8-bit tensor, group 64 float16 M=16", 1),
         )
     ),
+    "packed packed_experts 4-bit group 128 bfloat16 M=16, launch 2: packed_linear_kernel",
+    "packed packed_experts 8-bit per row int8 M=4096, launch 2: packed_linear_kernel",
+    "codebook codebook_experts 3-bit row float16 M=16, launch 2: codebook_linear_kernel",
+    "codebook codebook_experts 4-bit row int8 M=16, launch 4: codebook_linear_kernel",
     "kron linear 64x64 x 64x64, bfloat16, dense factors, M=4096, launch 1: kron_resident_kernel",
     "kron linear 2x1 x 384x3072, float16, dense factors, M=1, launch 1: kron_summed_kernel",
 )  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 
 import lowbit
 from lowbit.backends import registry
+from lowbit.backends.triton import tuning
+from lowbit.backends.triton.launch import TARGETS
 from lowbit.model import warmup
 
 
@@ -30,11 +32,16 @@ def test_calls_that_fall_through_to_triton_count(monkeypatch, forced, active, ab
     assert warmup._may_run_triton("cuda") is expected
 
 
-def test_stacks_of_experts_have_nothing_to_compile(monkeypatch):
+def test_stacks_of_experts_are_measured_like_linears(monkeypatch):
+    """Few rows of a few experts, and many of all; no candidate makes a dense weight."""
     monkeypatch.setattr(warmup, "_may_run_triton", lambda device_type: True)
-    linear = lowbit.PackedLinear.from_float(torch.randn(8, 64), lowbit.Packed())
-    experts = lowbit.PackedExperts.from_float(torch.randn(2, 8, 64), lowbit.Packed())
-    assert list(warmup._on_gpu(torch.nn.ModuleList([experts, linear]))) == [linear]
+    layer = lowbit.PackedExperts.from_float(torch.randn(12, 8, 64), lowbit.Packed())
+    assert list(warmup._on_gpu(torch.nn.ModuleList([layer]))) == [layer]
+    shapes = {m: [tuple(t.shape) for t in warmup._input_of(layer, m)] for m in (1, 16, 17)}
+    assert shapes == {1: [(8, 64), (8,)], 16: [(128, 64), (128,)], 17: [(204, 64), (204,)]}
+    question = tuning.Question(TARGETS["sm_90"], "packed_experts", torch.float16, 4, 16, 4096, 4096, 8)
+    found = list(warmup.candidates(16, question))
+    assert len(found) > 10 and not any(config.dense for config in found)
 
 
 def test_tune_measures_triton_alone(monkeypatch):

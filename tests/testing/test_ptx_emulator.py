@@ -153,6 +153,7 @@ INTEGER_CASES: list[tuple[str, list[Any], Callable[..., int]]] = [
     ("rem.s32 %r50, %r0, %r1;", [SOME, OTHER], lambda a, b: signed(a) - signed(b) * rounded_quotient(a, b)),
     ("div.u32 %r50, %r0, %r1;", [SOME, OTHER], lambda a, b: a // b),
     ("min.s32 %r50, %r0, %r1;", [SOME, OTHER], lambda a, b: min(signed(a), signed(b))),
+    ("min.relu.s32 %r50, %r0, %r1;", [SOME, OTHER], lambda a, b: max(0, min(signed(a), signed(b)))),
     ("max.u32 %r50, %r0, %r1;", [SOME, OTHER], max),
     ("add.s16x2 %r50, %r0, %r1;", [SOME, OTHER],
      lambda a, b: (a + b & 0xFFFF) | ((a >> 16) + (b >> 16) & 0xFFFF) << 16),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit.backends.triton.experts import Rows, expert_of_row
 from lowbit.backends.triton.launch import Launch
 from lowbit.backends.triton.tiles import CHUNKS, LANES, TILE, tiles_per_row
 
@@ -76,16 +77,23 @@ def sum_rows_kernel(x_ptr, sums_ptr, x_stride, k_size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["m_size"])
 def sum_parts_kernel(
-    parts_ptr, bias_ptr, y_ptr, m_size, n_size, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """``y[m, n] = sum_p parts[p, m, n] + bias[n]``, p in order: float32 in, one rounding to y's dtype."""
+    parts_ptr, bias_ptr, ids_ptr, y_ptr, m_size, n_size,
+    EXPERTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``y[m, n] = sum_p parts[p, m, n] + bias[n]``, p in order: float32 in, one rounding to y's dtype.
+
+    With ``ids_ptr`` a row has the bias of its expert, or none.
+    """
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_size
     sums = tl.zeros((BLOCK,), tl.float32)
     for p in tl.static_range(PARTS):
         sums += tl.load(parts_ptr + (p * m_size + m) * n_size + n, mask=inside, other=0.0)
-    if bias_ptr is not None:
+    if bias_ptr is not None and ids_ptr is not None:
+        expert, what = expert_of_row(ids_ptr, m, EXPERTS)
+        sums += tl.load(bias_ptr + expert * n_size + n, mask=inside & (what == 1), other=0.0).to(tl.float32)
+    elif bias_ptr is not None:
         sums += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + m * n_size + n, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -113,11 +121,13 @@ def row_sums_launch(x: Tensor) -> tuple[Launch, Tensor]:
     return Launch(sum_rows_kernel, (m,), arguments, {"BLOCK": 1024}), sums
 
 
-def sum_launch(parts: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
-    """``y [M, N] = parts.sum(0) + bias`` in order, for float32 parts ``[P, M, N]``."""
+def sum_launch(parts: Tensor, bias: Tensor | None, y: Tensor, rows: Rows | None = None) -> Launch:
+    """``y [M, N] = parts.sum(0) + bias`` in order, for float32 parts ``[P, M, N]``; with ``rows``, of experts."""
     count, m, n = parts.shape
-    arguments = dict(parts_ptr=parts, bias_ptr=bias, y_ptr=y, m_size=m, n_size=n)
-    return Launch(sum_parts_kernel, (-(-n // 256), m), arguments, {"PARTS": count, "BLOCK": 256})
+    ids, experts = (None, 0) if rows is None or bias is None else (rows.ids, rows.num_experts)
+    arguments = dict(parts_ptr=parts, bias_ptr=bias, ids_ptr=ids, y_ptr=y, m_size=m, n_size=n)
+    constants = dict(EXPERTS=experts, PARTS=count, BLOCK=256)
+    return Launch(sum_parts_kernel, (-(-n // 256), m), arguments, constants)
 
 
 def library_product(

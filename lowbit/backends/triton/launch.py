@@ -93,7 +93,10 @@ class Launch:
         Triton compiles a kernel again for another type of an argument. Unless the kernel forbids it, it does so too for
         an integer that is 1 or divisible by 16, and for an address that is divisible by 16.
         """
-        exempt = {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
+        if hasattr(self.kernel, "params"):
+            exempt = {p.name for p in self.kernel.params if p.do_not_specialize}
+        else:  # the interpreter's
+            exempt = set(self.kernel.kwargs["do_not_specialize"] or ())
         arguments = tuple((name, _specialization(value, name in exempt)) for name, value in self.arguments.items())
         return self.kernel.fn.__name__, arguments, *self.constants.items(), *self.options.items()
 

@@ -52,7 +52,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Question:
-    """What a configuration is chosen for: ``x [m, k]`` (int8: quantized) times W ``[n, k]`` of ``bits`` bits."""
+    """What a configuration is chosen for: ``x [m, k]`` (int8: quantized) times W ``[n, k]`` of ``bits`` bits.
+
+    ``experts``: that many such products in one launch, of a stack of experts; 0: one product.
+    """
 
     target: Target
     kernel: str
@@ -61,23 +64,27 @@ class Question:
     m: int
     n: int
     k: int
+    experts: int = 0
 
 
 _forced: Config | None = None
 _asked: list[Question] | None = None
 
 
-def choose(target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: int, k: int) -> Config:
-    """The configuration of ``kernel`` for ``x [m, k]`` of dtype ``x`` (int8: quantized) and W ``[n, k]``.
+def choose(
+    target: Target, kernel: str, x: torch.dtype, bits: int, m: int, n: int, k: int, experts: int = 0
+) -> Config:
+    """The configuration of ``kernel`` for ``x [m, k]`` of dtype ``x`` (int8: quantized) and W ``[n, k]``, or for as
+    many such products as there are ``experts``.
 
     Raises:
         LookupError: the table has no row for this architecture and kernel.
     """
     if _asked is not None:
-        _asked.append(Question(target, kernel, x, bits, m, n, k))
+        _asked.append(Question(target, kernel, x, bits, m, n, k, experts))
     if _forced is not None:
         return _forced
-    return _choose(Question(target, kernel, x, bits, rows_for_launches(m), n, k), invariance.on_gpu())
+    return _choose(Question(target, kernel, x, bits, rows_for_launches(m), n, k, experts), invariance.on_gpu())
 
 
 def rows_for_launches(m: int) -> int:
@@ -112,7 +119,7 @@ def _config(row: Row, q: Question) -> Config:
     block_n, block_m = row["block_n"], row["block_m"]
     split = row.get("split", 1)
     if "waves" in row:
-        programs = max(1, -(-q.n // block_n) * -(-q.m // block_m))
+        programs = max(1, -(-q.n // block_n) * -(-q.m // block_m)) * max(1, q.experts)
         most = min(row["max_split"], tiles_per_row(q.k))
         while split * 2 <= most and programs * split * 2 <= row["waves"] * q.target.processors:
             split *= 2

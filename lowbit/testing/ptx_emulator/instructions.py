@@ -277,9 +277,11 @@ FLOAT_ARITHMETIC: dict[str, Callable[..., Array]] = {
 
 
 @instruction("add", "sub", "mul", "mul.lo", "fma", "div", "min", "max", "neg", "abs", "rcp", "sqrt", "rsqrt", "ex2",
-             "lg2", "sin", "cos", "tanh", accepts="rn ftz approx full NaN")  # fmt: skip
+             "lg2", "sin", "cos", "tanh", accepts="rn ftz approx full NaN relu")  # fmt: skip
 def arithmetic(m: Machine, i: Instruction) -> None:
-    """Approximations (``.approx``, ``.full``) are computed exactly and rounded."""
+    """Approximations (``.approx``, ``.full``) are computed exactly and rounded. ``.relu``: no result below 0."""
+    if "relu" in i.modifiers and (i.name not in ("min", "max") or i.type != "s32"):
+        raise Fault(f"unknown modifier .relu of {i.name}.{i.type}")
     values = [flush(m.numbers(operand, i.type), i) for operand in i.operands[1:]]
     if i.type == "f64" and i.name == "fma":
         raise Fault("fma of float64 is not modelled")
@@ -292,7 +294,8 @@ def arithmetic(m: Machine, i: Instruction) -> None:
     elif i.name == "div":
         m.write(i.operands[0], encode(quotient(m, *values)[0], i.type))
     elif i.name in ARITHMETIC:
-        m.write(i.operands[0], encode(ARITHMETIC[i.name](*values), i.type))
+        result = ARITHMETIC[i.name](*values)
+        m.write(i.operands[0], encode(np.maximum(result, 0) if "relu" in i.modifiers else result, i.type))
     else:
         raise Fault(f"{i.name} of integers is not modelled")
 

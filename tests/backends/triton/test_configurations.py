@@ -5,12 +5,8 @@ The cases are in :mod:`lowbit.testing.gpu_configurations`.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +27,7 @@ from lowbit.testing.gpu_configurations import (
     is_int8,
     kron_plans,
 )
+from lowbit.testing.mistakes import Mistake, plant
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations
 from lowbit.testing.where import running
@@ -84,16 +81,6 @@ def test_a_row_alone_is_the_row_of_a_batch_of_kron() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- planted mistakes
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """``wrong`` for ``right`` in the source of a module, and which cases it spoils."""
-
-    module: str
-    right: str
-    wrong: str
-    spoils: Callable[[Any], bool]
 
 
 BLOCKS, ROWS = "lowbit.backends.triton.codes", "lowbit.backends.triton.activations"
@@ -174,29 +161,6 @@ MISTAKES = {
 }  # fmt: skip
 
 
-def plant(mistake: Mistake, family: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Put a changed copy of a module, and a copy of the kernels that import it, where the family's ops find them."""
-    for name in dict.fromkeys((mistake.module, f"lowbit.{family}.triton")):
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        text, copy = Path(spec.origin).read_text(), folder / f"{name}.py"
-        if name == mistake.module:
-            assert text.count(mistake.right) == 1, (
-                f"{mistake.right!r} must be in {name} once: got {text.count(mistake.right)}"
-            )
-            text = text.replace(mistake.right, mistake.wrong)
-        copy.write_text(text)
-        monkeypatch.setitem(sys.modules, name, load(name, copy))
-
-
-def load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @needs_triton
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_planted_mistake_is_noticed(mistake: Mistake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,7 +168,7 @@ def test_planted_mistake_is_noticed(mistake: Mistake, monkeypatch: pytest.Monkey
     if not spoiled:
         pytest.skip("the family has no Triton kernels")
     case = spoiled[0]
-    plant(mistake, case.family, monkeypatch, tmp_path)
+    plant(mistake, [f"lowbit.{case.family}.triton"], monkeypatch, tmp_path)
     with pytest.raises(AssertionError, match=r"error .* > bound|elements differ"):
         case.check()
 

@@ -37,7 +37,8 @@ FAMILIES = ("packed", "codebook", "kron")
 pytestmark = pytest.mark.recorded("lowbit.backends", *(f"lowbit.{family}.triton" for family in FAMILIES))
 
 ROOT = Path(__file__).resolve().parents[3]
-ROWS = 5
+ROWS, N, K = 5, 70, 512
+IDS = torch.tensor([1, 0, 3, 2, 2, 1, 0, 0, 1, 1])  # of 3 experts, two for each row of x; the fourth is elsewhere
 
 
 class Case:
@@ -72,29 +73,47 @@ class Case:
         stack.enter_context(tuning.using(replace(config, split=2 if m == "16" else 1)))
         return int(bits), "float16" if x == torch.int8 else dtype, x == torch.int8
 
+    @staticmethod
+    def _product(module, label, x, weight, *activation):
+        """(y, its check, given x as it is multiplied and the dense weight)."""
+        if "_experts" not in label:
+            return module.linear(x, *weight.operands, None, *activation), assert_linear_close
+        bias = activations(1, 3 * N, x.dtype)[0]
+
+        def assert_close(y, x, dense):
+            for e in range(3):
+                own, rows = slice(e * N, (e + 1) * N), (e == IDS).nonzero()[:, 0]
+                assert_linear_close(y[rows], x[rows // 2], dense[own], bias[own])
+            assert not y[IDS == 3].any()
+
+        return module.experts(x, IDS, *weight.operands, 3, bias, *activation), assert_close
+
     def _packed(self, module, target, label, stack):
-        bits, dtype, int8 = self._configured("packed_linear", target, label, stack)
-        weight = random_weight(PackedFormat(bits, 70, 512, 128, "group", "int", "float16"), bits)
-        x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
-        y = module.linear(x, *weight.operands, None, None, int8, 0)
+        bits, dtype, int8 = self._configured(label.split()[0], target, label, stack)
+        n = 3 * N if "_experts" in label else N
+        form = (K, "row", "none") if "per row" in label else (128, "group", "int")
+        weight = random_weight(PackedFormat(bits, n, K, *form, "float16"), bits)
+        x = activations(ROWS, K, getattr(torch, dtype), seed=bits)
+        y, assert_close = self._product(module, label, x, weight, None, int8, 0)
         q, inverse = quantize_activations(x, None)
-        return y, lambda y: assert_linear_close(y, q.double() / inverse.double() if int8 else x, weight.dense())
+        return y, lambda y: assert_close(y, q.double() / inverse.double() if int8 else x, weight.dense())
 
     def _codebook(self, module, target, label, stack):
-        bits, dtype, int8 = self._configured("codebook_linear", target, label, stack)
-        tables, scales, group = ("row", "none", 512) if " row " in label else ("tensor", "float", 64)
+        bits, dtype, int8 = self._configured(label.split()[0], target, label, stack)
+        n = 3 * N if "_experts" in label else N
+        tables, scales, group = ("row", "none", K) if " row " in label else ("tensor", "float", 64)
         table_dtype = torch.float16 if tables == "row" else torch.float32
-        kind = codebook_cases.Kind(bits, 70, 512, group, tables, scales, table_dtype, torch.float16)
+        kind = codebook_cases.Kind(bits, n, K, group, tables, scales, table_dtype, torch.float16)
         weight = codebook_cases.random_weight(kind, bits)
-        x = activations(ROWS, 512, getattr(torch, dtype), seed=bits)
-        y = module.linear(x, *weight.operands, None, None, int8)
+        x = activations(ROWS, K, getattr(torch, dtype), seed=bits)
+        y, assert_close = self._product(module, label, x, weight, None, int8)
         if int8:
             q, inverse = quantize_activations(x, None)
             fixed, step = weight.fixed_point()
-            return y, lambda y: assert_linear_close(y, q.double() / inverse.double(), fixed * step.double())
+            return y, lambda y: assert_close(y, q.double() / inverse.double(), fixed * step.double())
         if x.dtype != torch.float32:  # entries are rounded to the dtype of x
             weight = replace(weight, codebook=weight.codebook.to(x.dtype).float(), _dense={})
-        return y, lambda y: assert_linear_close(y, x, weight.dense())
+        return y, lambda y: assert_close(y, x, weight.dense())
 
     def _kron(self, module, target, label, stack):
         shape = (1, 64, 64, 64, 64) if "64x64" in label else (1, 2, 1, 40, 320)

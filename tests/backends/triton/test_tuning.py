@@ -222,6 +222,10 @@ LAYERS = {
     ),
     "codebook": lambda: lowbit.CodebookLinear.from_float(torch.randn(40, 512), lowbit.Codebook(bits=3)),
     "kron": lambda: lowbit.KroneckerLinear.from_float(torch.randn(40, 512), lowbit.Kronecker(shape=(8, 16))),
+    "packed experts": lambda: lowbit.PackedExperts.from_float(torch.randn(6, 40, 300), lowbit.Packed(group_size=50)),
+    "codebook experts": lambda: lowbit.CodebookExperts.from_float(
+        torch.randn(6, 40, 300), lowbit.Codebook(bits=3, activations="int8")
+    ),
 }
 
 
@@ -239,6 +243,10 @@ def test_warmup_covers_every_size(name, monkeypatch):
             with launch.collecting() as planned:
                 if "embedding" in name:
                     layer(torch.zeros(m, dtype=torch.int64))
+                elif "experts" in name:
+                    repeats = 1 + m % layer.num_experts
+                    x = torch.zeros(m, layer.in_features, dtype=layer.dtype)
+                    layer(x, torch.zeros(m * repeats, dtype=torch.int64))
                 else:
                     layer(torch.zeros(m, layer.in_features, dtype=layer.dtype))
             assert {step.signature for step in planned} <= warmed, m
