@@ -43,7 +43,7 @@ class Line(NamedTuple):
 # (-: dense factors), dtypes and rows of x (-: an embedding).
 CHECKS = {
     "packed_decode": ("test_emulated BITS DTYPES ROWS; test_emulated BITS FLOAT32 FLOAT32_ROWS",
-                      "test_compiled WIDTHS DTYPES ROWS"),
+                      "test_compiled WIDTHS HALVES ROWS; test_compiled WIDTHS FLOAT32 FLOAT32_ROWS"),
     "packed_decode_int8": ("test_int8 BITS DTYPES ROWS", "test_int8 WIDTHS DTYPES PTX_ROWS"),
     "packed_batch_int8": ("test_int8 BITS DTYPES MORE_ROWS", "test_int8 WIDTHS DTYPES MORE_PTX_ROWS"),
     "packed_batch": ("test_emulated_batch BITS DTYPES ROWS", "test_compiled_batch WIDTHS DTYPES ROWS"),
@@ -51,7 +51,8 @@ CHECKS = {
     "packed_gather": ("test_rows WIDTHS DTYPES -", "test_rows WIDTHS DTYPES -"),
     "codebook_decode": ("test_codebook BITS DTYPES ROWS", "test_codebook BITS DTYPES PTX_ROWS"),
     "codebook_decode_simt": ("test_codebook_simt BITS FLOAT32 ROWS; test_codebook_simt HALF_BITS HALVES HALF_ROWS",
-                             "test_codebook_simt BITS FLOAT32 PTX_ROWS; test_codebook_simt HALF_BITS HALVES PTX_ROWS"),
+                             "test_codebook_simt BITS FLOAT32 FLOAT32_PTX_ROWS; "
+                             "test_codebook_simt HALF_BITS HALVES PTX_ROWS"),
     "codebook_linear_int8": ("test_codebook_int8 BITS DTYPES ROWS", "test_codebook_int8 BITS DTYPES PTX_ROWS"),
     "codebook_batch": ("test_codebook_batch WIDTHS DTYPES ROWS", "test_codebook_batch WIDTHS DTYPES PTX_ROWS"),
     "codebook_batch_sm90": ("", "test_codebook_sm90 WIDTHS DTYPES ROWS"),
@@ -59,7 +60,7 @@ CHECKS = {
     "kron_fused": ("test_kron - DTYPES ROWS; test_kron BITS DTYPES PACKED_ROWS",
                    "test_kron - DTYPES PTX_ROWS; test_kron PTX_BITS DTYPES PTX_ROWS"),
     "kron_gather": ("test_kron_rows - DTYPES -; test_kron_rows BITS DTYPES -",
-                    "test_kron_rows - DTYPES -; test_kron_rows PTX_BITS DTYPES -"),
+                    "test_kron_rows - DTYPES -; test_kron_rows BITS DTYPES -"),
 }  # fmt: skip
 
 

@@ -207,6 +207,9 @@ def execute_simt(
     Where splits > 1, a second kernel adds them.
     """
     kind, (m, k) = weight.kind, x.shape
+    if m > 8:  # as rows_at_once
+        found_of = [execute_simt(ptx, weight, x[i : i + 8].clone(), bias, splits) for i in range(0, m, 8)]
+        return torch.cat([y for y, _ in found_of]), found_of[0][1]
     n, (groups, group_size), tables = kind.n, groups_of(weight), tables_of(weight)
     values, columns, rows = weight.outliers
     y, parts = torch.full((m, n), torch.nan, dtype=x.dtype), torch.full((splits, m, n), torch.nan)

@@ -83,7 +83,7 @@ def packed_decode(
     row = 0 if weight.scales.shape[0] == 1 and n > 1 else groups
     chunks = f.group_size // 32
     cut = cuts_chunks(weight)
-    if cut and m > 8:  # as rows_at_once
+    if (cut or x.dtype == torch.float32) and m > 8:  # as rows_at_once
         found = [packed_decode(ptx, weight, x[i : i + 8].clone(), bias, splits) for i in range(0, m, 8)]
         return torch.cat([y for y, _ in found]), found[0][1]
     factor = 0 if cut or f.group_size >= k else -(-(1 << 31) // chunks)

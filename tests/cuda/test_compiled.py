@@ -17,8 +17,10 @@ from lowbit.testing.ptx_emulator import Fault, Statistics
 
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32)
 ROWS = (2, 4, 8, 16)
+FLOAT32, FLOAT32_ROWS = (torch.float32,), (2, 4, 17)  # 8 rows at a time
 # (N, K, group_size or None): K cut inside a chunk, N inside a block; groups that end inside chunks, and at their ends
 SHAPES = ((33, 1109, 64), (13, 308, 20), (35, 1304, None), (7, 520, 96))
 RING = (5, 5128, 1024)  # the ring of slices goes round twice, and where K is split, each part has slices
@@ -49,7 +51,7 @@ def test_compiled_code(bits, request):
     """Every dtype × range of M of this width, on all shapes in rotation. Of the widths, `make test` takes two."""
     verdicts.only_in_turn(request.config, bits, 4)
     for i, dtype in enumerate(DTYPES):
-        for j, m in enumerate(ROWS[:3] if dtype == torch.float32 else ROWS):  # of float32, 8 rows at a time
+        for j, m in enumerate(FLOAT32_ROWS if dtype in FLOAT32 else ROWS):
             run(ptx(bits), bits, SHAPES[(bits + i + j) % len(SHAPES)], m, dtype, bits + 3 * i + 5 * j)
         for splits in (1, 3):
             run(ptx(bits), bits, RING, (3, 11, 5)[i], dtype, bits + 2 * i, splits)

@@ -159,7 +159,7 @@ def ptx(architecture: str) -> str:
     return cuda_compiled.compile_ptx(KRON_FUSED, architecture, None)
 
 
-PTX_ROWS, PTX_BITS = (5,), (3, 4, 5, 6)
+PTX_ROWS, PTX_BITS = (5, 17), tuple(range(2, 9))
 COMPILED: tuple[dict[str, Any], ...] = (
     dict(shape=(1, 20, 40, 24, 40)), dict(shape=(2, 5, 9, 7, 11), rows=1, stages=1, blocks=2),
     dict(shape=(1, 72, 8, 20, 24), rows=3), dict(shape=(1, 20, 9, 66, 17), a_first=True, blocks=2),
@@ -171,14 +171,16 @@ COMPILED: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_compiled_code(architecture, dtype, request):
     """Every instance: dense and packed factors of every dtype, with permutations and without, in either order."""
-    verdicts.only_in_turn(request.config, DTYPES.index(dtype) + 3 * (architecture == "sm_80"), 6)
+    turn = DTYPES.index(dtype) + 3 * (architecture == "sm_80")
+    verdicts.only_in_turn(request.config, turn, 6)
     for i, case in enumerate(COMPILED):
         options = dict(case)
-        for j, kind in enumerate((DENSE[i % 3], DENSE[DTYPES.index(dtype)], Kind(torch.float16, PTX_BITS[i], 7))):
+        packed = Kind(torch.float16, PTX_BITS[(i + 4 * turn) % len(PTX_BITS)], 7)
+        for j, kind in enumerate((DENSE[i % 3], DENSE[DTYPES.index(dtype)], packed)):
             a, b = (kind, DENSE[1 + (i + j) % 2]) if j < 2 else (DENSE[i % 3], kind)
             weight = random_weight(case["shape"], a, b, seed=i)
             weight = weight.permuted(j) if j == 1 else weight
-            x, bias = activations(PTX_ROWS[0], weight.k, dtype, seed=i), torch.randn(weight.n)
+            x, bias = activations(PTX_ROWS[i == 1], weight.k, dtype, seed=i), torch.randn(weight.n)
             options.pop("shape", None)
             y, statistics = cuda_ptx.kron_fused(ptx(architecture), weight, x, bias, **options)
             weight.assert_close(y, x, bias)
