@@ -1,9 +1,12 @@
-"""Memory of converting and loading a 1.1B-parameter model without ever holding it in float.
+"""Memory of converting and loading a model without ever holding it in float.
 
-    python -m benchmarks.models.memory [--layers 22] [--bits 4] [--group-size 64] [--folder /tmp/lowbit-memory]
+    python -m benchmarks.models.memory [--shape tinyllama] [--layers 22] [--bits 4] [--group-size 64]
+                                       [--folder /tmp/lowbit-memory]
 
-Writes a random bf16 Llama checkpoint of the TinyLlama shape (hidden 2048, intermediate 5632, 22 layers, 32 heads, 4
-key/value heads, vocabulary 32000: 2.2 GB), shard by shard, then measures in fresh processes:
+Writes a random bf16 checkpoint, shard by shard: of the TinyLlama shape (hidden 2048, intermediate 5632, 22 layers, 32
+heads, 4 key/value heads, vocabulary 32000: 2.2 GB), or a layer of a mixture of experts, ``qwen3-30b-a3b`` (128 of
+2048 x 768), ``mixtral`` (8 of 4096 x 14336) or ``gpt-oss-20b`` (32 of 2880 x 2880), in files as these models have
+them. Then it measures in fresh processes:
 
 - ``convert``: VmHWM (peak resident set of the whole process, the interpreter and torch included) of
   ``lowbit.convert_folder``, over the size of the bf16 weights; at most 1.3 is wanted.
@@ -23,9 +26,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "vocab_size": 32000,
+# class of the model, its configuration, and layers
+SHAPES = {
+    "tinyllama": ("Llama", dict(
+        hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000), 22),
+    "qwen3-30b-a3b": ("Qwen3Moe", dict(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, vocab_size=32000), 1),
+    "mixtral": ("Mixtral", dict(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        num_local_experts=8, num_experts_per_tok=2, vocab_size=32000), 1),
+    "gpt-oss-20b": ("GptOss", dict(
+        hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
+        num_local_experts=32, num_experts_per_tok=4, vocab_size=32000), 1),
 }  # fmt: skip
 
 
@@ -38,18 +51,48 @@ def status(field: str) -> int:
     raise KeyError(field)
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """A random bf16 checkpoint, one shard per decoder layer, in constant memory."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+def per_expert(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in files that have a tensor for each expert."""
+    found = {}
+    for name, shape in shapes.items():
+        owner, _, leaf = name.rpartition(".")
+        if len(shape) != 3:
+            found[name] = shape
+            continue
+        experts, n, k = shape
+        for e in range(experts):
+            if leaf == "down_proj":
+                found[f"{owner}.{e}.down_proj.weight"] = (n, k)
+            else:
+                found |= {f"{owner}.{e}.{part}.weight": (n // 2, k) for part in ("gate_proj", "up_proj")}
+    return found
 
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+
+def in_mixtral(name: str) -> str:
+    for own, theirs in (("mlp.", "block_sparse_moe."), ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        name = name.replace(own, theirs)
+    return name
+
+
+def write_checkpoint(folder: Path, shape: str, layers: int) -> None:
+    """A random bf16 checkpoint, one shard per decoder layer and some for experts, in constant memory."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    kind, sizes, _ = SHAPES[shape]
+    cls = getattr(transformers, f"{kind}ForCausalLM")
+    config = cls.config_class(**sizes, num_hidden_layers=layers, dtype="bfloat16", architectures=[cls.__name__])
     with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
+    if kind != "GptOss":
+        shapes = per_expert(shapes)
+    if kind == "Mixtral":
+        shapes = {in_mixtral(name): shape for name, shape in shapes.items()}
     shards: dict[str, list[str]] = {}
     for name in shapes:
-        shards.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
+        layer = ".".join(name.split(".")[2:6 if ".experts." in name else 3])
+        shards.setdefault(layer if ".layers." in name else name, []).append(name)
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     weight_map = {}
@@ -111,16 +154,18 @@ def weight_bytes(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama")
+    parser.add_argument("--layers", type=int, help="default: those of the shape")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/lowbit-memory"))
     parser.add_argument("--keep", action="store_true", help="leave the two folders behind")
     parser.add_argument("--step", choices=["write", "convert", "load", "from_pretrained"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    layers = SHAPES[options.shape][2] if options.layers is None else options.layers
     src, dst = options.folder / "float", options.folder / "packed"
     if options.step == "write":
-        write_checkpoint(src, options.layers)
+        write_checkpoint(src, options.shape, layers)
         print("{}")
     elif options.step == "convert":
         print(json.dumps(convert(src, dst, options.bits, options.group_size)))
@@ -141,7 +186,8 @@ def main() -> None:
         for how in ("load", "from_pretrained"):
             for name in ("resident", "peak", "resident_after_forward"):
                 results[how][f"{name}_over_packed"] = results[how][name] / packed_bytes
-        print(json.dumps({"float_bytes": float_bytes, "packed_bytes": packed_bytes, **results}, indent=1))
+        sizes = {"float_bytes": float_bytes, "packed_bytes": packed_bytes}
+        print(json.dumps({"shape": options.shape, "layers": layers, **sizes, **results}, indent=1))
 
 
 if __name__ == "__main__":
