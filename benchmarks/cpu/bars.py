@@ -248,7 +248,24 @@ def avx2(rows: Rows) -> Iterator[Bar]:
             yield from at_most(f"packed, AVX2, {where(condition)}: time against fp32 F.linear", 1.0, times)
 
 
+def experts(rows: Rows) -> Iterator[Bar]:
+    """Experts of one layer: time against their linear layers one after the other, and against transformers."""
+    for condition in rows.conditions(op="experts"):
+        for ours in rows.find(**condition, who="lowbit", linears=False):
+            alike = {name: ours[name] for name in ("bits", "activations")}
+            what = f"experts, {ours['activations']}, {ours['bits']} bits, {where(condition)}"
+            for one in rows.find(**condition, **alike, linears=True):
+                bar = 1.15 if condition["m"] == 1 else 1 / 0.7 if condition["m"] == 512 else None
+                if bar is not None:
+                    ratio = ours["ms"] / one["ms"]
+                    yield from at_most(f"{what}: time against its linear layers", bar, [(ratio, one["name"])])
+            theirs = rows.find(**condition, who="transformers")
+            if theirs and ours["bits"] == 4 and condition["m"] == 1:
+                best = min(theirs, key=lambda row: row["ms"])
+                yield from at_least(f"{what}: speed against transformers", 5, [(best["ms"] / ours["ms"], best["name"])])
+
+
 BARS: tuple[Callable[[Rows], Iterator[Bar]], ...] = (
     bandwidth, best_peer, no_cliff, few_rows, many_rows_int8, activations_in_groups, many_rows_float, never_slower,
-    calls, codebook, kron, embedding, avx2,
+    calls, codebook, kron, embedding, experts, avx2,
 )  # fmt: skip

@@ -94,6 +94,37 @@ def test_a_trained_llama_at_4_bits_equals_its_own_dequantization(stories260k):
     assert accuracy.perplexity(packed, subset) == pytest.approx(accuracy.perplexity(dense, subset), rel=1e-5)
 
 
+def upcycled(model):
+    """A mixture of 4 experts, each a copy of the dense model's MLP; every token goes to 2 of them."""
+    transformers = pytest.importorskip("transformers")
+    config = model.config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "vocab_size", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
+             "tie_word_embeddings")  # fmt: skip
+    sizes = {name: getattr(config, name) for name in names}
+    torch.manual_seed(0)
+    made = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=4)).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    for i, layer in enumerate(model.model.layers):
+        up = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+        state[f"model.layers.{i}.mlp.experts.gate_up_proj"] = up.expand(4, -1, -1)
+        state[f"model.layers.{i}.mlp.experts.down_proj"] = layer.mlp.down_proj.weight.expand(4, -1, -1)
+    missing, unexpected = made.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("mlp.gate.weight") for name in missing)
+    return made
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4, 3])
+def test_a_mixture_of_copies_of_one_mlp_is_the_dense_model(stories260k, bits):
+    model, stories = stories260k
+    dense, mixture, subset = copy.deepcopy(model), upcycled(model), stories[:40]
+    if bits is not None:
+        spec = Packed(bits=bits, group_size=32)
+        dense, mixture = lowbit.convert(dense, spec), lowbit.convert(mixture, spec)
+        assert sum(layer.kind == "experts" for layer in layers(mixture).values()) == 10
+    assert accuracy.perplexity(mixture, subset) == pytest.approx(accuracy.perplexity(dense, subset), rel=1e-5)
+
+
 def test_calibrated_rounding_earns_its_place(stories260k):
     model, stories = stories260k
     calibration, held_out = stories[:32], stories[32:72]
