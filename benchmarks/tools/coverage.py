@@ -212,6 +212,10 @@ M, the rows of x, that a check covers:
 
 Kronecker products have no such table: their regimes are one row, and more.
 
+Stacks of experts run the kernels of the products below with other rows. Their own checks are not in this table:
+`tests/experts/test_triton.py` interprets every number of bits with every kind of activations, `compiled.json` has
+`packed_experts` and `codebook_experts`, and some of these are executed as PTX.
+
 The checks:
 
 - **interpreted**: run in Triton's interpreter with the configurations of an H200 (sm_90), and compared with float64

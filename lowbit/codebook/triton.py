@@ -713,6 +713,7 @@ def experts(x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
     weight, num_experts, bias, activation = OPS.experts_arguments(x, ids, *arguments)
     (tokens, k), s, n = x.shape, len(ids), weight.out_features // num_experts
     weight = _prepared(x.device, weight, k, bias)
+    ids = ids.contiguous()
     check_tensors(x.device, ids=ids)
     check_bias(bias, weight.out_features)
     check_x_scale(activation.x_scale, activation.int8)

@@ -419,6 +419,7 @@ def experts(x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
 
         return _in_groups(product, x, weight, bias, activation)
     weight = _prepared(x.device, weight, k, bias)
+    ids = ids.contiguous()
     check_tensors(x.device, ids=ids)
     check_bias(bias, weight.out_features)
     check_x_scale(activation.x_scale, activation.int8)

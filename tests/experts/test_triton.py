@@ -155,6 +155,16 @@ def test_activations_in_groups() -> None:
     assert_bitwise_equal(y[rows], whole[rows // 2].view(-1, 3, N)[torch.arange(len(rows)), ids[rows].long()])
 
 
+def test_strides_do_not_matter() -> None:
+    """Of ids, such as a column of what a router chose, and of x."""
+    weight = FAMILIES["packed"].weights["group 128"](4, 3 * N, K, torch.float16, 1)
+    ids, x = drawn_ids(3, 18, 2).view(9, 2)[:, 1], activations(K, 9, torch.float16).t()
+    assert not ids.is_contiguous() and not x.is_contiguous()
+    with running(WHERE[0]), tuning.using(CONFIGS[0]):
+        y = product("packed", weight, x, ids, 3)
+        assert_bitwise_equal(product("packed", weight, x.contiguous(), ids.contiguous(), 3), y)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=dtype_name)
 @pytest.mark.parametrize("family", ["packed", "codebook"])
 def test_a_row_is_that_of_the_linear_of_its_expert(family: str, kind: torch.dtype) -> None:
