@@ -53,6 +53,7 @@ from lowbit.backends.triton.experts import (
     arguments_of,
     choose,
     expert_of_row,
+    first_tile,
     of_what,
     rows_of_tile,
     sorted_rows,
@@ -238,14 +239,19 @@ def _bytes(words, PTX: tl.constexpr):
 
 @triton.jit
 def codebook_steps_kernel(
-    codebook_ptr, scales_ptr, scale_codebook_ptr, scale_absmax_ptr, scale_offset_ptr, fixed_ptr, steps_ptr,
-    entries, groups, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+    codebook_ptr, scales_ptr, scale_codebook_ptr, scale_absmax_ptr, scale_offset_ptr, tile_rows_ptr, fixed_ptr,
+    steps_ptr, entries, groups, SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The step of a row, and with ``fixed_ptr`` T (int16) of its ``entries`` in place of its tables, for one scale.
 
-    SHARED: one table serves every row.
+    SHARED: one table serves every row. With ``tile_rows_ptr``: of a row of each expert that the tiles of rows name.
     """
     n = tl.program_id(0).to(tl.int64)
+    if tile_rows_ptr is not None:
+        first_row, met = first_tile(tile_rows_ptr, tl.program_id(1), BLOCK_M)
+        if not met:
+            return
+        n += first_row
     offset = tl.arange(0, BLOCK)
     first = n * 0 if SHARED else n * entries
     peaks = tl.zeros((BLOCK,), tl.float32)
@@ -549,20 +555,27 @@ def _scale_pointers(scales: Scales) -> dict[str, Tensor | None]:
     return dict(zip(names, scales, strict=True))
 
 
-def steps_launch(codebook: Tensor, scales: Scales, n: int, tabled: bool) -> tuple[Launch, Tensor, Tensor | None]:
+def steps_launch(
+    codebook: Tensor, scales: Scales, n: int, tabled: bool, stack: Rows | None = None
+) -> tuple[Launch, Tensor, Tensor | None]:
     """(launch, steps float32 ``[N]`` or, for all rows, ``[1]``, T) of weights ``[n, K]`` that meet int8 activations.
 
-    ``tabled``, for no more than one scale per row: T is an int16 codebook; else None.
+    ``tabled``, for no more than one scale per row: T is an int16 codebook; else None. Of a ``stack`` of many experts of
+    which few rows meet some, those alone.
     """
     rows = 1 if codebook.shape[0] == 1 and scales[0] is None else n
     steps = torch.empty(rows, dtype=torch.float32, device=codebook.device)
     fixed = torch.empty(rows, *codebook.shape[1:], dtype=torch.int16, device=codebook.device) if tabled else None
+    grid: tuple[int, ...] = (rows,)
+    tiles, block_m = None, 0
+    if rows > 1 and stack is not None and stack.by_place and len(stack.tiles) < stack.num_experts:
+        grid, tiles, block_m = (rows // stack.num_experts, len(stack.tiles)), stack.tiles, stack.block_m
     arguments = dict(
-        codebook_ptr=codebook, **_scale_pointers(scales), fixed_ptr=fixed, steps_ptr=steps,
+        codebook_ptr=codebook, **_scale_pointers(scales), tile_rows_ptr=tiles, fixed_ptr=fixed, steps_ptr=steps,
         entries=codebook.shape[1] * codebook.shape[2], groups=_groups(codebook, scales),
     )  # fmt: skip
-    constants = dict(SHARED=codebook.shape[0] == 1, BLOCK=256)
-    return Launch(codebook_steps_kernel, (rows,), arguments, constants, fuse=False), steps, fixed
+    constants = dict(SHARED=codebook.shape[0] == 1, BLOCK_M=block_m, BLOCK=256)
+    return Launch(codebook_steps_kernel, grid, arguments, constants, fuse=False), steps, fixed
 
 
 def linear_launches(
@@ -589,7 +602,7 @@ def linear_launches(
     per_element = period < 0 or (x.dtype == torch.float32 and not int8)
     if int8:
         quantize, operand, inverse, x_sums = quantize_launch(x, x_scale)
-        steps_of_rows, steps, fixed = steps_launch(codebook, scales, stack, _tabled(scales, period))
+        steps_of_rows, steps, fixed = steps_launch(codebook, scales, stack, _tabled(scales, period), rows)
         launches += [quantize, steps_of_rows]
         per_element = fixed is None
         if fixed is not None:

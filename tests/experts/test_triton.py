@@ -155,6 +155,21 @@ def test_activations_in_groups() -> None:
     assert_bitwise_equal(y[rows], whole[rows // 2].view(-1, 3, N)[torch.arange(len(rows)), ids[rows].long()])
 
 
+@pytest.mark.parametrize("scales", ["row", "tensor"])
+def test_steps_of_the_experts_that_rows_meet_are_enough(scales: str) -> None:
+    """int8 activations meet 16-bit weights, which are made at each call: of many experts for those that rows meet."""
+    weight = FAMILIES["codebook"].weights[scales](3, 40 * 8, K, torch.int8, 1)
+    x, ids = activations(12, K, torch.float16), torch.cat([torch.full((19,), 21), torch.tensor([39, 0, 40, 3, -1])])
+    with tuning.using(CONFIGS[3]), collecting() as launches:
+        importlib.import_module(CODEBOOK).experts(x, ids, *weight.operands, 40, None, None, True)
+    assert [step.grid for step in launches if step.kernel.fn.__name__ == "codebook_steps_kernel"] == [(8, 24)]
+    with running(WHERE[0]), tuning.using(CONFIGS[3]):
+        y = product("codebook", weight, x, ids, 40, int8=True)
+    q, inverse = quantize_activations(x, None)
+    met = q.double() / inverse.double()
+    assert_experts_close(y, met, ids, FAMILIES["codebook"].quantized(weight).view(40, 8, K), None)
+
+
 def test_strides_do_not_matter() -> None:
     """Of ids, such as a column of what a router chose, and of x."""
     weight = FAMILIES["packed"].weights["group 128"](4, 3 * N, K, torch.float16, 1)

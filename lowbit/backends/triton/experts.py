@@ -40,6 +40,17 @@ def rows_of_tile(tile_rows_ptr, order_ptr, number, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def first_tile(tile_rows_ptr, number, BLOCK_M: tl.constexpr):
+    """(first row of the expert of tile ``number``, whether that is an expert's first tile), where ``by_place``."""
+    tile = tile_rows_ptr + number * 4
+    first_row = tl.load(tile)
+    inside = number >= BLOCK_M
+    same_expert = tl.load(tile - 4 * BLOCK_M, mask=inside, other=0) == first_row
+    again = same_expert & (tl.load(tile - 4 * BLOCK_M + 3, mask=inside, other=0) == 1)
+    return first_row, (tl.load(tile + 3) == 1) & (again == 0)
+
+
+@triton.jit
 def of_what(sums, what):
     """``sums`` where a tile of rows gets products, else what it gets."""
     return tl.where(what == 1, sums, tl.where(what == 3, float("nan"), 0.0))
@@ -64,12 +75,12 @@ def _group(ids_ptr, row, rows, EXPERTS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def sort_rows_kernel(
     ids_ptr, order_ptr, tile_rows_ptr, rows, n_size,
-    EXPERTS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, BY_PLACE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``order`` and, into zeros, ``tile_rows`` of :class:`Rows`; each program finds the places of BLOCK rows.
 
     The tiles of group g, which begins at place p, are numbered from ``p // BLOCK_M + g`` on: groups do not meet there,
-    and none has to know how many tiles another has. Where DENSE a tile has the number of its first place.
+    and none has to know how many tiles another has. Where BY_PLACE a tile has the number of its first place.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = _group(ids_ptr, i, rows, EXPERTS)
@@ -85,7 +96,7 @@ def sort_rows_kernel(
         same += tl.sum(equal.to(tl.int32), 1)
     place = smaller + before
     tl.store(order_ptr + place, i, mask=i < rows)
-    number = place if DENSE else smaller // BLOCK_M + group + before // BLOCK_M
+    number = place if BY_PLACE else smaller // BLOCK_M + group + before // BLOCK_M
     tile = tile_rows_ptr + number * 4
     begins = (i < rows) & (before % BLOCK_M == 0)
     tl.store(tile, tl.minimum(group, EXPERTS - 1) * n_size, mask=begins)
@@ -108,6 +119,8 @@ class Rows:
             expert's places, and what it gets; int32 ``[tiles, 4]``.
         repeats: r; row i of y is a product with row ``i // r`` of x.
         num_experts: E.
+        block_m: the most rows of a tile.
+        by_place: whether each tile has the number of its first place, as where there are few rows for many experts.
     """
 
     ids: Tensor
@@ -115,6 +128,8 @@ class Rows:
     tiles: Tensor
     repeats: int
     num_experts: int
+    block_m: int
+    by_place: bool
 
 
 def sorted_rows(ids: Tensor, tokens: int, n: int, num_experts: int, block_m: int) -> tuple[list[Launch], Rows]:
@@ -122,16 +137,16 @@ def sorted_rows(ids: Tensor, tokens: int, n: int, num_experts: int, block_m: int
     rows."""
     s, repeats = len(ids), len(ids) // max(tokens, 1)
     if s > COMPARED_ROWS:
-        return [], Rows(ids, *_sorted_by_torch(ids, n, num_experts, block_m), repeats, num_experts)
+        return [], Rows(ids, *_sorted_by_torch(ids, n, num_experts, block_m), repeats, num_experts, block_m, False)
     groups = num_experts + 2  # the experts, those that are elsewhere, and negative ids
     most = min(s, s // block_m + groups)
     order = torch.empty(s, dtype=torch.int32, device=ids.device)
     tiles = torch.zeros(most, 4, dtype=torch.int32, device=ids.device)
     block = 32
     arguments = dict(ids_ptr=ids, order_ptr=order, tile_rows_ptr=tiles, rows=s, n_size=n)
-    constants = dict(EXPERTS=num_experts, DENSE=most == s, BLOCK_M=block_m, BLOCK=block, CHUNK=128)
+    constants = dict(EXPERTS=num_experts, BY_PLACE=most == s, BLOCK_M=block_m, BLOCK=block, CHUNK=128)
     launch = Launch(sort_rows_kernel, (-(-s // block),), arguments, constants)
-    return [launch], Rows(ids, order, tiles, repeats, num_experts)
+    return [launch], Rows(ids, order, tiles, repeats, num_experts, block_m, most == s)
 
 
 def _sorted_by_torch(ids: Tensor, n: int, num_experts: int, block_m: int) -> tuple[Tensor, Tensor]:

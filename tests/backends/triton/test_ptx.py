@@ -38,7 +38,8 @@ pytestmark = pytest.mark.recorded("lowbit.backends", *(f"lowbit.{family}.triton"
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS, N, K = 5, 70, 512
-IDS = torch.tensor([1, 0, 3, 2, 2, 1, 0, 0, 1, 1])  # of 3 experts, two for each row of x; the fourth is elsewhere
+IDS = torch.tensor([1, 0, 99, 2, 2, 1, 0, 0, 1, 1])  # two experts for each row of x; one is elsewhere
+EXPERTS = {"packed": 3, "codebook": 12}  # fewer and more than there are tiles of rows
 
 
 class Case:
@@ -78,19 +79,20 @@ class Case:
         """(y, its check, given x as it is multiplied and the dense weight)."""
         if "_experts" not in label:
             return module.linear(x, *weight.operands, None, *activation), assert_linear_close
-        bias = activations(1, 3 * N, x.dtype)[0]
+        experts = EXPERTS[label.partition("_")[0]]
+        bias = activations(1, experts * N, x.dtype)[0]
 
         def assert_close(y, x, dense):
             for e in range(3):
                 own, rows = slice(e * N, (e + 1) * N), (e == IDS).nonzero()[:, 0]
                 assert_linear_close(y[rows], x[rows // 2], dense[own], bias[own])
-            assert not y[IDS == 3].any()
+            assert not y[IDS == 99].any()
 
-        return module.experts(x, IDS, *weight.operands, 3, bias, *activation), assert_close
+        return module.experts(x, IDS, *weight.operands, experts, bias, *activation), assert_close
 
     def _packed(self, module, target, label, stack):
         bits, dtype, int8 = self._configured(label.split()[0], target, label, stack)
-        n = 3 * N if "_experts" in label else N
+        n = N * (EXPERTS["packed"] if "_experts" in label else 1)
         form = (K, "row", "none") if "per row" in label else (128, "group", "int")
         weight = random_weight(PackedFormat(bits, n, K, *form, "float16"), bits)
         x = activations(ROWS, K, getattr(torch, dtype), seed=bits)
@@ -100,7 +102,7 @@ class Case:
 
     def _codebook(self, module, target, label, stack):
         bits, dtype, int8 = self._configured(label.split()[0], target, label, stack)
-        n = 3 * N if "_experts" in label else N
+        n = N * (EXPERTS["codebook"] if "_experts" in label else 1)
         tables, scales, group = ("row", "none", K) if " row " in label else ("tensor", "float", 64)
         table_dtype = torch.float16 if tables == "row" else torch.float32
         kind = codebook_cases.Kind(bits, n, K, group, tables, scales, table_dtype, torch.float16)
