@@ -19,6 +19,7 @@ from lowbit.core.quantizer import register as register_quantizer
 from lowbit.core.version import VERSION
 from lowbit.integrations import averaging as _averaging
 from lowbit.integrations import bitsandbytes as _bitsandbytes
+from lowbit.integrations import experts as _experts
 from lowbit.integrations import peft as _peft
 from lowbit.integrations import savers as _savers
 from lowbit.integrations import torch_ao as _torch_ao
@@ -26,6 +27,7 @@ from lowbit.integrations import transformers as _transformers
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
 from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
 from lowbit.model.convert import convert, dequantize
+from lowbit.model.experts import ExpertStack, register_experts
 from lowbit.model.report import Report, report
 from lowbit.model.sources import Source, register_source
 from lowbit.model.warmup import tune, warmup
@@ -36,16 +38,17 @@ from lowbit.packed.module import PackedEmbedding, PackedExperts, PackedLinear
 __version__ = VERSION
 __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookExperts", "CodebookFormat", "CodebookLinear", "CodebookWeight",
-    "Kronecker", "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed",
+    "ExpertStack", "Kronecker", "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed",
     "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report",
     "Source", "Statistics", "backends", "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize",
-    "freeze", "load", "make_trainable", "register_quantizer", "register_source", "report", "save", "tune",
-    "use_backend", "warmup",
+    "freeze", "load", "make_trainable", "register_experts", "register_quantizer", "register_source", "report", "save",
+    "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()
 _averaging.register()
 _bitsandbytes.register()
+_experts.register()
 _peft.register()
 _savers.register()
 _torch_ao.register()

@@ -61,6 +61,12 @@ _LLAMA = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+_MOE = {**_LLAMA, "num_hidden_layers": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DEEPSEEK = dict(
+    **{**_LLAMA, "num_key_value_heads": 4, "head_dim": 8}, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+    topk_group=1, first_k_dense_replace=1,
+)  # fmt: skip
 _BERT = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
@@ -117,10 +123,41 @@ ROWS: dict[str, Architecture] = {
     "OLMo2": decoder("Olmo2ForCausalLM", **_LLAMA),
     "Cohere": decoder("CohereForCausalLM", **_LLAMA),
     "Mixtral": decoder("MixtralForCausalLM", **_LLAMA, num_local_experts=2),
-    "DeepSeek-V3": decoder(
-        "DeepseekV3ForCausalLM", **{**_LLAMA, "num_key_value_heads": 4, "head_dim": 8}, q_lora_rank=16,
-        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, moe_intermediate_size=16,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+    "DeepSeek-V3": decoder("DeepseekV3ForCausalLM", **_DEEPSEEK),
+    "DeepSeek-V2": decoder("DeepseekV2ForCausalLM", **_DEEPSEEK),
+    "Qwen2-MoE": decoder("Qwen2MoeForCausalLM", **_MOE, num_experts=4, shared_expert_intermediate_size=16),
+    "Qwen3-MoE": decoder("Qwen3MoeForCausalLM", **_MOE, num_experts=4),
+    "Qwen3-MoE, codebooks": decoder("Qwen3MoeForCausalLM", CODEBOOK, **_MOE, num_experts=4),
+    "GPT-OSS": decoder("GptOssForCausalLM", **_MOE, num_local_experts=4, sliding_window=4),
+    "Granite-MoE": decoder("GraniteMoeForCausalLM", **_MOE, num_local_experts=4),
+    "OLMoE": decoder("OlmoeForCausalLM", **_MOE, num_experts=4),
+    "PhiMoE": decoder("PhimoeForCausalLM", **_MOE, num_local_experts=4),
+    "GLM4-MoE": decoder(
+        "Glm4MoeForCausalLM", **_MOE, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1,
+        first_k_dense_replace=0,
+    ),
+    "Jamba": decoder(
+        "JambaForCausalLM", **{**_MOE, "num_hidden_layers": 2}, num_experts=4, mamba_d_state=8, mamba_dt_rank=16,
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        use_mamba_kernels=False,
+    ),
+    "Nemotron-H": decoder(
+        "NemotronHForCausalLM", **{**_MOE, "num_hidden_layers": 2}, layers_block_type=["moe", "attention"],
+        n_routed_experts=4, n_group=1, topk_group=1, moe_shared_expert_intermediate_size=16,
+    ),
+    "Llama-4": Architecture(
+        "decoder", "Llama4ForCausalLM", {**_MOE, "num_experts_per_tok": 1, "num_local_experts": 4,
+                                         "intermediate_size_mlp": 48}, text, tokens, generates=True,
+    ),
+    "JetMoE": decoder("JetMoeForCausalLM", **_MOE, num_local_experts=4, kv_channels=16),
+    "DBRX": decoder(
+        "DbrxForCausalLM", **_GPT, d_model=32, n_heads=2, n_layers=1, max_seq_len=64,
+        attn_config=dict(kv_n_heads=1, clip_qkv=8, rope_theta=1e4),
+        ffn_config=dict(ffn_hidden_size=48, hidden_size=32, moe_num_experts=4, moe_top_k=2),
+    ),
+    "LongCat-Flash": decoder(
+        "LongcatFlashForCausalLM", **{k: v for k, v in _DEEPSEEK.items() if k != "num_hidden_layers"}, num_layers=1,
+        ffn_hidden_size=16, expert_ffn_hidden_size=16, zero_expert_num=2, moe_topk=3,
     ),
     "Falcon": decoder("FalconForCausalLM", **_GPT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "GPT-2": decoder("GPT2LMHeadModel", **_GPT, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_GPT2_DROPOUT),

@@ -171,7 +171,10 @@ def _read_expert(folder: FloatFolder, checkpoint: Checkpoint, swap: Swap, index:
     if name not in folder.names and name not in folder.stacks:
         raise ValueError(f"{name!r} is missing in the checkpoint")
     in_one = name in folder.names
-    weight = checkpoint.read_part(folder.names[name], index) if in_one else folder.stacks[name](index)
+    weight = (
+        checkpoint.read_part(folder.names[name], index, swap.extras["num_experts"]) if in_one
+        else folder.stacks[name](index)
+    )  # fmt: skip
     if not all_finite(weight):
         raise ValueError(f"{name}: expert {index}: the weight must be finite: it holds NaN or infinity")
     return weight.to(folder.dtype_of(name))

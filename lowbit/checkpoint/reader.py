@@ -189,10 +189,11 @@ class Checkpoint:
         entry = self.entries[name]
         return self._read(name, entry.shape, entry.offset)
 
-    def read_part(self, name: str, index: int) -> Tensor:
-        """``read(name)[index]``, and no more of the file."""
+    def read_part(self, name: str, index: int, count: int) -> Tensor:
+        """One of ``count`` equal parts of a tensor, and no more of the file: ``read(name)[index]`` where it has three
+        dimensions, ``read(name).chunk(count)[index]`` where it has two."""
         entry = self.entries[name]
-        shape = entry.shape[1:]
+        shape = entry.shape[1:] if len(entry.shape) == 3 else (entry.shape[0] // count, *entry.shape[1:])
         return self._read(name, shape, entry.offset + index * math.prod(shape) * entry.dtype.itemsize)
 
     def _read(self, name: str, shape: tuple[int, ...], offset: int) -> Tensor:

@@ -20,7 +20,7 @@ from lowbit.checkpoint.libraries import FloatFolder
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.integrations import unread
 from lowbit.integrations.after_import import after_import
-from lowbit.model import experts, hooks
+from lowbit.model import hooks
 
 _OURS = "lowbit.integrations.pretrained"
 _LOADING = "lowbit.integrations.loading"
@@ -38,12 +38,6 @@ def register() -> None:
     # the registry of quantization methods, and PreTrainedModel, whose module imports it
     after_import("transformers.quantizers.auto", lambda module: _pretrained())
     after_import("transformers.modeling_utils", lambda module: _pretrained().install())
-    after_import("transformers.integrations.moe", _register_experts)
-
-
-def _register_experts(module: Any) -> None:
-    """Make the forward of packed experts known to transformers' interface for experts."""
-    module.ALL_EXPERTS_FUNCTIONS.register(experts.IMPLEMENTATION, experts.experts_forward)
 
 
 def is_pretrained(model: nn.Module) -> bool:

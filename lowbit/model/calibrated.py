@@ -52,7 +52,11 @@ def _measure(
     weighed = _modules(swaps, "sensitivity")
     if weighed and loss is not None:
         for name, squares in calibrate.collect_sensitivities(model, weighed, batches, loss).items():
-            statistics[name].sensitivity = squares.transpose(-1, -2) if swaps[name].transposed else squares
+            swap = swaps[name]
+            if isinstance(swap.module, FloatExperts):
+                statistics[name].sensitivity = swap.module.stacked(squares)
+            else:
+                statistics[name].sensitivity = squares.t() if swap.transposed else squares
 
 
 def _build_in_order(

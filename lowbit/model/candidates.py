@@ -38,12 +38,17 @@ class Swap:
 
     def weight(self) -> Tensor:
         """The float weight as ``[N, K]``; of experts, one below the other, ``[E*N, K]``."""
+        if isinstance(self.module, FloatExperts):
+            return self._stack(self.module).flatten(0, 1)
         weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
         assert weight is not None
-        weight = weight.detach()
-        if self.kind == "experts":
-            return (weight.transpose(1, 2) if self.transposed else weight).flatten(0, 1)
-        return weight.t() if self.transposed else weight
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def _stack(self, module: FloatExperts) -> Tensor:
+        weight, owner = module.weight, module.__dict__["owner"]
+        held = weight if owner is None else accelerate.held_tensor(owner, module.attribute, weight)
+        assert held is not None
+        return module.stacked(held.detach())
 
     def experts(self) -> Iterator[Tensor]:
         """The float weights ``[N, K]`` of a stack, one after the other."""
@@ -52,9 +57,8 @@ class Swap:
                 one = self.read(e)
                 yield one.t() if self.transposed else one
             return
-        weight = accelerate.held_tensor(self.module, "weight", self.module.get_parameter("weight"))
-        assert weight is not None
-        yield from (weight.detach().transpose(1, 2) if self.transposed else weight.detach()).unbind()
+        assert isinstance(self.module, FloatExperts)
+        yield from self._stack(self.module).unbind()
 
     def format(self) -> Format:
         """The format that its spec gives the weight, as far as it is known beforehand."""
@@ -87,8 +91,7 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
         if id(module) in swaps:
             swaps[id(module)].names.append(name)
             continue
-        for stack in experts.stacks(module):
-            _enter_stack(f"{name}.{stack.attribute}".lstrip("."), stack, swaps, skipped)
+        _enter_stacks(name, module, swaps, skipped)
         swap, reason = _examine(name, module)
         if swap is not None or reason is not None:
             parent = modules.get(name.rpartition(".")[0])
@@ -103,18 +106,21 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
     return list(swaps.values()), skipped
 
 
-def _enter_stack(name: str, stack: FloatExperts, swaps: dict[int, Swap], skipped: dict[str, str]) -> None:
-    owner = stack.__dict__["owner"]
-    weight, reason = stack.weight, experts.reason_against(owner)
-    if is_lazy(weight):
-        reason = "its weight is not initialised yet: call the model once"
-    elif _is_sharded(weight):
-        reason = "its weight is sharded (DTensor): convert the model before that"
-    if reason is not None:
-        skipped[name] = reason
-        return
-    extras = {"num_experts": weight.shape[0]}
-    swaps[id(stack)] = Swap([name], stack, "experts", transposed=stack.transposed, extras=extras)
+def _enter_stacks(name: str, module: nn.Module, swaps: dict[int, Swap], skipped: dict[str, str]) -> None:
+    for path, stack in experts.named_stacks(name, module):
+        weight, reason = stack.weight, experts.reason_against(stack)
+        if is_lazy(weight):
+            reason = "its weight is not initialised yet: call the model once"
+        elif _is_sharded(weight):
+            reason = "its weight is sharded (DTensor): convert the model before that"
+        known = next((swap for swap in swaps.values() if experts.is_same(swap.module, stack)), None)
+        if reason is not None:
+            skipped[path] = reason
+        elif known is not None:
+            known.names.append(path)
+        else:
+            extras = {"num_experts": stack.num_experts}
+            swaps[id(stack)] = Swap([path], stack, "experts", transposed=stack.transposed, extras=extras)
 
 
 def _read_by(parent: nn.Module | None) -> str | None:

@@ -40,10 +40,10 @@ def convert(
             are swapped. Layers that share one weight (tied embedding and head) share one packed storage afterwards;
             where one side stays float, the report says ``untied: a float copy of N bytes is kept``. A model that *is*
             such a layer is replaced: use the returned one. The 3-D weights of experts that transformers' interface for
-            experts serves are swapped as stacks, ``*.experts.gate_up_proj`` and ``*.experts.down_proj``; linear layers
-            that choose the experts stay float unless ``spec`` has their very name. PEFT's adapters, and what is being
-            trained while most of the model is frozen, are left alone; the report lists them. accelerate's hooks stay
-            on their layers.
+            experts serves, and those of classes known to :func:`lowbit.register_experts`, are swapped as stacks,
+            ``*.experts.gate_up_proj`` and ``*.experts.down_proj``; linear layers that choose the experts stay float
+            unless ``spec`` has their very name. PEFT's adapters, and what is being trained while most of the model is
+            frozen, are left alone; the report lists them. accelerate's hooks stay on their layers.
         spec: ``None`` swaps what was trained compressed, without loss. A :class:`Packed`, :class:`Codebook` or
             :class:`Kronecker` compresses every layer. A mapping of name patterns to specs (``None`` as a spec: stay
             float) compresses the layers that match; where several patterns match a layer the last one counts.

@@ -100,6 +100,6 @@ def _reason(name: str, module: nn.Module, tensor: Tensor, skipped: Mapping[str, 
     if tensor.dim() == 1 and leaf == "weight":
         return f"the weight of {what}, one value per feature"
     if tensor.dim() == 3:
-        experts = " (experts)" if "expert" in f"{name} {what}".lower() else ""
+        experts = " (experts): see lowbit.register_experts" if "expert" in f"{name} {what}".lower() else ""
         return f"a stack of {tensor.shape[0]} weights {list(tensor.shape[1:])} in one Parameter of {what}{experts}"
     return f"a Parameter {list(tensor.shape)} of {what}: no nn.Linear or nn.Embedding"

@@ -87,14 +87,14 @@ def _without_routers(
 ) -> list[Swap]:
     """Leave alone the linear layers that choose experts, unless a pattern is their very name: a small error of theirs
     sends tokens to other experts."""
-    blocks = {name.rpartition(".")[0]: module.num_experts for name, module in model.named_modules()
-              if experts.is_interface(module)}  # fmt: skip
+    blocks = {name.rpartition(".")[0]: counts for name, module in model.named_modules()
+              if (counts := experts.counts(module))}  # fmt: skip
     kept = []
     for swap in found:
-        block = next((b for b in blocks if b and swap.name.startswith(f"{b}.")), None)
-        scores = block is not None and swap.kind == "linear" and swap.source is None and swap.problem is None
+        linear = swap.kind == "linear" and swap.source is None and swap.problem is None
+        counts = {count for b in blocks if b and swap.name.startswith(f"{b}.") for count in blocks[b]}
         named = isinstance(spec, Mapping) and any(name in spec for name in swap.names)
-        if scores and not named and swap.weight().shape[0] == blocks[block or ""]:
+        if counts and linear and not named and swap.weight().shape[0] in counts:
             skipped[swap.name] = ROUTER
         else:
             kept.append(swap)

@@ -33,7 +33,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     if isinstance(module, (ExpertsLayer, FloatExperts)):
-        experts.put(parent, child, module)
+        experts.put(model, name, module)
     else:
         setattr(parent, child, module)
     ancestors = [model, *(model.get_submodule(path[: m.end()]) for m in re.finditer(r"[^.]+", path))]

@@ -38,12 +38,20 @@ def _rows_of(bias: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.pad(bias, (0, 0, 0, 1)).index_select(0, ids.clamp(max=len(bias)))
 
 
+def as_stack(weight: Tensor, num_experts: int, transposed: bool) -> Tensor:
+    """``[E, N, K]`` of weights that lie so or as ``[E*N, K]``, with N and K exchanged where ``transposed``."""
+    whole = weight if weight.dim() == 3 else weight.unflatten(0, (num_experts, -1))
+    return whole.transpose(1, 2) if transposed else whole
+
+
 class FloatExperts(nn.Module):
-    """E linear layers whose weights are one Parameter, ``[E, N, K]`` or, where ``transposed``, ``[E, K, N]``.
+    """E linear layers whose weights are one Parameter: ``[E, N, K]`` or ``[E*N, K]``, and where ``transposed``
+    ``[E, K, N]`` or ``[E*K, N]``.
 
     ``y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]])`` with ``r = len(ids) // len(x)``.
 
     Where ``owner`` is given it stands for the Parameter ``attribute`` of that module, which is the very same.
+    ``caller`` is the module whose forward computes with it: the owner, or one above it.
     """
 
     bias: nn.Parameter | None
@@ -54,20 +62,32 @@ class FloatExperts(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         transposed: bool = False,
+        num_experts: int | None = None,
         owner: nn.Module | None = None,
         attribute: str = "",
+        caller: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
         self.transposed = transposed
-        self.__dict__["owner"] = owner  # not a part of this one
+        self._count = num_experts
+        self.__dict__["owner"], self.__dict__["caller"] = owner, caller  # not parts of this one
         self.attribute = attribute
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weight.shape[0] if self._count is None else self._count
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """``[E, N, K]`` of a tensor that lies as the weight does."""
+        return as_stack(tensor, self.num_experts, self.transposed)
 
     @property
     def weights(self) -> Tensor:
         """``[E, N, K]``."""
-        return self.weight.transpose(1, 2) if self.transposed else self.weight
+        return self.stacked(self.weight)
 
     @property
     def in_features(self) -> int:

@@ -14,6 +14,7 @@ import lowbit
 from lowbit import Codebook, Kronecker, Packed
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.integrations import loading
+from lowbit.model import experts as experts_module
 from lowbit.model.calibrate import FEW_TOKENS
 from lowbit.nn.experts import experts_linear
 
@@ -58,7 +59,7 @@ def test_the_model_is_that_of_the_dequantized_experts(make, spec):
     assert type(made.gate_up_proj).__name__ == f"{type(spec).__name__}Experts"
     y, plain = logits(model), lowbit.dequantize(copy.deepcopy(model))
     experts = plain.model.layers[0].mlp.experts
-    assert isinstance(experts.gate_up_proj, nn.Parameter) and type(experts) is type(made)
+    assert isinstance(experts.gate_up_proj, nn.Parameter) and type(experts) is type(make().model.layers[0].mlp.experts)
     assert plain.config == make().config
     torch.testing.assert_close(y, logits(plain), rtol=2e-5, atol=2e-5)
     weight = experts.down_proj.transpose(1, 2) if experts.is_transposed else experts.down_proj
@@ -249,6 +250,90 @@ def test_folders_whose_experts_are_not_whole_are_refused(what, tmp_path):
     with pytest.raises(ValueError, match=text[what]):
         lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", SPEC)
     assert not (tmp_path / "packed").exists()
+
+
+# ------------------------------------------------------------------------------------- classes of one's own
+
+
+class Pool(nn.Module):
+    """Its weights are [E*K, N]: x is multiplied with those of one expert after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.w = nn.Parameter(torch.randn(3 * 32, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x, *, which):
+        return torch.stack([row @ self.inner.w.view(3, 32, 16)[e] for row, e in zip(x, which.tolist(), strict=True)])
+
+
+def pool_forward(module, project, x, *, which):
+    return project("inner.w", x, which)
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    monkeypatch.setattr(experts_module, "_entries", dict(experts_module._entries))
+    return lambda stacks=None, forward=pool_forward: lowbit.register_experts(
+        Pool, stacks or (lambda module: {"inner.w": lowbit.ExpertStack(transposed=True, num_experts=3)}), forward
+    )
+
+
+class Deeper(Pool):
+    pass
+
+
+class Other(Pool):
+    def forward(self, x, *, which):
+        return 2 * super().forward(x, which=which)
+
+
+@torch.no_grad()
+def test_a_registered_class_is_packed_like_any_other(pools, tmp_path):
+    pools()
+    x, which = torch.randn(5, 32), torch.tensor([2, 0, 2, 1, 0])
+    for cls in (Pool, Deeper):
+        model = nn.Sequential(cls())
+        lowbit.convert(model, SPEC)
+        y, dense = model[0](x, which=which), lowbit.dequantize(copy.deepcopy(model))
+        assert type(model[0]) is not cls and isinstance(model[0], cls) and type(dense[0]) is cls
+        torch.testing.assert_close(y.double(), dense.double()[0](x.double(), which=which), rtol=1e-5, atol=1e-5)
+        lowbit.save(model, tmp_path / cls.__name__)
+        for other in (lowbit.load(tmp_path / cls.__name__, nn.Sequential(cls())), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other[0](x, which=which), y)
+        assert repr(model[0]).startswith(f"{cls.__name__}(")
+    left = lowbit.convert(nn.ModuleList([Other(), nn.Linear(32, 16)]), SPEC)
+    assert list(rows(lowbit.report(left))) == ["1"] and isinstance(left[0].inner.w, nn.Parameter)
+    alone = lowbit.convert(Pool(), SPEC)  # the model itself
+    assert torch.equal(alone(x, which=which), y)
+
+
+def test_what_is_wrong_with_a_registration_is_said(pools):
+    def refused(stacks):
+        pools(stacks)
+        model = nn.Sequential(Pool())
+        with pytest.raises(ValueError) as error:
+            lowbit.convert(model, SPEC)
+        assert isinstance(model[0].inner.w, nn.Parameter) and "0: the stacks of Pool, as registered" in str(error.value)
+        return str(error.value)
+
+    assert "inner.w' has shape [96, 16], and num_experts=None" in refused(lambda m: {"inner.w": lowbit.ExpertStack()})
+    assert "num_experts=5" in refused(lambda m: {"inner.w": lowbit.ExpertStack(num_experts=5)})
+    assert "'outer.w', which it does not have" in refused(lambda m: {"outer.w": lowbit.ExpertStack()})
+    assert "must be a mapping of names to lowbit.ExpertStack: got ['inner.w']" in refused(lambda m: ["inner.w"])
+    assert "raised AttributeError" in refused(lambda m: m.nothing)
+    with pytest.raises(TypeError, match="module_type must be a subclass of nn.Module: got 'Pool'"):
+        lowbit.register_experts("Pool", dict, pool_forward)
+    with pytest.raises(TypeError, match="forward must be a function: got None"):
+        lowbit.register_experts(Pool, dict, None)
+
+
+def test_a_pickle_of_a_class_that_is_no_longer_registered(pools):
+    pools()
+    saved = pickle.dumps(lowbit.convert(nn.Sequential(Pool()), SPEC))
+    experts_module._entries.pop(Pool)
+    with pytest.raises(ValueError, match="Pool has packed experts: call lowbit.register_experts"):
+        pickle.loads(saved)
 
 
 # ---------------------------------------------------------------------------------------------- calibration
