@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,7 @@ from triton import knobs
 
 from lowbit.backends.triton.launch import TARGETS
 from lowbit.packed.format import PackedFormat
-from lowbit.testing import cuda_names, cuda_ptx
+from lowbit.testing import codebook_cases, cuda_codebook, cuda_names, cuda_ptx
 from lowbit.testing.kron_cases import Factor, Kind
 from lowbit.testing.kron_cases import Weight as KronWeight
 from lowbit.testing.packed_cases import Weight
@@ -64,7 +65,10 @@ SHARED = 128.0  # bytes per cycle and processor
 
 @dataclass(frozen=True)
 class Case:
-    """A call: ``y = x @ W.T`` of a family, with groups of 128, scales in float16, float16 x."""
+    """A call: ``y = x @ W.T`` of a family, float16 x, or int8 activations made of it.
+
+    ``packed`` has groups of 128 and scales in float16, ``codebook`` a table in float16 for each row.
+    """
 
     family: str
     bits: int
@@ -72,20 +76,23 @@ class Case:
     n: int
     k: int
     zeros: str = "none"
+    int8: bool = False
 
     @property
     def label(self) -> str:
         asymmetric = "" if self.zeros == "none" else f" {self.zeros} zeros"
         kind = f"{self.bits}-bit{asymmetric}" if self.bits else "dense factors"
-        return f"{self.family} {kind} N{self.n} K{self.k} M={self.m}"
+        return f"{self.family} {kind} N{self.n} K{self.k} M={self.m}{' int8' if self.int8 else ''}"
 
     @property
     def weight_bytes(self) -> int:
-        """Of codes in tiles, scales and zeros; of a Kronecker product, of its two factors, which are alike."""
+        """Of codes in tiles, scales and zeros, or tables; of a Kronecker product, of its factors, which are alike."""
         if self.family == "kron":
             return 2 * 2 * math.isqrt(self.n) * math.isqrt(self.k)
         groups = -(-self.k // 128)
         codes = self.n * -(-self.k // 256) * 32 * self.bits
+        if self.family == "codebook":
+            return codes + self.n * 2 * (1 << self.bits)
         return codes + self.n * groups * (2 + {"none": 0, "int": 1, "float": 2}[self.zeros])
 
     @property
@@ -107,6 +114,11 @@ CASES: dict[str, tuple[Case, ...]] = {
     "packed_batch_sm90": tuple(Case("packed", bits, m, 8192, 8192) for bits in BATCH_BITS for m in BATCH_ROWS),
     "packed_batch": tuple(Case("packed", 4, m, 8192, 8192) for m in (64, 4096)),
     "kron_fused": (KRON,),
+    "codebook_decode": tuple(Case("codebook", bits, m, 8192, 8192) for bits in BATCH_BITS for m in (1, 16)),
+    "codebook_batch_sm90": tuple(Case("codebook", bits, m, 8192, 8192) for bits in BATCH_BITS for m in (64, 256)),
+    "packed_decode_int8": tuple(Case("packed", bits, m, 8192, 8192, int8=True) for bits in (4, 8) for m in (1, 16)),
+    "packed_batch_int8": tuple(Case("packed", bits, m, 8192, 8192, int8=True) for bits in (4, 8) for m in (64, 256)),
+    "codebook_linear_int8": tuple(Case("codebook", bits, m, 8192, 8192, int8=True) for bits in (4, 8) for m in (1, 8)),
 }
 # µs by (bits, N, K, M): the targets of this project
 TARGET_TIMES = {
@@ -145,11 +157,11 @@ def captured(run: Callable[[], object]) -> list[Launch]:
     def execute(_: str, kernel: Any, grid: Any, threads: int, arguments: Any, *rest: Any, **more: Any) -> None:
         found.append(Launch(kernel, grid[0], threads, tuple(arguments)))
 
-    with (
-        patch.object(cuda_ptx, "execute", execute),
-        patch.object(cuda_ptx, "symbol", lambda ptx, *kernel: tuple(map(plain, kernel))),
-        patch.object(cuda_ptx, "aligned", lambda tensor: tensor),
-    ):
+    with ExitStack() as stack:
+        for module in (cuda_ptx, cuda_codebook):
+            stack.enter_context(patch.object(module, "execute", execute))
+            stack.enter_context(patch.object(module, "symbol", lambda ptx, *kernel: tuple(map(plain, kernel))))
+            stack.enter_context(patch.object(module, "aligned", lambda tensor: tensor))
         run()
     return found
 
@@ -186,14 +198,20 @@ def packed_decode_launches(case: Case) -> list[Launch]:
 
 def x_rows_of(kernel: str, case: Case) -> int:
     """Rows of x of a block, or of a piece of work."""
-    few = {"packed_batch_sm90": 64, "packed_batch": 32}[kernel]
-    return few if case.m <= few else 2 * few
+    few = 64 if kernel.endswith("sm90") else 32
+    return few if case.m <= few or (case.family, case.bits) == ("codebook", 8) else 2 * few
+
+
+# of W, of a block
+ROWS = {
+    "packed_batch_sm90": cuda_ptx.SM90_ROWS, "codebook_batch_sm90": cuda_ptx.SM90_ROWS,
+    "packed_batch": cuda_ptx.BATCH_ROWS, "packed_batch_int8": 128,
+}  # fmt: skip
 
 
 def works(kernel: str, case: Case) -> int:
     """Into how many blocks y is cut."""
-    rows = {"packed_batch_sm90": cuda_ptx.SM90_ROWS, "packed_batch": cuda_ptx.BATCH_ROWS}[kernel]
-    return -(-case.n // rows) * -(-case.m // x_rows_of(kernel, case))
+    return -(-case.n // ROWS[kernel]) * -(-case.m // x_rows_of(kernel, case))
 
 
 def packed_batch_sm90_launches(case: Case) -> list[Launch]:
@@ -205,6 +223,53 @@ def packed_batch_sm90_launches(case: Case) -> list[Launch]:
                 "", packed_weight(case), empty(case.m, case.k), splits=splits, blocks=PROCESSORS
             )
         )
+
+
+def codebook_weight(case: Case) -> codebook_cases.Weight:
+    kind = codebook_cases.Kind(case.bits, case.n, case.k, case.k, "row", dtype=torch.float16)
+    packed = empty(case.n, -(-case.k // 32) * case.bits, dtype=torch.int32)
+    none = (None, None, None)
+    return codebook_cases.Weight(kind, empty(0), packed, empty(case.n, 1, 1 << case.bits), None, none, none)
+
+
+def codebook_decode_launches(case: Case) -> list[Launch]:
+    splits = splits_of(-(-case.n // cuda_ptx.ROWS), -(-case.k // 1024) // 2)
+    return captured(
+        lambda: cuda_codebook.execute_ptx("", codebook_weight(case), empty(case.m, case.k), splits=splits)
+    )
+
+
+def codebook_batch_sm90_launches(case: Case) -> list[Launch]:
+    splits = splits_of(works("codebook_batch_sm90", case), -(-case.k // 256) // 4)
+    map_of = TensorMap.__new__(TensorMap)
+    with patch.object(cuda_codebook, "sm90_maps", lambda *_: (map_of, map_of, map_of)):
+        return captured(
+            lambda: cuda_codebook.execute_sm90(
+                "", codebook_weight(case), empty(case.m, case.k), splits=splits, blocks=PROCESSORS
+            )
+        )
+
+
+def packed_decode_int8_launches(case: Case) -> list[Launch]:
+    splits = splits_of(-(-case.n // cuda_ptx.ROWS), -(-case.k // 1024) // 2)
+    return captured(
+        lambda: cuda_ptx.packed_decode_int8("", "", packed_weight(case), empty(case.m, case.k), splits=splits)
+    )
+
+
+def packed_batch_int8_launches(case: Case) -> list[Launch]:
+    splits = splits_of(works("packed_batch_int8", case), -(-case.k // 256) // 2)
+    return captured(
+        lambda: cuda_ptx.packed_batch_int8("", "", packed_weight(case), empty(case.m, case.k), splits=splits)
+    )
+
+
+def codebook_linear_int8_launches(case: Case) -> list[Launch]:
+    assert case.m <= 8  # one block for all rows of x
+    splits = splits_of(-(-case.n // cuda_ptx.ROWS), -(-case.k // 1024) // 2)
+    return captured(
+        lambda: cuda_codebook.execute_int8("", "", "", codebook_weight(case), empty(case.m, case.k), splits=splits)
+    )
 
 
 def packed_batch_launches(case: Case) -> list[Launch]:
@@ -230,6 +295,9 @@ def kron_fused_launches(case: Case) -> list[Launch]:
 LAUNCHES = {
     "packed_decode": packed_decode_launches, "packed_batch_sm90": packed_batch_sm90_launches,
     "packed_batch": packed_batch_launches, "kron_fused": kron_fused_launches,
+    "codebook_decode": codebook_decode_launches, "codebook_batch_sm90": codebook_batch_sm90_launches,
+    "packed_decode_int8": packed_decode_int8_launches, "packed_batch_int8": packed_batch_int8_launches,
+    "codebook_linear_int8": codebook_linear_int8_launches,
 }  # fmt: skip
 
 
@@ -300,12 +368,16 @@ def code(name: str, bits: int | None) -> tuple[str, dict[str, list[sass.Instruct
 
 
 # Warps that do the same, by kernel: one of them, and how many they are
-ALIKE = {"packed_batch_sm90::kernel": ((0, 1), (1, 3), (4, 8)), "packed_batch::kernel": ((0, 8),)}
+ALIKE = {
+    "packed_batch_sm90::kernel": ((0, 1), (1, 3), (4, 8)), "codebook_batch_sm90::kernel": ((0, 1), (1, 3), (4, 8)),
+    "packed_batch::kernel": ((0, 8),), "packed_batch_int8::kernel": ((0, 4),),
+}  # fmt: skip
+DECODE = ("packed_decode", "codebook_decode", "packed_decode_int8", "codebook_linear_int8")  # share cuda/decode.cuh
 
 
 def chosen_blocks(kernel: Kernel, case: Case, launch: Launch) -> list[int]:
     """One of each kind: of decode, in the middle of a split. Of a persistent grid, the first block has most work."""
-    if kernel.name != "packed_decode":
+    if kernel.name not in DECODE:
         return [0]
     rows = -(-case.n // cuda_ptx.ROWS)
     splits = max(1, launch.blocks // rows)
@@ -323,21 +395,41 @@ def launched(kernel: Kernel, bits: int | None, launch: Launch, chosen: Sequence[
                    "SR_TID.Y": 0, "SR_TID.Z": 0}  # fmt: skip
         alike = ALIKE.get(launch.kernel[0], ((warp, 1) for warp in range(launch.threads // 32)))
         for warp, times in alike:
-            one = sass.trace(body, bank, {**special, "SR_TID.X": 32 * warp})
+            one = sass.trace(body, bank, {**special, "SR_TID.X": 32 * warp}, LOADED.get(launch.kernel[0]))
             for name, number in counted([one]).items():
                 total[name] += times * number
     return {name: number * launch.blocks // len(chosen) for name, number in total.items()}
+
+
+def source_of(kernel: Kernel, launch: Launch) -> Kernel:
+    """What a launch is compiled from: other kernels come before and after that with int8 activations."""
+    every = (kernel, *KERNELS.values())
+    return next(one for one in every if any(f.name == launch.kernel[0] for f in one.functions))
+
+
+# What is loaded where a path depends on it: the step of a row is 1, so its reciprocal takes the quick way.
+LOADED = {"codebook_linear_int8::kernel": sass.bits_of(1.0)}
+# Small kernels before and after a product whose path depends on data: a launch each, and nothing else, is counted.
+AROUND = (
+    "int8::quantize_rows", "int8::add_splits", "packed_batch_int8::sum_groups", "codebook_int8::find_steps",
+    "codebook_int8::add_splits",
+)  # fmt: skip
 
 
 def case_counts(kernel: Kernel, case: Case) -> list[dict[str, Any]]:
     """Of every launch of a case: its instance, blocks, threads, registers and counts of the whole grid."""
     found = []
     for launch in LAUNCHES[kernel.name](case):
-        bits = case.bits if kernel.compilations != (None,) else None
-        kinds = chosen_blocks(kernel, case, launch)
-        instance = cuda_compiled.instance(kernel, cuda_names.symbol(code(kernel.name, bits)[0], *launch.kernel))
+        if launch.kernel[0] in AROUND:
+            none = dict.fromkeys(("slots", *LANES, "products", "shared bytes", "weight bytes"), 0)
+            found.append({"instance": launch.kernel[0], "blocks": launch.blocks, "threads": launch.threads, **none})
+            continue
+        source = source_of(kernel, launch)
+        bits = case.bits if source.compilations != (None,) else None
+        kinds = chosen_blocks(kernel, case, launch) if source is kernel else [0]
+        instance = cuda_compiled.instance(source, cuda_names.symbol(code(source.name, bits)[0], *launch.kernel))
         assert instance is not None
-        counts = launched(kernel, bits, launch, kinds)
+        counts = launched(source, bits, launch, kinds)
         found.append({"instance": instance.label, "blocks": launch.blocks, "threads": launch.threads, **counts})
     return found
 
@@ -377,9 +469,11 @@ def resident(kernel: Kernel, launch: dict[str, Any]) -> int:
 def seconds(kernel: Kernel, case: Case, launch: dict[str, Any]) -> dict[str, float]:
     """The time that each part of a processor is busy with a launch, on the processor that has most blocks."""
     share = -(-launch["blocks"] // PROCESSORS) / launch["blocks"]  # of the grid's work
-    if kernel.name == "packed_batch_sm90" and launch["products"]:
+    if kernel.name.endswith("sm90") and launch["products"]:
         share = 1 / launch["blocks"]  # a block for each processor: the first is followed
     main = launch["products"] > 0
+    if launch["slots"] == 0:
+        return {"issue": 0.0}
     cycles = {
         "issue": launch["slots"] / SCHEDULERS,
         **{name: launch[name] * 32 / lanes for name, lanes in LANES.items()},
@@ -401,33 +495,35 @@ def added_bytes(case: Case, launch: dict[str, Any]) -> float:
 
 def from_l2(kernel: Kernel, case: Case, launch: dict[str, Any]) -> float:
     """Bytes that all blocks read and write, past their own caches."""
-    if kernel.name == "packed_decode":
-        return float(launch["weight bytes"] + 2 * case.m * case.k * launch["blocks"])
+    width = 1 if case.int8 else 2  # of an element of x
+    if kernel.name in DECODE:
+        return float(launch["weight bytes"] + width * case.m * case.k * launch["blocks"])
     if kernel.name == "kron_fused":
         return float(case.bytes + case.weight_bytes * launch["blocks"])
     x_rows = x_rows_of(kernel.name, case)
-    rows = cuda_ptx.SM90_ROWS if kernel.name == "packed_batch_sm90" else cuda_ptx.BATCH_ROWS
-    return works(kernel.name, case) * case.k * (2 * x_rows + rows * case.bits / 8) + 2 * case.m * case.n
+    tile = width * x_rows + ROWS[kernel.name] * case.bits / 8
+    return works(kernel.name, case) * case.k * tile + 2 * case.m * case.n
 
 
 def waiting(kernel: Kernel, case: Case, launch: dict[str, Any]) -> float:
     """Seconds from load to data, one after the other, with as many under way as the kernel has."""
-    if kernel.name == "packed_decode":
+    if kernel.name in DECODE:
         warps = launch["threads"] // 32 * resident(kernel, launch)
-        ahead = warps * DEPTH[kernel.name] * 16 * 32 * case.bits
+        ahead = warps * DEPTH * 16 * 32 * case.bits
         return case.bytes / (ahead * min(PROCESSORS, launch["blocks"]) / LATENCY)
     blocks = -(-launch["blocks"] // PROCESSORS) / resident(kernel, launch)  # one after the other
     if kernel.name == "kron_fused":
         return blocks * -(-case.m // (KRON_ROWS * launch["blocks"])) * LATENCY
     splits = max(1, launch["blocks"] // works(kernel.name, case))
-    if kernel.name == "packed_batch":
-        return blocks * -(-case.k // (128 * splits)) / 2 * LATENCY  # of three slices, one is read
-    stage = 512 * x_rows_of(kernel.name, case) + 32 * case.bits * cuda_ptx.SM90_ROWS
+    if kernel.name in ("packed_batch", "packed_batch_int8"):
+        slices = -(-case.k // ((256 if case.int8 else 128) * splits))
+        return blocks * slices / 2 * LATENCY  # of three slices, one is read
+    stage = 512 * x_rows_of(kernel.name, case) + 32 * case.bits * cuda_ptx.SM90_ROWS  # of what tables leave it
     pieces = -(-works(kernel.name, case) * splits // launch["blocks"])
     return pieces * -(-case.k // (256 * splits)) / min(4, 225 * 1024 // stage) * LATENCY
 
 
-DEPTH = {"packed_decode": 2}  # tiles of 16 rows that a warp has on their way
+DEPTH = 2  # tiles of 16 rows that a warp of decode has on their way
 
 
 @dataclass(frozen=True)
@@ -498,12 +594,28 @@ def us(seconds: float) -> str:
     return f"{1e6 * seconds:.1f}"
 
 
-def triton_times(m: int = 1) -> dict[int, tuple[float, str]]:
+def triton_times(m: int = 1, family: str = "packed", int8: bool = False) -> dict[int, tuple[float, str]]:
     """By bits, the prediction of docs/gpu.md for 8192² and M = m: µs and the busiest unit."""
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    before = r"[^|]*\|" * (1, 16, 64, 256).index(m)
-    found = re.findall(rf"^\| `Packed` (\d) bits \|{before} ([\d.]+) \((\w+)", text, re.MULTILINE)
-    return {int(bits): (float(time), bound) for bits, time, bound in found}
+    if m not in (1, 16, 64, 256):
+        return {}
+    before, kind = r"[^|]*\|" * (1, 16, 64, 256).index(m), ", int8 activations" if int8 else ""
+    pattern = rf"^\| `{family.capitalize()}` (\d) bits{kind} \|{before} ([\d.]+) \((\w+)"
+    return {int(bits): (float(time), bound) for bits, time, bound in re.findall(pattern, text, re.MULTILINE)}
+
+
+def beside_triton(names: Sequence[str]) -> str:
+    """Cases of 8192² of some kernels: what keeps them busy, and Triton's kernels."""
+    rows = []
+    for name in names:
+        for case, one in predictions(KERNELS[name]).items():
+            triton = triton_times(case.m, case.family, case.int8).get(case.bits)
+            units = (us(one.times[unit]) for unit in ("issue", "alu", "MMA", "shared", "L2", "DRAM"))
+            beside = "–" if triton is None else f"{triton[0]} ({triton[1]})"
+            ours = f"{us(max(one.times.values()))} ({one.bound})"
+            rows.append([f"`{name}` {case.bits} bits, M = {case.m}", *units, ours, beside, us(one.total)])
+    units_of = [f"{unit} µs" for unit in ("issue", "ALU", "MMA", "shared", "L2", "DRAM")]
+    return table(["8192²", *units_of, "CUDA C++", "Triton", "with launches µs"], rows)
 
 
 def target_of(case: Case) -> float | None:
@@ -597,7 +709,8 @@ def document() -> str:
         m1=shapes_table(every, 1), m16=m16_table(every),
         ratios=table(head, ratios), triton=table(["", "Triton", "CUDA C++"], beside), misses="\n".join(misses),
         **batch_parts(batch), mma=units_table(predictions(KERNELS["packed_batch"])), kron=units_table(kron),
-        dense=us(4096**3 / CUBLAS),
+        dense=us(4096**3 / CUBLAS), codebooks=beside_triton(("codebook_decode", "codebook_batch_sm90")),
+        int8=beside_triton(("packed_decode_int8", "packed_batch_int8", "codebook_linear_int8")),
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ class Thread:
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, bool | None] = {"PT": True, "UPT": True}
         self.calls: list[int] = []
+        self.loaded: Value = None  # what every load of 4 bytes finds
 
     # --- operands ---
 
@@ -442,6 +443,16 @@ def granted(t: Thread, i: Instruction) -> None:
     t.set_truth(i.operands[0], True)
 
 
+def quick_division(t: Thread, i: Instruction) -> None:
+    """Divisors are no subnormals, quotients neither: these have a path of their own."""
+    t.set_truth(i.operands[0], False)
+
+
+def vote(t: Thread, i: Instruction) -> None:
+    """The warps that are followed have no other threads."""
+    t.set_truth(i.operands[0], t.truth(i.operands[-1]))
+
+
 def from_predicates(t: Thread, i: Instruction) -> None:
     """``P2R R0, PR, R1, mask``: the predicates of the mask as bits, the other bits of R1."""
     into, _, other, text = i.operands
@@ -468,7 +479,7 @@ INTEGERS: tuple[tuple[str, Callable[[Thread, Instruction], None]], ...] = (
     (r"VIMNMX|IMNMX|UIMNMX", least), (r"U?PRMT", permute), (r"U?LDC", load_constant), (r"S2U?R|CS2R", special),
     (r"U?MOV|R2UR", move), (r"IABS", absolute), (r"I2F\.", to_float), (r"MUFU", reciprocal), (r"F2I\.", to_integer),
     (r"P2R$", from_predicates), (r"R2P$", to_predicates),
-    (r"FSETP|HSETP2|FCHK|DSETP", unknown_predicate),
+    (r"FSETP|HSETP2|DSETP", unknown_predicate), (r"FCHK", quick_division), (r"VOTEU\.ALL", vote),
 )  # fmt: skip
 
 
@@ -492,18 +503,20 @@ def forget(t: Thread, i: Instruction) -> None:
     if not re.fullmatch(r"U?R(\d+|Z)", into) or into in ("RZ", "URZ"):
         return
     size = 16 if ".128" in i.op or re.match(r"HMMA|IMMA", i.op) else 8 if ".64" in i.op else 4
-    t.write(into, None, size)
+    t.write(into, t.loaded if re.fullmatch(r"LDG\.E(\.CONSTANT)?", i.op) else None, size)
 
 
-def trace(code: Sequence[Instruction], constants: bytes, special: dict[str, int]) -> Trace:
+def trace(code: Sequence[Instruction], constants: bytes, special: dict[str, int], loaded: Value = None) -> Trace:
     """What a thread issues until it leaves.
 
     Args:
         constants: bank 0: of sm_90, the parameters begin at 0x210.
         special: special registers, as ``SR_TID.X``.
+        loaded: what every load of 4 bytes finds, for a path that depends on it alone.
     """
     effects = [None if jump.match(i.op) else effect(i.op) for i in code]
     found, thread, at = Trace(code), Thread(constants, special), 0
+    thread.loaded = loaded
     for _ in range(STEPS):
         instruction = code[at]
         found.issued[at] += 1

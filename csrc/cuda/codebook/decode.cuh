@@ -20,6 +20,7 @@
 #include "cuda/codebook/decode.h"
 #include "cuda/codebook/stored.h"
 #include "cuda/decode.cuh"
+#include "cuda/primitives_permute.h"
 
 // Unrolls a loop of a kernel so many times.
 #ifdef LOWBIT_EMULATED
@@ -69,6 +70,17 @@ struct Selectors {
   }
 };
 
+// What codes of 4 bits are looked up with, none of them a constant to the compiler. The high words of products with the
+// factors are shifts by 1, 16 and 17: PRMT and logic keep the unit of shifts busy, that of products is idle. LOP3 takes
+// one constant: with `halves` in a register, an "and" and an "or" are one.
+struct Constants {
+  uint32_t by_1, by_16, by_17, halves;
+
+  // zero: what only its caller knows to be zero.
+  LOWBIT_DEVICE explicit Constants(uint32_t zero)
+      : by_1(opaque(0x80000000u)), by_16(opaque(0x10000u)), by_17(opaque(0x8000u)), halves(0x3210u + zero) {}
+};
+
 // A table of up to 16 entries in registers.
 template <int BITS, DType T>
 struct Permuted {
@@ -95,20 +107,22 @@ struct Permuted {
 
   // Four bytes of the table, by the four low nibbles of `codes`; of which half of 16 entries, by those of `half`.
   LOWBIT_DEVICE static uint32_t bytes(const uint32_t (&table)[WORDS], uint32_t codes, uint32_t half) {
-    if constexpr (BITS < 4) return permute_bytes(table[0], table[WORDS - 1], codes);
-    const uint32_t lower = permute_bytes(table[0], table[1], codes), upper = permute_bytes(table[2], table[3], codes);
-    return permute_bytes(lower, upper, half);
+    if constexpr (BITS < 4) return permute_bytes_by(table[0], table[WORDS - 1], codes);
+    const uint32_t lower = permute_bytes_by(table[0], table[1], codes);
+    const uint32_t upper = permute_bytes_by(table[2], table[3], codes);
+    return permute_bytes_by(lower, upper, half);
   }
 
   // The entries of lanes l and h of word i in chunk 2 * twin, and in the next one.
-  LOWBIT_DEVICE void look_up(const Selectors<BITS>& selectors, int twin, int i, uint32_t (&pairs)[2]) const {
+  LOWBIT_DEVICE void look_up(const Selectors<BITS>& selectors, const Constants& known, int twin, int i,
+                             uint32_t (&pairs)[2]) const {
     const int quad = twin / 2, round = twin % 2;
     uint32_t codes, half = 0;
     if constexpr (BITS == 4) {
       // byte n of the lower half of the table or, n + 4, of the upper one
       const uint32_t s = quad == 0 ? selectors.codes[i][0] : selectors.codes[i][1];
-      const uint32_t halves = (s >> 1 & 0x44444444u) | 0x32103210u;
-      codes = (s & 0x77777777u) >> 16 * round, half = halves >> 16 * round;
+      codes = (round == 0 ? s : multiply_high(s, known.by_16)) & 0x7777u;
+      half = masked_or(multiply_high(s, round == 0 ? known.by_1 : known.by_17), 0x4444u, known.halves);
     } else {
       codes = (round == 0 ? selectors.codes[i][0] : selectors.codes[i][1]) >> 16 * quad;
     }
@@ -150,7 +164,8 @@ kernel(const uint8_t* tiles, const void* codebook, const void* scales, const flo
   float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, scale[2] = {};
   Permuted<BITS <= 4 ? BITS : 1, T> permuted[2];
   uint32_t twins[2][4][2] = {};  // of two rows and four words, the pairs of two chunks
-  int group = -1;
+  int group = -1, group_end = 0;  // the group that is multiplied, and, unless ANY_GROUPS, the chunk after it
+  const Constants known(static_cast<uint32_t>(K) >> 31);
 
   auto load_words = [&](int of_group) {
     LOWBIT_UNROLL
@@ -181,7 +196,7 @@ kernel(const uint8_t* tiles, const void* codebook, const void* scales, const flo
   // The entries of columns 32 * chunk + 8t + 2i and the next.
   auto look_up = [&](const auto& w, int half, int chunk, int i) -> uint32_t {
     if constexpr (LOOK == Look::registers) {
-      if constexpr (ANY_GROUPS) permuted[half].look_up(w[half], chunk / 2, i, twins[half][i]);
+      if constexpr (ANY_GROUPS) permuted[half].look_up(w[half], known, chunk / 2, i, twins[half][i]);
       return chunk % 2 == 0 ? twins[half][i][0] : twins[half][i][1];
     } else if constexpr (LOOK == Look::pairs) {
       // one byte of two codes, for two chunks at a time
@@ -199,7 +214,7 @@ kernel(const uint8_t* tiles, const void* codebook, const void* scales, const flo
     LOWBIT_UNROLL
     for (int half = 0; half < 2; ++half)
       LOWBIT_UNROLL
-      for (int i = 0; i < 4; ++i) permuted[half].look_up(w[half], twin, i, twins[half][i]);
+      for (int i = 0; i < 4; ++i) permuted[half].look_up(w[half], known, twin, i, twins[half][i]);
   };
 
   auto end_group = [&]() {
@@ -255,7 +270,11 @@ kernel(const uint8_t* tiles, const void* codebook, const void* scales, const flo
       } else {
         if constexpr (LOOK == Look::registers)
           if (chunk % 2 == 0) look_up_twins(w, chunk / 2);
-        enter_group(static_cast<int>(multiply_high(2u * (k / CHUNK), group_factor)));
+        if (chunk >= group_end - tile * (TILE / CHUNK)) {
+          const int next = static_cast<int>(multiply_high(2u * (tile * (TILE / CHUNK) + chunk), group_factor));
+          enter_group(next);
+          group_end = group_factor == 0 ? 1 << 30 : (next + 1) * (group_size / CHUNK);
+        }
         multiply_chunk(w, chunk, xs, 0, 0, 0);
       }
     }

@@ -188,7 +188,8 @@ def test_rows_beyond_the_table_go_to_the_next_backend(monkeypatch):
 
     assert reason(torch.randn(2, 8, 300)) is None
     assert reason(torch.randn(500, 300).half()) is None
-    assert reason(torch.randn(500, 300), int8=True) is None
+    assert reason(torch.randn(16, 300), int8=True) is None
+    assert reason(torch.randn(17, 300), int8=True) == "dispatch.json gives 17 rows of int8 to another backend"
     assert backend._why_another("packed_embedding", (torch.zeros(500, dtype=torch.long),)) is None
     assert reason(torch.randn(4, 5, 300)) == "dispatch.json gives 20 rows of float32 to another backend"
     with lowbit.batch_invariant():  # one backend for every number of rows
@@ -305,7 +306,7 @@ def test_the_compiled_library_needs_nothing_of_cuda():
 def test_the_table_names_ops_and_sources():
     for row in backend.dispatch():
         assert library.has(row["op"]) and row["source"] in ("predicted", "measured")
-        assert row["most_rows"] != 0 and (row["most_rows"] < 0 or row["why"])
+        assert row["most_rows"] < 0 or row["why"]
         assert set(row["dtypes"]) <= {"float32", "float16", "bfloat16", "int8"}
 
 
