@@ -27,6 +27,7 @@ def register() -> None:
     """Watch PEFT, now or when it is imported."""
     after_import("peft.tuners.lora.model", _install_lora)
     after_import("peft.tuners.tuners_utils", _install_all_linear)
+    after_import("peft.tuners.tuners_utils", _install_parameters)
     after_import("peft.utils.other", _install_copies)
     after_import("peft.peft_model", _install_prompts)
 
@@ -75,6 +76,24 @@ def _install_all_linear(module: ModuleType) -> None:
         return include_all_linear
 
     _replace(module, "_maybe_include_all_linear_layers", around)
+
+
+def _install_parameters(module: ModuleType) -> None:
+    def around(original: Any) -> Any:
+        def inject_parameters(self: Any, peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            stacks = [name for name, layer in layers(model).items() if layer.kind == "experts"]
+            for target in sorted(peft_config.target_parameters):
+                name = next((n for n in stacks if n == target or n.endswith(f".{target}")), None)
+                if name is not None:
+                    raise ValueError(
+                        f"target_parameters has {target!r}, and {name} is a packed stack of experts, which PEFT cannot "
+                        f"adapt: put the adapter around the float model before lowbit.convert, or skip=['*.{target}']"
+                    )
+            return original(self, peft_config, model, *args, **kwargs)
+
+        return inject_parameters
+
+    _replace(getattr(module, "BaseTuner", None), "_inject_parameters", around)
 
 
 def _install_copies(module: ModuleType) -> None:

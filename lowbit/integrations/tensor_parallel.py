@@ -55,6 +55,10 @@ def split(model: Any, styles: Mapping[str, str]) -> None:
     count = getattr(model, "_tp_size", None) or 1
     if count == 1:
         return
+    for name, layer in layers(model).items():
+        if layer.kind == "experts":  # the styles of the modules around them would add up whole experts
+            raise ValueError(f"{name}: packed experts cannot be divided between {count} processes: load the model "
+                             "without tp_plan, or convert it with skip=['*.experts']")  # fmt: skip
     mesh = model._device_mesh
     mesh = mesh["tp"] if mesh.mesh_dim_names and "tp" in mesh.mesh_dim_names else mesh
     for name, layer in layers(model).items():

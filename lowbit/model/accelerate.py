@@ -60,8 +60,14 @@ def canonical_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the hook of ``old``; what was offloaded stays so."""
-    if not is_hooked(old):
+    """Give ``new`` the hook of ``old``; what was offloaded stays so.
+
+    A stack of experts has no hook of its own: where its owner's offloads, it gets that one.
+    """
+    owner = old.__dict__.get("owner")
+    if owner is not None and any(getattr(part, "offload", False) for part in _parts(owner.__dict__.get("_hf_hook"))):
+        old = owner
+    elif not is_hooked(old):
         return
     from accelerate.hooks import add_hook_to_module
 

@@ -65,6 +65,8 @@ def _reads(module: Any, kind: str, base: nn.Module) -> str | None:
     tuner, _, name = kind.rpartition(".")
     if isinstance(base, nn.Embedding):
         return f"PEFT's {kind} uses its weight"
+    if name == "ParamWrapper":
+        return f"PEFT's {kind} adapts its Parameter {getattr(module, 'parameter_name', '')!r}"
     if tuner not in _CALLING or (tuner == "lora" and name not in _LORA):
         return f"PEFT's {kind} may read its weight"
     if variants := sorted({type(v).__name__ if not isinstance(v, type) else v.__name__

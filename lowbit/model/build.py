@@ -133,7 +133,7 @@ def build_group(
     measured = {s.name: (statistics or {}).get(s.name, Statistics()) for s in group}
     spec = first.spec
     if first.kind == "experts":
-        return {first.name: build_experts(first, quantized(spec, first.experts()), measured[first.name].x_scale)}
+        return _experts_of(group, measured)
     try:
         stored = spec.quantize(weight, statistics=_first_of(measured.values()))
     except ValueError as error:
@@ -158,6 +158,24 @@ def build_group(
             other.store({"x_scale": scale.detach().reshape(1).float()})
         made.append((swap, other))
     return _share(made)
+
+
+def _experts_of(group: list[Swap], measured: Mapping[str, Statistics]) -> dict[str, nn.Module]:
+    """Stacks that share one weight: their tensors are those of the first, each has its own scale of the input."""
+    first = group[0]
+    assert first.spec is not None
+    whole: Any = build_experts(first, quantized(first.spec, first.experts()), measured[first.name].x_scale)
+    made: dict[str, nn.Module] = {first.name: whole}
+    if len(group) > 1 and any(statistics.hessian is not None for statistics in measured.values()):
+        whole.note = f"{group[1].name} has the same weight: quantized without calibration data"
+    for swap in group[1:]:
+        other: Any = layer_class(first.spec.family, "experts")(whole.format, False, whole.dtype, "meta", **swap.extras)
+        other.note, other.weight_error, other.expert_errors = swap.note, whole.weight_error, whole.expert_errors
+        if (scale := measured[swap.name].x_scale) is not None and "x_scale" in other.format.tensors():
+            other.store({"x_scale": scale.detach().reshape(1).float()})
+        other.share_weight(whole)
+        made[swap.name] = carry_over(swap.module, other.prepare())
+    return made
 
 
 def build_experts(swap: Swap, weights: Iterable[Weight], x_scale: Tensor | None = None) -> nn.Module:

@@ -91,7 +91,7 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
         if id(module) in swaps:
             swaps[id(module)].names.append(name)
             continue
-        _enter_stacks(name, module, swaps, skipped)
+        _enter_stacks(name, module, left_alone, swaps, skipped)
         swap, reason = _examine(name, module)
         if swap is not None or reason is not None:
             parent = modules.get(name.rpartition(".")[0])
@@ -106,9 +106,12 @@ def find(model: nn.Module) -> tuple[list[Swap], dict[str, str]]:
     return list(swaps.values()), skipped
 
 
-def _enter_stacks(name: str, module: nn.Module, swaps: dict[int, Swap], skipped: dict[str, str]) -> None:
+def _enter_stacks(
+    name: str, module: nn.Module, left_alone: dict[str, str], swaps: dict[int, Swap], skipped: dict[str, str]
+) -> None:
     for path, stack in experts.named_stacks(name, module):
-        weight, reason = stack.weight, experts.reason_against(stack)
+        weight = stack.weight
+        reason = adapters.reason_for(path, left_alone) or experts.reason_against(stack)
         if is_lazy(weight):
             reason = "its weight is not initialised yet: call the model once"
         elif _is_sharded(weight):

@@ -290,12 +290,15 @@ def _caller_of(model: nn.Module, name: str) -> tuple[nn.Module, ExpertStack] | N
 
 def _parameter(stack: FloatExperts, how: ExpertStack) -> nn.Parameter:
     """The weights of a float stack as a module holds them: the very Parameter where it is its own."""
-    if stack.__dict__["owner"] is not None:
+    if stack.__dict__["owner"] is not None or how == ExpertStack():
         return stack.weight
-    weight = stack.weights.detach()
-    weight = weight.transpose(1, 2) if how.transposed else weight
-    weight = weight.contiguous() if how.num_experts is None else weight.flatten(0, 1)
-    return nn.Parameter(weight, requires_grad=stack.weight.requires_grad)
+    made: dict[ExpertStack, nn.Parameter] = stack.weight.__dict__.setdefault("lowbit_held", {})  # others may share it
+    if how not in made:
+        weight = stack.weights.detach()
+        weight = weight.transpose(1, 2) if how.transposed else weight
+        weight = weight.contiguous() if how.num_experts is None else weight.flatten(0, 1)
+        made[how] = nn.Parameter(weight, requires_grad=stack.weight.requires_grad)
+    return made[how]
 
 
 def _choose_forward(module: Any) -> None:

@@ -297,6 +297,9 @@ def _assign(
         if chosen is not None and "experts" in kinds and chosen.shares_over_rows and "hessian" in chosen.method.needs:
             problems.append(f"{group[0].name}: quantizer={chosen.quantizer!r} fits every expert to its own inputs, and "
                             "granularity='tensor' is one scale for all experts: choose 'row' or 'group'")  # fmt: skip
+        if chosen is not None and "experts" in kinds and len(group) > 1 and "hessian" in chosen.method.needs:
+            problems.append(f"{group[0].name}: quantizer={chosen.quantizer!r} fits a weight to the inputs of one "
+                            f"layer, and {group[1].name} has the same weight: choose another quantizer")  # fmt: skip
         for swap in group:
             if swap.source is None:
                 swap.spec = chosen
