@@ -82,6 +82,11 @@ def _cases(device: str, shapes: Sequence[Shape]) -> Iterator[tuple[str, Callable
             for j, dtype in enumerate(DTYPES[:2]):
                 m = ROWS[(i + bits + 3 * j) % len(ROWS)]
                 yield f"codebook {bits} bits {n}x{k} M={m} {dtype}", _codebook(bits, n, k, m, dtype, device)
+        for bits in (2, 3, 4, 8):
+            m, dtype = ROWS[(i + bits) % len(ROWS)], DTYPES[(i + bits) % len(DTYPES)]
+            for made in (lowbit.PackedLinear, lowbit.CodebookLinear):
+                name = f"{made.__name__} {bits} bits {n}x{k} M={m} {dtype} as int8"
+                yield name, _int8(made, bits, n, k, m, dtype, device)
     yield "a row alone and in a batch", lambda: _same_in_every_batch(device)
     if device != "cpu":
         yield "another stream", _another_stream
@@ -113,6 +118,18 @@ def _codebook(bits: int, n: int, k: int, m: int, dtype: torch.dtype, device: str
         x = torch.randn(m, k).to(dtype)
         y = layer.to(device)(x.to(device)).cpu()
         assert_linear_close(y, x, layer.dequantize().cpu().to(dtype).double())
+
+    return case
+
+
+def _int8(made: Any, bits: int, n: int, k: int, m: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    def case() -> None:
+        spec = lowbit.Packed if made is lowbit.PackedLinear else lowbit.Codebook
+        layer = made.from_float(torch.randn(n, k), spec(bits=bits, activations="int8"))
+        x = torch.randn(m, k).to(dtype)
+        with lowbit.use_backend("reference"):
+            expected = layer(x)
+        torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), expected)
 
     return case
 

@@ -258,7 +258,7 @@ def test_arguments_that_do_not_fit(emulated, change, message):
 def test_the_check_of_a_gpu(emulated, monkeypatch):
     """benchmarks/gpu/cuda.py, on the emulation: every case is right, and one that is not is named."""
     right, problems = cuda_check.check("cpu", Budget(1000), cuda_check.SHAPES[2:3])
-    assert problems == [] and right == 7 * 3 + 8 * 2 + 1
+    assert problems == [] and right == 7 * 3 + 8 * 2 + 4 * 2 + 1
 
     def wrong(y, x, *rest):
         assert len(x) != 200, "too many rows"
