@@ -76,8 +76,11 @@ def test_one_ptx_serves_two_architectures(number, request):
 
 
 @needs_nvcc
-def test_the_cuda_runtime_runs_on_manylinux_2_28(tmp_path):
-    """Linked into a library as into ours, which takes minutes; without older_glibc.cpp what is too new is named."""
+def test_the_cuda_runtime_runs_on_manylinux_2_28(tmp_path, request):
+    """Linked into a library as into ours, which takes minutes; without older_glibc.cpp what is too new is named.
+
+    `make test` does so at every third commit."""
+    verdicts.only_in_turn(request.config, 0, 3)
     options = setup()["OLDER_LIBRARIES"]
     if not options:
         pytest.skip("x86_64 and glibc alone")

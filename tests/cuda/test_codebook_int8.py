@@ -183,6 +183,8 @@ def test_compiled_code(bits, request):
                 continue
             found = list(kinds(bits, *PTX_SHAPES[(bits + i + j) % len(PTX_SHAPES)]))
             run(ptx(bits), found[(bits + 4 * i + j) % len(found)], m, dtype, bits + i + 2 * j)
+        if not verdicts.in_turn(request.config, i, 3):
+            continue
         found = list(kinds(bits, *RING))
         run(ptx(bits), found[(bits + 4 * i) % 9], (3, 11, 5)[i], dtype, bits + i, splits=1 + (i + bits) % 3)
 
@@ -197,8 +199,8 @@ def test_compiled_code(bits, request):
     ],
 )
 def test_a_bug_planted_in_compiled_code_is_found(old, new, found, request):
-    """`make test` plants one of them, another at another commit."""
-    verdicts.only_in_turn(request.config, ord(old[0]), 3)
+    """`make test` plants one of them at half of the commits."""
+    verdicts.only_in_turn(request.config, ord(old[0]) % 3, 6)
     text, kind = ptx(3), Kind(3, 35, 1304, 1304, "tensor")
     assert old in text
     run(text, kind, 8, torch.float16, 1)
