@@ -20,7 +20,7 @@ def register() -> None:
     """Make these classes known to convert, by their names."""
     for model, name, stacks, forward in (
         ("llama4", "Llama4TextExperts", _llama4_stacks, _llama4),
-        ("jetmoe", "JetMoeParallelExperts", lambda module: {"weight": ExpertStack()}, _jetmoe),
+        ("jetmoe", "JetMoeParallelExperts", lambda module: {"weight": ExpertStack(by_token=False)}, _jetmoe),
         ("dbrx", "DbrxExperts", _dbrx_stacks, _dbrx),
         ("step3p7", "Step3p7Experts", _two_stacks, _step3p7),
         ("longcat_flash", "LongcatFlashExperts", _two_stacks, _longcat_flash),
@@ -45,7 +45,8 @@ def _combined(y: Tensor, index: Tensor, scores: Tensor) -> Tensor:
 
 
 def _llama4_stacks(module: Any) -> dict[str, ExpertStack]:
-    return {_UP: ExpertStack(transposed=True), _DOWN: ExpertStack(transposed=True)}
+    how = ExpertStack(transposed=True, by_token=False)  # all tokens for the first expert, then all for the second
+    return {_UP: how, _DOWN: how}
 
 
 def _llama4(module: Any, project: Project, hidden_states: Tensor) -> Tensor:

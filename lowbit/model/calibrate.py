@@ -361,12 +361,13 @@ def _observe(
         if not isinstance(x, Tensor) or not x.dim() or (width is not None and x.shape[-1] != width):
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"layer {names[0]} takes inputs [..., {width if width is not None else 'K'}]: got {got}")
+        rows = mask if getattr(module, "by_token", True) else None  # of a stack
         for name in names:
             layer = layers[name]
             if isinstance(layer, Expert):
-                visit(name, _routed(x, args[1], layer.index, mask), None)
+                visit(name, _routed(x, args[1], layer.index, rows), None)
             elif isinstance(module, FloatExperts):
-                visit(name, x[_is_token(len(x), mask, x.device)], None)
+                visit(name, x[_is_token(len(x), rows, x.device)], None)
             else:
                 visit(name, x, mask)
 

@@ -28,10 +28,13 @@ class ExpertStack:
     Attributes:
         transposed: each expert is held as ``[K, N]``.
         num_experts: E, of a Parameter with two dimensions.
+        by_token: the rows that ``project`` is given are all those of the first token, then those of the second: so
+            calibration knows which are of padding. Where it is ``False``, padding counts.
     """
 
     transposed: bool = False
     num_experts: int | None = None
+    by_token: bool = True
 
 
 class Project(Protocol):
@@ -65,8 +68,7 @@ def register_experts(module_type: type[nn.Module], stacks: Stacks, forward: Call
             with its :class:`ExpertStack`. It must not read them, because it is also asked where they are packed.
         forward: the forward of a module with packed stacks: ``forward(module, project, *args, **kwargs)``, where
             ``project(name, x, ids, bias=None)`` gives ``y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]])`` with
-            ``r = len(ids) // len(x)``, and 0 where an id is E or more. For calibration, the rows of x are those of one
-            token after the other, or in no order.
+            ``r = len(ids) // len(x)``, and 0 where an id is E or more.
 
     A second registration for the same type replaces the first.
     """
@@ -202,6 +204,7 @@ def stacks(module: nn.Module) -> Iterator[tuple[str, FloatExperts]]:
         stack = FloatExperts(
             weight, transposed=how.transposed, num_experts=count, owner=holder, attribute=attribute, caller=module
         )
+        stack.by_token = how.by_token
         yield path, stack.train(module.training)
 
 
@@ -290,7 +293,7 @@ def _caller_of(model: nn.Module, name: str) -> tuple[nn.Module, ExpertStack] | N
 
 def _parameter(stack: FloatExperts, how: ExpertStack) -> nn.Parameter:
     """The weights of a float stack as a module holds them: the very Parameter where it is its own."""
-    if stack.__dict__["owner"] is not None or how == ExpertStack():
+    if stack.__dict__["owner"] is not None or (not how.transposed and how.num_experts is None):
         return stack.weight
     made: dict[ExpertStack, nn.Parameter] = stack.weight.__dict__.setdefault("lowbit_held", {})  # others may share it
     if how not in made:

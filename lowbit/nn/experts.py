@@ -55,6 +55,7 @@ class FloatExperts(nn.Module):
     """
 
     bias: nn.Parameter | None
+    by_token = True  # whether the rows of x are those of one token after the other
 
     def __init__(
         self,

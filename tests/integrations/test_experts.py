@@ -101,7 +101,7 @@ def fitted(case, name, weight, batch, x):
     hessian = x.t() @ x
     hessian += 32 / len(x) * hessian.diagonal().mean() * torch.eye(32)
     expected = spec.quantize(weight(model.get_parameter(name).detach()), hessian=hessian.float())
-    model.forward = lambda *inputs: experts(*inputs)
+    model.forward = lambda *inputs, attention_mask=None, **named: experts(*inputs, *named.values())
     lowbit.convert(model, {name: spec}, calibration=[batch])
     stack = model.get_submodule(name)
     assert "reach experts 1" in stack.note
@@ -119,6 +119,20 @@ def test_experts_are_fitted_to_their_own_tokens():
     mine = x[0][(x[0] != 0).any(-1)]
     assert len(mine) < len(x[0])
     assert fitted("Llama-4", "experts.gate_up_proj", lambda w: w[0].t().clone(), batch, mine) < 0.02
+
+
+@pytest.mark.parametrize("case", ["JetMoE", "Llama-4"])
+def test_padding_is_not_taken_from_rows_in_another_order(case):
+    """x is sorted by experts: which of its rows are of padding is not known."""
+    x, mask = torch.randn(48, 32, generator=torch.Generator().manual_seed(6)), torch.ones(1, 48)
+    mask[0, ::2] = 0
+    if case == "JetMoE":
+        batch = {"inputs": x, "expert_size": [20, 4, 14, 10], "attention_mask": mask}
+        assert fitted(case, "experts.weight", lambda w: w[0].clone(), batch, x[:20]) < 0.02
+    else:
+        x[12:20] = 0  # of the second expert
+        batch = {"hidden_states": x, "attention_mask": mask}
+        assert fitted(case, "experts.gate_up_proj", lambda w: w[0].t().clone(), batch, x[:12]) < 0.02
 
 
 @pytest.mark.parametrize("name", ["Llama-4", "DBRX"])
