@@ -37,31 +37,49 @@ def guards(model: Any) -> dict[str, Tensor]:
 
 
 def conversions_to_save(model: Any) -> list[Any] | None:
-    """What transformers is to revert when it saves ``model``: not what makes a stack of experts of many weights, where
-    that is packed. ``None``: what it would by itself."""
-    from transformers.core_model_loading import WeightConverter
+    """What transformers is to revert when it saves ``model``; ``None``: what it would by itself.
 
-    stacks = [name for name, layer in layers(model, duplicates=True).items() if layer.kind == "experts"]
+    Files hold packed tensors as the model does: codes and outliers cannot be cut, or joined, as float weights can.
+    """
     conversions = getattr(model, "_weight_conversions", None)
-    if not stacks or conversions == []:
+    if not layers(model) or conversions == []:
         return None
     if conversions is None:
         conversions = [c for c in _conversions(model) if type(c).__name__ != "PrefixChange"]
+    kept = [conversion for conversion in conversions if not _makes_packed(model, conversion)]
+    return None if len(kept) == len(conversions) else kept
 
-    def makes_a_stack(conversion: Any) -> bool:
-        patterns = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-        return any(re.search(pattern, name) for pattern in patterns for name in stacks)
 
-    return [conversion for conversion in conversions if not makes_a_stack(conversion)]
+def of_float(model: Any, conversions: Iterable[Any]) -> list[Any]:
+    """Without the conversions that would take packed tensors of ``model`` for weights to be cut into several.
+
+    Those that merge stay: earlier versions saved packed layers as several, where transformers has them so.
+    """
+    return [c for c in conversions if len(c.target_patterns) == 1 or not _makes_packed(model, c)]
+
+
+def _makes_packed(model: Any, conversion: Any) -> bool:
+    """Whether a conversion computes tensors that are packed in ``model``."""
+    from transformers.core_model_loading import WeightConverter
+
+    if not isinstance(conversion, WeightConverter):
+        return False
+    names = [
+        name
+        for layer_name, layer in layers(model, duplicates=True).items()
+        for name in (experts.float_name(layer_name, layer.kind),
+                     *(f"{layer_name}.{tensor}" for tensor in (*layer.format.tensors(), "bias")))
+    ]  # fmt: skip
+    return any(re.search(target, name) for target in conversion.target_patterns for name in names)
 
 
 def _is_saved_as_is(model: Any, name: str) -> bool:
     """Whether transformers does not compute what it saves for ``name`` from several tensors."""
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions = conversions_to_save(model)
     if conversions is None:
-        conversions = _conversions(model)
+        conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
     if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
         return True
     try:
@@ -70,10 +88,12 @@ def _is_saved_as_is(model: Any, name: str) -> bool:
         return False
 
 
-def is_guard(name: str, entry: Entry, packed: Mapping[str, Layer]) -> bool:
-    """Whether this is a guard, of one of the packed layers."""
+def is_guard(name: str, entry: Entry, packed: Mapping[str, Layer], prefix: str) -> bool:
+    """Whether this is a guard, of one of the packed layers; ``prefix``: of the base model, which may be too much, as
+    transformers takes it away where the model has the tensor."""
     floats = {experts.float_name(n, layer.kind) for n, layer in packed.items()}
-    return entry.shape == (0,) and (name in floats or re.search(NOTICE_PATTERN, name) is not None)
+    is_float = name in floats or name.removeprefix(f"{prefix}.") in floats
+    return entry.shape == (0,) and (is_float or re.search(NOTICE_PATTERN, name) is not None)
 
 
 @dataclass
@@ -107,8 +127,7 @@ def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None =
     """Match names as transformers' loader does: its renamings, the base model's prefix added or removed."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    if conversions is None:
-        conversions = _conversions(model)
+    conversions = of_float(model, _conversions(model) if conversions is None else conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
@@ -120,8 +139,13 @@ def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None =
         if name not in state:
             found.unexpected[name] = key
         elif pattern is not None:
-            found.transformed.setdefault(name, []).append(key)
-            found.operations[name] = next(c for c in converters if pattern in c.source_patterns)
+            conversion = next(c for c in converters if pattern in c.source_patterns)
+            first = conversion.target_patterns[0]
+            for target in conversion.target_patterns:  # it may be cut into several
+                made = name.replace(first, target)
+                if made in state:
+                    found.transformed.setdefault(made, []).append(key)
+                    found.operations[made] = conversion
             found.patterns[key] = pattern
         else:
             found.names[name] = key
@@ -209,7 +233,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str]
     ignored = _left_out(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
-        if is_guard(name, checkpoint.entries[key], packed):
+        if is_guard(name, checkpoint.entries[key], packed, model.base_model_prefix):
             continue
         if name.rpartition(".")[0] in packed:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the described format of its layer")

@@ -32,6 +32,7 @@ from lowbit.integrations.matching import (
     guards,
     match,
     names_in,
+    of_float,
     swap_in,
 )
 from lowbit.integrations.ties import retie, submodels
@@ -136,7 +137,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._stored.update(f"{name}.{tensor}" for tensor in layer.format.tensors())
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         ignored = [] if ignored is None else ignored  # a set in later versions
-        patterns = [rf"^{re.escape(float_name(name, layer.kind))}$" for name, layer in packed.items()]
+        prefix = rf"^({re.escape(str(model.base_model_prefix))}\.)?"
+        patterns = [rf"{prefix}{re.escape(float_name(name, layer.kind))}$" for name, layer in packed.items()]
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, *patterns, NOTICE_PATTERN])  # type: ignore[assignment]
         return model
 
@@ -144,6 +146,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         # the last call before tensors are read; versions before 5.21 do not say of which model
         given = () if model is None else (model,)
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *given)
+        if self.pre_quantized and self._model is not None:
+            conversions = of_float(self._model, conversions)
         self._check_files(conversions)
         return conversions
 

@@ -335,3 +335,53 @@ def test_what_accelerate_holds_elsewhere_is_saved(where, save, tmp_path):
     same(plain, LlamaForCausalLM.from_pretrained(tmp_path / "offloaded"))
     with torch.no_grad():
         assert torch.equal(model(IDS)[0], plain(IDS)[0])
+
+
+def nomic_bert():
+    """Its files have q, k and v in one."""
+    config = transformers.NomicBertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return transformers.NomicBertModel(config), {"input_ids": torch.arange(9)[None]}
+
+
+def dinov2():
+    """Its files have gate and up in one, weights and biases apart."""
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
+    )
+    return transformers.Dinov2Model(config), {"pixel_values": torch.randn(1, 3, 28, 28)}
+
+
+@pytest.mark.parametrize("skip", [[], ["*.q_proj", "*.up_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("spec", [
+    lowbit.Packed(bits=4, group_size=16, outliers=0.01), lowbit.Codebook(bits=3, granularity="tensor"),
+], ids=["outliers", "one table"])  # fmt: skip
+@pytest.mark.parametrize("make", [nomic_bert, dinov2])
+@torch.no_grad()
+def test_weights_that_float_files_have_in_one(make, spec, skip, tmp_path):
+    """transformers cuts them when it loads, and joins them when it saves: packed ones are saved as they are."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    skip = [pattern for pattern in skip if any(name.endswith(pattern[2:]) for name, _ in model.named_modules())]
+    y = lowbit.convert(model.eval(), spec, skip=skip)(**inputs)[0]
+    model.save_pretrained(tmp_path)
+    for load in (lowbit.load, type(model).from_pretrained):
+        assert torch.equal(load(tmp_path).eval()(**inputs)[0], y)
+
+
+def test_a_base_model_whose_files_have_the_names_of_another(tmp_path):
+    """Its renamings add the prefix of the base model, which is taken away where the model has the tensor: a guard's is
+    not there."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.PaddleOCRVLConfig(
+        vision_config=dict(sizes, image_size=28, patch_size=14),
+        text_config=dict(sizes, vocab_size=96, num_key_value_heads=2, head_dim=16, max_position_embeddings=64),
+    )
+    model = lowbit.convert(transformers.PaddleOCRVLModel(config), lowbit.Packed(bits=4, group_size=16))
+    model.save_pretrained(tmp_path)
+    state = canonical_state_dict(model)
+    for load in (lowbit.load, type(model).from_pretrained):
+        other = canonical_state_dict(load(tmp_path))
+        assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
