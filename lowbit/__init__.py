@@ -25,7 +25,7 @@ from lowbit.integrations import savers as _savers
 from lowbit.integrations import torch_ao as _torch_ao
 from lowbit.integrations import transformers as _transformers
 from lowbit.kron.format import Kronecker, KroneckerFormat, KroneckerWeight
-from lowbit.kron.module import KroneckerEmbedding, KroneckerLinear
+from lowbit.kron.module import KroneckerEmbedding, KroneckerExperts, KroneckerLinear
 from lowbit.model.convert import convert, dequantize
 from lowbit.model.experts import ExpertStack, register_experts
 from lowbit.model.report import Report, report
@@ -38,8 +38,9 @@ from lowbit.packed.module import PackedEmbedding, PackedExperts, PackedLinear
 __version__ = VERSION
 __all__ = [
     "Codebook", "CodebookEmbedding", "CodebookExperts", "CodebookFormat", "CodebookLinear", "CodebookWeight",
-    "ExpertStack", "Kronecker", "KroneckerEmbedding", "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed",
-    "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report",
+    "ExpertStack", "Kronecker", "KroneckerEmbedding", "KroneckerExperts", "KroneckerFormat", "KroneckerLinear",
+    "KroneckerWeight", "Packed", "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear", "PackedWeight",
+    "Quantizer", "Report",
     "Source", "Statistics", "backends", "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize",
     "freeze", "load", "make_trainable", "register_experts", "register_quantizer", "register_source", "report", "save",
     "tune", "use_backend", "warmup",

@@ -1,4 +1,4 @@
-"""The ops of a stack of experts, for families whose weights can be cut at any row.
+"""The ops of a stack of experts.
 
     <family>_experts(x, ids, *weight, num_experts, bias, *activation)          equals  y with
         y[i] = F.linear(x[i // r], W[ids[i]], bias[ids[i]]),    r = len(ids) // len(x)
@@ -7,7 +7,8 @@
     <family>_experts_weight_gradient(dy, x, ids, num_experts)                  equals  D [E*N, K], float32, with
         D[e] = sum of dy[i] x[i // r].T over the i with ids[i] == e
 
-The E weights ``[N, K]`` are one weight ``[E*N, K]`` in the family's form: expert e has its rows ``[e*N, (e+1)*N)``.
+The E weights ``[N, K]`` are one weight in the family's form. Where that has codes it is ``[E*N, K]``, and expert e has
+its rows ``[e*N, (e+1)*N)``; of Kronecker products it has E*R terms, and expert e has R of them.
 x is ``[T, K]``, ids ``[S]`` in any order, S a multiple of T: a token that goes to r experts stands once. Where an id is
 ``num_experts`` or more, another process has the expert, and the row of y is 0. A negative id is an error; Triton's
 kernels, which do not wait for the GPU to check it, give a row of NaN. A bias is ``[E*N]``.
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lowbit.backends import registry, transforms
-from lowbit.backends.operands import CodedOperands
+from lowbit.backends.operands import CodedOperands, Operands
 from lowbit.backends.reference import check_activations, check_ids, without_autocast
 from lowbit.backends.transforms import Rules
 
@@ -39,9 +40,10 @@ class ExpertsOps:
         library: where references, fakes and derivatives go.
     """
 
-    def __init__(self, operands: type[CodedOperands], define: Define, library: torch.library.Library) -> None:
+    def __init__(self, operands: type[Operands], define: Define, library: torch.library.Library) -> None:
         self.operands: Any = operands
-        weight, activation = operands.types, operands.activation.types
+        self._activation: Any = operands.activation  # None: x is always met as it is
+        weight, activation = operands.types, {} if self._activation is None else self._activation.types
         self._weight, name = len(weight), f"{operands.family}_experts"
         self._arguments: dict[str, str] = {
             "x": "Tensor", "ids": "Tensor", **weight, "num_experts": "int", "bias": "Tensor?", **activation,
@@ -50,7 +52,10 @@ class ExpertsOps:
             "dy": "Tensor", "ids": "Tensor", **weight, "num_experts": "int", "in_features": "int",
         }  # fmt: skip
         define(_schema(name, self._arguments))
-        registry.register_op(library, name, self._experts)
+        if issubclass(operands, CodedOperands):
+            registry.register_op(library, name, self._experts)
+        else:  # a loop over experts, each of which the kernel of linears serves
+            library.impl(name, self._experts, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{registry.NAMESPACE}::{name}", self._fake, lib=library)
         self._op: torch._ops.OpOverload = getattr(torch.ops.lowbit, name).default
         rules = Rules(self._save, self._gradients, self._tangent, self._batch)
@@ -77,11 +82,11 @@ class ExpertsOps:
         """(weight, num_experts, bias, activation), checked; whether ids are negative is for the kernel to see."""
         weight = self.operands.of(arguments[: self._weight])
         num_experts, bias, *rest = arguments[self._weight :]
-        activation = self.operands.activation.of(rest)
+        activation = None if self._activation is None else self._activation.of(rest)
         check_activations(x)
-        _check_sizes("x", x, ids, weight.out_features, num_experts)
-        weight.check_linear(x, bias, activation)
-        rows = weight.out_features
+        _check_sizes("x", x, ids)
+        rows = num_experts * weight.expert_rows(num_experts)
+        weight.check_linear(x, None, activation)
         torch._check(
             bias is None or tuple(bias.shape) == (rows,),
             lambda: f"bias must have shape [E*N] = ({rows},): got {None if bias is None else tuple(bias.shape)}",
@@ -92,21 +97,21 @@ class ExpertsOps:
 
     def _experts(self, x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
         weight, num_experts, bias, activation = self.arguments(x, ids, *arguments)
-        n = weight.out_features // num_experts
+        n = weight.expert_rows(num_experts)
         y = x.new_zeros(len(ids), n)
-        for rows, part, features in _by_expert(ids, weight.decoded(), num_experts):
-            own = None if bias is None else bias[features]
-            y[rows] = part.linear(x[rows // (len(ids) // len(x))], own, activation)
+        for rows, part, e in _by_expert(ids, weight, num_experts):
+            own = None if bias is None else bias[e * n : (e + 1) * n]
+            y[rows] = part.expert_linear(x[rows // (len(ids) // len(x))], own, activation)
         return y
 
     def _fake(self, x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
         weight, num_experts, _, _ = self.arguments(x, ids, *arguments)
-        return x.new_empty(ids.shape[0], weight.out_features // num_experts)
+        return x.new_empty(ids.shape[0], weight.expert_rows(num_experts))
 
     def _input_gradient(self, dy: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
         weight, num_experts, k = self._checked_gradient(dy, ids, *arguments)
         d = dy.new_zeros(len(ids), k)
-        for rows, part, _ in _by_expert(ids, weight.decoded(), num_experts):
+        for rows, part, _ in _by_expert(ids, weight, num_experts):
             d[rows] = part.input_gradient(dy[rows], k)
         return d
 
@@ -117,14 +122,18 @@ class ExpertsOps:
     def _checked_gradient(self, dy: Tensor, ids: Tensor, *arguments: Any) -> tuple[Any, int, int]:
         weight = self.operands.of(arguments[: self._weight])
         num_experts, k = arguments[self._weight :]
-        _check_sizes("dy", dy, ids, weight.out_features, num_experts)
+        _check_sizes("dy", dy, ids)
+        n = weight.expert_rows(num_experts)
         weight.check(k)
-        n = weight.out_features // num_experts
         torch._check(
             dy.shape[0] == ids.shape[0] and dy.shape[1] == n,
             lambda: f"dy must be [S, N] = [{ids.shape[0]}, {n}]: got shape {tuple(dy.shape)}",
         )
         return weight, num_experts, k
+
+    def _unchanged(self) -> Any:
+        """The activation's arguments for x as it is."""
+        return () if self._activation is None else self._activation()
 
     # ---- derivatives
 
@@ -177,7 +186,7 @@ class ExpertsOps:
                 found["bias"] = sums[:-1].reshape(-1).to(ctx.bias_dtype)
             if x is not None:
                 d = self._weight_gradient_op(grad.contiguous(), x, ids, ctx.num_experts)
-                found |= self.operands.of(weight).dense_gradients(d, wanted)
+                found |= self.operands.of(weight).stack_gradients(d, wanted, ctx.num_experts)
         return tuple(found.get(name) for name in self._arguments)
 
     def _gradients_of_gradient(self, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -187,7 +196,7 @@ class ExpertsOps:
         self._check_differentiable(wanted, "gradient")
         _, ids, weight = self._saved(ctx)
         with without_autocast():
-            dy = self._op(grad.contiguous(), ids, *weight, ctx.num_experts, None, *self.operands.activation())
+            dy = self._op(grad.contiguous(), ids, *weight, ctx.num_experts, None, *self._unchanged())
         return tuple(dy if name == "dy" else None for name in self._of_gradient)
 
     def _tangent(self, ctx: Any, *tangents: Any) -> Tensor | None:
@@ -197,7 +206,7 @@ class ExpertsOps:
         parts: list[Tensor] = []
         with without_autocast():
             if "x" in given:
-                plain = (ctx.num_experts, None, *self.operands.activation())
+                plain = (ctx.num_experts, None, *self._unchanged())
                 parts.append(self._op(given["x"], ids, *weight, *plain))
             if "bias" in given:
                 bias = torch.nn.functional.pad(given["bias"].view(ctx.num_experts, -1), (0, 0, 0, 1))
@@ -222,13 +231,9 @@ def _schema(op: str, arguments: dict[str, str]) -> str:
     return f"{op}({', '.join(f'{type} {argument}' for argument, type in arguments.items())}) -> Tensor"
 
 
-def _check_sizes(name: str, x: Tensor, ids: Tensor, n: int, num_experts: int) -> None:
+def _check_sizes(name: str, x: Tensor, ids: Tensor) -> None:
     check_ids(ids)
     torch._check(x.dim() == 2, lambda: f"{name} must be [T, {'K' if name == 'x' else 'N'}]: got shape {tuple(x.shape)}")
-    torch._check(
-        num_experts >= 1 and n % num_experts == 0,
-        lambda: f"num_experts must divide the rows of the weight, {n}: got num_experts={num_experts}",
-    )
     torch._check(
         ids.dim() == 1 and (ids.shape[0] % x.shape[0] == 0 if x.shape[0] else ids.shape[0] == 0),
         lambda: f"ids must be [S], S a multiple of T={x.shape[0]}: got shape {tuple(ids.shape)}",
@@ -249,15 +254,14 @@ def _fake_weight_gradient(dy: Tensor, x: Tensor, ids: Tensor, num_experts: int) 
     return dy.new_empty(num_experts * dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
-def _by_expert(ids: Tensor, weight: Any, num_experts: int) -> Iterator[tuple[Tensor, Any, slice]]:
-    """Of each expert that has some: the rows whose it is, its weight, and its rows of the stack."""
-    n = weight.out_features // num_experts
+def _by_expert(ids: Tensor, weight: Any, num_experts: int) -> Iterator[tuple[Tensor, Any, int]]:
+    """Of each expert that has some: the rows whose it is, its weight, and its number."""
     if ids.numel() and int(ids.min()) < 0:
         raise RuntimeError(f"ids must not be negative: got {int(ids.min())}")
+    whole = weight.decoded() if hasattr(weight, "decoded") else weight
     for e in ids.unique().tolist():
         if e < num_experts:
-            features = slice(e * n, (e + 1) * n)
-            yield (ids == e).nonzero()[:, 0], weight.rows(features), features
+            yield (ids == e).nonzero()[:, 0], whole.expert(e, num_experts), e
 
 
 def _one_by_one(

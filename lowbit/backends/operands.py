@@ -81,6 +81,9 @@ class Activation(_Arguments):
         return quantize_activations(x, self.x_scale)
 
 
+Weights = TypeVar("Weights", bound="Operands")
+
+
 class Operands(_Arguments, ABC):
     """A weight ``[N, K]`` as a family's ops take it. Subclasses are frozen dataclasses of tensors and integers.
 
@@ -146,6 +149,24 @@ class Operands(_Arguments, ABC):
     @abstractmethod
     def tangent(self, k: int, tangents: Mapping[str, Tensor]) -> Tensor:
         """float32 ``[N, K]``: where W moves when tensors move along ``tangents``, given by name."""
+
+    # ---- of a stack: the weights of E experts in one
+
+    def expert_rows(self, num_experts: int) -> int:
+        """N of each expert; raises through ``torch._check`` where this is no stack of so many."""
+        raise NotImplementedError
+
+    def expert(self: Weights, index: int, num_experts: int) -> Weights:
+        """The weight of one expert."""
+        raise NotImplementedError
+
+    def expert_linear(self, x: Tensor, bias: Tensor | None, activation: Any) -> Tensor:
+        """What the reference of a stack does with the rows of one expert, whose weight this is."""
+        return self.linear(x, bias, activation)
+
+    def stack_gradients(self, d: Tensor, wanted: Collection[str], num_experts: int) -> dict[str, Tensor | None]:
+        """The gradients of tensors by name, from D ``[E*N, K]``, those of the experts' weights."""
+        return self.dense_gradients(d, wanted)
 
 
 Coded = TypeVar("Coded", bound="CodedOperands")
@@ -261,6 +282,18 @@ class CodedOperands(Operands):
             self, packed=self.packed[rows], outlier_values=values, outlier_columns=columns, outlier_rows=pointers,
             **self._values_at(rows),
         )  # fmt: skip
+
+    def expert_rows(self, num_experts: int) -> int:
+        n = self.out_features
+        torch._check(
+            num_experts >= 1 and n % num_experts == 0,
+            lambda: f"num_experts must divide the rows of the weight, {n}: got num_experts={num_experts}",
+        )
+        return n // num_experts
+
+    def expert(self: Coded, index: int, num_experts: int) -> Coded:
+        n = self.out_features // num_experts
+        return self.rows(slice(index * n, (index + 1) * n))
 
     def gathered(self: Coded, rows: Tensor) -> Coded:
         """Some rows in any order, without their outliers."""

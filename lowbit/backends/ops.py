@@ -76,7 +76,7 @@ class FamilyOps:
                 batch=partial(self._batch, name),
             )
             transforms.register(_library, self._op(name), rules, follows_autocast=name == "linear")
-        self.experts = ExpertsOps(operands, _define, _library) if issubclass(operands, CodedOperands) else None
+        self.experts = ExpertsOps(operands, _define, _library)
 
     def implement(self, backend: str, module: str) -> None:
         """Let functions ``linear``, ``dequantize`` and ``embedding`` of ``module`` run the ops on ``backend``, and
@@ -85,7 +85,8 @@ class FamilyOps:
         The module is imported at the first call. It may import this object: whoever names it here must not be
         imported by it.
         """
-        for name in (*self._arguments, *(() if self.experts is None else ("experts",))):
+        names = (*self._arguments, *(("experts",) if issubclass(self.operands, CodedOperands) else ()))
+        for name in names:  # Kronecker products of experts are those of linears, one after the other
             registry.implement(backend, f"{self.family}_{name}", module, name)
 
     # ---- arguments
@@ -99,7 +100,6 @@ class FamilyOps:
 
     def experts_arguments(self, x: Tensor, ids: Tensor, *arguments: Any) -> tuple[Any, int, Tensor | None, Any]:
         """(weight, num_experts, bias, activation) of a stack of experts, checked; ids are for the kernel to see."""
-        assert self.experts is not None
         return self.experts.arguments(x, ids, *arguments)
 
     def row_arguments(self, *arguments: Any) -> tuple[Any, int, torch.dtype]:

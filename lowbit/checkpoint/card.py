@@ -93,7 +93,7 @@ def _rows(model: nn.Module) -> list[tuple[str, int, int, int]]:
         packed.update(id(tensor) for tensor in layer.named_tensors().values())
         if storage_of(layer) not in seen:
             seen.add(storage_of(layer))
-            row[1] += layer.format.out_features * layer.format.in_features * layer.dtype.itemsize
+            row[1] += layer.weights * layer.dtype.itemsize
             row[2] += layer.format.nbytes
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     rest = sum({id(t): t.nbytes for t in tensors if id(t) not in packed}.values())

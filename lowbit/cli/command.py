@@ -227,7 +227,7 @@ def describe_folder(path: Path) -> Report:
     rows = []
     for name in sorted(folder.layers, key=_natural):
         layer = folder.layers[name]
-        row = Row.planned(name, layer.kind, layer.format, layer.dtype)
+        row = Row.planned(name, layer)
         row.weight_error, row.note = folder.metadata.weight_error.get(name), folder.metadata.notes.get(name)
         if name in copies:
             row.bytes_before = 0

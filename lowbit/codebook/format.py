@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -262,6 +263,9 @@ class CodebookFormat(Format):
     @property
     def numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size
+
+    def stacked(self, count: int) -> Any:
+        return replace(self, out_features=count * self.out_features, outliers=count * self.outliers)
 
     def weight_tensors(self) -> dict[str, TensorSpec]:
         n, k = self.out_features, self.in_features

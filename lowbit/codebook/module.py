@@ -13,7 +13,7 @@ from lowbit.codebook.gradient import with_mean_gradient
 from lowbit.codebook.operands import CodebookOperands
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.embedding import EmbeddingLayer
-from lowbit.nn.experts import ExpertsLayer
+from lowbit.nn.experts import CodedExperts
 from lowbit.nn.linear import LinearLayer
 from lowbit.nn.validate import require_finite, require_outliers, require_x_scale
 
@@ -79,6 +79,6 @@ class CodebookEmbedding(CodebookLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`CodebookLinear`."""
 
 
-class CodebookExperts(CodebookLayer, ExpertsLayer):
+class CodebookExperts(CodedExperts, CodebookLayer):
     """``y[i] = x[i // r] @ W[ids[i]].T``, each expert's ``W`` as that of :class:`CodebookLinear`: its rows of a weight
     ``[E*N, K]``."""

@@ -69,6 +69,10 @@ class Spec(ABC):
     def format(self, weight: Tensor, kind: str) -> Format:
         """The format that this spec gives ``weight`` (which may be on meta), as far as it is known beforehand."""
 
+    def for_more(self, format: Format) -> Any:
+        """The spec for weights that are to have the form of one that this spec made."""
+        return self
+
     @property
     def shares_over_rows(self) -> bool:
         """Whether something that is learned, such as one table per tensor, serves all rows of a weight."""
@@ -164,6 +168,10 @@ class Format(ABC):
     def with_activation(self, activation: ActivationSpec) -> Any:
         """The same form for x held in another way; raises ``ValueError`` where the family has no such kernels."""
         return replace(self, **activation.fields_of(self))  # type: ignore[type-var]
+
+    @abstractmethod
+    def stacked(self, count: int) -> Any:
+        """The form of so many weights of this form in one: a stack of experts."""
 
     @property
     def nbytes(self) -> int:

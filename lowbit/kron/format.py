@@ -142,6 +142,9 @@ class Kronecker(Spec):
         """
         return self.method.predicted_format(weight, self, kind)  # type: ignore[no-any-return]
 
+    def for_more(self, format: Any) -> Kronecker:
+        return replace(self, compression=None, shape=(format.n1, format.k1), features_only=False)
+
     def for_embedding(self, *, tied: bool = False) -> Kronecker:
         return self if self.shape is not None else replace(self, features_only=True)
 
@@ -207,6 +210,10 @@ class KroneckerFormat(Format):
         """The integers that the ops take: R, N1, K1, N2, K2, then bits (0: dense) and group size of A and of B."""
         packed = [(0, 0) if factor is None else (factor.bits, factor.group_size) for factor in (self.a, self.b)]
         return self.rank, self.n1, self.k1, self.n2, self.k2, *packed[0], *packed[1]
+
+    def stacked(self, count: int) -> Any:
+        a, b = (None if factor is None else factor.stacked(count) for factor in (self.a, self.b))
+        return replace(self, rank=count * self.rank, a=a, b=b)
 
     def weight_tensors(self) -> dict[str, TensorSpec]:
         spec: dict[str, TensorSpec] = {}

@@ -1,6 +1,11 @@
-"""The drop-in modules of family ``kron``: :class:`KroneckerLinear` and :class:`KroneckerEmbedding`."""
+"""The drop-in modules of family ``kron``: :class:`KroneckerLinear`, :class:`KroneckerEmbedding`,
+:class:`KroneckerExperts`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +13,12 @@ from torch import Tensor
 from lowbit.kron.format import KroneckerFormat
 from lowbit.kron.operands import KronOperands
 from lowbit.nn.embedding import EmbeddingLayer
+from lowbit.nn.experts import ExpertsLayer
 from lowbit.nn.layer import Layer
 from lowbit.nn.linear import LinearLayer
+from lowbit.nn.rows import join_rows
 from lowbit.nn.validate import require_finite, require_zeros
+from lowbit.packed.format import PackedFormat
 
 
 class KroneckerLayer(Layer):
@@ -62,3 +70,71 @@ class KroneckerLinear(KroneckerLayer, LinearLayer):
 
 class KroneckerEmbedding(KroneckerLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`KroneckerLinear`: row i of A ⊗ B for each id i."""
+
+
+class KroneckerExperts(ExpertsLayer, KroneckerLayer):
+    """``y[i] = x[i // r] @ W[ids[i]].T``, each expert's ``W`` as that of :class:`KroneckerLinear`: its R of E*R terms.
+
+    The factors of all experts have the same shapes: ``a`` ``[E*R, N1, K1]``, ``b`` ``[E*R, N2, K2]``. A permutation
+    serves all experts.
+    """
+
+    @staticmethod
+    def stack_rows(format: Any, num_experts: int) -> int:
+        if format.rank % num_experts:
+            raise ValueError(
+                f"num_experts must divide the terms of the weight, {format.rank}: got num_experts={num_experts}"
+            )
+        return num_experts * format.out_features  # type: ignore[no-any-return]
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+        first: KroneckerFormat = parts[0][1]
+        if len(parts) == 1:
+            return parts[0]
+        tensors: dict[str, Tensor] = {}
+        factors: dict[str, PackedFormat | None] = {}
+        for name in ("a", "b"):
+            of_factor = [_factor(tensors, format, name) for tensors, format in parts]
+            if getattr(first, name) is None:
+                factors[name], tensors[name] = None, torch.cat([own["packed"] for own, _ in of_factor])
+                continue
+            own, factors[name] = join_rows(of_factor)
+            tensors |= {name if part == "packed" else f"{name}_{part}": tensor for part, tensor in own.items()}
+        rank = sum(format.rank for _, format in parts)
+        joined = replace(first, rank=rank, a=factors["a"], b=factors["b"])
+        for _, format in parts:
+            if replace(format, rank=rank, a=joined.a, b=joined.b) != joined or format.rank != first.rank:
+                raise ValueError(f"weights must be of one format to be joined: got {first} and {format}")
+        for name in ("input_permutation", "output_permutation"):
+            if name in parts[0][0]:
+                tensors[name] = parts[0][0][name]
+                if not all(torch.equal(own[name], tensors[name]) for own, _ in parts):
+                    raise ValueError(f"weights must have the same {name} to be joined, as it serves all experts")
+        return tensors, joined
+
+    def cut(self, index: int) -> tuple[dict[str, Tensor], Any]:
+        held, count = self.canonical(), self.num_experts
+        shared = ("input_permutation", "output_permutation")
+        tensors = {
+            name: tensor.clone() if name in shared or len(tensor) == 1 else tensor.chunk(count)[index].clone()
+            for name, tensor in held.items()
+        }
+        a, b = (None if f is None else replace(f, out_features=f.out_features // count)
+                for f in (self.format.a, self.format.b))  # fmt: skip
+        return tensors, replace(self.format, rank=self.format.rank // count, a=a, b=b)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weights ``[E, N, K]`` that this layer multiplies by, rounded once to ``dtype``."""
+        weight = self.operands_class.of((*self.weight_arguments(self.operands()),))
+        each = (weight.expert(e, self.num_experts) for e in range(self.num_experts))
+        wanted = dtype or self.dtype
+        computed = torch.float32 if wanted == torch.float64 else wanted
+        return torch.stack([torch.ops.lowbit.kron_dequantize(*one, computed) for one in each]).to(wanted)
+
+
+def _factor(tensors: dict[str, Tensor], format: KroneckerFormat, name: str) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, format) of one factor, as a packed weight has them; dense values as ``packed``."""
+    own = {"packed": tensors[name]}
+    own |= {part.removeprefix(f"{name}_"): t for part, t in tensors.items() if part.startswith(f"{name}_")}
+    return own, getattr(format, name)

@@ -14,8 +14,8 @@ factors are bfloat16, the CPU kernels for AVX-512 BF16 round what is between the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -374,6 +374,36 @@ class KronOperands(Operands):
             found |= w.b.gradients((w.a.dense().view(w.rank, -1) @ d).view(w.rank, w.b.n, w.b.k))
         return found
 
+    # A stack has E times the terms, those of one expert after the other.
+
+    def expert_rows(self, num_experts: int) -> int:
+        rank = self.rank
+        torch._check(
+            num_experts >= 1 and rank % num_experts == 0,
+            lambda: f"num_experts must divide the terms of the weight, {rank}: got num_experts={num_experts}",
+        )
+        return self.out_features
+
+    def expert(self, index: int, num_experts: int) -> KronOperands:
+        own: dict[str, Any] = {n: _terms(getattr(self, n), index, num_experts) for n in self.differentiable}
+        return replace(self, rank=self.rank // num_experts, **own)
+
+    def expert_linear(self, x: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+        """By the kernel of linears on this device."""
+        y: Tensor = torch.ops.lowbit.kron_linear(x, *self, bias)
+        return y
+
+    def stack_gradients(self, d: Tensor, wanted: Collection[str], num_experts: int) -> dict[str, Tensor | None]:
+        parts = d.view(num_experts, -1, d.shape[1])
+        found: list[dict[str, Any]] = [
+            self.expert(e, num_experts).dense_gradients(parts[e], wanted) for e in range(num_experts)
+        ]
+        shared = {name for name in found[0] if _serves_all(getattr(self, name), num_experts)}
+        return {
+            name: sum(own[name] for own in found) if name in shared else torch.cat([own[name] for own in found])
+            for name in found[0]
+        }
+
     def tangent(self, k: int, tangents: Mapping[str, Tensor]) -> Tensor:
         """``sum_r a'[r] ⊗ b[r] + a[r] ⊗ b'[r]``, between the permutations."""
         w = self.product
@@ -385,6 +415,19 @@ class KronOperands(Operands):
         moved = moved.view(w.a.n, w.a.k, w.b.n, w.b.k).transpose(1, 2).reshape(w.n, w.k)
         moved = moved if w.output_permutation is None else moved.index_select(0, w.output_permutation)
         return moved if w.input_permutation is None else moved.index_select(1, w.input_permutation)
+
+
+def _terms(tensor: Tensor | None, index: int, num_experts: int) -> Tensor | None:
+    """The part of one expert."""
+    if tensor is None or _serves_all(tensor, num_experts):
+        return tensor
+    count = len(tensor) // num_experts
+    return tensor.narrow(0, index * count, count)
+
+
+def _serves_all(tensor: Tensor, num_experts: int) -> bool:
+    """Whether it is one number, which all experts share: a scale or a zero per tensor."""
+    return len(tensor) == 1 and num_experts > 1
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -59,11 +59,16 @@ def _format_by_values(swap: Swap) -> Format | None:
     assert swap.spec is not None
     weight, format = swap.weight(), swap.format()
     halves = any(dtype == torch.float16 for _, dtype in format.weight_tensors().values())
-    if weight.device.type == "meta" or not halves or not _is_unusual(weight, format):
+    # factors have other values than the weight
+    if weight.device.type == "meta" or not halves or not (format.family == "kron" or _is_unusual(weight, format)):
         return None
     spec = swap.spec if swap.spec.method.stand_in is None else swap.spec.for_embedding()
     try:
-        found: Format = spec.quantize(weight).format()
+        if swap.kind == "experts":
+            parts = [(made.tensors(), made.format()) for made in quantized(spec, swap.experts())]
+            found: Format = layer_class(spec.family, "experts").joined(parts)[1]
+        else:
+            found = spec.quantize(weight).format()
     except ValueError:  # it needs statistics
         return None
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,9 +65,8 @@ class Swap:
         assert self.spec is not None
         if self.kind != "experts" or self.spec.shares_over_rows:
             return self.spec.format(self.weight(), self.kind)
-        one: Any = self.spec.format(next(self.experts()), self.kind)
-        count = self.extras["num_experts"]
-        return replace(one, out_features=count * one.out_features, outliers=count * one.outliers)  # type: ignore[no-any-return]
+        one = self.spec.format(next(self.experts()), self.kind)
+        return one.stacked(self.extras["num_experts"])  # type: ignore[no-any-return]
 
     def bias(self) -> nn.Parameter | None:
         """The bias as it is, the very same Parameter; a new one of a bias that is offloaded."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.backends import registry
-from lowbit.core.family import Format
 from lowbit.model.calibrate import call
 from lowbit.model.kept import SHARE, Kept, kept_float, skipped_in, with_float_copies
 from lowbit.model.plan import require_model
@@ -47,22 +46,24 @@ class Row:
     weights: int = 0
 
     @classmethod
-    def planned(cls, name: str, kind: str, format: Format, dtype: torch.dtype) -> Row:
-        before = format.out_features * format.in_features * dtype.itemsize
-        row = cls(name, kind, format.describe(), format.bits_per_weight, before, format.nbytes)
-        row.family, row.weights = format.family, format.out_features * format.in_features
-        return row
-
-    @classmethod
     def of_layer(cls, name: str, layer: Layer) -> Row:
-        row = cls.planned(name, layer.kind, layer.format, layer.dtype)
-        if layer.kind == "experts":
-            row.scheme = f"{layer.num_experts} experts, {row.scheme}"
+        row = cls.planned(name, layer)
         row.bytes_before = usual_bytes_before(layer) if layer.bytes_before is None else layer.bytes_before
         row.bytes_after = sum(storages(layer.named_tensors().values()).values())
         row.backend = "" if layer.device.type == "meta" else registry.active_backend(layer.device.type)
         row.weight_error = layer.weight_error
         row.note = layer.note
+        return row
+
+    @classmethod
+    def planned(cls, name: str, layer: Layer) -> Row:
+        """What the format says, whatever the layer holds."""
+        format, scheme = layer.format, layer.format.describe()
+        if layer.kind == "experts":
+            scheme = f"{layer.num_experts} experts, {scheme}"
+        bits = 8 * format.nbytes / layer.weights
+        row = cls(name, layer.kind, scheme, bits, layer.weights * layer.dtype.itemsize, format.nbytes)
+        row.family, row.weights = format.family, layer.weights
         return row
 
     def share(self, other: str) -> None:
@@ -72,8 +73,7 @@ class Row:
 
 def usual_bytes_before(layer: Layer) -> int:
     """What goes with a float weight, unless its layer says otherwise: its values, and a number that Gemma's has."""
-    format = layer.format
-    values = format.out_features * format.in_features + (1 if getattr(layer, "round_output_scale", False) else 0)
+    values = layer.weights + (1 if getattr(layer, "round_output_scale", False) else 0)
     return int(values * layer.dtype.itemsize)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
@@ -113,7 +114,9 @@ def quantized(
         yield spec.quantize(torch.cat(held), statistics=_of_all(spec, held, statistics))
         return
     for e, weight in enumerate(weights):
-        yield spec.quantize(weight, statistics=None if statistics is None else statistics[e])
+        made = spec.quantize(weight, statistics=None if statistics is None else statistics[e])
+        spec = spec.for_more(made.format())
+        yield made
 
 
 def _of_all(spec: Spec, weights: Sequence[Tensor], statistics: Sequence[Statistics] | None) -> Statistics:
@@ -129,14 +132,14 @@ def _of_all(spec: Spec, weights: Sequence[Tensor], statistics: Sequence[Statisti
     return Statistics(sensitivity=torch.cat([usual if sensitivity is None else sensitivity for sensitivity in each]))
 
 
-class ExpertsLayer(CodedLayer):
+class ExpertsLayer(Layer):
     """E linear layers in one: ``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` with ``r = len(ids) // len(x)``.
 
     x is ``[T, K]`` in float32, float16 or bfloat16, ids ``[S]`` in int32 or int64, S a multiple of T, and y ``[S, N]``
     in the dtype of x. A row whose id is ``num_experts`` or more is 0: another process has its expert.
 
-    The weights are held as one, ``[E*N, K]``: expert e has the rows ``[e*N, (e+1)*N)`` of every stored tensor, and of
-    the bias ``[E*N]``. What a format has once per tensor, such as a table, all experts share.
+    The weights are held as one, in the family's form; the bias is ``[E*N]``. What a format has once per tensor, such as
+    a table, all experts share.
 
     Attributes:
         num_experts: E.
@@ -158,10 +161,7 @@ class ExpertsLayer(CodedLayer):
         num_experts: int,
     ) -> None:
         check_size("num_experts", num_experts)
-        if format.out_features % num_experts:
-            raise ValueError(
-                f"num_experts must divide the rows of the weight, {format.out_features}: got num_experts={num_experts}"
-            )
+        self.stack_rows(format, num_experts)
         self.__dict__["num_experts"] = num_experts
         super().__init__(format, bias, dtype, device)
 
@@ -178,7 +178,25 @@ class ExpertsLayer(CodedLayer):
     @property
     def out_features(self) -> int:
         """N of each expert."""
-        return cast(int, self.format.out_features) // self.num_experts
+        return self.rows // self.num_experts
+
+    @property
+    def rows(self) -> int:
+        return self.stack_rows(self.format, self.num_experts)
+
+    @staticmethod
+    @abstractmethod
+    def stack_rows(format: Any, num_experts: int) -> int:
+        """E*N; raises ``ValueError`` unless ``format`` is that of a stack of so many weights."""
+
+    @staticmethod
+    @abstractmethod
+    def joined(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+        """(tensors, format) of a stack of weights, each as files have it: ``(tensors, format)``."""
+
+    @abstractmethod
+    def cut(self, index: int) -> tuple[dict[str, Tensor], Any]:
+        """(tensors, format) of one expert, copied; the format with the activations of the stack."""
 
     @classmethod
     def from_float(
@@ -219,7 +237,7 @@ class ExpertsLayer(CodedLayer):
 
         Each is packed as it comes. Raises ``ValueError`` where they have no form in common.
         """
-        tensors, weight_format = join_rows([(weight.tensors(), weight.format()) for weight in weights])
+        tensors, weight_format = cls.joined([(weight.tensors(), weight.format()) for weight in weights])
         format = weight_format.with_activation(ActivationSpec(**activation))
         layer = cls(format, bias is not None, dtype, "meta", num_experts=num_experts)
         layer.store(tensors)
@@ -247,11 +265,6 @@ class ExpertsLayer(CodedLayer):
         """A layer that holds ``weight`` ``[E*N, K]`` as it is; the bias is ``[E, N]`` or ``[E*N]``."""
         return cls.from_weights([weight], bias, num_experts=num_experts, x_scale=x_scale, dtype=dtype, **activation)
 
-    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
-        found = super().layouts(device)
-        whole = tuple(layout for layout in found if self.out_features % layout.rows_together == 0)
-        return whole or (CANONICAL,)
-
     def arguments(self, x: Tensor, ids: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         """The arguments of the op."""
         t, activation = self.operands(), self.operands_class.activation
@@ -278,23 +291,16 @@ class ExpertsLayer(CodedLayer):
         y: Tensor = self._op(*self.arguments(x.float(), ids, None)).double()  # x becomes int8
         return y if bias is None else y + _rows_of(bias.view(self.num_experts, -1), ids)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weights ``[E, N, K]`` that this layer multiplies by, rounded once to ``dtype``."""
-        return super().dequantize(dtype).view(self.num_experts, self.out_features, -1)
-
     def expert(self, index: int) -> Layer:
         """One expert as a linear layer, with a copy of its part of the tensors."""
         if not 0 <= index < self.num_experts:
             raise IndexError(f"{self.title()} has the experts 0 to {self.num_experts - 1}: got {index}")
-        rows = slice(index * self.out_features, (index + 1) * self.out_features)
-        held = self.canonical() if self.trained() else self.named_tensors()  # no expert ends inside a block of rows
-        tensors = cut_rows(held, self.format, rows)
-        nnz = len(tensors["outlier_values"]) if "outlier_values" in tensors else 0
-        format = replace(self.format, out_features=self.out_features, outliers=nnz)
+        tensors, format = self.cut(index)
         layer: Layer = layer_class(self.family, "linear")(format, False, self.dtype, "meta")
         layer.store(tensors)
         if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach()[rows].clone(), requires_grad=self.bias.requires_grad)
+            own = self.bias.detach().view(self.num_experts, -1)[index].clone()
+            layer.bias = nn.Parameter(own, requires_grad=self.bias.requires_grad)
         return layer.prepare()
 
     def to_float(self) -> FloatExperts:
@@ -316,3 +322,34 @@ class ExpertsLayer(CodedLayer):
         return f"num_experts={self.num_experts}, " + super().extra_repr().replace(
             f"out_features={self.format.out_features}", f"out_features={self.out_features}"
         )
+
+
+class CodedExperts(ExpertsLayer, CodedLayer):
+    """A stack of weights with codes, ``[E*N, K]``: expert e has the rows ``[e*N, (e+1)*N)`` of every stored tensor."""
+
+    @staticmethod
+    def stack_rows(format: Any, num_experts: int) -> int:
+        rows: int = format.out_features
+        if rows % num_experts:
+            raise ValueError(f"num_experts must divide the rows of the weight, {rows}: got num_experts={num_experts}")
+        return rows
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
+        return join_rows(parts)
+
+    def cut(self, index: int) -> tuple[dict[str, Tensor], Any]:
+        rows = slice(index * self.out_features, (index + 1) * self.out_features)
+        held = self.canonical() if self.trained() else self.named_tensors()  # no expert ends inside a block of rows
+        tensors = cut_rows(held, self.format, rows)
+        nnz = len(tensors["outlier_values"]) if "outlier_values" in tensors else 0
+        return tensors, replace(self.format, out_features=self.out_features, outliers=nnz)
+
+    def layouts(self, device: torch.device) -> tuple[Layout, ...]:
+        found = super().layouts(device)
+        whole = tuple(layout for layout in found if self.out_features % layout.rows_together == 0)
+        return whole or (CANONICAL,)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weights ``[E, N, K]`` that this layer multiplies by, rounded once to ``dtype``."""
+        return super().dequantize(dtype).view(self.num_experts, self.out_features, -1)

@@ -88,7 +88,7 @@ class Layer(nn.Module):
             if name not in self._buffers:
                 self.register_buffer(name, None)
         self._stored = len(self._buffers)  # tells pickles from those of before stored tensors were buffers
-        bias_tensor = torch.zeros(format.out_features, dtype=self.dtype, device=device) if bias else None
+        bias_tensor = torch.zeros(self.rows, dtype=self.dtype, device=device) if bias else None
         self.register_parameter("bias", None if bias_tensor is None else nn.Parameter(bias_tensor))
         self._register_state_dict_hook(_finish_state_dict)  # type: ignore[no-untyped-call]
 
@@ -153,6 +153,16 @@ class Layer(nn.Module):
         # asking the format for its tensors would break a graph that is being made
         tensors = (*self._buffers.values(), *self._parameters.values())
         return next(tensor for tensor in tensors if tensor is not None).device
+
+    @property
+    def rows(self) -> int:
+        """The rows of the float weight, of all experts of a stack together."""
+        return self.format.out_features  # type: ignore[no-any-return]
+
+    @property
+    def weights(self) -> int:
+        """How many float weights it stands for."""
+        return self.rows * self.format.in_features  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Tensor:
@@ -315,10 +325,8 @@ class Layer(nn.Module):
             if tensor is not None:
                 shape, dtype = self._held(tensor_name, tensor)
             self.check_tensor(name, tensor_name, tensor, shape, dtype)
-        if self.bias is not None and tuple(self.bias.shape) != (self.format.out_features,):
-            raise ValueError(
-                f"{name}.bias must have shape ({self.format.out_features},): got {tuple(self.bias.shape)}"
-            )
+        if self.bias is not None and tuple(self.bias.shape) != (self.rows,):
+            raise ValueError(f"{name}.bias must have shape ({self.rows},): got {tuple(self.bias.shape)}")
         if self.bias is not None and self.bias.dtype not in (*FLOAT_DTYPES.values(), self.dtype):
             raise ValueError(f"{name}.bias must be float32, float16 or bfloat16: got {self.bias.dtype}")
         if self.device.type != "meta":
@@ -546,6 +554,12 @@ class LayerConfig:
     bias: bool
     dtype: torch.dtype
     extras: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """:attr:`Layer.rows` of the layer."""
+        count = self.extras.get("num_experts")
+        return self.format.out_features if count is None else self.layer_class.stack_rows(self.format, count)  # type: ignore[attr-defined]
 
     @classmethod
     def of(cls, layer: Layer) -> LayerConfig:

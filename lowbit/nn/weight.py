@@ -51,7 +51,7 @@ class LazyWeight(Tensor):
         known = _shown.get(key)
         if known is not None and _identity(known.layer) == key:
             return known
-        n, k, experts = layer.format.out_features, layer.format.in_features, getattr(layer, "num_experts", None)
+        n, k, experts = layer.rows, layer.format.in_features, getattr(layer, "num_experts", None)
         shape = (n, k) if experts is None else (experts, n // experts, k)
         weight: LazyWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=layer.dtype, device=layer.device

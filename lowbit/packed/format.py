@@ -9,8 +9,8 @@ Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary i
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -219,6 +219,9 @@ class PackedFormat(Format):
     def scale_shape(self) -> tuple[int, int]:
         """``[N, G]``, or ``[1, 1]`` per tensor."""
         return (1, 1) if self.granularity == "tensor" else (self.out_features, self.groups)
+
+    def stacked(self, count: int) -> Any:
+        return replace(self, out_features=count * self.out_features, outliers=count * self.outliers)
 
     def weight_tensors(self) -> dict[str, TensorSpec]:
         scale_dtype = FLOAT_DTYPES[self.scale_dtype]

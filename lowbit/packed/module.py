@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.embedding import EmbeddingLayer
-from lowbit.nn.experts import ExpertsLayer
+from lowbit.nn.experts import CodedExperts
 from lowbit.nn.linear import LinearLayer
 from lowbit.nn.validate import require_finite, require_outliers, require_x_scale, require_zeros
 from lowbit.packed.format import PackedFormat
@@ -50,6 +50,6 @@ class PackedEmbedding(PackedLayer, EmbeddingLayer):
     """``y = W[ids] * output_scale`` with the ``W`` of :class:`PackedLinear`."""
 
 
-class PackedExperts(PackedLayer, ExpertsLayer):
+class PackedExperts(CodedExperts, PackedLayer):
     """``y[i] = x[i // r] @ W[ids[i]].T``, each expert's ``W`` as that of :class:`PackedLinear`: its rows of a weight
     ``[E*N, K]``."""

@@ -94,6 +94,17 @@ class Trained21(nn.Module):
         return self.head(torch.tanh(self.codes(self.embed(ids))))
 
 
+def mixtral22():
+    """What version 2.2 added: stacks of experts, of every family."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=8,
+        )
+    ).eval()  # fmt: skip
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -123,12 +134,19 @@ GROUPS12 = {
 }
 LLAMA20 = {"model": Packed(bits=4, group_size=16), "*.down_proj": Codebook(bits=3), "*.o_proj": Kronecker()}
 TRAINED21 = {"embed": Codebook(bits=4), "codes": Packed(bits=4, group_size=16, outliers=0.02)}
+MIXTRAL22 = {
+    "*.experts.gate_up_proj": Packed(bits=4, group_size=8, outliers=0.02),
+    "*.experts.down_proj": Codebook(bits=3),
+    "*.layers.1.*.experts.down_proj": Kronecker(factors=Packed(bits=8, group_size=4)),
+    "lm_head": Packed(bits=8),
+}
 VERSIONS = {
     "1.0": (Packed10, PACKED10),
     "1.1": (Families11, FAMILIES11),
     "1.2": (Groups12, GROUPS12),
     "2.0": (llama20, LLAMA20),
     "2.1": (Trained21, TRAINED21),
+    "2.2": (mixtral22, MIXTRAL22),
 }
 
 
@@ -147,7 +165,6 @@ def write(folder: Path) -> None:
     torch.manual_seed(0)
     make, specs = VERSIONS[FORMAT_VERSION]
     model = lowbit.convert(make(), specs, calibration=[IDS])
-    lowbit.make_trainable(model, "codebook", "outlier_values")
     lowbit.save(model, folder / "model")
     save_file({name: t.contiguous() for name, t in values(model).items()}, folder / "expected.safetensors")
 
@@ -192,6 +209,14 @@ def test_what_version_21_added_is_trained():
         "embed.codebook", "codes.outlier_values", "codes.bias",
     }  # fmt: skip
     assert model.head.codebook is model.embed.codebook
+
+
+def test_what_version_22_added_is_experts():
+    folder = FIXTURES / "format-2.2"
+    model = lowbit.load(folder / "model", model=model_of(folder))
+    assert [type(layer).__name__ for layer in layers(model).values()] == [
+        "PackedExperts", "CodebookExperts", "PackedExperts", "KroneckerExperts", "PackedLinear",
+    ]  # fmt: skip
 
 
 def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():

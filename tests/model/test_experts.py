@@ -52,11 +52,18 @@ def rows(report):
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])
-@pytest.mark.parametrize("spec", [SPEC, Codebook(bits=3), Packed(bits=3, group_size=16, outliers=0.01)], ids=str)
+@pytest.mark.parametrize("spec", [
+    SPEC, Codebook(bits=3), Packed(bits=3, group_size=16, outliers=0.01), Kronecker(),
+    Kronecker(rank=2, factors=Packed(bits=8, group_size=4)),
+], ids=str)  # fmt: skip
 def test_the_model_is_that_of_the_dequantized_experts(make, spec):
     model = lowbit.convert(make(), {"*experts*": spec})
     made = model.model.layers[0].mlp.experts
     assert type(made.gate_up_proj).__name__ == f"{type(spec).__name__}Experts"
+    predicted = lowbit.convert(make(), {"*experts*": spec}, dry_run=True)
+    assert [(row.scheme, row.bytes_after, row.weights) for row in predicted.rows] == [
+        (row.scheme, row.bytes_after, row.weights) for row in lowbit.report(model).rows
+    ]
     y, plain = logits(model), lowbit.dequantize(copy.deepcopy(model))
     experts = plain.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, nn.Parameter) and type(experts) is type(make().model.layers[0].mlp.experts)
@@ -127,11 +134,6 @@ def test_one_expert_alone_has_no_format_of_its_own():
         lowbit.convert(mixtral(), {"*": SPEC, "*.experts.down_proj.3": Packed(bits=8)})
 
 
-def test_a_family_without_stacks_says_so():
-    model = lowbit.convert(mixtral(), Kronecker())
-    assert model.lowbit_skipped[UP] == "family 'kron' has no form for a stack of experts"
-
-
 def test_other_models_with_the_same_config_stay_float():
     model = mixtral()
     twin = transformers.MixtralForCausalLM(model.config).eval()
@@ -180,8 +182,9 @@ def test_experts_that_are_elsewhere_add_nothing():
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])
-def test_folders(make, tmp_path):
-    model = lowbit.convert(make(), SPEC)
+@pytest.mark.parametrize("spec", [SPEC, Kronecker(rank=2)], ids=str)
+def test_folders(make, spec, tmp_path):
+    model = lowbit.convert(make(), spec)
     y = logits(model)
     lowbit.save(model, tmp_path / "a")
     model.save_pretrained(tmp_path / "b", max_shard_size="20KB")
@@ -189,6 +192,7 @@ def test_folders(make, tmp_path):
         for loaded in (lowbit.load(folder), type(model).from_pretrained(folder)):
             assert torch.equal(logits(loaded.eval()), y)
             assert rows(lowbit.report(loaded)).keys() == rows(lowbit.report(model)).keys()
+            assert lowbit.report(loaded).total_after == lowbit.report(model).total_after
 
 
 MODELS = {
