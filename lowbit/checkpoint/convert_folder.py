@@ -24,39 +24,46 @@ from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
 from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
-from lowbit.model.plan import Swap, all_finite, check_arguments, make_plan, problem_of
+from lowbit.model.plan import Plan, Swap, all_finite, check_arguments, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+# weights, and what says that they are in a foreign format
+_LEFT_BEHIND = (
+    *foreign.OWN_FILES,
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json",
+)  # fmt: skip
 
 
 def convert_folder(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    spec: Any,
+    spec: Any = None,
     *,
     skip: Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
 ) -> None:
-    """Convert the float transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
+    """Convert the transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
+
+    ``src`` holds a float model, or one in a quantized format that docs/interoperability.md lists: of that, the layers
+    in the format are kept as they are stored, bit for bit.
 
     One layer at a time is read, quantized and dropped, so that memory stays near the size of the result. The
     tokenizer and other small files are copied. ``dst`` appears only when everything went well.
 
     Args:
-        src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype.
+        src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype or such a format.
         dst: a folder that does not exist yet, or is empty.
         spec, skip, calibration, loss: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
             models whose files do not map one to one to their modules, the whole float model is loaded
-            instead.
+            instead. ``None`` is for folders in a quantized format alone: the float layers in it then stay float.
 
     Raises:
         FileNotFoundError, FileExistsError: ``src`` is not a model folder; ``dst`` is not empty.
-        ValueError: as :func:`lowbit.convert`; for a malformed checkpoint; and naming format, file and layer for a
-            model that another library quantized, or that is packed already.
+        ValueError: as :func:`lowbit.convert`; for a malformed checkpoint, naming file, tensor and field; naming
+            format, file and layer for a model in a quantized format that is not read; for one that is packed already.
         TypeError: for what is no spec.
     """
     skip = check_arguments(spec, skip)
@@ -65,16 +72,15 @@ def convert_folder(
         raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")
     if is_packed(src):
         raise ValueError(f"{src} is a lowbit folder already: lowbit.load reads it, lowbit.dequantize makes it float")
-    declared = foreign.declared(src)
-    importer = None if declared is None else foreign.importers.get(declared.format)
-    if declared is not None and importer is None:
-        raise declared.error()
+    importer = foreign.importer_of(src)
     library = library_of(src)
     if library is None:
         raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} must not exist, or be an empty folder")
     model = None
+    if importer is not None and (calibration is not None or loss is not None):
+        raise ValueError(f"calibration and loss need a float model: {src} is in a quantized format")
     if importer is not None:
         model = importer(src, spec, skip)
     elif calibration is None and loss is None:
@@ -97,7 +103,7 @@ def convert_folder(
 
 def _copy_small_files(src: Path, dst: Path) -> None:
     for file in sorted(src.iterdir()):
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHT_SUFFIXES):
+        if file.is_file() and file.name != "config.json" and not file.name.endswith(_LEFT_BEHIND):
             shutil.copyfile(file, dst / file.name)
 
 
@@ -109,14 +115,20 @@ def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[st
     folder = library.open_float(src, checkpoint)
     if folder is None:
         return None
-    model, names = folder.model, folder.names
+    model = folder.model
     plan = make_plan(model, spec, skip)
     if any(s.spec is None or (s.kind != "embedding" and s.spec.needs_calibration) for s in plan.swaps()):
         return None
-    stream.check_shapes(model, checkpoint, names)
+    stream.check_shapes(model, checkpoint, folder.names)
+    return fill_converted(folder, plan, checkpoint)
+
+
+def fill_converted(folder: FloatFolder, plan: Plan, checkpoint: Checkpoint) -> nn.Module:
+    """Read, quantize and swap in what the plan says, then read the other tensors of the model."""
+    model, names = folder.model, folder.names
     for group in tqdm(plan.groups, desc="lowbit convert", unit="layer", disable=None):
         _convert_group(folder, group, checkpoint)
-        _return_freed_memory()
+        return_freed_memory()
     model.lowbit_skipped = plan.skipped  # type: ignore[assignment]
     folder.retie()
     state = model.state_dict()
@@ -133,7 +145,7 @@ def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[st
     return finished
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     # glibc keeps freed blocks of up to 32 MB in a heap that fragments: without this, converting 1.1B weights to
     # 4 bits ends with 2.5 GB resident instead of 1.1 GB
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -1,7 +1,7 @@
 """Folders in a quantized format of another library: told by their config files and headers, before a weight is read.
 
-Reading such a folder as a float one would give garbage: its scales belong to no module of the float model. Until an
-importer is registered for a format, a folder in it is refused.
+Reading such a folder as a float one would give garbage: its scales belong to no module of the float model. A folder in
+a format that has no importer (:mod:`lowbit.checkpoint.importers`) is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowbit.core.foreign import sign_of as sign_of
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Where libraries other than transformers say how they quantized: the file, and the format where it does not name it.
-_OWN_FILES = {
+OWN_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
@@ -58,25 +58,43 @@ class Foreign:
 
 Importer = Callable[[Path, Any, Any], nn.Module]
 # Format -> a function of folder, spec and skip that gives the packed model: what is stored as it is, the rest by the
-# spec. Empty: no format is read yet.
+# spec; with None for a spec, what is stored as floats stays so. lowbit.model.foreign.IMPORTED has the package's own.
 importers: dict[str, Importer] = {}
 
 
 def declared(folder: Path) -> Foreign | None:
     """The foreign format that a config file of ``folder`` names, or that its only weights are in."""
-    config = folder / "config.json"
-    if config.is_file():
-        for section in sections(read_json(config)):
-            if section.get("quant_method") != "lowbit":
-                return _foreign(section, config, "unknown")
-    for name, format in _OWN_FILES.items():
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            return _foreign({**content, **content.get("quantization", {})}, folder / name, format)
+    for section, file, default in named_sections(folder):
+        return _foreign(section, file, default)
     files = sorted(folder.glob("*.gguf"))
     if files and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)) and not _pickles(folder):
         return Foreign("gguf", files[0])
     return None
+
+
+def named_sections(folder: Path) -> Iterator[tuple[dict[str, Any], Path, str]]:
+    """What the config files of ``folder`` say of a foreign format, the files, and the format where none is named."""
+    config = folder / "config.json"
+    if config.is_file():
+        for section in sections(read_json(config)):
+            if section.get("quant_method") != "lowbit":
+                yield section, config, "unknown"
+    for name, format in OWN_FILES.items():
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            nested = content.get("quantization")
+            yield {**content, **(nested if isinstance(nested, dict) else {})}, folder / name, format
+
+
+def importer_of(folder: Path) -> Importer | None:
+    """What reads the format that ``folder`` declares; ``None`` where it declares none.
+
+    Raises ``ValueError`` for a format that is not read.
+    """
+    found = declared(folder)
+    if found is not None and found.format not in importers:
+        raise found.error()
+    return None if found is None else importers[found.format]
 
 
 def _foreign(section: dict[str, Any], file: Path, default: str) -> Foreign:

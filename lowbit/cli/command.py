@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lowbit
+from lowbit.checkpoint import foreign
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
@@ -142,10 +143,16 @@ def calibration_batches(folder: Path, text: Path) -> list[dict[str, Tensor]]:
     ]  # fmt: skip
 
 
+def _asks_for_a_spec(options: argparse.Namespace) -> bool:
+    return bool(options.spec) or any(getattr(options, name) is not None for name in _PACKED_OPTIONS)
+
+
 def _convert(options: argparse.Namespace) -> None:
-    spec = _specs(options)
+    spec: Spec | dict[str, Spec | None] | None = _specs(options)
     if not options.source.is_dir():
         raise FileNotFoundError(f"SRC must be a folder with a transformers model: {options.source} is not one")
+    if not _asks_for_a_spec(options) and foreign.declared(options.source) is not None:
+        spec = None  # what is in the format is kept as it is, and the rest float
     specs = list(spec.values()) if isinstance(spec, dict) else [spec]
     need = next((each.calibration_need for each in specs if each is not None and each.needs_calibration), None)
     if need is not None and options.calibration_text is None:
@@ -404,9 +411,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"lowbit {lowbit.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    convert = commands.add_parser("convert", help="quantize a transformers folder into a packed one")
+    what = "quantize a transformers folder into a packed one; without a spec, one in GPTQ or AWQ as it is"
+    convert = commands.add_parser("convert", help=what)
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model (safetensors)")
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model, or one in GPTQ or AWQ")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
     convert.add_argument("--spec", action="append", metavar="[PATTERN=]SPEC", help=_SPEC_HELP)
     convert.add_argument("--bits", type=int, help="2 to 8 (default: 4)")

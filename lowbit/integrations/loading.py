@@ -32,13 +32,16 @@ def skeleton(folder: Path) -> Any | None:
 
 def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     """:func:`lowbit.load` for a transformers folder: skeleton, swap, check headers, then stream tensors."""
-    import transformers
     from transformers.modeling_utils import PreTrainedModel
 
     file = folder / "config.json"
-    declared = foreign.declared(folder)
-    if declared is not None:
-        raise declared.error()
+    if (importer := foreign.importer_of(folder)) is not None:
+        if model is not None:
+            raise ValueError(
+                f"{folder} is in a quantized format of another library: it cannot be loaded into a "
+                f"{type(model).__name__}. Call lowbit.load(folder), which builds the model itself"
+            )
+        return _with_generation(importer(folder, None, ()), folder).to(device)
     description = read_json(file).get("quantization_config")
     if not description:
         raise ValueError(
@@ -70,9 +73,15 @@ def load(folder: Path, model: Any | None, device: torch.device | str) -> Any:
     with stream.unchanged_on_error(model):
         _fill(model, described, checkpoint, device, saved)
     mark(model)
+    return _with_generation(model, folder).eval()
+
+
+def _with_generation(model: Any, folder: Path) -> Any:
+    import transformers
+
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def _fill(
@@ -127,6 +136,7 @@ def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
     model = skeleton(folder)
     if model is None:
         return None
+    _forget_format(model.config)
     found = match(model, checkpoint)
     experts = stacks(model, checkpoint, found)
     if experts is None:
@@ -137,6 +147,15 @@ def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
         if key is not None:
             found.names[target] = found.names[source] = key
     return FloatFolder(model, found.names, experts)
+
+
+def _forget_format(config: Any) -> None:
+    """Take away what a config, or one inside, says of a format that its folder was in: the model is not in it."""
+    for name in ("quantization_config", "compression_config"):
+        config.__dict__.pop(name, None)
+    for inner in list(config.__dict__.values()):
+        if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
+            _forget_format(inner)
 
 
 class FloatFolder(libraries.FloatFolder):

@@ -284,7 +284,7 @@ def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
             raise ValueError(
                 f"{entries[key].file}: tensor {key!r} ({_dtype(entries[key])}) of layer "
                 f"{owner.removesuffix('.weight')!r} belongs to no module of {cls}: the folder is not a plain float "
-                f"model{kind}. lowbit does not read other quantized formats: give the float model"
+                f"model{kind}. lowbit reads quantized formats only where config.json names them: give the float model"
             )
         left_out.append(key)
     for name, keys in [*((name, [key]) for name, key in found.names.items()), *found.transformed.items()]:
@@ -292,7 +292,8 @@ def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
             if state[name].is_floating_point() and entries[key].dtype not in foreign.FLOATS:
                 raise ValueError(
                     f"{entries[key].file}: tensor {key!r} is stored as {_dtype(entries[key])}: {cls} has a float "
-                    "tensor there. lowbit does not read quantized formats of other libraries: give the float model"
+                    "tensor there. lowbit reads quantized formats only where config.json names them: give the float "
+                    "model"
                 )
     if left_out:
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""

@@ -102,8 +102,6 @@ FORMATS = {
     "compressed-tensors": (fp8, {"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
     "compressed-tensors-int4": (packed_tensors, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, ""),
     "fp8-blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4}, "4 bits"),
-    "awq": (gptq, {"quant_method": "awq", "version": "gemm", "bits": 4}, "gemm"),
     "auto-round": (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "auto-round"),
     "bitnet": (bitnet, {"quant_method": "bitnet"}, "bitnet"),
     "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),

@@ -1,0 +1,14 @@
+"""Readers of folders in other libraries' quantized formats: what is stored stays as it is, bit for bit.
+
+One file per format. ``folder.py`` is what they share: a folder is opened as the float model that it stands for, each
+layer is read, packed and forgotten, and the other tensors follow.
+"""
+
+from functools import partial
+
+from lowbit.checkpoint import foreign
+from lowbit.checkpoint.importers.awq import Awq
+from lowbit.checkpoint.importers.folder import read_folder
+from lowbit.checkpoint.importers.gptq import Gptq
+
+foreign.importers.update({reader.format: partial(read_folder, reader) for reader in (Gptq, Awq)})

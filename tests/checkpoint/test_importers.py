@@ -1,0 +1,520 @@
+"""Folders in GPTQ and AWQ: what is stored is kept bit for bit, and what is not as the format says is refused.
+
+fixtures/foreign/ holds folders that GPTQModel wrote, with its own dequantized weights. The decoders and packers here
+are loops over one integer per row, and know nothing of lowbit.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lowbit
+from lowbit.checkpoint import foreign
+from lowbit.cli.command import main
+from lowbit.model.foreign import IMPORTED
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
+NAMES = sorted(folder.parent.name for folder in FIXTURES.glob("*/model"))
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+UP = "model.layers.0.mlp.up_proj"
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+CONFIG = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+              head_dim=20, vocab_size=48)  # fmt: skip
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+# ------------------------------------------------------------------------------------------- the formats, as loops
+
+
+def fields(words, bits, count):
+    """The first ``count`` fields of a list of 32-bit words."""
+    stream = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+    return [(stream >> (bits * i)) & (2**bits - 1) for i in range(count)]
+
+
+def words_of(values, bits):
+    """The inverse, as signed integers."""
+    stream = sum(value << (bits * i) for i, value in enumerate(values))
+    found = [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(-(-len(values) * bits // 32))]
+    return [word - 2**32 if word >= 2**31 else word for word in found]
+
+
+def weight_of(codes, zeros, scales, size):
+    """``(code - zero) * scale`` in float32, of lists [N][K] and [G][N], and scales [G, N]."""
+    scales = scales.float()
+    rows = [[float(code - zeros[k // size][n]) for k, code in enumerate(row)] for n, row in enumerate(codes)]
+    factors = torch.stack([scales[k // size] for k in range(len(codes[0]))], 1)
+    return torch.tensor(rows) * factors
+
+
+def gptq_weight(t, bits, size, zero_of):
+    k, n = len(t["g_idx"]), t["scales"].shape[1]
+    size = k if size == -1 else size
+    codes = [fields(column, bits, k) for column in t["qweight"].t().tolist()]
+    return weight_of(codes, [zero_of(row, n) for row in t["qzeros"].tolist()], t["scales"], size)
+
+
+def awq_weight(t, size):
+    def by_row(words):
+        return [fields([words[n // 8]], 4, 8)[AWQ_ORDER.index(n % 8)] for n in range(8 * len(words))]
+
+    columns = [by_row(words) for words in t["qweight"].tolist()]
+    codes = [list(row) for row in zip(*columns, strict=True)]
+    return weight_of(codes, [by_row(words) for words in t["qzeros"].tolist()], t["scales"], size)
+
+
+def v2(bits):
+    return lambda words, n: fields(words, bits, n)
+
+
+def v1(bits):
+    return lambda words, n: [field + 1 for field in fields(words, bits, n)]
+
+
+def v1_of_gptqmodel(bits):
+    """Whole words of ones were subtracted; at 3 bits one from each field."""
+    if bits == 3:
+        return lambda words, n: [(field + 1) % 8 for field in fields(words, 3, n)]
+    ones = sum(1 << i for i in range(0, 32, bits))
+    return lambda words, n: fields([(word + ones) & 0xFFFFFFFF for word in words], bits, n)
+
+
+# --------------------------------------------------------------------------------------------- what GPTQModel wrote
+
+
+def parts(tensors, layer):
+    return {leaf: tensors[f"{layer}.{leaf}"] for leaf in LEAVES if f"{layer}.{leaf}" in tensors}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_gptqmodel_wrote(name, tmp_path):
+    source = FIXTURES / name / "model"
+    model, tensors = lowbit.load(source), load_file(source / "model.safetensors")
+    section = json.loads((source / "config.json").read_text())["quantization_config"]
+    bits, size = section["bits"], section["group_size"]
+    for layer, expected in load_file(FIXTURES / name / "expected.safetensors").items():
+        found = model.get_submodule(layer).dequantize(torch.float32)
+        assert torch.equal(found, expected)
+        if name.startswith("awq"):
+            mine = awq_weight(parts(tensors, layer), size)
+        else:
+            zero_of = v2(bits) if "v2" in name else v1_of_gptqmodel(bits)
+            mine = gptq_weight(parts(tensors, layer), bits, size, zero_of)
+        assert torch.equal(found, mine)
+    packed = [n for n, module in model.named_modules() if isinstance(module, lowbit.PackedLinear)]
+    assert len(packed) == 7
+    assert all(torch.equal(tensors[n], t) for n, t in model.state_dict().items() if "proj" not in n)
+    lowbit.convert_folder(source, tmp_path / "packed")
+    again = lowbit.load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and model(IDS).logits.dtype == torch.float16
+    auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(auto(IDS).logits, model(IDS).logits)
+
+
+def test_the_package_reads_what_it_says():
+    assert sorted(foreign.importers) == sorted(IMPORTED)
+    assert len(NAMES) == 7
+
+
+# ------------------------------------------------------------------------------------------ folders that are made here
+
+
+def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1):
+    """Random tensors of one layer, and the weight that they are."""
+    size = k if size == -1 else size
+    groups, top = -(-k // size), 2**bits - 1
+    codes = torch.randint(0, top + 1, (n, k)).tolist()
+    zeros = torch.randint(1, top + 1, (groups, n)).tolist() if zero is None else [[zero] * n] * groups
+    scales = (torch.rand(groups, n) / 8 + 0.01).half()
+    if awq:
+        def pack(values):
+            return [words_of([values[j + i] for i in AWQ_ORDER], 4)[0] for j in range(0, len(values), 8)]
+
+        columns = [pack([row[j] for row in codes]) for j in range(k)]
+        stored = {"qweight": columns, "qzeros": [pack(row) for row in zeros]}
+    else:
+        rows = [words_of(row, bits) for row in codes]
+        stored = {"qweight": list(map(list, zip(*rows, strict=True))),
+                  "qzeros": [words_of([z - minus for z in row], bits) for row in zeros],
+                  "g_idx": [j // size for j in range(k)]}  # fmt: skip
+    made = {name: torch.tensor(values, dtype=torch.int32) for name, values in stored.items()}
+    return {**made, "scales": scales}, weight_of(codes, zeros, scales, size)
+
+
+def folder_of(path, section, make, config=None, only="proj"):
+    """A tiny Llama in ``path``, the layers that ``only`` names made by ``make(n, k)``; and their weights."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG, **(config or {})))
+    model.save_pretrained(path)
+    expected = {}
+
+    def change(tensors):
+        for layer in [n.removesuffix(".weight") for n in tensors if only in n and n.endswith(".weight")]:
+            made, expected[layer] = make(*tensors.pop(f"{layer}.weight").shape)
+            tensors.update({f"{layer}.{leaf}": tensor for leaf, tensor in made.items()})
+
+    rewrite(path, change)
+    configure(path, quantization_config=section)
+    return expected
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def configure(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def equal(model, expected):
+    found = {name: model.get_submodule(name).dequantize(torch.float32) for name in expected}
+    return bool(expected) and all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def gptq_section(bits=4, size=16, **more):
+    return {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": False, **more}
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "more"),
+    [
+        (2, 16, {}), (3, 24, {"checkpoint_format": "gptq_v2"}), (4, -1, {"format": "gptq"}), (8, 1000, {}),
+        (4, 1, {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}),
+    ],
+)  # fmt: skip
+def test_sizes_that_fill_no_words(bits, size, more, tmp_path):
+    """K = 40 and 56 leave words and groups unfinished; a group size above K is one group."""
+    minus = 0 if "gptq_v2" in more.values() else 1
+    real = -1 if size == 1000 else size
+    expected = folder_of(tmp_path, gptq_section(bits, size, **more),
+                         lambda n, k: layer_tensors(n, k, bits, real, minus=minus))  # fmt: skip
+    rewrite(tmp_path, lambda tensors: tensors.pop(f"{UP}.g_idx"))
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    formats = {model.get_submodule(name).format.zeros for name in expected}
+    assert formats == {"int"}
+
+
+@pytest.mark.parametrize("size", [8, 40, -1])
+def test_awq(size, tmp_path):
+    section = {"quant_method": "awq", "w_bit": 4, "q_group_size": size, "zero_point": True, "version": "GEMM"}
+    expected = folder_of(tmp_path, section, lambda n, k: layer_tensors(n, k, 4, size, awq=True))
+    assert equal(lowbit.load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_v1_zeros_of_two_to_the_bits(bits, tmp_path):
+    """A stored field of ``2**b - 1`` is a zero of ``2**b``: not 0, and nothing runs over into the next field."""
+
+    def make(n, k):
+        made, _ = layer_tensors(n, k, bits, 8)
+        zeros = torch.randint(0, 2**bits, (-(-k // 8), n)).tolist()
+        zeros[0][:4] = [2**bits - 1, 0, 2**bits - 1, 2**bits - 1]
+        made["qzeros"] = torch.tensor([words_of(row, bits) for row in zeros], dtype=torch.int32)
+        return made, gptq_weight(made, bits, 8, v1(bits))
+
+    expected = folder_of(tmp_path, gptq_section(bits, 8), make, only="up_proj")
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    layer = model.get_submodule(UP)
+    assert layer.zeros.max() == 2**bits and layer.zeros.dtype == torch.float16
+    assert f"read as {2**bits}" in layer.note
+
+
+def test_zeros_in_the_middle_are_symmetric(tmp_path):
+    expected = folder_of(tmp_path, gptq_section(3), lambda n, k: layer_tensors(n, k, 3, 16, zero=4), only="up_proj")
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected) and model.get_submodule(UP).zeros is None
+
+
+def test_layers_of_their_own_sizes(tmp_path):
+    """GPTQModel's ``dynamic``: the first pattern that matches counts; one with a minus was not quantized."""
+    sizes = {"up_proj": (8, 8), "down_proj": (3, -1)}
+    dynamic = {
+        r"+:.*\.up_proj": {"bits": 8, "group_size": 8}, r"-:.*gate.*": {}, ".*down": {"bits": 3, "group_size": -1},
+        ".*up.*": {"bits": 2},
+    }  # fmt: skip
+    for layer, (bits, size) in sizes.items():
+        folder = tmp_path / layer
+        expected = folder_of(folder, gptq_section(dynamic=dynamic),
+                             lambda n, k, b=bits, s=size: layer_tensors(n, k, b, s), only=layer)  # fmt: skip
+        assert equal(lowbit.load(folder), expected)
+
+
+def test_a_quantized_head_and_a_bias(tmp_path):
+    config = {"attention_bias": True, "mlp_bias": False}
+    section = gptq_section(lm_head=True)
+    expected = folder_of(tmp_path, section, lambda n, k: layer_tensors(n, k, 4, 16), config, only="lm_head")
+    assert equal(lowbit.load(tmp_path), expected)
+    query = "model.layers.0.self_attn.q_proj"
+    shutil.rmtree(tmp_path)
+    expected = folder_of(tmp_path, gptq_section(), lambda n, k: layer_tensors(n, k, 4, 16), config)
+    bias = torch.randn(40)
+    rewrite(tmp_path, lambda t: t.update({f"{query}.bias": bias, f"{UP}.bias": torch.zeros(56)}))
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected) and torch.equal(model.get_submodule(query).bias, bias)
+    assert model.get_submodule(UP).bias is None  # some writers store zeros where there is none
+    rewrite(tmp_path, lambda t: t.update({f"{UP}.bias": torch.ones(56)}))
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor '.*up_proj\.bias': must be zero"):
+        lowbit.load(tmp_path)
+    rewrite(tmp_path, lambda t: (t.pop(f"{UP}.bias"), t.pop(f"{query}.bias")))
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor '.*q_proj\.bias' is missing"):
+        lowbit.load(tmp_path)
+
+
+def test_a_transposed_module(tmp_path):
+    """GPT-2's Conv1D keeps its weight as [K, N]; the format does not."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=40, n_positions=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    name, expected = "transformer.h.0.attn.c_attn", {}
+
+    def change(tensors):
+        k, n = tensors.pop(f"{name}.weight").shape
+        made, expected[name] = layer_tensors(n, k, 4, 16)
+        tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in made.items()})
+
+    rewrite(tmp_path, change)
+    configure(tmp_path, quantization_config=gptq_section())
+    model = lowbit.load(tmp_path)
+    assert expected[name].shape == (96, 32) and equal(model, expected)
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+# ------------------------------------------------------------------------------------------------ the ways in
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gptq") / "model"
+    section = gptq_section()
+    expected = folder_of(folder, section, lambda n, k: layer_tensors(n, k, 4, 16))
+    (folder / "quantize_config.json").write_text(json.dumps(section))
+    return folder, expected
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written[0], tmp_path / "model")
+
+
+def test_the_rest_by_a_spec(written, tmp_path):
+    source, expected = written
+    lowbit.convert_folder(source, tmp_path / "packed", lowbit.Packed(bits=8), skip=["lm_head"])
+    model = lowbit.load(tmp_path / "packed")
+    assert equal(model, expected) and isinstance(model.model.embed_tokens, lowbit.PackedEmbedding)
+    assert type(model.lm_head) is nn.Linear
+    files = sorted(f.name for f in (tmp_path / "packed").iterdir())
+    assert files == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_the_command(written, tmp_path, capsys):
+    source, expected = written
+    assert main(["convert", str(source), str(tmp_path / "plain")]) == 0
+    assert "4-bit group 16 asymmetric" in capsys.readouterr().out
+    model = lowbit.load(tmp_path / "plain")
+    assert equal(model, expected) and type(model.lm_head) is nn.Linear
+    assert main(["convert", str(source), str(tmp_path / "all"), "--bits", "8"]) == 0
+    assert isinstance(lowbit.load(tmp_path / "all").lm_head, lowbit.PackedLinear)
+
+
+def test_a_config_file_of_its_own(folder, written):
+    configure(folder, quantization_config={})  # AutoGPTQ's own file says it
+    assert equal(lowbit.load(folder), written[1])
+
+
+def test_what_only_float_folders_take(folder, tmp_path):
+    target = tmp_path / "packed"
+    with pytest.raises(ValueError, match="calibration and loss need a float model"):
+        lowbit.convert_folder(folder, target, lowbit.Packed(), calibration=[IDS])
+    with pytest.raises(ValueError, match=r"lm_head: quantizer='gptq' needs calibration data"):
+        lowbit.convert_folder(folder, target, lowbit.Packed(quantizer="gptq"))
+    with pytest.raises(ValueError, match="skip leaves layers float"):
+        lowbit.convert_folder(folder, target, skip=["lm_head"])
+    with pytest.raises(ValueError, match="skip pattern '.*up_proj' matches no layer"):
+        lowbit.convert_folder(folder, target, lowbit.Packed(), skip=["*.up_proj"])
+    with pytest.raises(ValueError, match="cannot be loaded into a Linear"):
+        lowbit.load(folder, nn.Linear(2, 2))
+    plain = tmp_path / "plain"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(plain)
+    with pytest.raises(ValueError, match="nothing to convert: no module of the model was trained quantized"):
+        lowbit.convert_folder(plain, target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("method", IMPORTED)
+def test_a_loaded_model_is_refused_with_the_remedy(method):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    model.model.layers[0].mlp.up_proj.register_buffer("qweight", torch.zeros(5, 56, dtype=torch.int32))
+    model.config.quantization_config = {"quant_method": method}
+    model.config._is_quantized = True
+    with pytest.raises(ValueError, match=r"up_proj: quantized by another library.*lowbit\.convert_folder\(src, dst\)"):
+        lowbit.convert(model, lowbit.Packed())
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def refused(folder, *words):
+    """By both ways in, with these words, and nothing is written."""
+    for way in (lowbit.load, lambda source: lowbit.convert_folder(source, folder.parent / "packed")):
+        with pytest.raises(ValueError) as caught:
+            way(folder)
+        for word in words:
+            assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def put(leaf, value):
+    return lambda tensors: tensors.update({f"{UP}.{leaf}": value(tensors[f"{UP}.{leaf}"])})
+
+
+def swapped(index):
+    return torch.cat([index[20:], index[:20]])
+
+
+CHANGES = {
+    "qweight of other bits": (put("qweight", lambda t: torch.cat([t, t])),
+                              ("qweight", "shape must be (5, 56)", "bits=4")),
+    "qweight transposed": (put("qweight", lambda t: t.t()), ("qweight", "got (56, 5)")),
+    "qweight flat": (put("qweight", lambda t: t.flatten()), ("qweight", "2 sizes")),
+    "qweight in int64": (put("qweight", lambda t: t.long()), ("qweight", "dtype must be torch.int32: got torch.int64")),
+    "qzeros of one group": (put("qzeros", lambda t: t[:1]), ("qzeros", "shape must be (3, 7)", "group_size=16")),
+    "qzeros in float": (put("qzeros", lambda t: t.float()), ("qzeros", "dtype")),
+    "scales transposed": (put("scales", lambda t: t.t()), ("scales", "shape must be (3, 56)")),
+    "scales in int": (put("scales", lambda t: t.int()), ("scales", "dtype")),
+    "scales of NaN": (put("scales", lambda t: t / 0 * 0), (UP, "scales must be finite")),
+    "g_idx too long": (put("g_idx", lambda t: torch.cat([t, t])), ("g_idx", "shape must be (40,)")),
+    "g_idx too large": (put("g_idx", lambda t: t + 1), ("g_idx", "values must be in [0, 3): got values in [1, 3]")),
+    "g_idx negative": (put("g_idx", lambda t: t - 1), ("g_idx", "got values in [-1, 1]")),
+    "act-order": (put("g_idx", swapped), ("g_idx", repr(UP), "act-order, desc_act=False", "float model")),
+    "g_idx of zeros": (put("g_idx", torch.zeros_like), ("g_idx", repr(UP), "act-order")),
+    "no scales": (lambda t: t.pop(f"{UP}.scales"), (f"'{UP}.scales' is missing",)),
+    "no qzeros": (lambda t: t.pop(f"{UP}.qzeros"), (f"'{UP}.qzeros' is missing",)),
+    "no qweight": (lambda t: t.pop(f"{UP}.qweight"), (f"'{UP}.qweight' is missing",)),
+    "nothing of a layer": (lambda t: [t.pop(f"{UP}.{leaf}") for leaf in LEAVES], (f"{UP}",)),
+    "scales alone": (lambda t: [t.pop(f"{UP}.{leaf}") for leaf in LEAVES if leaf != "scales"], (f"{UP}.scales",)),
+    "a weight, too": (lambda t: t.update({f"{UP}.weight": torch.ones(56, 40)}), (f"'{UP}.weight'", "beside its codes")),
+    "a tensor more": (lambda t: t.update({f"{UP}.input_scale": torch.ones(1)}), (f"'{UP}.input_scale'",)),
+    "no norm": (lambda t: t.pop("model.norm.weight"), ("model.norm.weight",)),
+    "a short norm": (lambda t: t.update({"model.norm.weight": torch.ones(3)}), ("model.norm.weight", "shape")),
+    "a layer of no module": (lambda t: t.update({n.replace("layers.0", "layers.7"): x for n, x in list(t.items())
+                                                 if UP in n}), ("layers.7.mlp.up_proj", "no linear layer")),
+    "an embedding": (lambda t: t.update({f"model.embed_tokens.{leaf}": t[f"{UP}.{leaf}"] for leaf in LEAVES})
+                     or t.pop("model.embed_tokens.weight"), ("model.embed_tokens", "no linear layer")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_malformed_tensors(name, folder):
+    change, words = CHANGES[name]
+    rewrite(folder, change)
+    refused(folder, *words)
+
+
+CONFIGS = {
+    "no bits": ({"bits": None}, ("bits must be 2, 3, 4 or 8: got None",)),
+    "5 bits": ({"bits": 5}, ("bits must be 2, 3, 4 or 8: got 5",)),
+    "bits of another width": ({"bits": 8}, ("qweight", "shape must be (14, 40)", "bits=8")),
+    "bits as text": ({"bits": "4"}, ("bits must be",)),
+    "group size 0": ({"group_size": 0}, ("group_size must be -1",)),
+    "another group size": ({"group_size": 8}, ("qzeros", "shape must be (7, 5)", "group_size=8")),
+    "planar": ({"format": "gptq_p"}, ("format must be 'gptq' or 'gptq_v2'", "gptq_p")),
+    "marlin": ({"checkpoint_format": "marlin"}, ("checkpoint_format must be", "marlin")),
+    "old marlin": ({"is_marlin_format": True}, ("is_marlin_format",)),
+    "other words": ({"pack_dtype": "int16"}, ("pack_dtype must be", "int16")),
+    "dynamic of texts": ({"dynamic": {"a": 3}}, ("dynamic must map",)),
+    "dynamic of no pattern": ({"dynamic": {"+:*": {"bits": 8}}}, ("dynamic: '+:*' is no pattern",)),
+    "dynamic of 5 bits": ({"dynamic": {".*up": {"bits": 5}}}, ("dynamic: '.*up' must have bits",)),
+    "awq that is none": ({"quant_method": "awq"}, ("g_idx",)),
+    "awq, gemv": ({"quant_method": "awq", "version": "gemv"}, ("version must be 'gemm'", "gemv")),
+    "awq of 8 bits": ({"quant_method": "awq", "bits": 8}, ("bits must be 4: got 8",)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_malformed_configs(name, folder):
+    change, words = CONFIGS[name]
+    section = gptq_section(**change) if "bits" not in change else {**gptq_section(), **change}
+    if "group_size" in change:
+        section = {**gptq_section(), **change}
+    configure(folder, quantization_config=section)
+    refused(folder, str(folder), *words)
+
+
+def test_no_layer_in_the_format(folder, written, tmp_path):
+    shutil.rmtree(folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(folder)
+    configure(folder, quantization_config=gptq_section())
+    refused(folder, "config.json names the format 'gptq', but no tensor")
+
+
+def test_a_tied_head(folder):
+    configure(folder, tie_word_embeddings=True)
+    rewrite(folder, lambda t: (t.update({f"lm_head.{n}": t[f"{UP}.{n}"] for n in LEAVES}), t.pop("lm_head.weight")))
+    refused(folder, "layer 'lm_head'", "tie_word_embeddings")
+
+
+def test_experts_are_refused(tmp_path):
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=61, num_local_experts=2,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+
+    def change(tensors):
+        for layer in [n.removesuffix(".weight") for n in tensors if ".experts." in n]:
+            made, _ = layer_tensors(*tensors.pop(f"{layer}.weight").shape, 4, 16)
+            tensors.update({f"{layer}.{leaf}": tensor for leaf, tensor in made.items()})
+
+    rewrite(folder, change)
+    configure(folder, quantization_config=gptq_section())
+    refused(folder, "experts.0.", "experts and embeddings are not read")
+
+
+# ------------------------------------------------------------------------------------------- the projects' own packers
+
+
+def test_gptqmodels_own_packers(tmp_path):
+    """Random layers, packed by the package where it is installed; the fixtures show the same where it is not."""
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    def make(n, k, cls, bits):
+        scales, zeros = (torch.rand(n, 1) / 8 + 0.01).half().float(), torch.randint(0, 2**bits, (n, 1)).float()
+        linear = nn.Linear(k, n, bias=False)
+        linear.weight.data = (torch.randint(0, 2**bits, (n, k)) - zeros) * scales
+        packed = cls(bits=bits, group_size=k, sym=False, desc_act=False, in_features=k, out_features=n,
+                     pack_dtype=torch.int32, register_buffers=cls is TorchLinear)  # fmt: skip
+        packed.pack(linear, scales, zeros, torch.zeros(k, dtype=torch.int32))
+        leaves = LEAVES if cls is TorchLinear else LEAVES[:3]
+        return {leaf: getattr(packed, leaf) for leaf in leaves}, linear.weight.data
+
+    config = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    for cls, bits in ((TorchLinear, 2), (TorchLinear, 3), (TorchLinear, 4), (TorchLinear, 8), (AwqTorchLinear, 4)):
+        folder = tmp_path / f"{cls.__name__}{bits}"
+        section = gptq_section(bits, -1, checkpoint_format="gptq_v2")
+        if cls is AwqTorchLinear:
+            section = {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"}
+        sizes = {**CONFIG, **config}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "CONFIG", sizes)
+            expected = folder_of(folder, section, lambda n, k, c=cls, b=bits: make(n, k, c, b), only="proj")
+        assert equal(lowbit.load(folder), expected)
+
+
+def test_the_document_names_what_is_read():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "interoperability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "fixtures/foreign/" in line]
+    assert [format for format in IMPORTED if sum(f"(`{format}`)" in row for row in rows) != 1] == []
