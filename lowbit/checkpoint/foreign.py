@@ -48,11 +48,11 @@ class Foreign:
 
     def error(self) -> ValueError:
         """What to tell who gave this folder, with a layer in this format and its file."""
-        example = _example(self.file.parent)
+        layer = example(self.file.parent)
         detail = f" ({self.detail})" if self.detail else ""
         return ValueError(
             f"{self.file}: the model is quantized in the format {self.format!r}{detail}, which lowbit does not read"
-            f"{f': {example}' if example else ''}. Give the float model that it was made from"
+            f"{f': {layer}' if layer else ''}. Give the float model that it was made from"
         )
 
 
@@ -106,7 +106,7 @@ def _foreign(section: dict[str, Any], file: Path, default: str) -> Foreign:
     return Foreign(str(method), file, ", ".join([*details[:2], *([f"{bits} bits"] if isinstance(bits, int) else [])]))
 
 
-def _example(folder: Path) -> str:
+def example(folder: Path) -> str:
     """One layer in the folder that is not stored as floats, and the file it is in."""
     try:
         entries = headers(folder)

@@ -411,10 +411,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"lowbit {lowbit.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    what = "quantize a transformers folder into a packed one; without a spec, one in GPTQ or AWQ as it is"
+    what = "quantize a transformers folder into a packed one; without a spec, one in GPTQ, AWQ, ... as it is"
     convert = commands.add_parser("convert", help=what)
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model, or one in GPTQ or AWQ")
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model, or a foreign one")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
     convert.add_argument("--spec", action="append", metavar="[PATTERN=]SPEC", help=_SPEC_HELP)
     convert.add_argument("--bits", type=int, help="2 to 8 (default: 4)")

@@ -21,7 +21,7 @@ _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16
 _TOGETHER = ({"codes", "codebooks"}, {"indices", "centroids"}, {"scales", "qzeros"}, {"scales", "zeros"})
 _WEIGHT = re.compile(r"(.*_)?(weight|proj|qweight|W_q)(_.*)?")
 # Formats, as configs call them, whose folders are read: lowbit/checkpoint/importers has a file for each.
-IMPORTED = ("gptq", "awq")
+IMPORTED = ("gptq", "awq", "compressed-tensors")
 QUANTIZED = "quantized by another library"  # how the reason starts
 _SIZES = ("in_features", "infeatures", "num_embeddings")
 _OTHERS = ("torch.nn.parameter", "torch.distributed", "torch._subclasses", "torch._tensor", "torch.nn.modules")
@@ -106,7 +106,8 @@ def problem(model: nn.Module, found: dict[str, str], is_read: bool) -> str | Non
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         remedy = "Load the float model, or leave them as they are by skip="
         if method in IMPORTED:
-            remedy = f"lowbit.convert_folder(src, dst) reads the folder as it is. Else: {remedy[0].lower()}{remedy[1:]}"
+            read = "lowbit.convert_folder(src, dst) reads the folder itself, in the forms of docs/interoperability.md"
+            remedy = f"{read}. Else: {remedy[0].lower()}{remedy[1:]}"
         return f"{', '.join(names)}{more}: {sign}{format}. {remedy}"
     if method is not None and not is_read:
         return (

@@ -100,7 +100,6 @@ def bitsandbytes(w):
 # what is done to the float folder, the config that says so, and the words that the error must have
 FORMATS = {
     "compressed-tensors": (fp8, {"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
-    "compressed-tensors-int4": (packed_tensors, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, ""),
     "fp8-blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
     "auto-round": (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "auto-round"),
     "bitnet": (bitnet, {"quant_method": "bitnet"}, "bitnet"),

@@ -1,7 +1,7 @@
-"""Folders in GPTQ and AWQ: what is stored is kept bit for bit, and what is not as the format says is refused.
+"""Folders in foreign formats: what is stored is kept bit for bit, and what is not as the format says is refused.
 
-fixtures/foreign/ holds folders that GPTQModel wrote, with its own dequantized weights. The decoders and packers here
-are loops over one integer per row, and know nothing of lowbit.
+fixtures/foreign/ holds folders that GPTQModel and compressed-tensors packed, with their own dequantized weights. The
+decoders and packers here are loops over one integer per row, and know nothing of lowbit.
 """
 
 import json
@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
 NAMES = sorted(folder.parent.name for folder in FIXTURES.glob("*/model"))
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 UP = "model.layers.0.mlp.up_proj"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 CONFIG = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
@@ -70,6 +71,23 @@ def awq_weight(t, size):
     return weight_of(codes, [by_row(words) for words in t["qzeros"].tolist()], t["scales"], size)
 
 
+def unpacked(words, bits, count, is_dense=True):
+    """The fields of words that are one stream, or of which each begins with a field."""
+    if is_dense:
+        return fields(words, bits, count)
+    return [fields([words[i // (32 // bits)]], bits, 32 // bits)[i % (32 // bits)] for i in range(count)]
+
+
+def packed_weight(t, bits, size, is_dense=True):
+    n, k = t["weight_shape"].tolist()
+    codes = [unpacked(row, bits, k, is_dense) for row in t["weight_packed"].tolist()]
+    scales = t["weight_scale"].reshape(-1, t["weight_scale"].shape[-1]).expand(n, -1).t()
+    zeros = [[2 ** (bits - 1)] * n] * len(scales)
+    if "weight_zero_point" in t:
+        zeros = [unpacked(column, bits, n, is_dense) for column in t["weight_zero_point"].t().tolist()]
+    return weight_of(codes, zeros, scales, k if size == -1 else size)
+
+
 def v2(bits):
     return lambda words, n: fields(words, bits, n)
 
@@ -86,24 +104,29 @@ def v1_of_gptqmodel(bits):
     return lambda words, n: fields([(word + ones) & 0xFFFFFFFF for word in words], bits, n)
 
 
-# --------------------------------------------------------------------------------------------- what GPTQModel wrote
+# -------------------------------------------------------------------------------------------- what others wrote
 
 
 def parts(tensors, layer):
-    return {leaf: tensors[f"{layer}.{leaf}"] for leaf in LEAVES if f"{layer}.{leaf}" in tensors}
+    return {leaf: tensors[f"{layer}.{leaf}"] for leaf in (*LEAVES, *PACKED) if f"{layer}.{leaf}" in tensors}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_gptqmodel_wrote(name, tmp_path):
+def test_what_others_wrote(name, tmp_path):
     source = FIXTURES / name / "model"
     model, tensors = lowbit.load(source), load_file(source / "model.safetensors")
     section = json.loads((source / "config.json").read_text())["quantization_config"]
+    if name.startswith("compressed"):
+        weights = section["config_groups"]["group_0"]["weights"]
+        section = {"bits": weights["num_bits"], "group_size": weights.get("group_size", -1)}
     bits, size = section["bits"], section["group_size"]
     for layer, expected in load_file(FIXTURES / name / "expected.safetensors").items():
         found = model.get_submodule(layer).dequantize(torch.float32)
         assert torch.equal(found, expected)
         if name.startswith("awq"):
             mine = awq_weight(parts(tensors, layer), size)
+        elif name.startswith("compressed"):
+            mine = packed_weight(parts(tensors, layer), bits, size)
         else:
             zero_of = v2(bits) if "v2" in name else v1_of_gptqmodel(bits)
             mine = gptq_weight(parts(tensors, layer), bits, size, zero_of)
@@ -120,7 +143,7 @@ def test_what_gptqmodel_wrote(name, tmp_path):
 
 def test_the_package_reads_what_it_says():
     assert sorted(foreign.importers) == sorted(IMPORTED)
-    assert len(NAMES) == 7
+    assert len(NAMES) == 10
 
 
 # ------------------------------------------------------------------------------------------ folders that are made here
@@ -151,7 +174,7 @@ def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1):
 def folder_of(path, section, make, config=None, only="proj"):
     """A tiny Llama in ``path``, the layers that ``only`` names made by ``make(n, k)``; and their weights."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG, **(config or {})))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **(config or {})}))
     model.save_pretrained(path)
     expected = {}
 
@@ -290,6 +313,178 @@ def test_a_transposed_module(tmp_path):
     assert torch.isfinite(model(IDS).logits).all()
 
 
+def refused(folder, *words):
+    """By both ways in, with these words, and nothing is written."""
+    for way in (lowbit.load, lambda source: lowbit.convert_folder(source, folder.parent / "packed")):
+        with pytest.raises(ValueError) as caught:
+            way(folder)
+        for word in words:
+            assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def put(leaf, value):
+    return lambda tensors: tensors.update({f"{UP}.{leaf}": value(tensors[f"{UP}.{leaf}"])})
+
+
+def swapped(index):
+    return torch.cat([index[20:], index[:20]])
+
+
+# ---------------------------------------------------------------------------------------------- compressed-tensors
+
+
+def group(bits, size=16, strategy="group", symmetric=True, targets=("Linear",), **more):
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size}
+    return {"targets": list(targets), "weights": weights, "input_activations": None, **more}
+
+
+def packed_section(*groups, **more):
+    named = {f"group_{i}": one for i, one in enumerate(groups)}
+    section = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": named}
+    return {**section, "version": "0.20.1", **more}
+
+
+def packed_tensors(n, k, bits, strategy="group", symmetric=True, is_dense=True, size=16):
+    """Random words, of which the loops above say what they are."""
+
+    def width(count):
+        return -(-count * bits // 32) if is_dense else -(-count // (32 // bits))
+
+    def words(*shape):
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+    groups = -(-k // size) if strategy == "group" else 1
+    scales = (torch.rand((1,) if strategy == "tensor" else (n, groups)) / 8).bfloat16()
+    made = {"weight_packed": words(n, width(k)), "weight_scale": scales, "weight_shape": torch.tensor([n, k])}
+    if not symmetric:
+        made["weight_zero_point"] = words(width(n), groups)
+    return made, packed_weight(made, bits, size if strategy == "group" else -1, is_dense)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packed_by_compressed_tensors(bits, tmp_path):
+    """By group, channel and tensor; dense words, and padded ones where they are others."""
+    cases = [("group", True), ("group", False), ("channel", False), ("tensor", True)]
+    for i, (strategy, symmetric) in enumerate(cases):
+        is_dense = i % 2 == 0
+        folder = tmp_path / strategy / str(symmetric)
+        section = packed_section(group(bits, 16, strategy, symmetric), version="0.19.0" if is_dense else "0.17.1")
+        expected = folder_of(folder, section, lambda n, k, s=strategy, y=symmetric, d=is_dense:
+                             packed_tensors(n, k, bits, s, y, d))  # fmt: skip
+        assert equal(lowbit.load(folder), expected), (strategy, symmetric)
+
+
+def test_groups_of_a_config(tmp_path):
+    """A name counts before a pattern, a pattern before the class."""
+    groups = [group(4), group(8, targets=["re:.*up_proj"]), group(2, targets=["model.layers.0.mlp.down_proj"]),
+              group(3, targets=["re:.*down_proj", "lm_head"])]  # fmt: skip
+    for layer, bits in (("gate_proj", 4), ("up_proj", 8), ("down_proj", 2), ("lm_head", 3)):
+        folder = tmp_path / layer
+        expected = folder_of(folder, packed_section(*groups), lambda n, k, b=bits: packed_tensors(n, k, b), only=layer)
+        assert equal(lowbit.load(folder), expected)
+    configure(folder, quantization_config=packed_section(*groups[1:3]))
+    with pytest.raises(ValueError, match=r"config_groups must target the layer 'lm_head'"):
+        lowbit.load(folder)
+
+
+def test_compressed_tensors_own_packer(tmp_path):
+    pytest.importorskip("compressed_tensors", minversion="0.20")
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    def make(n, k, bits, symmetric, size):
+        half = 2 ** (bits - 1)
+        scales = (torch.rand(n, -(-k // size)) / 8 + 0.01).bfloat16().float()
+        zeros = torch.zeros_like(scales) if symmetric else torch.randint(-half, half, scales.shape)
+        codes, index = torch.randint(-half, half, (n, k)), torch.arange(k) // size
+        weight = (codes - zeros[:, index]) * scales[:, index]
+        args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=size)
+        state = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros.to(torch.int8)}
+        made = PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
+        return made, weight
+
+    for bits, symmetric in ((2, True), (3, False), (4, False), (6, True), (8, False)):
+        folder = tmp_path / f"{bits}{symmetric}"
+        section = packed_section(group(bits, 8, symmetric=symmetric))
+        expected = folder_of(folder, section, lambda n, k, b=bits, s=symmetric: make(n, k, b, s, 8))
+        assert equal(lowbit.load(folder), expected)
+
+
+WEIGHTS = group(4)["weights"]
+PACKED_CHANGES = {
+    "codes of another width": (put("weight_packed", lambda t: t[:, :3]), ("weight_packed", "shape must be (56, 5)")),
+    "codes of fewer rows": (put("weight_packed", lambda t: t[:7]), ("weight_packed", "got (7, 5)")),
+    "codes in uint8": (put("weight_packed", lambda t: t.byte()), ("weight_packed", "dtype must be torch.int32")),
+    "no scales": (lambda t: t.pop(f"{UP}.weight_scale"), (f"'{UP}.weight_scale' is missing",)),
+    "scales of one group": (put("weight_scale", lambda t: t[:, :1]), ("weight_scale", "shape must be (56, 3)")),
+    "scales of infinity": (put("weight_scale", lambda t: t / 0), (UP, "scales must be finite")),
+    "another shape": (put("weight_shape", lambda t: t.flip(0)), ("weight_shape", "[N, K] = [56, 40]: got [40, 56]")),
+    "zeros of a symmetric one": (lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(56, 3, dtype=torch.int8)}),
+                                 ("weight_zero_point", "must be zero", "symmetric=true")),
+    "act-order": (lambda t: t.update({f"{UP}.weight_g_idx": swapped(torch.arange(40) // 16)}),
+                  ("weight_g_idx", "act-order, actorder")),
+    "g_idx too large": (lambda t: t.update({f"{UP}.weight_g_idx": torch.arange(40)}), ("weight_g_idx", "[0, 3)")),
+    "a global scale": (lambda t: t.update({f"{UP}.weight_global_scale": torch.ones(1)}), ("weight_global_scale",)),
+}  # fmt: skip
+PACKED_CONFIGS = {
+    "no groups": (dict(config_groups={}), ("config_groups must be an object",)),
+    "floats": (dict(format="float-quantized"), ("format must be 'pack-quantized'", UP.replace("up", "down"))),
+    "another format of a group": (packed_section(group(4, format="nvfp4")), ("group_0: format must be",)),
+    "activations": (packed_section(group(4, input_activations={"num_bits": 8})), ("input_activations must be empty",)),
+    "9 bits": (packed_section(group(9)), ("num_bits must be 2 to 8", "got 9")),
+    "float": (packed_section({**group(4), "weights": {**WEIGHTS, "type": "float"}}), ("type must be 'int'",)),
+    "blocks": (packed_section(group(4, strategy="block")), ("strategy must be", "'block'")),
+    "a zero for the tensor": (packed_section(group(4, strategy="tensor", symmetric=False)), ("symmetric must be",)),
+    "asymmetric without zeros": (packed_section(group(4, symmetric=False)), ("weight_zero_point' is missing",)),
+    "another width": (packed_section(group(8)), ("weight_packed", "shape must be (40, 14)", "num_bits=8")),
+    "no target": (packed_section(group(4, targets=["re:(("])), ("targets must be patterns",)),
+    "a transform": (dict(transform_config={"config_groups": {"u": {}}}), ("transform_config must be empty",)),
+    "a scheme of the cache": (dict(kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme must be empty",)),
+    "sparse": (dict(sparsity_config={"format": "sparse-24-bitmask"}), ("sparsity_config must be empty",)),
+}
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    folder_of(folder, packed_section(group(4)), lambda n, k: packed_tensors(n, k, 4))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*PACKED_CHANGES, *PACKED_CONFIGS])
+def test_malformed_folders_of_compressed_tensors(name, packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    change, words = PACKED_CHANGES.get(name) or PACKED_CONFIGS[name]
+    if name in PACKED_CHANGES:
+        rewrite(folder, change)
+    else:
+        configure(folder, quantization_config={**packed_section(group(4)), **change})
+    refused(folder, str(folder), *words)
+
+
+def test_order_that_is_none_and_zeros_that_are_none(packed_folder, tmp_path):
+    folder = shutil.copytree(packed_folder, tmp_path / "model")
+    more = {"weight_g_idx": torch.full((40,), -1), "weight_zero_point": torch.zeros(56, 3, dtype=torch.int8)}
+    rewrite(folder, lambda t: t.update({f"{UP}.{leaf}": tensor for leaf, tensor in more.items()}))
+    same = [model.get_submodule(UP).dequantize() for model in map(lowbit.load, (folder, packed_folder))]
+    assert torch.equal(*same)
+
+
+@pytest.mark.parametrize("version", [None, "0.18.2", "main"])
+def test_widths_that_two_layouts_have(version, tmp_path):
+    """Of 56 columns at 3 bits, both layouts have 6 words; of 200, one has 19 and one 20: no version is asked for."""
+    folder, section = tmp_path / "model", packed_section(group(3), version=version)
+    folder_of(folder, section, lambda n, k: packed_tensors(n, k, 3), only="down_proj")
+    refused(folder, "down_proj.weight_packed", "that of dense and of padded codes", f"got {version!r}")
+    wide = {"intermediate_size": 200}
+    for is_dense in (True, False):
+        shutil.rmtree(folder)
+        expected = folder_of(folder, section, lambda n, k, d=is_dense: packed_tensors(n, k, 3, is_dense=d), wide,
+                             only="down_proj")  # fmt: skip
+        assert equal(lowbit.load(folder), expected)
+
+
 # ------------------------------------------------------------------------------------------------ the ways in
 
 
@@ -362,24 +557,6 @@ def test_a_loaded_model_is_refused_with_the_remedy(method):
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
-
-
-def refused(folder, *words):
-    """By both ways in, with these words, and nothing is written."""
-    for way in (lowbit.load, lambda source: lowbit.convert_folder(source, folder.parent / "packed")):
-        with pytest.raises(ValueError) as caught:
-            way(folder)
-        for word in words:
-            assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
-    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
-
-
-def put(leaf, value):
-    return lambda tensors: tensors.update({f"{UP}.{leaf}": value(tensors[f"{UP}.{leaf}"])})
-
-
-def swapped(index):
-    return torch.cat([index[20:], index[:20]])
 
 
 CHANGES = {
@@ -501,16 +678,13 @@ def test_gptqmodels_own_packers(tmp_path):
         leaves = LEAVES if cls is TorchLinear else LEAVES[:3]
         return {leaf: getattr(packed, leaf) for leaf in leaves}, linear.weight.data
 
-    config = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    config = {**CONFIG, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
     for cls, bits in ((TorchLinear, 2), (TorchLinear, 3), (TorchLinear, 4), (TorchLinear, 8), (AwqTorchLinear, 4)):
         folder = tmp_path / f"{cls.__name__}{bits}"
         section = gptq_section(bits, -1, checkpoint_format="gptq_v2")
         if cls is AwqTorchLinear:
             section = {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm"}
-        sizes = {**CONFIG, **config}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(globals(), "CONFIG", sizes)
-            expected = folder_of(folder, section, lambda n, k, c=cls, b=bits: make(n, k, c, b), only="proj")
+        expected = folder_of(folder, section, lambda n, k, c=cls, b=bits: make(n, k, c, b), config)
         assert equal(lowbit.load(folder), expected)
 
 

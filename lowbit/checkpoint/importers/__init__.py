@@ -8,7 +8,8 @@ from functools import partial
 
 from lowbit.checkpoint import foreign
 from lowbit.checkpoint.importers.awq import Awq
+from lowbit.checkpoint.importers.compressed_tensors import CompressedTensors
 from lowbit.checkpoint.importers.folder import read_folder
 from lowbit.checkpoint.importers.gptq import Gptq
 
-foreign.importers.update({reader.format: partial(read_folder, reader) for reader in (Gptq, Awq)})
+foreign.importers.update({reader.format: partial(read_folder, reader) for reader in (Gptq, Awq, CompressedTensors)})

@@ -20,6 +20,7 @@ from lowbit.checkpoint import foreign, stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
 from lowbit.checkpoint.libraries import FloatFolder, library_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
+from lowbit.core.bitpack import unpack, words_per_row
 from lowbit.core.family import Format, Weight
 from lowbit.model import candidates
 from lowbit.model.plan import Plan, check_arguments, make_plan
@@ -61,6 +62,19 @@ class Stored:
             raise ValueError(f"{self.where(leaf)}: shape must be {shape} ({why}): got {entry.shape}")
         if entry.dtype not in dtypes:
             raise ValueError(f"{self.where(leaf)}: dtype must be {' or '.join(map(str, dtypes))}: got {entry.dtype}")
+
+    def check_order(self, leaf: str, groups: int, size: int, field: str) -> None:
+        """Raise ``ValueError`` unless a tensor of the groups of columns says ``k // size``; ``field``: its config's."""
+        index = self.read(leaf).long()
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= groups:
+            raise ValueError(f"{self.where(leaf)}: values must be in [0, {groups}): got values in [{low}, {high}]")
+        if not torch.equal(index, torch.arange(self.k) // size):
+            raise ValueError(
+                f"{self.where(leaf)}: layer {self.name!r} has its groups in another order than its columns (act-order, "
+                f"{field}): lowbit reads groups of {size} columns side by side. Give a model that was quantized "
+                "without act-order, or the float model"
+            )
 
 
 class Reader(ABC):
@@ -110,11 +124,16 @@ class Reader(ABC):
             if (value := self.section.get(name)) is not None:
                 found = str(value).lower()
                 if found not in allowed:
-                    raise ValueError(
-                        f"{self.file}: quantization_config: {name} must be {' or '.join(map(repr, allowed))} for "
-                        f"{self.format!r} to be read: got {value!r:.200}. Give the float model that it was made from"
-                    )
+                    raise self.refusal(name, " or ".join(map(repr, allowed)), value)
         return found
+
+    def refusal(self, field: str, requirement: str, value: object) -> ValueError:
+        """What to tell of a field of the config that is not read, with a layer of the folder."""
+        example = foreign.example(self.file.parent)
+        return ValueError(
+            f"{self.file}: quantization_config: {field} must be {requirement} for {self.format!r} to be read: got "
+            f"{value!r:.200}{f' ({example})' if example else ''}. Give the float model that it was made from"
+        )
 
 
 class FloatView(Checkpoint):
@@ -148,9 +167,10 @@ def _layers(entries: dict[str, Entry], reader: Reader) -> list[str]:
             if f"{name}.{leaf}" not in entries:
                 raise ValueError(f"{entry.file}: tensor '{name}.{leaf}' is missing: the layer needs "
                                  f"{', '.join(reader.required)}")  # fmt: skip
-            if len(entries[f"{name}.{leaf}"].shape) != 2:
-                got = entries[f"{name}.{leaf}"]
-                raise ValueError(f"{got.file}: tensor '{name}.{leaf}': shape must have 2 sizes: got {got.shape}")
+        first = entries[f"{name}.{reader.required[0]}"]
+        if len(first.shape) != 2:
+            raise ValueError(f"{first.file}: tensor '{name}.{reader.required[0]}': shape must have 2 sizes: got "
+                             f"{first.shape}")  # fmt: skip
     if not found:
         raise ValueError(
             f"{reader.file} names the format {reader.format!r}, but no tensor of the folder is a "
@@ -259,3 +279,10 @@ def _read(reader: Reader, stored: Stored, placeholder: Layer) -> Layer:
         raise ValueError(text if text.startswith(str(file)) else f"{file}: layer {stored.name!r}: {text}") from None
     layer.note = note
     return layer
+
+
+def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
+    """``uint8 [rows, count]`` of dense streams ``int32 [rows, ceil(count*bits/32)]``, least significant bit first."""
+    padded = torch.zeros(len(words), words_per_row(count, bits), dtype=torch.int32)
+    padded[:, : words.shape[1]] = words
+    return unpack(padded, bits, count)

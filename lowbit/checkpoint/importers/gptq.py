@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.importers.folder import Reader, Stored
+from lowbit.checkpoint.importers.folder import Reader, Stored, unpack_rows
 from lowbit.checkpoint.reader import Entry
-from lowbit.core.bitpack import unpack, words_per_row
 from lowbit.core.family import FLOAT_DTYPES, dtype_name
 from lowbit.packed.format import PackedFormat, PackedWeight
 
@@ -48,8 +47,7 @@ class Gptq(Reader):
         self.version = self.one_of(["checkpoint_format", "format"], "gptq", ("gptq", "gptq_v2"))
         self.one_of(["pack_dtype"], "int32", ("int32", "torch.int32"))
         if section.get("is_marlin_format"):
-            raise ValueError(f"{file}: quantization_config: is_marlin_format must be false for 'gptq' to be read: got "
-                             "true. Give the float model that it was made from")  # fmt: skip
+            raise self.refusal("is_marlin_format", "false", section["is_marlin_format"])
         meta = section.get("meta")
         writers = meta.get("quantizer") if isinstance(meta, dict) else None
         writers = [writers] if isinstance(writers, str) else writers if isinstance(writers, list) else []
@@ -89,27 +87,13 @@ class Gptq(Reader):
         layer.check("scales", (groups, n), list(FLOAT_DTYPES.values()), why)
         if "g_idx" in layer:
             layer.check("g_idx", (k,), [torch.int32, torch.int64], "[K]")
-            self._check_groups(layer, groups, size)
+            layer.check_order("g_idx", groups, size, f"desc_act={self.section.get('desc_act')!r}")
         scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.scales"].dtype)
         return PackedFormat(bits, n, k, size, "row" if groups == 1 else "group", "int", scale)
 
-    def _check_groups(self, layer: Stored, groups: int, size: int) -> None:
-        index = layer.read("g_idx").long()
-        if not len(index):
-            return
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= groups:
-            raise ValueError(f"{layer.where('g_idx')}: values must be in [0, {groups}): got values in [{low}, {high}]")
-        if not torch.equal(index, torch.arange(layer.k) // size):
-            raise ValueError(
-                f"{layer.where('g_idx')}: layer {layer.name!r} has its groups in another order than its columns "
-                f"(act-order, desc_act={self.section.get('desc_act')!r}): lowbit reads groups of {size} columns side "
-                "by side. Give a model that was quantized with desc_act=False, or the float model"
-            )
-
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:
         (bits, size), n, k = self._sizes(layer.name), layer.n, layer.k
-        codes = _codes(layer.read("qweight").t(), bits, k)
+        codes = unpack_rows(layer.read("qweight").t(), bits, k)
         scales, zeros = layer.read("scales").t().contiguous(), self._zeros(layer.read("qzeros"), bits, n).t()
         held: Tensor | None = zeros.to(torch.uint8)
         note = None
@@ -124,21 +108,14 @@ class Gptq(Reader):
     def _zeros(self, words: Tensor, bits: int, n: int) -> Tensor:
         """The zeros ``[G, N]``, int16."""
         if self.version == "gptq_v2":
-            return _codes(words, bits, n).short()
+            return unpack_rows(words, bits, n).short()
         if not self.by_gptqmodel:
-            return _codes(words, bits, n).short() + 1
+            return unpack_rows(words, bits, n).short() + 1
         if bits == 3:
-            return (_codes(words, bits, n).short() + 1) & 7
+            return (unpack_rows(words, bits, n).short() + 1) & 7
         ones = sum(1 << shift for shift in range(0, 32, bits))
-        return _codes(_as_int32(words.long() + ones), bits, n).short()
+        return unpack_rows(_as_int32(words.long() + ones), bits, n).short()
 
 
 def _as_int32(words: Tensor) -> Tensor:
     return (((words & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
-
-
-def _codes(words: Tensor, bits: int, count: int) -> Tensor:
-    """``uint8 [rows, count]`` of streams ``int32 [rows, ceil(count*bits/32)]``."""
-    padded = torch.zeros(len(words), words_per_row(count, bits), dtype=torch.int32)
-    padded[:, : words.shape[1]] = words
-    return unpack(padded, bits, count)
