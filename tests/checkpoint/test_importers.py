@@ -205,7 +205,8 @@ def equal(model, expected):
 
 
 def gptq_section(bits=4, size=16, **more):
-    return {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": False, **more}
+    section = {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": False}
+    return {**section, **more}
 
 
 @pytest.mark.parametrize(
@@ -438,6 +439,9 @@ PACKED_CONFIGS = {
     "a zero for the tensor": (packed_section(group(4, strategy="tensor", symmetric=False)), ("symmetric must be",)),
     "asymmetric without zeros": (packed_section(group(4, symmetric=False)), ("weight_zero_point' is missing",)),
     "another width": (packed_section(group(8)), ("weight_packed", "shape must be (40, 14)", "num_bits=8")),
+    "a strategy of no name": (packed_section(group(4, strategy={})), ("strategy must be", "got {}")),
+    "an order that is missing": (packed_section({**group(4), "weights": {**WEIGHTS, "actorder": "group"}}),
+                                 ("weight_g_idx' is missing", "actorder")),
     "no target": (packed_section(group(4, targets=["re:(("])), ("targets must be patterns",)),
     "a transform": (dict(transform_config={"config_groups": {"u": {}}}), ("transform_config must be empty",)),
     "a scheme of the cache": (dict(kv_cache_scheme={"num_bits": 8}), ("kv_cache_scheme must be empty",)),
@@ -626,6 +630,39 @@ def test_malformed_configs(name, folder):
         section = {**gptq_section(), **change}
     configure(folder, quantization_config=section)
     refused(folder, str(folder), *words)
+
+
+def places(section):
+    """Every field of a section, and of what is in it: what holds it, and its key."""
+    for key, value in list(section.items()):
+        yield section, key
+        if isinstance(value, dict):
+            yield from places(value)
+
+
+@pytest.mark.parametrize("name", ["gptq_v2-4bit", "awq-gemm", "compressed-tensors-3bit"])
+def test_fields_of_any_kind(name, tmp_path):
+    """What a field holds that it should not is refused by name, or nothing that is read depends on it."""
+    folder = shutil.copytree(FIXTURES / name / "model", tmp_path / "model")
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
+    expected, refusals = load_file(FIXTURES / name / "expected.safetensors"), []
+    for holder, key in places(section):
+        value = holder[key]
+        for other in ({}, [], "x", -1):
+            holder[key] = other
+            configure(folder, quantization_config=section)
+            try:
+                assert equal(lowbit.load(folder), expected)
+            except ValueError as error:
+                refusals.append(str(error))
+        holder[key] = value
+    assert len(refusals) > 10 and all(str(folder) in text for text in refusals)
+
+
+def test_an_order_that_is_missing(folder):
+    rewrite(folder, lambda t: t.pop(f"{UP}.g_idx"))
+    configure(folder, quantization_config=gptq_section(desc_act=True))
+    refused(folder, f"'{UP}.g_idx' is missing", "desc_act")
 
 
 def test_no_layer_in_the_format(folder, written, tmp_path):

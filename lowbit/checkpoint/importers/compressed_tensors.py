@@ -40,6 +40,7 @@ class _Group(NamedTuple):
     strategy: str
     size: int
     symmetric: bool
+    is_ordered: bool  # not by columns
 
 
 class CompressedTensors(Reader):
@@ -80,14 +81,15 @@ class CompressedTensors(Reader):
             raise self.refusal(f"{where}: weights: num_bits", "2 to 8", bits)
         if weights.get("type", "int") != "int":
             raise self.refusal(f"{where}: weights: type", "'int'", weights["type"])
-        if strategy not in _STRATEGIES:
+        if not isinstance(strategy, str) or strategy not in _STRATEGIES:
             raise self.refusal(f"{where}: weights: strategy", "'group', 'channel' or 'tensor'", strategy)
         if strategy == "group" and (type(size) is not int or size < 1):
             raise self.refusal(f"{where}: weights: group_size", "at least 1", size)
         symmetric = weights.get("symmetric", True)
         if not isinstance(symmetric, bool) or (not symmetric and strategy == "tensor"):
             raise self.refusal(f"{where}: weights: symmetric", "true, or false by group or channel", symmetric)
-        return _Group(targets, bits, strategy, size if strategy == "group" else -1, symmetric)
+        is_ordered = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
+        return _Group(targets, bits, strategy, size if strategy == "group" else -1, symmetric, is_ordered)
 
     def _own(self, name: str) -> _Group:
         """The group of a layer: one that targets its name counts before patterns, and those before classes."""
@@ -114,7 +116,7 @@ class CompressedTensors(Reader):
         return n, words * 32 // self._own(name).bits
 
     def check(self, layer: Stored) -> PackedFormat:
-        (_, bits, strategy, size, symmetric), n, k = self._own(layer.name), layer.n, layer.k
+        (_, bits, strategy, size, symmetric, is_ordered), n, k = self._own(layer.name), layer.n, layer.k
         size = k if size == -1 or size > k else size
         groups = -(-k // size)
         why = f"[N, K] = [{n}, {k}], num_bits={bits}, strategy={strategy!r}, group_size={size} by {self.file.name}"
@@ -141,6 +143,9 @@ class CompressedTensors(Reader):
             layer.check("weight_g_idx", (k,), [torch.int32, torch.int64], "[K]")
             if not bool((layer.read("weight_g_idx") == -1).all()):
                 layer.check_order("weight_g_idx", groups, size, "actorder")
+        elif is_ordered and groups > 1:
+            file = layer.checkpoint.entries[f"{layer.name}.weight_packed"].file
+            raise ValueError(f"{file}: tensor '{layer.name}.weight_g_idx' is missing: {self.file.name} says actorder")
         scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.weight_scale"].dtype)
         granularity = "row" if strategy == "group" and groups == 1 else _STRATEGIES[strategy]
         return PackedFormat(bits, n, k, size, granularity, "none" if symmetric else "int", scale)
@@ -159,7 +164,7 @@ class CompressedTensors(Reader):
         return self.version > (0, 18)
 
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:
-        (_, bits, strategy, size, symmetric), n, k = self._own(layer.name), layer.n, layer.k
+        (_, bits, strategy, size, symmetric, _), n, k = self._own(layer.name), layer.n, layer.k
         words, dense = layer.read("weight_packed"), self._is_dense(layer, bits, "")
         scales, zeros = layer.read("weight_scale"), None
         if not symmetric:

@@ -88,6 +88,9 @@ class Gptq(Reader):
         if "g_idx" in layer:
             layer.check("g_idx", (k,), [torch.int32, torch.int64], "[K]")
             layer.check_order("g_idx", groups, size, f"desc_act={self.section.get('desc_act')!r}")
+        elif self.section.get("desc_act") and groups > 1:
+            file = layer.checkpoint.entries[f"{layer.name}.qweight"].file
+            raise ValueError(f"{file}: tensor '{layer.name}.g_idx' is missing: {self.file.name} says desc_act")
         scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.scales"].dtype)
         return PackedFormat(bits, n, k, size, "row" if groups == 1 else "group", "int", scale)
 
