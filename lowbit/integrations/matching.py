@@ -32,7 +32,10 @@ def guards(model: Any) -> dict[str, Tensor]:
     """What stops transformers without lowbit: see ``NOTICE``."""
     tied = {target.rpartition(".")[0] for target in model.all_tied_weights_keys}
     found = {experts.float_name(name, layer.kind): layer for name, layer in layers(model).items() if name not in tied}
-    names = [name for name in found if _is_saved_as_is(model, name)]
+    conversions = conversions_to_save(model)
+    if conversions is None:
+        conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
+    names = [name for name in found if _is_saved_as_is(model, name, conversions)]
     return {name: torch.empty(0, dtype=found[name].dtype) for name in names} | {NOTICE: torch.empty(0)}
 
 
@@ -46,7 +49,8 @@ def conversions_to_save(model: Any) -> list[Any] | None:
         return None
     if conversions is None:
         conversions = [c for c in _conversions(model) if type(c).__name__ != "PrefixChange"]
-    kept = [conversion for conversion in conversions if not _makes_packed(model, conversion)]
+    packed = _packed_names(model)
+    kept = [conversion for conversion in conversions if not _makes(conversion, packed)]
     return None if len(kept) == len(conversions) else kept
 
 
@@ -55,31 +59,33 @@ def of_float(model: Any, conversions: Iterable[Any]) -> list[Any]:
 
     Those that merge stay: earlier versions saved packed layers as several, where transformers has them so.
     """
-    return [c for c in conversions if len(c.target_patterns) == 1 or not _makes_packed(model, c)]
+    packed = _packed_names(model)
+    return [c for c in conversions if len(c.target_patterns) == 1 or not _makes(c, packed)]
 
 
-def _makes_packed(model: Any, conversion: Any) -> bool:
-    """Whether a conversion computes tensors that are packed in ``model``."""
-    from transformers.core_model_loading import WeightConverter
-
-    if not isinstance(conversion, WeightConverter):
-        return False
-    names = [
+def _packed_names(model: Any) -> list[str]:
+    """The names of all that is packed, and of what stands beside it or in its place."""
+    return [
         name
         for layer_name, layer in layers(model, duplicates=True).items()
         for name in (experts.float_name(layer_name, layer.kind),
                      *(f"{layer_name}.{tensor}" for tensor in (*layer.format.tensors(), "bias")))
     ]  # fmt: skip
+
+
+def _makes(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether a conversion computes one of these tensors."""
+    from transformers.core_model_loading import WeightConverter
+
+    if not isinstance(conversion, WeightConverter):
+        return False
     return any(re.search(target, name) for target in conversion.target_patterns for name in names)
 
 
-def _is_saved_as_is(model: Any, name: str) -> bool:
-    """Whether transformers does not compute what it saves for ``name`` from several tensors."""
+def _is_saved_as_is(model: Any, name: str, conversions: Iterable[Any]) -> bool:
+    """Whether transformers, which reverts ``conversions``, does not compute what it saves for ``name`` from several."""
     from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-    conversions = conversions_to_save(model)
-    if conversions is None:
-        conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
     if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
         return True
     try:

@@ -55,8 +55,9 @@ def collect_hessians(
     """H = 2/n X.T X of every layer's input X [n, K] over all batches: float32 [K, K] by layer name.
 
     Its diagonal is raised by K/n times its mean, which tends to 0 with more data: a covariance of few samples is far
-    from that of the inputs (Ledoit and Wolf, 2004), and error feedback from it does harm. Measured on a trained Llama,
-    from n = K/8 on no calibration was worse than none; without this, below n = 4 K, most were.
+    from that of the inputs (Ledoit and Wolf, 2004), and error feedback from it does harm. Measured on the
+    layers of a trained Llama, rounding with it was better than without calibration from n = 8 on, on average; with the
+    plain covariance it was worse up to n = 2 K.
 
     Layers that see the very same input share one tensor. An expert that fewer than ``FEW_TOKENS`` rows reach has none.
     Costs one pass over the batches, the first twice.
@@ -320,7 +321,7 @@ def _hessians(
     counts: dict[str, int] = {}
     first = {group.names[0]: layers[group.names[0]] for group in groups}
     one_call = all(group.calls == 1 for group in groups) and len({id(_module(layer)) for layer in first.values()}) == 1
-    last = next(reversed(first))
+    last = next(reversed(first), None)
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
         rows = _samples(x, mask).float()

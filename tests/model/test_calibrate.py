@@ -195,6 +195,10 @@ def test_memory_bounds_the_layers_measured_together(model: Model, monkeypatch: p
         assert passes == expected
 
 
+def test_no_layers(model: Model) -> None:
+    assert collect_hessians(model, {}, batches()) == collect_input_maxima(model, {}, batches()) == {}
+
+
 def test_errors(model: Model) -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         collect_hessians(model, layers(model), [])
