@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -128,14 +129,30 @@ def experts_forward(
     ids, weights = index.reshape(-1), scores.reshape(-1)
     up = "gate_up_proj" if module.has_gate else "up_proj"
     x = project(up, hidden_states, ids, getattr(module, f"{up}_bias") if module.has_bias else None)
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _gated(module, x) if module.has_gate else module.act_fn(x)
     y = project("down_proj", x, ids, module.down_proj_bias if module.has_bias else None)
     if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     if getattr(module, "_is_expert_parallel", False):
         weights = weights.masked_fill(ids >= module.num_experts, 0.0)
-    y = (y * weights.unsqueeze(-1)).view(*index.shape, -1).sum(1)
+    y = _times(y, weights.unsqueeze(-1)).view(*index.shape, -1).sum(1)
     return y.to(hidden_states.dtype)
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    """``module._apply_gate(x)``, without another tensor for the product where that is transformers' own."""
+    own = type(module)._apply_gate
+    if (own.__module__, own.__name__) != ("transformers.integrations.moe", "_default_apply_gate"):
+        gated: Tensor = module._apply_gate(x)
+        return gated
+    gate, up = x.chunk(2, dim=-1)
+    return _times(module.act_fn(gate), up)
+
+
+def _times(y: Tensor, factor: Tensor) -> Tensor:
+    """``y * factor``, in the memory of y where no gradient needs it."""
+    in_place = not torch.is_grad_enabled() and torch.promote_types(y.dtype, factor.dtype) == y.dtype
+    return y.mul_(factor) if in_place else y * factor
 
 
 _INTERFACE = _Entry(_interface_stacks, experts_forward)

@@ -461,3 +461,18 @@ def test_what_is_missing_is_said_before_anything_changes():
         lowbit.convert(model, {"*experts*": Packed(quantizer="gptq")}, calibration=[torch.full((1, 3), 999)])
     assert isinstance(model.get_parameter(UP), nn.Parameter) and isinstance(model.get_parameter(DOWN), nn.Parameter)
     assert torch.equal(logits(model), logits(mixtral()))
+
+
+@pytest.mark.parametrize("scores_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_products_in_place_are_those_of_training(scores_dtype):
+    """Gates and routing weights are multiplied in place without gradients: the same values, and x is not written."""
+    model = lowbit.convert(mixtral(torch.bfloat16), {"*experts*": SPEC})
+    module = model.model.layers[0].mlp.experts
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ids, scores = torch.arange(14).view(7, 2) % 5, torch.arange(1, 15).view(7, 2).to(scores_dtype) / 9
+    given = x.clone(), ids.clone(), scores.clone()
+    trained = module(x.requires_grad_(), ids, scores).detach()
+    with torch.no_grad():
+        assert torch.equal(module(x, ids, scores), trained)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="eager")(x, ids, scores), trained)
+    assert all(torch.equal(a, b) for a, b in zip((x, ids, scores), given, strict=True))
