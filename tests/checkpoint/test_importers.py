@@ -5,29 +5,31 @@ decoders and packers here are loops over one integer per row, and know nothing o
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import lowbit
 from lowbit.checkpoint import foreign
 from lowbit.cli.command import main
 from lowbit.model.foreign import IMPORTED
+from lowbit.testing.foreign_folders import CONFIG, configure, equal, folder_of, refused, rewrite
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
-NAMES = sorted(folder.parent.name for folder in FIXTURES.glob("*/model"))
+NAMES = sorted(
+    folder.parent.name for folder in FIXTURES.glob("*/model") if re.fullmatch("awq.*|.*-[2-8]bit", folder.parent.name)
+)
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 UP = "model.layers.0.mlp.up_proj"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-CONFIG = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-              head_dim=20, vocab_size=48)  # fmt: skip
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -171,39 +173,6 @@ def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1):
     return {**made, "scales": scales}, weight_of(codes, zeros, scales, size)
 
 
-def folder_of(path, section, make, config=None, only="proj"):
-    """A tiny Llama in ``path``, the layers that ``only`` names made by ``make(n, k)``; and their weights."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **(config or {})}))
-    model.save_pretrained(path)
-    expected = {}
-
-    def change(tensors):
-        for layer in [n.removesuffix(".weight") for n in tensors if only in n and n.endswith(".weight")]:
-            made, expected[layer] = make(*tensors.pop(f"{layer}.weight").shape)
-            tensors.update({f"{layer}.{leaf}": tensor for leaf, tensor in made.items()})
-
-    rewrite(path, change)
-    configure(path, quantization_config=section)
-    return expected
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-
-
-def configure(folder, **fields):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-
-def equal(model, expected):
-    found = {name: model.get_submodule(name).dequantize(torch.float32) for name in expected}
-    return bool(expected) and all(torch.equal(found[name], weight) for name, weight in expected.items())
-
-
 def gptq_section(bits=4, size=16, **more):
     section = {"quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": False}
     return {**section, **more}
@@ -314,16 +283,6 @@ def test_a_transposed_module(tmp_path):
     assert torch.isfinite(model(IDS).logits).all()
 
 
-def refused(folder, *words):
-    """By both ways in, with these words, and nothing is written."""
-    for way in (lowbit.load, lambda source: lowbit.convert_folder(source, folder.parent / "packed")):
-        with pytest.raises(ValueError) as caught:
-            way(folder)
-        for word in words:
-            assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
-    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
-
-
 def put(leaf, value):
     return lambda tensors: tensors.update({f"{UP}.{leaf}": value(tensors[f"{UP}.{leaf}"])})
 
@@ -430,9 +389,13 @@ PACKED_CHANGES = {
 }  # fmt: skip
 PACKED_CONFIGS = {
     "no groups": (dict(config_groups={}), ("config_groups must be an object",)),
-    "floats": (dict(format="float-quantized"), ("format must be 'pack-quantized'", UP.replace("up", "down"))),
+    "marlin": (dict(format="marlin-24"), ("format must be 'pack-quantized' or", UP.replace("up", "down"))),
+    "floats": (dict(format="float-quantized"), ("type must be 'float' in 'float-quantized'",)),
+    "not packed": (dict(format="int-quantized"), ("down_proj.weight' is missing",)),
     "another format of a group": (packed_section(group(4, format="nvfp4")), ("group_0: format must be",)),
-    "activations": (packed_section(group(4, input_activations={"num_bits": 8})), ("input_activations must be empty",)),
+    "activations": (packed_section(group(4, input_activations={"num_bits": 8})), ("input_scale' is missing",)),
+    "activations of no fields": (packed_section(group(4, input_activations=8)), ("input_activations must be an",)),
+    "output activations": (packed_section(group(4, output_activations={"num_bits": 8})), ("output_activations must",)),
     "9 bits": (packed_section(group(9)), ("num_bits must be 2 to 8", "got 9")),
     "float": (packed_section({**group(4), "weights": {**WEIGHTS, "type": "float"}}), ("type must be 'int'",)),
     "blocks": (packed_section(group(4, strategy="block")), ("strategy must be", "'block'")),

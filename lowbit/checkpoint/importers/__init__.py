@@ -10,6 +10,9 @@ from lowbit.checkpoint import foreign
 from lowbit.checkpoint.importers.awq import Awq
 from lowbit.checkpoint.importers.compressed_tensors import CompressedTensors
 from lowbit.checkpoint.importers.folder import read_folder
+from lowbit.checkpoint.importers.fp8 import Fp8
 from lowbit.checkpoint.importers.gptq import Gptq
 
-foreign.importers.update({reader.format: partial(read_folder, reader) for reader in (Gptq, Awq, CompressedTensors)})
+READERS = (Gptq, Awq, CompressedTensors, Fp8)
+
+foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})

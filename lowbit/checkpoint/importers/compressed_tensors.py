@@ -1,6 +1,8 @@
-"""compressed-tensors, the format ``pack-quantized``: integers of 2 to 8 bits, weights alone.
+"""compressed-tensors: integers of 2 to 8 bits, packed or as int8, and e4m3 floats.
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],    g = k // group_size
+
+Format ``pack-quantized``:
 
     weight_packed      int32 [N, W]   the codes of each row: the signed values plus 2**(b-1). Dense, W = ceil(K*b/32):
                                       one stream, least significant bit first. Padded, W = ceil(K / (32//b)), as
@@ -11,12 +13,24 @@
     weight_shape       int64 [2]      N and K
     weight_g_idx       int32 [K]      the group of each column; all -1: in order
 
-Source: github.com/vllm-project/compressed-tensors (compressors/pack_quantized).
+Formats ``int-quantized``, ``float-quantized`` and ``naive-quantized``:
+
+    weight             int8 [N, K], signed values of b bits; or float8_e4m3fn [N, K]
+    weight_scale       as above; of strategy block [ceil(N/rows), ceil(K/columns)], for block_structure [rows, columns]
+    weight_zero_point  int8, in the shape of the scales, of an asymmetric group or channel of integers
+    input_scale        [1]            of static activations
+
+x is held as int8 where the config says so of integers of 8 bits, symmetric, and per token when called or static with
+one scale. Else it stays float, which the layer notes.
+
+Source: github.com/vllm-project/compressed-tensors (compressors/pack_quantized, compressors/naive_quantized,
+quantization/lifecycle/forward.py: dequantize).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,34 +38,46 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.folder import Reader, Stored, unpack_rows
+from lowbit.checkpoint.importers.small_floats import E4M3, by_rows, e4m3_format, e4m3_weight, read_e4m3
 from lowbit.checkpoint.reader import Entry
-from lowbit.core.family import FLOAT_DTYPES, Granularity, dtype_name
+from lowbit.core.activations import Activations
+from lowbit.core.family import FLOAT_DTYPES, Format, Granularity, Weight, dtype_name
 from lowbit.packed.format import PackedFormat, PackedWeight
 
 _STRATEGIES: dict[str, Granularity] = {"group": "group", "channel": "row", "tensor": "tensor"}
 _EMPTY: tuple[Any, ...] = (None, {}, [])
+_PACKED = "pack-quantized"
+_TYPES = {_PACKED: ("int",), "int-quantized": ("int",), "float-quantized": ("float",),
+          "naive-quantized": ("int", "float")}  # fmt: skip
+_FLOATS = list(FLOAT_DTYPES.values())
+
+
+_INPUTS = ("input_scale", "input_zero_point")
 
 
 class _Group(NamedTuple):
-    """A group of the config; ``size`` -1: one group of columns per row."""
+    """A group of the config; ``size`` -1: one group of columns per row; ``rows``: of a block, else 1."""
 
     targets: list[str]
+    form: str
+    type: str
     bits: int
     strategy: str
     size: int
+    rows: int
     symmetric: bool
     is_ordered: bool  # not by columns
+    activations: Activations
+    note: str | None
 
 
 class CompressedTensors(Reader):
     format = "compressed-tensors"
-    signs = ("weight_packed",)
-    required = ("weight_packed", "weight_scale")
-    optional = ("weight_shape", "weight_zero_point", "weight_g_idx")
+    signs = ("weight_packed", "weight_scale")
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)
-        self.one_of(["format"], "pack-quantized", ("pack-quantized",))
+        self.form = self.one_of(["format"], _PACKED, (*_TYPES, "mixed-precision"))
         for name in ("transform_config", "kv_cache_scheme"):
             if section.get(name) not in _EMPTY:
                 raise self.refusal(name, "empty", section[name])
@@ -68,28 +94,62 @@ class CompressedTensors(Reader):
     def _group(self, where: str, group: Any) -> _Group:
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise self.refusal(where, "an object with weights", group)
-        for name in ("input_activations", "output_activations"):
-            if group.get(name) not in _EMPTY:
-                raise self.refusal(f"{where}: {name}", "empty", group[name])
-        if group.get("format") not in (None, "pack-quantized"):
-            raise self.refusal(f"{where}: format", "'pack-quantized'", group["format"])
+        if group.get("output_activations") not in _EMPTY:
+            raise self.refusal(f"{where}: output_activations", "empty", group["output_activations"])
+        form = group.get("format") or self.form
+        if not isinstance(form, str) or form not in _TYPES:
+            raise self.refusal(f"{where}: format", " or ".join(map(repr, _TYPES)), form)
         targets, weights = group.get("targets"), group["weights"]
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise self.refusal(f"{where}: targets", "a list of texts", targets)
-        bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-        if type(bits) is not int or not 2 <= bits <= 8:
-            raise self.refusal(f"{where}: weights: num_bits", "2 to 8", bits)
-        if weights.get("type", "int") != "int":
-            raise self.refusal(f"{where}: weights: type", "'int'", weights["type"])
-        if not isinstance(strategy, str) or strategy not in _STRATEGIES:
-            raise self.refusal(f"{where}: weights: strategy", "'group', 'channel' or 'tensor'", strategy)
-        if strategy == "group" and (type(size) is not int or size < 1):
-            raise self.refusal(f"{where}: weights: group_size", "at least 1", size)
+        kind, bits = weights.get("type", "int"), weights.get("num_bits")
+        if kind not in _TYPES[form]:
+            raise self.refusal(f"{where}: weights: type", f"{' or '.join(map(repr, _TYPES[form]))} in {form!r}", kind)
+        if type(bits) is not int or not (2 if kind == "int" else 8) <= bits <= 8:
+            raise self.refusal(f"{where}: weights: num_bits", "2 to 8" if kind == "int" else "8", bits)
+        strategy, size, rows = self._strategy(f"{where}: weights", weights, form)
         symmetric = weights.get("symmetric", True)
-        if not isinstance(symmetric, bool) or (not symmetric and strategy == "tensor"):
-            raise self.refusal(f"{where}: weights: symmetric", "true, or false by group or channel", symmetric)
+        if not isinstance(symmetric, bool) or (not symmetric and (strategy in ("tensor", "block") or kind == "float")):
+            raise self.refusal(f"{where}: weights: symmetric", "true, or false for integers by group or channel",
+                               symmetric)  # fmt: skip
         is_ordered = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
-        return _Group(targets, bits, strategy, size if strategy == "group" else -1, symmetric, is_ordered)
+        activations, note = self._activations(f"{where}: input_activations", group.get("input_activations"))
+        if kind == "float" and activations != "float":
+            activations, note = "float", "the folder asks for int8 activations of float8 weights: x stays float"
+        return _Group(targets, form, kind, bits, strategy, size, rows, symmetric, is_ordered, activations, note)
+
+    def _strategy(self, where: str, weights: dict[str, Any], form: str) -> tuple[str, int, int]:
+        """(strategy, columns of a group, rows of a block)."""
+        strategy, size, block = (weights.get(name) for name in ("strategy", "group_size", "block_structure"))
+        if strategy == "block" and form != _PACKED:
+            if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
+                raise self.refusal(f"{where}: block_structure", "two sizes of at least 1", block)
+            return strategy, block[1], block[0]
+        if not isinstance(strategy, str) or strategy not in _STRATEGIES:
+            raise self.refusal(f"{where}: strategy", "'group', 'channel' or 'tensor', or of weights that are not "
+                               "packed 'block'", strategy)  # fmt: skip
+        if strategy != "group":
+            return strategy, -1, 1
+        if type(size) is not int or size < 1:
+            raise self.refusal(f"{where}: group_size", "at least 1", size)
+        return strategy, size, 1
+
+    def _activations(self, where: str, asked: Any) -> tuple[Activations, str | None]:
+        """How x is to be held, and what is to be noted where that is not what the config asks for."""
+        if asked in _EMPTY:
+            return "float", None
+        if not isinstance(asked, dict):
+            raise self.refusal(where, "an object", asked)
+        kind, bits, symmetric = asked.get("type", "int"), asked.get("num_bits", 8), asked.get("symmetric", True)
+        dynamic, strategy = asked.get("dynamic", False), asked.get("strategy")
+        if kind == "int" and bits == 8 and symmetric is True:
+            if dynamic is True and strategy == "token":
+                return "int8", None
+            if dynamic is False and strategy in ("tensor", None):
+                return "int8_static", None
+        return "float", (f"the folder asks for activations of {bits!r:.20} bits (type={kind!r:.20}, "
+                         f"strategy={strategy!r:.20}, dynamic={dynamic!r:.20}, symmetric={symmetric!r:.20}): "
+                         "x stays float")  # fmt: skip
 
     def _own(self, name: str) -> _Group:
         """The group of a layer: one that targets its name counts before patterns, and those before classes."""
@@ -111,44 +171,71 @@ class CompressedTensors(Reader):
                              "name, by a pattern or as 'Linear'")  # fmt: skip
         return group
 
-    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
-        n, words = entries[f"{name}.weight_packed"].shape
-        return n, words * 32 // self._own(name).bits
+    def leaves(self, name: str, entries: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if self._own(name).form == _PACKED:
+            return ("weight_packed", "weight_scale"), ("weight_shape", "weight_zero_point", "weight_g_idx", *_INPUTS)
+        return ("weight", "weight_scale"), ("weight_zero_point", *_INPUTS)
 
-    def check(self, layer: Stored) -> PackedFormat:
-        (_, bits, strategy, size, symmetric, is_ordered), n, k = self._own(layer.name), layer.n, layer.k
-        size = k if size == -1 or size > k else size
+    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
+        group = self._own(name)
+        n, words = entries[f"{name}.{'weight_packed' if group.form == _PACKED else 'weight'}"].shape
+        return n, words * 32 // group.bits if group.form == _PACKED else words
+
+    def check(self, layer: Stored) -> Format:
+        group, n, k = self._own(layer.name), layer.n, layer.k
+        size = k if group.size == -1 or group.size > k else group.size
         groups = -(-k // size)
-        why = f"[N, K] = [{n}, {k}], num_bits={bits}, strategy={strategy!r}, group_size={size} by {self.file.name}"
-        dense = self._is_dense(layer, bits, why)
-        layer.check("weight_packed", (n, _words(k, bits, dense)), [torch.int32], why)
-        shape = {"tensor": (1,), "channel": (n, 1), "group": (n, groups)}[strategy]
-        layer.check("weight_scale", shape, list(FLOAT_DTYPES.values()), why)
+        why = (f"[N, K] = [{n}, {k}], type={group.type!r}, num_bits={group.bits}, strategy={group.strategy!r}, "
+               f"group_size={size} by {self.file.name}")  # fmt: skip
+        if group.form == _PACKED:
+            self._check_packed(layer, group, size, groups, why)
+        else:
+            layer.check("weight", (n, k), [torch.int8 if group.type == "int" else E4M3], why)
+        shape = {"tensor": (1,), "channel": (n, 1), "group": (n, groups), "block": (-(-n // group.rows), groups)}
+        layer.check("weight_scale", shape[group.strategy], _FLOATS, why, *([()] if group.strategy == "tensor" else []))
+        self._check_zeros(layer, group, (n, groups), why)
+        if group.activations == "int8_static":
+            self._require(layer, "input_scale", "input_activations that are not dynamic")
+            layer.check("input_scale", (1,), _FLOATS, "one scale of the input", ())
+            if "input_zero_point" in layer and bool(layer.read("input_zero_point").any()):
+                raise ValueError(f"{layer.where('input_zero_point')}: must be zero: {self.file.name} says symmetric")
+        scale = layer.checkpoint.entries[f"{layer.name}.weight_scale"].dtype
+        if group.type == "float":
+            return e4m3_format(n, k, size, scale)
+        granularity: Granularity = "group" if groups > 1 else "tensor" if group.strategy == "tensor" else "row"
+        format = PackedFormat(group.bits, n, k, size, granularity, "none" if group.symmetric else "int",
+                              dtype_name(scale))  # fmt: skip
+        return replace(format, activations=group.activations)
+
+    def _require(self, layer: Stored, leaf: str, why: str) -> None:
+        if leaf not in layer:
+            file = next(e.file for n, e in layer.checkpoint.entries.items() if n.startswith(f"{layer.name}."))
+            raise ValueError(f"{file}: tensor '{layer.name}.{leaf}' is missing: {self.file.name} says {why}")
+
+    def _check_packed(self, layer: Stored, group: _Group, size: int, groups: int, why: str) -> None:
+        n, k = layer.n, layer.k
+        layer.check("weight_packed", (n, _words(k, group.bits, self._is_dense(layer, group.bits, why))), [torch.int32],
+                    why)  # fmt: skip
         if "weight_shape" in layer:
             layer.check("weight_shape", (2,), [torch.int64, torch.int32], "[2]")
             if (told := layer.read("weight_shape").tolist()) != [n, k]:
                 raise ValueError(f"{layer.where('weight_shape')}: must be [N, K] = [{n}, {k}]: got {told}")
-        if "weight_zero_point" not in layer:
-            if not symmetric:
-                file = layer.checkpoint.entries[f"{layer.name}.weight_packed"].file
-                raise ValueError(f"{file}: tensor '{layer.name}.weight_zero_point' is missing: {self.file.name} says "
-                                 "symmetric=false")  # fmt: skip
-        elif symmetric:  # some versions kept zeros there, unpacked
-            if bool(layer.read("weight_zero_point").any()):
-                raise ValueError(f"{layer.where('weight_zero_point')}: must be zero: {self.file.name} says "
-                                 "symmetric=true")  # fmt: skip
-        else:
-            layer.check("weight_zero_point", (_words(n, bits, dense), groups), [torch.int32], why)
         if "weight_g_idx" in layer:
             layer.check("weight_g_idx", (k,), [torch.int32, torch.int64], "[K]")
             if not bool((layer.read("weight_g_idx") == -1).all()):
                 layer.check_order("weight_g_idx", groups, size, "actorder")
-        elif is_ordered and groups > 1:
-            file = layer.checkpoint.entries[f"{layer.name}.weight_packed"].file
-            raise ValueError(f"{file}: tensor '{layer.name}.weight_g_idx' is missing: {self.file.name} says actorder")
-        scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.weight_scale"].dtype)
-        granularity = "row" if strategy == "group" and groups == 1 else _STRATEGIES[strategy]
-        return PackedFormat(bits, n, k, size, granularity, "none" if symmetric else "int", scale)
+        elif group.is_ordered and groups > 1:
+            self._require(layer, "weight_g_idx", "actorder")
+
+    def _check_zeros(self, layer: Stored, group: _Group, shape: tuple[int, int], why: str) -> None:
+        if not group.symmetric:
+            self._require(layer, "weight_zero_point", "symmetric=false")
+            if group.form == _PACKED:
+                shape = (_words(shape[0], group.bits, self._is_dense(layer, group.bits, why)), shape[1])
+            layer.check("weight_zero_point", shape, [torch.int32 if group.form == _PACKED else torch.int8], why)
+        elif "weight_zero_point" in layer and bool(layer.read("weight_zero_point").any()):
+            # some versions kept zeros there, unpacked
+            raise ValueError(f"{layer.where('weight_zero_point')}: must be zero: {self.file.name} says symmetric=true")
 
     def _is_dense(self, layer: Stored, bits: int, why: str) -> bool:
         """Which of the two layouts the codes have, by their width; where both have it, by who wrote them."""
@@ -163,17 +250,42 @@ class CompressedTensors(Reader):
             )
         return self.version > (0, 18)
 
-    def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:
-        (_, bits, strategy, size, symmetric, _), n, k = self._own(layer.name), layer.n, layer.k
-        words, dense = layer.read("weight_packed"), self._is_dense(layer, bits, "")
-        scales, zeros = layer.read("weight_scale"), None
-        if not symmetric:
-            zeros = _codes(layer.read("weight_zero_point").t(), bits, n, dense).t().contiguous()
-            zeros = None if bool((zeros == 1 << (bits - 1)).all()) else zeros
-        if strategy == "tensor":
+    def weight(self, layer: Stored) -> tuple[Weight, str | None]:
+        group, n, k = self._own(layer.name), layer.n, layer.k
+        scales, zeros, bits = layer.read("weight_scale"), None, group.bits
+        if group.strategy == "tensor":
             scales = scales.reshape(1, 1)
-        group = size if strategy == "group" and scales.shape[1] > 1 else None
-        return PackedWeight(_codes(words, bits, k, dense), scales, zeros, bits, group), None
+        if group.type == "float":
+            scales = by_rows(scales, n if group.strategy == "tensor" else group.rows, n)
+            return e4m3_weight(read_e4m3(layer, "weight"), scales, min(group.size, k)), group.note
+        if group.form == _PACKED:
+            dense = self._is_dense(layer, bits, "")
+            codes = _codes(layer.read("weight_packed"), bits, k, dense)
+            if not group.symmetric:
+                zeros = _codes(layer.read("weight_zero_point").t(), bits, n, dense).t().contiguous()
+        else:
+            codes = _from_signed(layer, "weight", bits)
+            if not group.symmetric:
+                zeros = _from_signed(layer, "weight_zero_point", bits)
+            scales = by_rows(scales, group.rows, n) if group.strategy == "block" else scales
+        if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
+            zeros = None
+        size = min(group.size, k) if scales.shape[1] > 1 else None
+        return PackedWeight(codes, scales.contiguous(), zeros, bits, size), group.note
+
+    def x_scale(self, layer: Stored) -> Tensor | None:
+        return layer.read("input_scale") if self._own(layer.name).activations == "int8_static" else None
+
+
+def _from_signed(layer: Stored, leaf: str, bits: int) -> Tensor:
+    """int8 values of ``bits`` bits as codes, uint8: plus ``2**(bits-1)``."""
+    half = 1 << (bits - 1)
+    codes = layer.read(leaf).short() + half
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2 * half):
+        low, high = int(codes.min()) - half, int(codes.max()) - half
+        raise ValueError(f"{layer.where(leaf)}: values must be in [{-half}, {half - 1}], num_bits={bits}: got values "
+                         f"in [{low}, {high}]")  # fmt: skip
+    return codes.to(torch.uint8)
 
 
 def _words(count: int, bits: int, dense: bool) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,11 +55,14 @@ class Stored:
         """``file: tensor 'name'``, as errors begin."""
         return f"{self.checkpoint.entries[f'{self.name}.{leaf}'].file}: tensor '{self.name}.{leaf}'"
 
-    def check(self, leaf: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], why: str) -> None:
-        """Raise ``ValueError`` unless the header of a tensor says this shape and one of these dtypes."""
+    def check(
+        self, leaf: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], why: str, *others: tuple[int, ...]
+    ) -> None:
+        """Raise ``ValueError`` unless the header of a tensor says one of these shapes and one of these dtypes."""
         entry = self.checkpoint.entries[f"{self.name}.{leaf}"]
-        if entry.shape != shape:
-            raise ValueError(f"{self.where(leaf)}: shape must be {shape} ({why}): got {entry.shape}")
+        if entry.shape not in (shape, *others):
+            shapes = " or ".join(map(str, (shape, *others)))
+            raise ValueError(f"{self.where(leaf)}: shape must be {shapes} ({why}): got {entry.shape}")
         if entry.dtype not in dtypes:
             raise ValueError(f"{self.where(leaf)}: dtype must be {' or '.join(map(str, dtypes))}: got {entry.dtype}")
 
@@ -83,16 +86,20 @@ class Reader(ABC):
     Attributes:
         format: its name there, the key of :data:`lowbit.checkpoint.foreign.importers`.
         signs: leaves of tensors that only such layers have.
-        required, optional: all leaves of a layer, beside its bias.
+        required, optional: all leaves of a layer, beside its bias, where every layer has the same: see :meth:`leaves`.
     """
 
     format: ClassVar[str]
     signs: ClassVar[tuple[str, ...]]
-    required: ClassVar[tuple[str, ...]]
+    required: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         self.section, self.file = section, file
+
+    def leaves(self, name: str, entries: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The leaves that a layer must have, its codes first, and those that it may have."""
+        return self.required, self.optional
 
     @abstractmethod
     def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
@@ -105,6 +112,10 @@ class Reader(ABC):
     @abstractmethod
     def weight(self, layer: Stored) -> tuple[Weight, str | None]:
         """The weight, exactly, and what is to be noted of it in the report."""
+
+    def x_scale(self, layer: Stored) -> Tensor | None:
+        """The scale of the input, where :meth:`check` gives a format with ``activations="int8_static"``."""
+        return None
 
     def integer(self, names: Sequence[str], allowed: str, is_valid: Any) -> int:
         """A field of the config, under the first of its names that is there."""
@@ -143,13 +154,13 @@ class FloatView(Checkpoint):
         entries = checkpoint.entries
         self.metadata = checkpoint.metadata
         self.layers = _layers(entries, reader)
-        theirs = {f"{name}.{leaf}" for name in self.layers for leaf in (*reader.required, *reader.optional, "bias")}
+        theirs = {f"{name}.{leaf}" for name, leaves in self.layers.items() for leaf in (*leaves, "bias")}
         self.entries = {name: entry for name, entry in entries.items() if name not in theirs}
-        for name in self.layers:
-            if f"{name}.weight" in entries:
+        for name, leaves in self.layers.items():
+            if f"{name}.weight" in self.entries:
                 file = entries[f"{name}.weight"].file
                 raise ValueError(f"{file}: tensor '{name}.weight': layer {name!r} has it beside its codes")
-            file, shape = entries[f"{name}.{reader.required[0]}"].file, reader.float_shape(name, entries)
+            file, shape = entries[f"{name}.{leaves[0]}"].file, reader.float_shape(name, entries)
             self.entries[f"{name}.weight"] = Entry(file, torch.float16, shape, 0, 2 * shape[0] * shape[1])
 
     def read(self, name: str) -> Tensor:
@@ -158,25 +169,29 @@ class FloatView(Checkpoint):
         return super().read(name)
 
 
-def _layers(entries: dict[str, Entry], reader: Reader) -> list[str]:
-    """The names of the layers in the format; refused where one is not complete, or nothing is in it."""
+def _layers(entries: dict[str, Entry], reader: Reader) -> dict[str, tuple[str, ...]]:
+    """The names of the layers in the format, each with its leaves, that of its codes first; refused where one is not
+    complete, or nothing is in the format."""
     parts = [(*name.rpartition("."), entry) for name, entry in entries.items()]
-    found = {name: entry for name, _, leaf, entry in parts if leaf in reader.signs}
-    for name, entry in found.items():
-        for leaf in reader.required:
+    signed = {name: entry for name, _, leaf, entry in parts if leaf in reader.signs}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, entry in signed.items():
+        required, optional = reader.leaves(name, entries)
+        for leaf in required:
             if f"{name}.{leaf}" not in entries:
                 raise ValueError(f"{entry.file}: tensor '{name}.{leaf}' is missing: the layer needs "
-                                 f"{', '.join(reader.required)}")  # fmt: skip
-        first = entries[f"{name}.{reader.required[0]}"]
+                                 f"{', '.join(required)}")  # fmt: skip
+        first = entries[f"{name}.{required[0]}"]
         if len(first.shape) != 2:
-            raise ValueError(f"{first.file}: tensor '{name}.{reader.required[0]}': shape must have 2 sizes: got "
+            raise ValueError(f"{first.file}: tensor '{name}.{required[0]}': shape must have 2 sizes: got "
                              f"{first.shape}")  # fmt: skip
+        found[name] = (*required, *optional)
     if not found:
         raise ValueError(
             f"{reader.file} names the format {reader.format!r}, but no tensor of the folder is a "
             f"{' or '.join(reader.signs)}: no layer is in that format"
         )
-    return list(found)
+    return found
 
 
 @torch.inference_mode(False)
@@ -272,9 +287,13 @@ def _read(reader: Reader, stored: Stored, placeholder: Layer) -> Layer:
         bias = None
         if placeholder.bias is not None:
             bias = nn.Parameter(stored.read("bias").to(placeholder.dtype), requires_grad=placeholder.bias.requires_grad)
-        layer: Layer = layer_class(weight.family, "linear").from_weight(weight, bias, dtype=placeholder.dtype)
+        layer: Layer = layer_class(weight.family, "linear").from_weight(
+            weight, bias, dtype=placeholder.dtype, x_scale=reader.x_scale(stored),
+            **asdict(placeholder.format.activation),
+        )  # fmt: skip
     except ValueError as error:
-        file = stored.checkpoint.entries[f"{stored.name}.{reader.required[0]}"].file
+        required, _ = reader.leaves(stored.name, stored.checkpoint.entries)
+        file = stored.checkpoint.entries[f"{stored.name}.{required[0]}"].file
         text = str(error)
         raise ValueError(text if text.startswith(str(file)) else f"{file}: layer {stored.name!r}: {text}") from None
     layer.note = note

@@ -1,0 +1,71 @@
+"""Weights of 8-bit floats as codebooks: what the formats that hold such weights share.
+
+    w[n, k] = value(code[n, k]) * scale[n, k // group_size]
+
+A code of e4m3 is its byte: sign, four exponent bits, three mantissa bits; the codes 0x7f and 0xff are NaN (OCP 8-bit
+floating point, arXiv 2209.05433). An exponent byte e (e8m0) stands for ``2**(e - 127)``, 255 for NaN (OCP
+Microscaling).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.importers.folder import Stored
+from lowbit.codebook.format import CodebookFormat, CodebookWeight
+from lowbit.core.family import FLOAT_DTYPES, dtype_name
+
+E4M3 = torch.float8_e4m3fn
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # what holds exponent bytes
+SCALES = (*FLOAT_DTYPES.values(), *EXPONENTS)
+
+
+@cache
+def e4m3_table() -> Tensor:
+    """The 256 values, float32 ``[1, 1, 256]``; 0 in the place of NaN, which no weight that is read holds."""
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    return values.masked_fill(values.isnan(), 0).view(1, 1, 256)
+
+
+@cache
+def exponent_table() -> Tensor:
+    """What the 256 exponent bytes stand for, float32 ``[256]``; 0 in the place of NaN."""
+    return torch.tensor([2.0 ** (e - 127) for e in range(255)] + [0.0])
+
+
+def read_e4m3(layer: Stored, leaf: str) -> Tensor:
+    """The codes of a tensor of e4m3, uint8; raises ``ValueError`` where one is NaN."""
+    codes = layer.read(leaf).view(torch.uint8)
+    if bool(((codes & 0x7F) == 0x7F).any()):
+        raise ValueError(f"{layer.where(leaf)}: must be finite: it holds NaN (code 0x7f or 0xff)")
+    return codes
+
+
+def read_scales(layer: Stored, leaf: str) -> Tensor:
+    """Scales as they are stored; exponent bytes as float32. Raises ``ValueError`` for an exponent that is NaN."""
+    stored = layer.read(leaf)
+    if stored.dtype not in EXPONENTS:
+        return stored
+    exponents = stored.view(torch.uint8)
+    if bool((exponents == 255).any()):
+        raise ValueError(f"{layer.where(leaf)}: must be finite: it holds NaN (exponent 255)")
+    return exponent_table()[exponents.long()]
+
+
+def e4m3_format(n: int, k: int, size: int, scale_dtype: torch.dtype) -> CodebookFormat:
+    """The form of a weight of e4m3 with one scale for each ``size`` columns of a row."""
+    scales = "float32" if scale_dtype in EXPONENTS else dtype_name(scale_dtype)
+    return CodebookFormat(8, n, k, size, "tensor", "float32", scales)
+
+
+def e4m3_weight(codes: Tensor, scales: Tensor, size: int) -> CodebookWeight:
+    """The weight of codes ``[N, K]`` and scales ``[N, G]``."""
+    return CodebookWeight(codes, e4m3_table(), scales.contiguous(), size if scales.shape[1] > 1 else None)
+
+
+def by_rows(scales: Tensor, block_rows: int, n: int) -> Tensor:
+    """Scales ``[ceil(N / block_rows), G]`` of blocks, as ``[N, G]``."""
+    return scales.repeat_interleave(block_rows, 0)[:n]

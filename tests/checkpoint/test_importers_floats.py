@@ -1,0 +1,355 @@
+"""Folders of integers that are not packed, and of small floats: kept bit for bit, or refused by name.
+
+The decoders are loops over single values, and know nothing of lowbit; fixtures/foreign/ has the projects' own.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lowbit
+from lowbit.checkpoint.importers import small_floats
+
+pytest.importorskip("transformers", minversion="5.0")
+from lowbit.testing.foreign_folders import configure, equal, folder_of, refused, rewrite
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
+UP = "model.layers.0.mlp.up_proj"
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+E4M3 = torch.float8_e4m3fn
+
+
+# ------------------------------------------------------------------------------------------- the formats, as loops
+
+
+def e4m3(byte):
+    """The value of a byte by the definition of the format."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    value = mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2 ** (exponent - 7)
+    return -value if byte >> 7 else value
+
+
+def scaled(rows, scales, block):
+    """``value * scale`` in float32, of lists [N][K] and one scale for each block ``[rows, columns]``."""
+    scales = scales.float().reshape(-1, scales.shape[-1] if scales.dim() else 1)
+    factors = [[scales[n // block[0], k // block[1]] for k in range(len(row))] for n, row in enumerate(rows)]
+    return torch.tensor(rows) * torch.tensor(factors)
+
+
+def block_of(n, k, scales):
+    """Without groups: one scale for each row, or one."""
+    return (1 if scales.numel() == n else n), k
+
+
+def plain_weight(t, block=None):
+    """Of int8 or e4m3; ``block``: [rows, columns]."""
+    n, k = t["weight"].shape
+    scales = t["weight_scale_inv" if "weight_scale_inv" in t else "weight_scale"]
+    block = block_of(n, k, scales) if block is None else block
+    if t["weight"].dtype == torch.int8:
+        zeros = t.get("weight_zero_point", torch.zeros(scales.shape)).int().reshape(-1, scales.shape[-1])
+        rows = [[float(q - zeros[i // block[0], j // block[1]]) for j, q in enumerate(row)]
+                for i, row in enumerate(t["weight"].tolist())]  # fmt: skip
+    else:
+        rows = [[e4m3(byte) for byte in row] for row in t["weight"].view(torch.uint8).tolist()]
+    return scaled(rows, scales, block)
+
+
+def block_in(section):
+    if section["quant_method"] == "fp8":
+        return section["weight_block_size"]
+    return section["config_groups"]["group_0"]["weights"].get("block_structure")
+
+
+def parts(tensors, layer):
+    return {name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}
+
+
+PLAIN = {"compressed-tensors-w8a8": ("packed", "int8"), "compressed-tensors-fp8": ("codebook", "float"),
+         "fp8": ("codebook", "float")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_others_wrote(name, tmp_path):
+    source, (family, activations) = FIXTURES / name / "model", PLAIN[name]
+    model, tensors = lowbit.load(source), load_file(source / "model.safetensors")
+    section = json.loads((source / "config.json").read_text())["quantization_config"]
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    assert len(expected) == 2 and equal(model, expected)
+    assert equal(model, {layer: plain_weight(parts(tensors, layer), block_in(section)) for layer in expected})
+    layers = [m for m in model.modules() if isinstance(m, (lowbit.PackedLinear, lowbit.CodebookLinear))]
+    assert {(m.family, m.format.activations) for m in layers} == {(family, activations)} and len(layers) == 7
+    assert all(("x stays float" in (m.note or "")) == (family == "codebook") for m in layers)
+    lowbit.convert_folder(source, tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+
+
+# ---------------------------------------------------------------------------------- compressed-tensors, not packed
+
+
+def compressed(form, kind, strategy, bits=8, symmetric=True, inputs=None, block=None):
+    weights = {"num_bits": bits, "type": kind, "symmetric": symmetric, "strategy": strategy, "group_size": 16,
+               "block_structure": block}  # fmt: skip
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
+def inputs(dynamic=True, **more):
+    return {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": dynamic,
+            "strategy": "token" if dynamic else "tensor", **more}  # fmt: skip
+
+
+def integers(n, k, strategy="channel", bits=8, symmetric=True, block=(24, 16)):
+    half = 2 ** (bits - 1)
+    groups = -(-k // 16) if strategy in ("group", "block") else 1
+    shape = {"tensor": (1,), "channel": (n, 1), "group": (n, groups), "block": (-(-n // block[0]), groups)}[strategy]
+    made = {"weight": torch.randint(-half, half, (n, k), dtype=torch.int8),
+            "weight_scale": (torch.rand(shape) / 8 + 0.01).bfloat16()}  # fmt: skip
+    if not symmetric:
+        made["weight_zero_point"] = torch.randint(-half, half, shape, dtype=torch.int8)
+    sizes = {"group": (1, 16), "block": block}.get(strategy)
+    return made, plain_weight(made, sizes)
+
+
+def floats(n, k, shape=None, scale="weight_scale", dtype=torch.float32, block=None):
+    """Random e4m3 with every code that is a number."""
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    codes = codes.flatten()
+    codes[:256] = torch.arange(256, dtype=torch.uint8)
+    codes = codes.masked_fill((codes & 127) == 127, 7).view(n, k).view(E4M3)
+    made = {"weight": codes, scale: (torch.rand(() if shape is None else shape) / 64 + 1e-3).to(dtype)}
+    return made, plain_weight(made, block)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "bits", "symmetric"),
+    [("tensor", 8, True), ("channel", 8, False), ("group", 4, False), ("group", 8, True), ("block", 8, True)],
+)
+def test_integers(strategy, bits, symmetric, tmp_path):
+    section = compressed("int-quantized", "int", strategy, bits, symmetric, inputs(), [24, 16])
+    expected = folder_of(tmp_path, section, lambda n, k: integers(n, k, strategy, bits, symmetric))
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    assert {model.get_submodule(layer).format.activations for layer in expected} == {"int8"}
+
+
+def test_static_activations(tmp_path):
+    """``q = round(x / input_scale)``, in -127 to 127."""
+    section = compressed("int-quantized", "int", "channel", inputs=inputs(dynamic=False))
+
+    def make(n, k):
+        made, weight = integers(n, k)
+        zero = torch.zeros(1, dtype=torch.int8)
+        return {**made, "input_scale": torch.tensor([0.03125]), "input_zero_point": zero}, weight
+
+    expected = folder_of(tmp_path / "model", section, make)
+    layer = lowbit.load(tmp_path / "model").get_submodule(UP)
+    assert layer.format.activations == "int8_static" and layer.x_scale.item() == 0.03125
+    x = torch.randn(3, 40)
+    q = (x.double() / 0.03125).round().clamp(-127, 127) * 0.03125
+    assert torch.allclose(layer(x).double(), q @ expected[UP].double().t(), rtol=1e-5, atol=1e-4)
+    rewrite(tmp_path / "model", lambda t: t.pop(f"{UP}.input_scale"))
+    refused(tmp_path / "model", f"'{UP}.input_scale' is missing", "not dynamic")
+
+
+@pytest.mark.parametrize(
+    "asked", [inputs(symmetric=False), inputs(num_bits=4), inputs(dynamic=False, strategy="group"), {"type": "float"}]
+)
+def test_activations_that_stay_float(asked, tmp_path):
+    section = compressed("int-quantized", "int", "channel", inputs=asked)
+    expected = folder_of(tmp_path, section, integers, only="up_proj")
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    layer = model.get_submodule(UP)
+    assert layer.format.activations == "float" and "x stays float" in layer.note
+    assert "x stays float" in str(lowbit.report(model))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+def test_floats_of_compressed_tensors(strategy, tmp_path):
+    block = {"block": [24, 16], "group": [1, 16]}.get(strategy)
+
+    def make(n, k):
+        groups = -(-k // 16)
+        shape = {"tensor": (1,), "channel": (n, 1), "group": (n, groups), "block": (-(-n // 24), groups)}[strategy]
+        return floats(n, k, shape, dtype=torch.bfloat16, block=block)
+
+    section = compressed("float-quantized", "float", strategy, block=block, inputs=inputs(type="float"))
+    expected = folder_of(tmp_path, section, make)
+    assert equal(lowbit.load(tmp_path), expected)
+
+
+def test_bytes():
+    """Of a layer as large as they are, beside those of its files."""
+    native = 4096 * 4096 + 4 * 32 * 32
+    assert small_floats.e4m3_format(4096, 4096, 128, torch.float32).nbytes <= 1.04 * native
+
+
+def test_compressed_tensors_own_compressors(tmp_path):
+    pytest.importorskip("compressed_tensors", minversion="0.20")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    def make(n, k, form, weights, shape):
+        scales, zeros = (torch.rand(shape) / 8 + 0.01).bfloat16().float(), torch.zeros(shape, dtype=torch.int8)
+        if not weights.get("symmetric", True):
+            zeros = torch.randint(-128, 128, shape, dtype=torch.int8)
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+        compressor = BaseCompressor.get_value_from_registry(form)
+        made = compressor.compress({"weight": torch.randn(n, k), "weight_scale": scales, "weight_zero_point": zeros},
+                                   scheme)  # fmt: skip
+        return made, compressor.decompress(made, scheme)["weight"]
+
+    for i, (form, kind, strategy, more) in enumerate((
+        ("int-quantized", "int", "channel", {"symmetric": False}), ("int-quantized", "int", "group", {"group_size": 8}),
+        ("float-quantized", "float", "tensor", {}), ("naive-quantized", "float", "channel", {}),
+        ("float-quantized", "float", "block", {"block_structure": [8, 8]}),
+    )):  # fmt: skip
+        weights = {"num_bits": 8, "type": kind, "strategy": strategy, **more}
+        section = compressed(form, kind, strategy)
+        section["config_groups"]["group_0"]["weights"] = weights
+
+        def made(n, k, form=form, weights=weights, strategy=strategy):
+            shape = {"tensor": (1,), "channel": (n, 1), "group": (n, k // 8), "block": (n // 8, k // 8)}[strategy]
+            return make(n, k, form, weights, shape)
+
+        expected = folder_of(tmp_path / str(i), section, made)
+        assert equal(lowbit.load(tmp_path / str(i)), expected), (form, strategy)
+
+
+# ----------------------------------------------------------------------------------------------------- fp8 in blocks
+
+
+def fp8(block=(16, 16), **more):
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and list(block), **more}
+
+
+@pytest.mark.parametrize(
+    ("block", "shape", "scale", "dtype"),
+    [
+        ((16, 16), None, "weight_scale_inv", torch.float32), ((24, 1000), None, "weight_scale_inv", torch.bfloat16),
+        (None, (), "weight_scale_inv", torch.float32), (None, (1,), "weight_scale", torch.float16),
+    ],
+)  # fmt: skip
+def test_fp8(block, shape, scale, dtype, tmp_path):
+    """Blocks that N and K leave unfinished; without blocks one scale."""
+
+    def make(n, k):
+        own = (-(-n // block[0]), -(-k // block[1])) if block else shape
+        made, weight = floats(n, k, own, scale, dtype, block)
+        return {**made, "input_scale": torch.ones(1)}, weight
+
+    expected = folder_of(tmp_path, fp8(block), make)
+    assert equal(lowbit.load(tmp_path), expected)
+
+
+def test_a_block_that_no_config_names(tmp_path):
+    section = {"quant_method": "fp8"}
+    config = {"intermediate_size": 200}
+    expected = folder_of(tmp_path / "a", section, lambda n, k: floats(n, k, (-(-n // 128), -(-k // 128)),
+                         "weight_scale_inv", block=(128, 128)), config, only="down_proj")  # fmt: skip
+    assert equal(lowbit.load(tmp_path / "a"), expected)
+    expected = folder_of(tmp_path / "b", section, lambda n, k: floats(n, k, (n, 1)), only="down_proj")
+    assert equal(lowbit.load(tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_exponents_as_scales(dtype, tmp_path):
+    """Every one, down to 2**-127, which is no normal float32."""
+
+    def make(n, k):
+        shape = -(-n // 2), -(-k // 2)
+        exponents = (torch.arange(shape[0] * shape[1]) % 200).to(torch.uint8).view(shape)
+        exponents[0, :2] = torch.tensor([0, 1])
+        made, _ = floats(n, k, shape, "weight_scale_inv", block=(2, 2))
+        values = torch.tensor([[2.0 ** (e - 127) for e in row] for row in exponents.tolist()])
+        weight = plain_weight({**made, "weight_scale_inv": values}, (2, 2))
+        return {**made, "weight_scale_inv": exponents.view(dtype)}, weight
+
+    expected = folder_of(tmp_path / "model", fp8((2, 2), scale_fmt="ue8m0"), make)
+    assert equal(lowbit.load(tmp_path / "model"), expected)
+    rewrite(tmp_path / "model", lambda t: t[f"{UP}.weight_scale_inv"].view(torch.uint8)[0].fill_(255))
+    refused(tmp_path / "model", f"'{UP}.weight_scale_inv': must be finite", "255")
+
+
+@pytest.fixture(scope="module")
+def made_fp8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8") / "model"
+    folder_of(folder, fp8(), lambda n, k: floats(n, k, (-(-n // 16), -(-k // 16)), "weight_scale_inv", block=(16, 16)))
+    return folder
+
+
+def put(leaf, value):
+    return lambda tensors: tensors.update({f"{UP}.{leaf}": value(tensors[f"{UP}.{leaf}"])})
+
+
+def nan_at(row, code):
+    def change(weight):
+        weight.view(torch.uint8)[row, 3] = code
+        return weight
+
+    return change
+
+
+CHANGES = {
+    "NaN": (put("weight", nan_at(0, 0x7F)), (f"tensor '{UP}.weight'", "must be finite", "NaN")),
+    "negative NaN": (put("weight", nan_at(55, 0xFF)), (f"tensor '{UP}.weight'", "must be finite")),
+    "floats": (put("weight", lambda t: t.float()), (f"'{UP}.weight'", "dtype must be torch.float8_e4m3fn", "float32")),
+    "e5m2": (put("weight", lambda t: t.float().to(torch.float8_e5m2)), ("dtype must be torch.float8_e4m3fn", "e5m2")),
+    "integers": (put("weight", lambda t: t.view(torch.int8)), ("dtype must be", "int8")),
+    "fewer rows": (put("weight", lambda t: t[:40]), (f"{UP}", "(40, 40)")),
+    "three sizes": (put("weight", lambda t: t[None]), ("2 sizes",)),
+    "scales of another block": (put("weight_scale_inv", lambda t: t[:2]), ("(4, 3)", "weight_block_size=[16, 16]")),
+    "scales in int": (put("weight_scale_inv", lambda t: t.int()), ("weight_scale_inv", "dtype must be")),
+    "scales of NaN": (put("weight_scale_inv", lambda t: t / 0 * 0), (UP, "scales must be finite")),
+    "no weight": (lambda t: t.pop(f"{UP}.weight"), (f"'{UP}.weight' is missing",)),
+    "no scales": (lambda t: t.pop(f"{UP}.weight_scale_inv"), (f"{UP}.weight", "float8_e4m3fn")),
+    "two kinds of scales": (lambda t: t.update({f"{UP}.weight_scale": torch.ones(1)}), (f"{UP}.weight_scale",)),
+    "no layer": (lambda t: [t.pop(n) for n in list(t) if "scale_inv" in n], ("names the format 'fp8', but no tensor",)),
+}  # fmt: skip
+CONFIGS = {
+    "one size": (fp8([16]), ("weight_block_size must be null or two sizes",)),
+    "sizes of 0": (fp8([0, 16]), ("weight_block_size must be", "[0, 16]")),
+    "another block": (fp8([32, 16]), ("weight_scale_inv", "shape must be (2, 4)", "weight_block_size=[32, 16]")),
+    "no blocks": (fp8(None), ("weight_scale_inv", "shape must be () or (1,)")),
+    "e5m2": (fp8(fmt="e5m2"), ("fmt must be 'e4m3'", "e5m2")),
+    "a scale of another format": (fp8(scale_fmt="x"), ("scale_fmt must be",)),
+}
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *CONFIGS])
+def test_malformed_folders_of_fp8(name, made_fp8, tmp_path):
+    folder = shutil.copytree(made_fp8, tmp_path / "model")
+    change, words = CHANGES.get(name) or CONFIGS[name]
+    if name in CHANGES:
+        rewrite(folder, change)
+    else:
+        configure(folder, quantization_config=change)
+    refused(folder, str(folder), *words)
+
+
+INTEGERS = {
+    "values of more bits": (put("weight", lambda t: t * 0 + 9), {"bits": 4}, ("[-8, 7]", "num_bits=4", "[9, 9]")),
+    "unsigned": (put("weight", lambda t: t.view(torch.uint8)), {}, ("dtype must be torch.int8: got torch.uint8",)),
+    "scales by tensor": (put("weight_scale", lambda t: t[:1, 0]), {}, ("weight_scale", "shape must be (56, 1)")),
+    "zeros of a symmetric one": (lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(56, 1, dtype=torch.int8)}),
+                                 {}, ("weight_zero_point", "must be zero")),
+    "no zeros": (lambda t: None, {"symmetric": False}, ("weight_zero_point' is missing", "symmetric=false")),
+    "a weight packed": (lambda t: t.update({f"{UP}.weight_packed": torch.ones(56, 10, dtype=torch.int32)}), {},
+                        (f"{UP}.weight_packed",)),
+    "3 sizes of a block": (lambda t: None, {"strategy": "block", "block": [1, 2, 3]}, ("block_structure must be two",)),
+    "16 bits": (lambda t: None, {"bits": 16}, ("num_bits must be 2 to 8", "got 16")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_malformed_integers(name, tmp_path):
+    change, config, words = INTEGERS[name]
+    section = compressed(**{"form": "int-quantized", "kind": "int", "strategy": "channel", **config})
+    folder_of(tmp_path / "model", section, integers, only="up_proj")
+    rewrite(tmp_path / "model", change)
+    refused(tmp_path / "model", str(tmp_path), *words)
