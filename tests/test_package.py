@@ -71,7 +71,7 @@ def test_the_wheel_works(tmp_path, native_build):
     build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-q"]
     environment = {**os.environ, "LOWBIT_NO_NATIVE": "0" if native_build else "1"}
     source = tmp_path / "source"  # building must not touch the checkout
-    names = ["csrc", "lowbit", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
+    names = ["csrc", "lowbit", "lowbit_vllm.py", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
     names += ["build/native"] if (ROOT / "build/native").is_dir() else []  # ninja compiles what is not in there
     subprocess.run(["cp", "-a", "--parents", *names, str(source.mkdir() or source)], cwd=ROOT, check=True)
     for built in source.glob("lowbit/*.so"):
@@ -86,7 +86,11 @@ def test_the_wheel_works(tmp_path, native_build):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     assert (target / "lowbit" / "py.typed").is_file()
-    assert {path.name for path in target.iterdir()} == {"lowbit", f"lowbit-{lowbit.__version__}.dist-info"}
+    assert {path.name for path in target.iterdir()} == {
+        "lowbit", "lowbit_vllm.py", f"lowbit-{lowbit.__version__}.dist-info"
+    }  # fmt: skip
+    entry_points = target / f"lowbit-{lowbit.__version__}.dist-info" / "entry_points.txt"
+    assert "[vllm.general_plugins]\nlowbit = lowbit_vllm:register" in entry_points.read_text()
     assert not (target / "lowbit" / "testing").exists()
     used = run_in(target, USE)
     assert used.returncode == 0, used.stderr

@@ -1,0 +1,274 @@
+"""The quantization method ``lowbit`` of vLLM: what its layers, its loader and its models call.
+
+Tensors are taken as vLLM's loader hands them over, one at a time, as the file has them. When the last one of a layer
+is there, it is cut to this process's share; when all are loaded, fused layers are joined and the kernels' layout is
+made, one layer at a time. Names inside vLLM that this file depends on were checked with 0.32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.utils import set_weight_attrs
+
+from lowbit.checkpoint.metadata import parse
+from lowbit.integrations.matching import NOTICE_PATTERN
+from lowbit.integrations.vllm.parts import Description, FusedLinear, Part, rows_of
+from lowbit.nn.layer import layer_class
+
+METHOD = "lowbit"
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+
+class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
+    """``quantization_config`` of a saved folder: which layers of vLLM's model are packed, and how.
+
+    Raises ``ValueError`` for a description that is not valid, as :func:`lowbit.load` does.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        fields = {name: value for name, value in config.items() if name != "quant_method"}
+        self.description = Description(parse(fields))
+        self.methods: dict[str, LowbitMethod] = {}  # by the name of a layer of the folder
+        self._checked = False
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LowbitConfig:
+        return cls(config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.description.rename(hf_to_vllm_mapper.map_name)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Without what is in the files to stop a transformers without lowbit."""
+        return WeightsMapper(orig_to_new_regex={re.compile(NOTICE_PATTERN): None})
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            inside = [name for name in self.description.layers if name.startswith(f"{prefix}.")]
+            if inside:
+                raise ValueError(f"{inside[0]}: vLLM cannot run packed experts: convert with skip=['*.experts']")
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if isinstance(layer, VocabParallelEmbedding):
+            found = self.description.find(prefix)
+            if found is None and not prefix:  # Llama's embedding has no name
+                kind = "linear" if isinstance(layer, ParallelLMHead) else "embedding"
+                found = self.description.of_shape(kind, layer.org_vocab_size, layer.embedding_dim)
+            return None if found is None else LowbitMethod(self, prefix, [found])
+        if not isinstance(layer, LinearBase):
+            return None
+        head, dot, last = prefix.rpartition(".")
+        names = [head + dot + part for part in self.packed_modules_mapping.get(last, [last])]
+        found_names = [self.description.find(name) for name in names]
+        if not any(found_names):
+            return UnquantizedLinearMethod()
+        return LowbitMethod(self, prefix, [found or name for found, name in zip(found_names, names, strict=True)])
+
+    def check_all_served(self) -> None:
+        """Raise ``ValueError`` naming the layers that vLLM's model has no place for."""
+        if self._checked or get_pp_group().world_size > 1:
+            return
+        served = {*self.methods, *(other for name in self.methods for other in self.description.others(name))}
+        if missing := sorted(self.description.layers.keys() - served):
+            raise ValueError(f"vLLM's model has no packed layer {', '.join(missing[:5])} ({len(missing)} in all): "
+                             "convert with skip=[...] of these")  # fmt: skip
+        self._checked = True
+
+
+class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
+    """Holds and runs the packed layers that one layer of vLLM stands for.
+
+    ``names``: of its parts in the folder; those that the folder does not describe are float.
+    """
+
+    def __init__(self, config: LowbitConfig, prefix: str, names: list[str]) -> None:
+        self.config, self.prefix, self.names = config, prefix, names
+        self.loaded: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(names))}
+        self.parts: dict[int, Part] = {}
+        self.made = False
+        config.methods.update(dict.fromkeys((n for n in names if n in config.description.layers), self))
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        self.layer, self.dtype, self.here = layer, params_dtype, list(output_partition_sizes)
+        if len(self.names) not in (1, len(self.here)):
+            raise ValueError(f"{self.prefix}: vLLM joins {len(self.names)} layers into {len(self.here)} parts: "
+                             f"convert with skip={self.names}")  # fmt: skip
+        count = input_size // input_size_per_partition
+        self.columns = (layer.tp_rank, count) if count > 1 else (0, 1)
+        types: dict[str, torch.dtype] = {"weight": params_dtype}  # of float parts; files have an empty one of others
+        for name in self.names:
+            config = self.config.description.layers.get(name)
+            if config is not None:
+                types |= {tensor: dtype for tensor, (_, dtype) in config.format.tensors().items()}
+        for name, dtype in types.items():
+            place = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            set_weight_attrs(place, {"weight_loader": self._loader(name)})
+            layer.register_parameter(name, place)
+        self.places = tuple(types)
+
+    def _loader(self, tensor_name: str) -> Callable[..., None]:
+        def load(param: Any, loaded: Tensor, shard_id: Any = None) -> None:
+            index = self._part(shard_id)
+            if tensor_name == "weight" and loaded.numel() == 0:
+                return
+            if index in self.parts:
+                raise ValueError(f"{self.names[index]}.{tensor_name}: vLLM loads it after its layer was complete")
+            self.loaded[index][tensor_name] = loaded.detach().clone()
+            wanted = self._wanted(index)
+            if wanted <= self.loaded[index].keys():
+                self._complete(index)
+
+        return load
+
+    def _part(self, shard_id: Any) -> int:
+        """Which part of this layer vLLM's name of a shard means."""
+        if shard_id is None and len(self.names) == 1:
+            return 0
+        index = _QKV.get(shard_id, shard_id) if isinstance(shard_id, str) else shard_id
+        if not isinstance(index, int) or isinstance(index, bool) or index not in range(len(self.names)):
+            raise ValueError(f"{self.prefix}: vLLM loads the shard {shard_id!r} of it, which is none of its parts: "
+                             f"convert with skip={self.names}")  # fmt: skip
+        return index
+
+    def _wanted(self, index: int) -> set[str]:
+        config = self.config.description.layers.get(self.names[index])
+        return {"weight"} if config is None else set(config.format.tensors())
+
+    def _complete(self, index: int) -> None:
+        """Cut what was loaded of a part to the share of this process."""
+        name, layer = self.names[index], self.layer
+        part = Part(name, self.config.description.layers.get(name), self.loaded[index])
+        if isinstance(layer, VocabParallelEmbedding):
+            first, last = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+            first = min(first, part.rows - 1)  # a process without rows has one, which nobody looks at
+            rows = [slice(first, max(last, first + 1))]
+        else:
+            one = len(self.names) > 1 or len(self.here) == 1
+            whole = [part.rows] if one else self._whole()
+            try:
+                rows = rows_of(whole, [self.here[index]] if one else self.here, layer.tp_rank, layer.tp_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        self.parts[index] = part.share(rows, self.columns)
+        self.loaded[index] = {}
+
+    def _whole(self) -> list[int]:
+        """Rows of the blocks of a layer that is fused in the file already."""
+        layer = self.layer
+        if isinstance(layer, QKVParallelLinear):
+            kv = layer.total_num_kv_heads
+            return [layer.total_num_heads * layer.head_size, kv * layer.head_size, kv * layer.v_head_size]
+        return list(layer.output_sizes)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if self.made:
+            return
+        self.config.check_all_served()
+        device = layer.weight.device
+        if isinstance(layer, VocabParallelEmbedding):
+            self._make_vocabulary(layer, device)
+        else:
+            for index in self.loaded:
+                self._require_complete(index)
+            layer.lowbit = FusedLinear([self.parts[i] for i in self.loaded], self.dtype).to(device)
+        for name in self.places:
+            if name != "weight":  # others ask for its dtype and device
+                delattr(layer, name)
+        self.parts, self.made = {}, True
+
+    def _require_complete(self, index: int) -> None:
+        if index not in self.parts:
+            missing = sorted(self._wanted(index) - self.loaded[index].keys())
+            raise ValueError(f"{self.names[index]}.{missing[0]} is missing: the folder has no such tensor")
+
+    def _make_vocabulary(self, layer: Any, device: torch.device) -> None:
+        """Embedding or head of a vocabulary; what is tied shares its tensors, whichever is made first."""
+        description, name = self.config.description, self.names[0]
+        config, others = description.layers[name], description.others(name)
+        made: Any
+        if 0 not in self.parts and (source := self._tied_layer(layer)) is not None:
+            made = _sharing(source, config.layer_class.kind, config.format, self.dtype)
+            for tensor_name, tensor in self.loaded[0].items():
+                made.store({tensor_name: tensor})
+            made.validate(name)
+        else:
+            self._require_complete(0)
+            made = self.parts[0].module(config.layer_class.kind, self.dtype)
+        layer.lowbit_vocabulary = made.prepare().to(device)
+        heads = [other for other in others if description.layers[other].layer_class.kind == "linear"]
+        if config.layer_class.kind == "linear":
+            layer.lowbit = FusedLinear.of(made)
+        elif heads and not any(head in self.config.methods for head in heads):
+            # this model of vLLM has no head, and multiplies by its embedding
+            head = description.layers[heads[0]]
+            if "x_scale" in head.format.tensors():
+                raise ValueError(f"{heads[0]}: {head.format.describe()}: vLLM's model has no such layer")
+            layer.lowbit = FusedLinear.of(_sharing(made, "linear", head.format, self.dtype).prepare())
+
+    def _tied_layer(self, layer: Any) -> Any:
+        """A layer that has the tensors that this one is tied to; ``None``: there is none."""
+        for other in self.config.description.others(self.names[0]):
+            method = self.config.methods.get(other)
+            if method is None or not isinstance(method.layer, VocabParallelEmbedding):
+                continue
+            if method.layer.shard_indices == layer.shard_indices and (method.made or 0 in method.parts):
+                method.process_weights_after_loading(method.layer)
+                return method.layer.lowbit_vocabulary
+        return None
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = layer.lowbit(x, bias)
+        if isinstance(layer, VocabParallelEmbedding) and layer.tp_size > 1:
+            padding = layer.num_embeddings_per_partition - y.shape[-1]
+            y = nn.functional.pad(y, (0, padding))  # all processes' shares have one width
+        return y
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        y: Tensor = layer.lowbit_vocabulary(input_)
+        return y
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        return layer  # what is tied in the folder is tied here
+
+
+def _sharing(source: Any, kind: str, format: Any, dtype: torch.dtype) -> Any:
+    """A layer with the weight of ``source``, which takes x as ``format`` says."""
+    held = source.format.with_activation(format.activation)
+    layer = layer_class(source.family, kind)(held, False, dtype, "meta")
+    layer.share_weight(source)
+    return layer
