@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,39 @@ from torch import Tensor, nn
 from lowbit.checkpoint.reader import Checkpoint
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Weights of experts that files have one by one, where the model has one tensor.
+
+    Attributes:
+        keys: of each expert, the names of its tensors in the files, in their order.
+        along: the dimension along which the tensors of one expert are joined; ``None`` where it has one.
+        checkpoint: the files.
+    """
+
+    keys: list[list[str]]
+    along: int | None
+    checkpoint: Checkpoint
+
+    def __call__(self, index: int) -> Tensor:
+        """The weight of one expert, as the model has it."""
+        tensors = [self.checkpoint.read(key) for key in self.keys[index]]
+        return tensors[0] if self.along is None else torch.cat(tensors, self.along)
+
+
 class FloatFolder(ABC):
     """A saved float model that can be converted one layer at a time.
 
     Attributes:
         model: the float model, its parameters on meta.
         names: name in the model's state_dict -> name of the tensor in the files.
-        stacks: name in the model's state_dict -> what reads the weight of one expert, as the model has it, where the
-            files have a tensor for each expert.
+        stacks: name in the model's state_dict -> where the weights of its experts are, where the files have a tensor
+            for each expert.
     """
 
     model: nn.Module
     names: dict[str, str]
-    stacks: dict[str, Callable[[int], Tensor]]
+    stacks: dict[str, Stack]
 
     @abstractmethod
     def dtype_of(self, name: str) -> torch.dtype | None:

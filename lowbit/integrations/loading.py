@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit.checkpoint import foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, train_again
@@ -163,7 +163,7 @@ class FloatFolder(libraries.FloatFolder):
 
     model: Any
 
-    def __init__(self, model: Any, names: dict[str, str], stacks: dict[str, Callable[[int], Tensor]]) -> None:
+    def __init__(self, model: Any, names: dict[str, str], stacks: dict[str, libraries.Stack]) -> None:
         self.model, self.names, self.stacks = model, names, stacks
         self._kept = dtype_plan(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

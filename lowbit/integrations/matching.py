@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint import foreign, stream
+from lowbit.checkpoint.libraries import Stack
 from lowbit.checkpoint.metadata import Metadata, apply, place_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
 from lowbit.core.activations import ActivationSpec
@@ -158,15 +159,15 @@ def match(model: Any, checkpoint: Iterable[str], conversions: list[Any] | None =
     return found
 
 
-def stacks(model: Any, checkpoint: Checkpoint, found: Match) -> dict[str, Callable[[int], Tensor]] | None:
-    """For each tensor of ``found.transformed``, what gives its part for one expert; ``None`` where one is not made of
+def stacks(model: Any, checkpoint: Checkpoint, found: Match) -> dict[str, Stack] | None:
+    """For each tensor of ``found.transformed``, where its parts for each expert are; ``None`` where one is not made of
     experts that the files have one by one.
 
     Raises:
         ValueError: naming file and tensor: an expert is missing, or has another shape than the model's.
     """
     state = model.state_dict()
-    made: dict[str, Callable[[int], Tensor]] = {}
+    made: dict[str, Stack] = {}
     for name, keys in found.transformed.items():
         operations = found.operations[name].operations
         rest = [type(operation).__name__ for operation in operations[1:]]
@@ -179,7 +180,7 @@ def stacks(model: Any, checkpoint: Checkpoint, found: Match) -> dict[str, Callab
 
 def _stack(
     name: str, shape: torch.Size, keys: Iterable[str], checkpoint: Checkpoint, found: Match
-) -> Callable[[int], Tensor]:
+) -> Stack:
     conversion, parts = found.operations[name], dict[str, list[str]]()
     for key in sorted(keys, key=_by_number):
         parts.setdefault(found.patterns[key], []).append(key)
@@ -201,11 +202,8 @@ def _stack(
             raise ValueError(f"{own[0].file}: tensor {key!r}: expert {e} of {name!r} must have shape "
                              f"{tuple(shape[1:])}: got {sizes}")  # fmt: skip
 
-    def read(e: int) -> Tensor:
-        tensors = [checkpoint.read(parts[pattern][e]) for pattern in conversion.source_patterns]
-        return torch.cat(tensors, along[0]) if along else tensors[0]
-
-    return read
+    ordered = [[parts[pattern][e] for pattern in conversion.source_patterns] for e in range(shape[0])]
+    return Stack(ordered, along[0] if along else None, checkpoint)
 
 
 def _by_number(key: str) -> list[tuple[int, int, str]]:

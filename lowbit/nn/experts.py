@@ -237,7 +237,22 @@ class ExpertsLayer(Layer):
 
         Each is packed as it comes. Raises ``ValueError`` where they have no form in common.
         """
-        tensors, weight_format = cls.joined([(weight.tensors(), weight.format()) for weight in weights])
+        parts = [(weight.tensors(), weight.format()) for weight in weights]
+        return cls.from_parts(parts, bias, num_experts=num_experts, x_scale=x_scale, dtype=dtype, **activation)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[tuple[dict[str, Tensor], Any]],
+        bias: Tensor | None = None,
+        *,
+        num_experts: int,
+        x_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        **activation: Any,
+    ) -> Any:
+        """:meth:`from_weights` of weights as files have them: ``(tensors, format)``."""
+        tensors, weight_format = cls.joined(parts)
         format = weight_format.with_activation(ActivationSpec(**activation))
         layer = cls(format, bias is not None, dtype, "meta", num_experts=num_experts)
         layer.store(tensors)

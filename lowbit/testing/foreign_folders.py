@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowbit
+from lowbit.nn.layer import Layer
 
 CONFIG = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
               head_dim=20, vocab_size=48)  # fmt: skip
@@ -62,6 +64,39 @@ def equal(model: Any, expected: dict[str, Tensor]) -> bool:
     """Whether the layers have these weights in float32, bit for bit."""
     found = {name: model.get_submodule(name).dequantize(torch.float32) for name in expected}
     return bool(expected) and all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def mixture(**config: Any) -> Any:
+    """A tiny mixture of experts, whose files have the experts one by one."""
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1, head_dim=16,
+                 num_attention_heads=2, num_key_value_heads=2, vocab_size=48, num_experts=3,
+                 num_experts_per_tok=2)  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**sizes, **config})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def check_mixture(model: Any, plain: Any, expected: dict[str, Tensor], x: Tensor) -> None:
+    """The experts of ``model`` have these weights, by their names in the files, and with ``float`` activations the
+    logits are those of the float model ``plain``, which is given the weights."""
+    assert expected
+    for key, weight in expected.items():
+        stacked = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", key)
+        if stacked is None:
+            assert torch.equal(model.get_submodule(key).dequantize(torch.float32), weight), key
+            plain.get_parameter(f"{key}.weight").data.copy_(weight)
+            continue
+        place, e, part = stacked[1], int(stacked[2]), stacked[3]
+        name = f"{place}.down_proj" if part == "down" else f"{place}.gate_up_proj"
+        rows = {"gate": slice(None, len(weight)), "up": slice(len(weight), None), "down": slice(None)}[part]
+        assert torch.equal(model.get_submodule(name).dequantize(torch.float32)[e, rows], weight), key
+        plain.get_parameter(name).data[e, rows] = weight
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    if all(layer.format.activations == "float" for layer in layers):
+        found, wanted = (m(x).logits.double() for m in (model, plain))
+        assert float((found - wanted).detach().norm() / wanted.norm()) < 1e-5
 
 
 def refused(folder: Path, *words: str) -> None:

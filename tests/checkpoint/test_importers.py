@@ -18,7 +18,16 @@ import lowbit
 from lowbit.checkpoint import foreign
 from lowbit.cli.command import main
 from lowbit.model.foreign import IMPORTED
-from lowbit.testing.foreign_folders import CONFIG, configure, equal, folder_of, refused, rewrite
+from lowbit.testing.foreign_folders import (
+    CONFIG,
+    check_mixture,
+    configure,
+    equal,
+    folder_of,
+    mixture,
+    refused,
+    rewrite,
+)
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -641,22 +650,95 @@ def test_a_tied_head(folder):
     refused(folder, "layer 'lm_head'", "tie_word_embeddings")
 
 
-def test_experts_are_refused(tmp_path):
-    config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=61, num_local_experts=2,
-    )  # fmt: skip
-    folder = tmp_path / "model"
-    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+EXPERTS = {
+    "gptq": (gptq_section(), lambda n, k: layer_tensors(n, k, 4, 16)),
+    "gptq, with bias": (gptq_section(2), lambda n, k: with_bias(*layer_tensors(n, k, 2, 16))),
+    "gptq, some symmetric": (gptq_section(3), lambda n, k: layer_tensors(n, k, 3, 16, zero=4 if n == 32 else None)),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16}, lambda n, k: layer_tensors(n, k, 4, 16, awq=True)),
+    "compressed-tensors": (packed_section(group(5, symmetric=False)),
+                           lambda n, k: packed_tensors(n, k, 5, "group", False)),
+    "by tensor": (packed_section(group(4, strategy="tensor")), lambda n, k: packed_tensors(n, k, 4, "tensor")),
+}  # fmt: skip
 
-    def change(tensors):
-        for layer in [n.removesuffix(".weight") for n in tensors if ".experts." in n]:
-            made, _ = layer_tensors(*tensors.pop(f"{layer}.weight").shape, 4, 16)
-            tensors.update({f"{layer}.{leaf}": tensor for leaf, tensor in made.items()})
 
+def with_bias(made, weight):
+    return {**made, "bias": torch.zeros(len(weight))}, weight
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name, tmp_path):
+    section, make = EXPERTS[name]
+    plain = mixture()
+    expected = folder_of(tmp_path / "model", section, make, model=plain)
+    assert sum(".experts." in layer for layer in expected) == 9
+    model = lowbit.load(tmp_path / "model")
+    check_mixture(model, plain, expected, IDS)
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+
+
+def test_zeros_that_some_experts_have(tmp_path):
+    """Of one expert symmetric, of another with a zero of ``2**b``: the stack has float zeros, exactly."""
+    number = iter(range(100))
+
+    def make(n, k):
+        made, weight = layer_tensors(n, k, 4, 16, zero=8 if (i := next(number)) % 3 == 0 else None)
+        if i % 3 == 1:
+            made["qzeros"][:] = torch.tensor([words_of([15] * n, 4)])
+            weight = gptq_weight(made, 4, 16, v1(4))
+        return made, weight
+
+    plain = mixture()
+    expected = folder_of(tmp_path, gptq_section(), make, only=".experts.", model=plain)
+    model = lowbit.load(tmp_path)
+    check_mixture(model, plain, expected, IDS)
+    stack = model.model.layers[0].mlp.experts.gate_up_proj
+    assert stack.format.zeros == "float" and "read as 16" in stack.note
+
+
+EXPERT = "model.layers.0.mlp.experts.1.up_proj"
+EXPERT_CHANGES = {
+    "one float": (lambda t: [t.update({f"{EXPERT}.weight": torch.ones(64, 32)}),
+                             *(t.pop(f"{EXPERT}.{leaf}") for leaf in LEAVES)],
+                  (f"'{EXPERT}' must be in the format 'gptq'", "gate_up_proj")),
+    "one missing": (lambda t: [t.pop(f"{EXPERT}.{leaf}") for leaf in LEAVES],
+                    ("gate_up_proj", "3 experts: the files have 2")),
+    "one too short": (lambda t: t.update({f"{EXPERT}.scales": t[f"{EXPERT}.scales"][:1]}),
+                      (EXPERT, "shape must be (2, 64)")),
+    "one of other scales": (lambda t: t.update({f"{EXPERT}.scales": t[f"{EXPERT}.scales"].float()}),
+                            (f"{EXPERT}.qweight", "one form", "scale_dtype='float16', this one 'float32'")),
+    "one of infinity": (lambda t: t[f"{EXPERT}.scales"].fill_(torch.inf),
+                        ("model.safetensors", "scales must be finite")),
+    "a bias": (lambda t: t.update({f"{EXPERT}.bias": torch.ones(64)}), (f"{EXPERT}.bias", "must be zero")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    folder_of(folder, gptq_section(), lambda n, k: layer_tensors(n, k, 4, 16), only=".experts.", model=mixture())
+    return folder
+
+
+@pytest.mark.parametrize("name", EXPERT_CHANGES)
+def test_malformed_experts(name, experts_folder, tmp_path):
+    folder = shutil.copytree(experts_folder, tmp_path / "model")
+    change, words = EXPERT_CHANGES[name]
     rewrite(folder, change)
-    configure(folder, quantization_config=gptq_section())
-    refused(folder, "experts.0.", "experts and embeddings are not read")
+    refused(folder, *words)
+
+
+def test_experts_beside_float_ones(experts_folder, tmp_path):
+    """What is stored as floats, a whole stack too, is packed by a spec."""
+    folder = shutil.copytree(experts_folder, tmp_path / "model")
+    down = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(3)]
+    rewrite(folder, lambda t: [(t.pop(f"{n}.{leaf}"), t.update({f"{n}.weight": torch.randn(32, 64)}))
+                               for n in down for leaf in LEAVES])  # fmt: skip
+    lowbit.convert_folder(folder, tmp_path / "packed", lowbit.Codebook(bits=3))
+    experts = lowbit.load(tmp_path / "packed").model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, lowbit.PackedExperts)
+    assert isinstance(experts.down_proj, lowbit.CodebookExperts)
+    assert type(lowbit.load(folder).model.layers[0].mlp.experts.down_proj) is nn.Parameter
 
 
 # ------------------------------------------------------------------------------------------- the projects' own packers

@@ -15,7 +15,15 @@ import lowbit
 from lowbit.checkpoint.importers import small_floats
 
 pytest.importorskip("transformers", minversion="5.0")
-from lowbit.testing.foreign_folders import configure, equal, folder_of, refused, rewrite
+from lowbit.testing.foreign_folders import (
+    check_mixture,
+    configure,
+    equal,
+    folder_of,
+    mixture,
+    refused,
+    rewrite,
+)
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
 UP = "model.layers.0.mlp.up_proj"
@@ -353,3 +361,44 @@ def test_malformed_integers(name, tmp_path):
     folder_of(tmp_path / "model", section, integers, only="up_proj")
     rewrite(tmp_path / "model", change)
     refused(tmp_path / "model", str(tmp_path), *words)
+
+
+# ------------------------------------------------------------------------------------------------------- of experts
+
+
+EXPERTS = {
+    "fp8": (fp8(), lambda n, k: floats(n, k, (n // 16, k // 16), "weight_scale_inv", block=(16, 16))),
+    "by tensor": (compressed("float-quantized", "float", "tensor"), floats),
+    "int8": (compressed("int-quantized", "int", "channel", inputs=inputs()), integers),
+    "int8 by tensor": (compressed("int-quantized", "int", "tensor"), lambda n, k: integers(n, k, "tensor")),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name, tmp_path):
+    section, make = EXPERTS[name]
+    plain = mixture()
+    expected = folder_of(tmp_path / "model", section, make, model=plain)
+    assert sum(".experts." in layer for layer in expected) == 9
+    model = lowbit.load(tmp_path / "model")
+    check_mixture(model, plain, expected, IDS)
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_experts_with_static_activations(same, tmp_path):
+    """One scale of all inputs is held; several are not, and x stays float."""
+    number = iter(range(1, 100))
+
+    def make(n, k):
+        made, weight = integers(n, k)
+        return {**made, "input_scale": torch.tensor([0.5 if same else 0.5 * next(number)])}, weight
+
+    section, plain = compressed("int-quantized", "int", "channel", inputs=inputs(dynamic=False)), mixture()
+    expected = folder_of(tmp_path, section, make, only=".experts.", model=plain)
+    model = lowbit.load(tmp_path)
+    check_mixture(model, plain, expected, IDS)
+    stack = model.model.layers[0].mlp.experts.down_proj
+    assert stack.format.activations == ("int8_static" if same else "float")
+    assert stack.x_scale == 0.5 if same else "x stays float" in stack.note

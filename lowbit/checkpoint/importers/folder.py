@@ -7,8 +7,9 @@ shown as the float one that it was made from: each such layer has one tensor ``w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,14 +19,16 @@ from tqdm import tqdm
 
 from lowbit.checkpoint import foreign, stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
-from lowbit.checkpoint.libraries import FloatFolder, library_of
+from lowbit.checkpoint.libraries import FloatFolder, Stack, library_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
+from lowbit.core.activations import ActivationSpec
 from lowbit.core.bitpack import unpack, words_per_row
 from lowbit.core.family import Format, Weight
 from lowbit.model import candidates
-from lowbit.model.plan import Plan, check_arguments, make_plan
+from lowbit.model.plan import Plan, Swap, check_arguments, make_plan
 from lowbit.model.surgery import carry_over, put
 from lowbit.nn.layer import Layer, layer_class
+from lowbit.packed.format import PackedFormat
 
 KEPT = "the folder holds it as floats, and no spec was given for it"
 
@@ -219,43 +222,98 @@ def read_folder(reader_class: type[Reader], path: Path, spec: Any, skip: Sequenc
     plan = _plan_rest(folder.model, spec, skip)
     stream.check_shapes(folder.model, view, folder.names)
     bar = tqdm(swaps.items(), desc="lowbit import", unit="layer", disable=None if len(swaps) > 100 else True)
-    for name, (stored, placeholder) in bar:
-        put(folder.model, name, carry_over(placeholder, _read(reader, stored, placeholder)))
+    for name, swap in bar:
+        put(folder.model, name, carry_over(swap.placeholder, _read(reader, swap)))
         return_freed_memory()
     return fill_converted(folder, plan, view)
 
 
-def _swaps(
-    folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader: Reader
-) -> dict[str, tuple[Stored, Layer]]:
-    """Name in the model -> the stored layer and an empty one, which is put into the model; all headers are checked."""
+@dataclass(frozen=True)
+class _Swap:
+    """What is read into one module of the model: a layer of the files; of experts all of them, in their order."""
+
+    stored: list[Stored]
+    placeholder: Layer
+
+
+def _swaps(folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader: Reader) -> dict[str, _Swap]:
+    """Name in the model -> what is to be read, and an empty layer, which is put there; all headers are checked."""
     model, by_key = folder.model, {key: name for name, key in folder.names.items()}
-    linears = {n: s for s in candidates.find(model)[0] if s.kind == "linear" for n in s.names}
+    candidate = {n: s for s in candidates.find(model)[0] for n in s.names}
+    stacks = {name: stack for name, stack in folder.stacks.items()
+              if any(_layer_of(key) in view.layers for keys in stack.keys for key in keys)}  # fmt: skip
+    of_experts = {_layer_of(key) for stack in stacks.values() for keys in stack.keys for key in keys}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    found: dict[str, tuple[Stored, Layer]] = {}
+    found: dict[str, _Swap] = {}
     for key in view.layers:
+        if key in of_experts:
+            continue
         weight = by_key.get(f"{key}.weight", "")
-        name, file = weight.removesuffix(".weight"), view.entries[f"{key}.weight"].file
+        name, file = _layer_of(weight), view.entries[f"{key}.weight"].file
         where = f"{file}: layer {key!r} is in the format {reader.format!r}"
         if {weight, f"{key}.weight"} & {*tied, *tied.values()}:
             raise ValueError(f"{where}: {type(model).__name__} ties its weight to another's (tie_word_embeddings)")
-        if name not in linears:
-            raise ValueError(f"{where}: {type(model).__name__} has no linear layer there, and experts and embeddings "
-                             "are not read in this format")  # fmt: skip
-        swap = linears[name]
+        swap = candidate.get(name)
+        if swap is None or swap.kind != "linear":
+            raise ValueError(f"{where}: {type(model).__name__} has no linear layer there, and embeddings are not read "
+                             "in this format")  # fmt: skip
         n, k = swap.weight().shape
         stored = Stored(key, checkpoint, n, k)
         format = reader.check(stored)
         has_bias = swap.module._parameters.get("bias") is not None
         _check_bias(stored, has_bias)
-        dtype = folder.dtype_of(weight)
-        found[name] = stored, layer_class(format.family, "linear")(format, has_bias, dtype, "meta")
-        found[name][1].train(swap.module.training)
-    for name, (_, placeholder) in found.items():
-        put(model, name, placeholder)
+        layer = layer_class(format.family, "linear")(format, has_bias, folder.dtype_of(weight), "meta")
+        found[name] = _Swap([stored], layer.train(swap.module.training))
+    for name, stack in stacks.items():
+        found[name] = _experts(name, stack, candidate.get(name), folder, view, checkpoint, reader)
+        del folder.stacks[name]
+    for name, made in found.items():
+        put(model, name, made.placeholder)
         for leaf in ("weight", "bias"):
             folder.names.pop(f"{name}.{leaf}", None)
     return found
+
+
+def _layer_of(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+def _experts(
+    name: str, stack: Stack, swap: Swap | None, folder: FloatFolder, view: FloatView, checkpoint: Checkpoint,
+    reader: Reader,
+) -> _Swap:  # fmt: skip
+    """All layers of a stack of experts, one by one in the files; they must have one form."""
+    keys = [_layer_of(key) for own in stack.keys for key in own]
+    file = view.entries[stack.keys[0][0]].file
+    for own in stack.keys:
+        for key in own:
+            if _layer_of(key) not in view.layers:
+                raise ValueError(f"{view.entries[key].file}: layer {_layer_of(key)!r} must be in the format "
+                                 f"{reader.format!r}, as are others of {name!r}")  # fmt: skip
+    if swap is None or swap.kind != "experts" or swap.transposed or stack.along not in (None, 0):
+        raise ValueError(f"{file}: layer {keys[0]!r} is in the format {reader.format!r}: {name!r} of "
+                         f"{type(folder.model).__name__} is no stack of experts, one below the other")  # fmt: skip
+    count = swap.extras["num_experts"]
+    rows, k = swap.weight().shape
+    stored = [Stored(key, checkpoint, rows // len(keys), k) for key in keys]
+    first, *others = formats = [_by_row_format(reader.check(layer)) for layer in stored]
+    for layer, format in zip(stored[1:], others, strict=True):
+        if format != first:
+            mine, theirs = (asdict(f) for f in (format, first))
+            field = next(field for field in mine if theirs.get(field) != mine[field])
+            raise ValueError(f"{layer.where(view.layers[layer.name][0])}: the experts of {name!r} must have one form: "
+                             f"{keys[0]!r} has {field}={theirs.get(field)!r}, this one {mine[field]!r}")  # fmt: skip
+    for layer in stored:
+        _check_bias(layer, False)
+    whole = first.stacked(len(formats))
+    placeholder = layer_class(whole.family, "experts")(whole, False, folder.dtype_of(name), "meta", num_experts=count)
+    return _Swap(stored, placeholder.train(swap.module.training))
+
+
+def _by_row_format(format: Format) -> Any:
+    """What is per tensor in one expert is per row in a stack; tables are not: all experts share one."""
+    is_scaled = isinstance(format, PackedFormat) and format.granularity == "tensor"
+    return replace(format, granularity="row") if is_scaled else format  # type: ignore[type-var]
 
 
 def _check_bias(stored: Stored, has_bias: bool) -> None:
@@ -281,8 +339,12 @@ def _plan_rest(model: nn.Module, spec: Any, skip: Iterable[str]) -> Plan:
     return Plan([], {**skipped, **{name: KEPT for swap in swaps for name in swap.names}})
 
 
-def _read(reader: Reader, stored: Stored, placeholder: Layer) -> Layer:
-    try:
+def _read(reader: Reader, swap: _Swap) -> Layer:
+    """The layer, or the stack of experts; errors name the file and the layer in it."""
+    placeholder, stored = swap.placeholder, swap.stored[0]
+    if placeholder.kind == "experts":
+        return _read_experts(reader, swap)
+    with _naming(reader, stored):
         weight, note = reader.weight(stored)
         bias = None
         if placeholder.bias is not None:
@@ -291,13 +353,67 @@ def _read(reader: Reader, stored: Stored, placeholder: Layer) -> Layer:
             weight, bias, dtype=placeholder.dtype, x_scale=reader.x_scale(stored),
             **asdict(placeholder.format.activation),
         )  # fmt: skip
+    layer.note = note
+    return layer
+
+
+@contextmanager
+def _naming(reader: Reader, stored: Stored) -> Iterator[None]:
+    """Errors inside begin with the file and the layer in it."""
+    try:
+        yield
     except ValueError as error:
         required, _ = reader.leaves(stored.name, stored.checkpoint.entries)
         file = stored.checkpoint.entries[f"{stored.name}.{required[0]}"].file
         text = str(error)
         raise ValueError(text if text.startswith(str(file)) else f"{file}: layer {stored.name!r}: {text}") from None
-    layer.note = note
+
+
+def _read_experts(reader: Reader, swap: _Swap) -> Layer:
+    """Each is packed when it was read."""
+    parts: list[tuple[dict[str, Tensor], Any]] = []
+    notes: dict[str, None] = {}
+    for stored in swap.stored:
+        with _naming(reader, stored):
+            weight, note = reader.weight(stored)
+            parts.append(_by_row(weight.tensors(), weight.format()))
+        notes.update({note: None} if note else {})
+    activation = swap.placeholder.format.activation
+    scales = [scale for stored in swap.stored if (scale := reader.x_scale(stored)) is not None]
+    if any(not torch.equal(scales[0], scale) for scale in scales[1:]):
+        activation = ActivationSpec()
+        notes["the experts have several scales of their static int8 activations: x stays float"] = None
+    cls: Any = layer_class(swap.placeholder.family, "experts")
+    with _naming(reader, swap.stored[0]):
+        layer: Layer = cls.from_parts(
+            _with_zeros(parts), num_experts=swap.placeholder.num_experts, dtype=swap.placeholder.dtype,
+            x_scale=scales[0] if scales else None, **asdict(activation),
+        )  # fmt: skip
+    layer.note = "; ".join(notes) or None
     return layer
+
+
+def _by_row(tensors: dict[str, Tensor], format: Format) -> tuple[dict[str, Tensor], Any]:
+    made = _by_row_format(format)
+    if made is not format:
+        n = format.out_features
+        tensors |= {name: tensors[name].expand(n, 1).contiguous() for name in ("scales", "zeros") if name in tensors}
+    return tensors, made
+
+
+def _with_zeros(parts: list[tuple[dict[str, Tensor], Any]]) -> list[tuple[dict[str, Tensor], Any]]:
+    """Zeros for all where some have them, and floats where some are: a stack has one form."""
+    kinds = {getattr(format, "zeros", "none") for _, format in parts}
+    if len(kinds) == 1:
+        return parts
+    made = []
+    for tensors, format in parts:
+        scales, middle = tensors["scales"], 1 << (format.bits - 1)
+        zeros = tensors.get("zeros", torch.full(scales.shape, middle, dtype=torch.uint8))
+        kind = "float" if "float" in kinds else "int"
+        held = zeros.to(scales.dtype) if kind == "float" else zeros  # up to 2**8, exact in every float dtype
+        made.append(({**tensors, "zeros": held}, replace(format, zeros=kind)))
+    return made
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
