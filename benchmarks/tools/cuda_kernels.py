@@ -258,6 +258,39 @@ PACKED_BATCH = Kernel(
     ),
 )
 
+PACKED_EXPERTS = Kernel(
+    "packed_experts",
+    "packed/experts.cu",
+    (
+        Function(
+            "packed_experts::decode_kernel",
+            dict(bits=WIDTHS, dtype=FLOATS, cut=(False, True)),
+            label=lambda bits, dtype, cut: f"{bits}-bit {dtype} 8 rows{', groups of any size' if cut else ''}",
+            threads=256,
+            shared=lambda dtype, cut, **_: cuda_ptx.packed_decode_bytes(
+                8, dtype, -1 if cut else 3 if dtype == "float32" else 5, not cut
+            ),
+            weight_loads=tile_loads,
+        ),
+        Function(
+            "packed_experts::batch_kernel",
+            dict(bits=WIDTHS, dtype=HALVES, cut=(False, True)),
+            label=lambda bits, dtype, cut: f"{bits}-bit {dtype} 32 rows{', groups of any size' if cut else ''}",
+            threads=256,
+            shared=lambda bits, **_: cuda_ptx.packed_batch_bytes(bits, 4, stages=2),
+            weight_loads=lambda bits, **_: [16, *([8] if bits % 2 else [])],  # and those of x
+            weights=COPY_ASYNC,
+        ),
+        Function("packed_batch::sum_groups", dict(dtype=HALVES), label="sums {dtype}", threads=256),
+    ),
+)
+
+EXPERTS_SORT = Kernel(
+    "experts_sort",
+    "experts_sort.cu",
+    (Function("experts::sort_rows", {}, label="sort", threads=256, shared=lambda **_: 8 * 256),),
+)
+
 PACKED_BATCH_INT8 = Kernel(
     "packed_batch_int8",
     "packed/batch_int8.cu",
@@ -403,6 +436,6 @@ KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
         PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_LINEAR_INT8, CODEBOOK_STEPS,
-        CODEBOOK_GATHER, CODEBOOK_BATCH, CODEBOOK_BATCH_SM90,
+        CODEBOOK_GATHER, CODEBOOK_BATCH, CODEBOOK_BATCH_SM90, PACKED_EXPERTS, EXPERTS_SORT,
     )
 }  # fmt: skip

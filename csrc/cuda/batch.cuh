@@ -22,7 +22,7 @@
 #pragma once
 #include "cuda/batch.h"
 #include "cuda/codes.h"
-#include "cuda/primitives.h"
+#include "cuda/rows_of_block.cuh"
 
 namespace lowbit {
 namespace cuda {
@@ -80,15 +80,16 @@ using Sums = float[ROW_TILES][M_TILES][4];
 //     fetch_group(share, group): begins to load what the group has; enter_group(share, group): that is used from now on;
 //     end_group(share, group, sums): after its last column;
 //     scale[r][half]: of the group that was entered; operand(codes, r, half): of a pair of codes.
-template <int BITS, DType T, int M_TILES, bool CUT, int RESERVED, class Family>
-LOWBIT_DEVICE void linear(const Task& task, Family& family) {
+//   rows_of: the rows of x and y that the block multiplies.
+template <int BITS, DType T, int M_TILES, bool CUT, int RESERVED, class Family, class RowsOf = Neighbours>
+LOWBIT_DEVICE void linear(const Task& task, Family& family, const RowsOf& rows_of = {}) {
   using S = Shared<BITS, M_TILES, RESERVED>;
   constexpr int X_ROWS = 8 * M_TILES, WIDE = S::WIDE;
   constexpr int SIDE = 2;  // products of 8 rows of x that are made side by side
   const int M = task.M, N = task.N, K = task.K, group_size = task.group_size, splits = task.splits;
   const uint16_t* const x = task.x;
   const int lane = thread_index() % 32, warp = thread_index() / 32, g = lane / 4, t = lane % 4;
-  const Work work = work_of(block_index(), (M + X_ROWS - 1) / X_ROWS, (N + ROWS - 1) / ROWS, X_ROWS);
+  const Work work = work_of(rows_of.block(), (M + X_ROWS - 1) / X_ROWS, (N + ROWS - 1) / ROWS, X_ROWS);
   const int x_rows = M - work.first_x;  // that there are
   const int tile_count = (K + TILE - 1) / TILE;
   const int first_tile = static_cast<int>(static_cast<int64_t>(work.split) * tile_count / splits);
@@ -149,7 +150,7 @@ LOWBIT_DEVICE void linear(const Task& task, Family& family) {
         const int m = (THREADS * i + thread_index()) / (SLICE / 8), column = thread_index() % (SLICE / 8) * 8;
         const bool beyond = first + column >= K || m >= x_rows;
         copy_async(stage + m * PITCH + ((2 * column) ^ (m % 2 * 64)),
-                   x + (beyond ? 0 : static_cast<int64_t>(work.first_x + m) * K + first + column), beyond);
+                   x + (beyond ? 0 : rows_of.of_x(work.first_x + m) * K + first + column), beyond);
       }
     } else {
       LOWBIT_ROLLED
@@ -157,7 +158,7 @@ LOWBIT_DEVICE void linear(const Task& task, Family& family) {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K || m >= x_rows;
         store_shared(stage + m * PITCH + ((2 * column) ^ (m % 2 * 64)),
-                     beyond ? uint16_t(0) : load(x + static_cast<int64_t>(work.first_x + m) * K + first + column));
+                     beyond ? uint16_t(0) : load(x + rows_of.of_x(work.first_x + m) * K + first + column));
       }
     }
   };
@@ -263,7 +264,7 @@ LOWBIT_DEVICE void linear(const Task& task, Family& family) {
             for (int j = 0; j < 2; ++j) {
               const int x_row = 8 * m + 2 * t + j;
               if (x_row >= x_rows) continue;
-              const uint16_t bits = load(x + static_cast<int64_t>(work.first_x + x_row) * K + column);
+              const uint16_t bits = load(x + rows_of.of_x(work.first_x + x_row) * K + column);
               float& sum = sums[r][m][2 * half + j];
               sum = fused_multiply_add(value, to_float<T>(bits), sum);
             }
@@ -293,7 +294,7 @@ LOWBIT_DEVICE void linear(const Task& task, Family& family) {
       if (splits > 1)
         store(task.parts + (static_cast<int64_t>(work.split) * M + x_row) * N + n, sum);
       else
-        store(task.y + x_row * N + n, from_float<T>(sum + offset));
+        store(task.y + rows_of.of_y(x_row) * N + n, from_float<T>(sum + offset));
     }
   };
 

@@ -7,6 +7,7 @@
 #pragma once
 #include "cuda/codes.h"
 #include "cuda/decode.h"
+#include "cuda/rows_of_block.cuh"
 
 namespace lowbit {
 namespace cuda {
@@ -21,12 +22,13 @@ struct Share {
   int row[2];  // g and g + 8 of its warp; rows past the last one repeat it, so that no load needs a mask for them
 };
 
-LOWBIT_DEVICE Share share(int N, int K, int splits) {
+template <class RowsOf = Neighbours>
+LOWBIT_DEVICE Share share(int N, int K, int splits, const RowsOf& rows_of = {}) {
   Share s;
   const int warp = thread_index() / 32, row_blocks = (N + ROWS - 1) / ROWS;
   s.lane = thread_index() % 32, s.g = s.lane / 4, s.t = s.lane % 4;
   s.row_warp = warp % ROW_WARPS, s.k_warp = warp / ROW_WARPS;
-  s.split = block_index() / row_blocks, s.first_row = block_index() % row_blocks * ROWS;
+  s.split = rows_of.block() / row_blocks, s.first_row = rows_of.block() % row_blocks * ROWS;
   s.tile_count = (K + TILE - 1) / TILE;
   const int slices = (s.tile_count + K_WARPS - 1) / K_WARPS;
   s.first_slice = s.split * slices / splits, s.end_slice = (s.split + 1) * slices / splits;
@@ -126,9 +128,9 @@ struct Sparse {
 };
 
 // sums += outliers @ x.T. The outliers of a row are shared out to its splits and warps.
-template <DType T, int M_TILES>
+template <DType T, int M_TILES, class RowsOf = Neighbours>
 LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const Element<T>* x, int M, int K, int splits,
-                                float (&sums)[M_TILES][4]) {
+                                float (&sums)[M_TILES][4], const RowsOf& rows_of = {}) {
   if (outliers.values == nullptr) return;
   LOWBIT_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -144,7 +146,7 @@ LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const El
           const int x_row = 8 * m + 2 * s.t + j;
           if (x_row < M) {
             float& sum = sums[m][2 * half + j];
-            sum = fused_multiply_add(value, value_of<T>(load(x + static_cast<int64_t>(x_row) * K + column)), sum);
+            sum = fused_multiply_add(value, value_of<T>(load(x + rows_of.of_x(x_row) * K + column)), sum);
           }
         }
     }
@@ -153,9 +155,10 @@ LOWBIT_DEVICE void add_outliers(const Share& s, const Sparse& outliers, const El
 
 // Adds the sums of the K_WARPS warps in order, in shared memory from its byte `begin` on, then the bias: y; or, where
 // there are other splits to add, the part of this one.
-template <DType T, int M_TILES>
+template <DType T, int M_TILES, class RowsOf = Neighbours>
 LOWBIT_DEVICE void write_result(const Share& s, const float (&sums)[M_TILES][4], int begin, const void* bias,
-                                int bias_dtype, Element<T>* y, float* parts, int splits, int M, int N) {
+                                int bias_dtype, Element<T>* y, float* parts, int splits, int M, int N,
+                                const RowsOf& rows_of = {}) {
   constexpr int COLUMNS = 8 * M_TILES;
   barrier();  // nobody reads x any more, and no copy is on its way
   LOWBIT_UNROLL
@@ -177,7 +180,7 @@ LOWBIT_DEVICE void write_result(const Share& s, const float (&sums)[M_TILES][4],
       continue;
     }
     if (bias != nullptr) sum += float_at(bias, DType(bias_dtype), n);
-    store(y + static_cast<int64_t>(m) * N + n, rounded_to<T>(sum));
+    store(y + rows_of.of_y(m) * N + n, rounded_to<T>(sum));
   }
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/kron/rows.h"
 #include "cuda/packed/linear.h"
 #include "cuda/packed/rows.h"
+#include "cuda/packed/stack.h"
 
 const lowbit::cuda::Library* lowbit_cuda_library() {
   using namespace lowbit::cuda;
@@ -18,6 +19,7 @@ const lowbit::cuda::Library* lowbit_cuda_library() {
     all.architectures = ARCHITECTURES;
     all.packed_linear = packed_linear::OP;
     all.packed_rows = packed_rows::OP;
+    all.packed_experts = packed_experts::OP;
     all.codebook_linear = codebook_linear::OP;
     all.codebook_rows = codebook_rows::OP;
     all.kron_linear = kron_linear::OP;

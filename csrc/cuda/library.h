@@ -8,6 +8,7 @@
 #include "common/packed.h"
 #include "cuda/device.h"
 #include "cuda/rows.h"
+#include "cuda/stack.h"
 
 namespace lowbit {
 namespace cuda {
@@ -32,6 +33,7 @@ struct Library {
   Op<Rows<kron::Weight>> kron_rows;
   Op<Linear<codebook::Weight>> codebook_linear;
   Op<Rows<codebook::Weight>> codebook_rows;
+  Op<Experts<packed::Weight>> packed_experts;
 };
 
 }  // namespace cuda

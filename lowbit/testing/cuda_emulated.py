@@ -192,28 +192,58 @@ def packed_linear(
         processors: of the GPU; with many of them K is cut into splits. So are architecture and shared_bytes.
         by_group: scales and zeros lie group after group.
     """
-    f = weight.format
-    n, k, bits = f.out_features, f.in_features, f.bits
-    (m, _), (values, columns, rows) = x.shape, weight.outliers
-    tiles = aligned(tile(weight.packed, bits, k))
-    per_tensor = weight.scales.shape[0] == 1 and n > 1
-    groups = weight.scales.shape[1]
-    scales, zeros = weight.scales, weight.zeros
-    if by_group:
-        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
-    y = torch.full((m, n), torch.nan, dtype=x.dtype)
-    wide = columns is not None and columns.dtype == torch.int32
+    y = torch.full((len(x), weight.format.out_features), torch.nan, dtype=x.dtype)
+    of_weight, kept = packed_arguments(weight, by_group)
     arguments: dict[str, Any] = dict(
-        N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits, M=m, int8=int8,
-        batch_invariant=batch_invariant, device=(architecture, processors, shared_bytes),
-        per_tensor=per_tensor, scales_row=1 if by_group else groups, scales_group=n if by_group else 1, order=order,
-        packed=array(tiles), scales=array(scales), scales_dtype=name(scales), zeros=array(zeros),
-        zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
-        outlier_columns=array(columns), outlier_rows=array(rows), wide=wide, x=array(x), dtype=name(x),
-        bias=array(bias), bias_dtype=name(bias), y=array(y), x_scale=array(x_scale), x_group=x_group,
+        of_weight, M=len(x), int8=int8, batch_invariant=batch_invariant, order=order,
+        device=(architecture, processors, shared_bytes), x=array(x), dtype=name(x), bias=array(bias),
+        bias_dtype=name(bias), y=array(y), x_scale=array(x_scale), x_group=x_group,
     )  # fmt: skip
     result = (of or kernels()).packed_linear(arguments)
     assert result == 0, result
+    del kept
+    return y
+
+
+def packed_arguments(weight: Weight, by_group: bool) -> tuple[dict[str, Any], list[Tensor | None]]:
+    """The weight's part of the arguments, and what must stay as long as these are used."""
+    f = weight.format
+    n, k, bits, (values, columns, rows) = f.out_features, f.in_features, f.bits, weight.outliers
+    tiles = aligned(tile(weight.packed, bits, k))
+    groups, scales, zeros = weight.scales.shape[1], weight.scales, weight.zeros
+    if by_group:
+        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    arguments: dict[str, Any] = dict(
+        N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits,
+        per_tensor=weight.scales.shape[0] == 1 and n > 1, scales_row=1 if by_group else groups,
+        scales_group=n if by_group else 1, packed=array(tiles), scales=array(scales), scales_dtype=name(scales),
+        zeros=array(zeros), zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
+        outlier_columns=array(columns), outlier_rows=array(rows),
+        wide=columns is not None and columns.dtype == torch.int32,
+    )  # fmt: skip
+    return arguments, [tiles, scales, zeros]
+
+
+def packed_experts(
+    weight: Weight, x: Tensor, ids: Tensor, num_experts: int, bias: Tensor | None = None, *, order: int = 0,
+    of: Any = None, by_group: bool = False, batch_invariant: bool = False, int8: bool = False,
+    shared_bytes: int = 163 << 10,
+) -> Tensor:  # fmt: skip
+    """``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` by ``csrc/cuda/packed/experts.cuh``.
+
+    The weight is the whole stack; the other arguments are those of :func:`packed_linear`.
+    """
+    s = len(ids)
+    y = torch.full((s, weight.format.out_features // num_experts), torch.nan, dtype=x.dtype)
+    of_weight, kept = packed_arguments(weight, by_group)
+    arguments: dict[str, Any] = dict(
+        of_weight, M=len(x), S=s, E=num_experts, ids=array(ids), wide_ids=ids.dtype == torch.int64, int8=int8,
+        batch_invariant=batch_invariant, order=order, device=(80, 1, shared_bytes), x=array(x), dtype=name(x),
+        bias=array(bias), bias_dtype=name(bias), y=array(y),
+    )  # fmt: skip
+    result = (of or kernels()).packed_experts(arguments)
+    assert result == 0, result
+    del kept
     return y
 
 
@@ -227,27 +257,18 @@ def packed_rows(
     Args:
         misaligned: the result begins at no multiple of 16 bytes.
     """
-    f = weight.format
-    n, k, bits, (values, columns, rows) = f.out_features, f.in_features, f.bits, weight.outliers
-    tiles = aligned(tile(weight.packed, bits, k))
-    scales, zeros, groups = weight.scales, weight.zeros, weight.scales.shape[1]
-    if by_group:
-        scales, zeros = scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()
+    n, k = weight.format.out_features, weight.format.in_features
     count = n if ids is None else len(ids)
     room = aligned(torch.full((count * k + 1,), torch.nan, dtype=dtype))
     out = (room[1:] if misaligned else room[:-1]).view(count, k)
+    of_weight, kept = packed_arguments(weight, by_group)
     arguments: dict[str, Any] = dict(
-        N=n, K=k, G=groups, group_size=f.group_size, bits=bits, row_bytes=tiles_per_row(k) * 32 * bits,
-        per_tensor=weight.scales.shape[0] == 1 and n > 1, scales_row=1 if by_group else groups,
-        scales_group=n if by_group else 1, packed=array(tiles), scales=array(scales), scales_dtype=name(scales),
-        zeros=array(zeros), zeros_dtype=name(zeros), outlier_values=array(values), outlier_dtype=name(values),
-        outlier_columns=array(columns), outlier_rows=array(rows),
-        wide=columns is not None and columns.dtype == torch.int32, ids=array(ids),
-        wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out), dtype=name(out),
-        device=(80, 1, 163 << 10), order=order,
+        of_weight, ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out),
+        dtype=name(out), device=(80, 1, 163 << 10), order=order,
     )  # fmt: skip
     result = (of or kernels()).packed_rows(arguments)
     assert result == 0, result
+    del kept
     return out
 
 

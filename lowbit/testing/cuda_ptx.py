@@ -436,3 +436,59 @@ def packed_batch(
         adding = symbol(ptx, "batch::add_splits", dtype_name(x))
         execute(ptx, adding, (-(-m * n // THREADS),), THREADS, given)
     return y, statistics
+
+
+# --- packed/experts.cuh ---
+
+
+def sorted_rows(sort: str, ids: Tensor, tokens: int, num_experts: int, shift: int) -> tuple[Tensor, Tensor]:
+    """The tiles ``[count, 4]`` and the order ``[S, 2]``, by the kernel of experts_sort.cuh."""
+    s, groups = len(ids), num_experts + 2
+    count = min(s, (s >> shift) + groups)
+    tiles, order = (aligned(torch.full((rows, of), -1, dtype=torch.int32)) for rows, of in ((count, 4), (s, 2)))
+    given = (ids, ids.dtype == torch.int64, s, s // tokens, num_experts, shift, count == s, tiles, order)
+    execute(sort, symbol(sort, "experts::sort_rows"), (groups,), THREADS, given, 8 * THREADS)
+    return tiles, order
+
+
+def packed_experts(
+    ptx: str, sort: str, weight: Weight, x: Tensor, ids: Tensor, num_experts: int, bias: Tensor | None = None,
+    batch: bool = False, stages: int = 3,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` by the instances of two texts of PTX, with the arguments that
+    packed/experts.cu gives them; ``sort`` is that of experts_sort.cu.
+
+    Args:
+        batch: by the kernel for many rows of an expert.
+    """
+    f, (m, k) = weight.format, x.shape
+    n, groups = f.out_features // num_experts, weight.scales.shape[1]
+    values, columns, rows = weight.outliers
+    row = 0 if weight.scales.shape[0] == 1 and f.out_features > 1 else groups
+    cut, x = cuts_chunks(weight), aligned(x)
+    residuals = weight.zeros is not None and weight.zeros.dtype != torch.uint8
+    tiles, order = sorted_rows(sort, ids, m, num_experts, 5 if batch else 3)
+    y = torch.full((len(ids), n), torch.nan, dtype=x.dtype)
+    pointers = (aligned(tile(weight.packed, f.bits, k)), weight.scales, weight.zeros, bias, values, columns, rows)
+    first = (tiles, order, len(tiles), *(0 if t is None else t for t in pointers), x)
+    last = (
+        row, 1, row, 1, *(number_of(t) for t in (weight.scales, weight.zeros, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k * x.element_size() % 16 == 0,
+    )  # fmt: skip
+    if batch:
+        x_sums: Tensor | None = None
+        if residuals:
+            x_sums = torch.full((groups, -(-m // 64) * 64), torch.nan)
+            summing = symbol(ptx, "packed_batch::sum_groups", dtype_name(x))
+            execute(ptx, summing, (x_sums.numel() // 8,), THREADS, (x, x_sums, m, k, f.group_size), THREADS * 4)
+        arguments = (*first, 0 if x_sums is None else x_sums, y, m, n, k, f.group_size, *last, stages)
+        name = symbol(ptx, "packed_experts::batch_kernel", f.bits, dtype_name(x), cut)
+        shared, blocks = packed_batch_bytes(f.bits, 4, stages), -(-n // BATCH_ROWS)
+    else:
+        enter = entries(k, f.group_size)
+        shift = -1 if cut else table_shift(enter)
+        factor = 0 if cut or f.group_size >= k else -(-(1 << 31) // (f.group_size // 32))
+        arguments = (*first, y, n, k, groups, f.group_size, factor, shift, enter, *last)
+        name = symbol(ptx, "packed_experts::decode_kernel", f.bits, dtype_name(x), cut)
+        shared, blocks = packed_decode_bytes(8, dtype_name(x), shift, residuals), -(-n // ROWS)
+    return y, execute(ptx, name, (len(tiles) * blocks,), THREADS, arguments, shared)

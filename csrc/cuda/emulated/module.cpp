@@ -52,6 +52,15 @@ class Kernels {
     });
   }
 
+  int packed_experts(const py::dict& arguments) {
+    return run(table_->packed_experts, arguments, [&](Experts<lowbit::packed::Weight>& call) {
+      read_packed(arguments, call.linear.weight);
+      read_linear(arguments, call.linear);
+      call.ids = array(arguments["ids"]), call.wide = number(arguments, "wide_ids");
+      call.S = number(arguments, "S"), call.E = number(arguments, "E");
+    });
+  }
+
   int kron_linear(const py::dict& arguments) {
     return run(table_->kron_linear, arguments, [&](lowbit::Linear<lowbit::kron::Weight>& call) {
       read_kron(arguments, call.weight);
@@ -199,6 +208,7 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
            "declined. RuntimeError: the kernel did something that a GPU would not survive.")
       .def("kron_linear", &Kernels::kron_linear, "y = x @ W.T + bias: a factor is a dictionary of its own.")
       .def("kron_rows", &Kernels::kron_rows, "out = W[ids].")
+      .def("packed_experts", &Kernels::packed_experts, "y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]: as packed_linear.")
       .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.")
       .def("codebook_linear", &Kernels::codebook_linear, "As packed_linear.")
       .def("codebook_rows", &Kernels::codebook_rows, "As packed_rows.");

@@ -12,6 +12,7 @@
 #include "common/empty.h"
 #include "cuda/library.h"
 #include "cuda/rows.h"
+#include "cuda/stack.h"
 
 namespace lowbit {
 namespace cuda {
@@ -82,6 +83,25 @@ std::vector<int64_t> set_x(Linear<Weight>& call, Tensor& x) {
   call.dtype = float_dtype(x.scalar_type());
   call.x = x.const_data_ptr();
   return shape;
+}
+
+// Sets what of a call x and ids say; the shape of its result, [S, N].
+template <class Result, class Weight>
+std::vector<int64_t> set_ids(const Caller& op, Experts<Weight>& call, Tensor& x, Tensor& ids, int64_t num_experts) {
+  const int64_t rows = call.linear.weight.N;
+  LOWBIT_CHECK(num_experts >= 1 && rows % num_experts == 0, op, ": num_experts must divide the rows of the weight, ",
+               rows, ": got num_experts=", num_experts);
+  LOWBIT_CHECK(x.dim() == 2, op, ": x must be of shape [T, K]: got ", shape_of(x));
+  check_ids(op, ids);
+  const int64_t T = x.size(0), S = ids.numel();
+  LOWBIT_CHECK(ids.dim() == 1 && (T == 0 ? S == 0 : S % T == 0), op, ": ids must be of shape [S], S a multiple of T=", T,
+               ": got ", shape_of(ids));
+  set_x<Result>(call.linear, x);
+  if (std::is_same_v<Result, Tensor> && !ids.is_contiguous()) ids = torch::stable::contiguous(ids);
+  call.ids = ids.const_data_ptr();
+  call.wide = ids.scalar_type() == ScalarType::Long;
+  call.S = S, call.E = num_experts;
+  return {S, rows / num_experts};
 }
 
 // out[...] = W[ids[...]], of `dtype`; without ids, all rows of W, whose codes are `codes`.

@@ -26,6 +26,27 @@ Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTe
   return answer<Result>(op, library().packed_linear, call, x, shape, x.scalar_type(), [&](void* y) { call.y = y; });
 }
 
+// y[i, n] = sum_k x[i / r, k] * w[ids[i], n, k] + bias[ids[i], n]; an id of num_experts or more gives zeros, a negative
+// one NaN.
+template <class Result>
+Result experts(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
+               OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
+               int64_t layout, int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8,
+               int64_t x_group) {
+  const Caller op("packed_experts", x);
+  const int64_t K = check_activations(op, x);
+  const ActivationArguments activations{int8, x_scale, x_group};
+  Experts<packed::Weight> call{};
+  call.linear.weight = packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows},
+                                                 bits, group_size, layout, K});
+  packed::check_x_group(op, activations, call.linear.weight);
+  check_call(op, bias, activations, call.linear);
+  call.linear.batch_invariant = batch_invariant.load(std::memory_order_relaxed);
+  const std::vector<int64_t> shape = set_ids<Result>(op, call, x, ids, num_experts);
+  return answer<Result>(op, library().packed_experts, call, x, shape, x.scalar_type(),
+                        [&](void* y) { call.linear.y = y; });
+}
+
 // w, [N, K] of `dtype`
 template <class Result>
 Result dequantize(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
@@ -55,6 +76,8 @@ Result embedding(Tensor ids, Tensor packed, OptionalTensor outlier_values, Optio
 void register_packed_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("packed_linear", TORCH_BOX(&linear<Tensor>));
   m.impl("packed_linear_declines", TORCH_BOX(&linear<std::string>));
+  m.impl("packed_experts", TORCH_BOX(&experts<Tensor>));
+  m.impl("packed_experts_declines", TORCH_BOX(&experts<std::string>));
   m.impl("packed_dequantize", TORCH_BOX(&dequantize<Tensor>));
   m.impl("packed_dequantize_declines", TORCH_BOX(&dequantize<std::string>));
   m.impl("packed_embedding", TORCH_BOX(&embedding<Tensor>));

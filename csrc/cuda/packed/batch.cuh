@@ -18,7 +18,7 @@ namespace packed_batch {
 
 using namespace batch;
 
-template <int BITS, DType T, int M_TILES>
+template <int BITS, DType T, int M_TILES, class RowsOf = Neighbours>
 struct Groups {
   const void* scales;
   const void* zeros;
@@ -26,6 +26,8 @@ struct Groups {
   int scale_row, scale_group, zero_row, zero_group, scale_dtype, zero_dtype, x_sums_row;
   float scale[ROW_TILES][2], next_scale[ROW_TILES][2], next_zero[ROW_TILES][2];
   uint32_t center[ROW_TILES][2];
+  RowsOf rows_of = {};  // this and how many there are: read where SORTED
+  int rows = 0;
 
   LOWBIT_DEVICE void begin(const Share&, int) {}
 
@@ -66,12 +68,19 @@ struct Groups {
   // What the centers leave of the group's zeros, times the sums of x.
   LOWBIT_DEVICE void end_group(const Share& s, int group, Sums<M_TILES>& sums) const {
     if (x_sums == nullptr) return;
-    const float* from = x_sums + static_cast<int64_t>(group) * x_sums_row + s.work.first_x + 2 * s.t;
+    const float* of_group = x_sums + static_cast<int64_t>(group) * x_sums_row;
+    const float* from = of_group + s.work.first_x + 2 * s.t;
     LOWBIT_UNROLL
     for (int m = 0; m < M_TILES; ++m)
       LOWBIT_UNROLL
       for (int j = 0; j < 2; ++j) {
-        const float sum = load(from + 8 * m + j);
+        float sum;
+        if constexpr (RowsOf::SORTED) {
+          const int row = 8 * m + 2 * s.t + j;
+          sum = load(of_group + rows_of.of_x(row < rows ? row : 0));
+        } else {
+          sum = load(from + 8 * m + j);
+        }
         LOWBIT_UNROLL
         for (int i = 0; i < 2 * ROW_TILES; ++i) {
           float& to = sums[i / 2][m][2 * (i % 2) + j];

@@ -108,18 +108,18 @@ struct Ring {
 //     not read where CUT.
 //   copy_x: the rows of x begin at multiples of 16 bytes.
 //   parts: float32 [splits, M, N], what is written instead of y where splits > 1.
-template <int BITS, DType T, int M_TILES, bool CUT>
-// Registers are kept for two blocks of a processor, but not where they would spill.
-LOWBIT_KERNEL(THREADS, BITS <= 4 && M_TILES == 1 && T != DType::f32 && !CUT ? 2 : 1)
-kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
-       const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
-       int groups, int group_size, uint32_t group_factor, int shift, int enter, int scale_row, int scale_group,
-       int zero_row, int zero_group, int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype,
-       int wide_columns, int copy_x, float* parts, int splits) {
+//   rows_of: the rows of x and y that the block multiplies.
+template <int BITS, DType T, int M_TILES, bool CUT, class RowsOf>
+LOWBIT_DEVICE void linear(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias,
+                          const void* outlier_values, const void* outlier_columns, const int32_t* outlier_rows,
+                          const Element<T>* x, Element<T>* y, int M, int N, int K, int groups, int group_size,
+                          uint32_t group_factor, int shift, int enter, int scale_row, int scale_group, int zero_row,
+                          int zero_group, int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype,
+                          int wide_columns, int copy_x, float* parts, int splits, const RowsOf& rows_of) {
   constexpr DType OPERAND = OPERAND_OF<T>;
   using Codes = Operand<BITS, OPERAND>;
   constexpr int PIECES = PIECES_OF<T>, SIZE = sizeof(Element<T>), AHEAD = STAGES<T, M_TILES> - 1;
-  const Share s = share(N, K, splits);
+  const Share s = share(N, K, splits, rows_of);
 
   float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, x_sums[M_TILES][4] = {};
   float scale[2] = {}, residual[2] = {};
@@ -251,6 +251,8 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
       int to = stage + x_to;
       LOWBIT_ROLLED
       for (int m = x_first; m < M; m += THREADS / COPIES) {
+        if constexpr (RowsOf::SORTED)
+          from = reinterpret_cast<const char*>(x + (beyond ? 0 : rows_of.of_x(m) * K + first + x_column));
         copy_async(to, from, beyond);
         to += THREADS / COPIES * ROW_BYTES;
         from += x_step;
@@ -261,7 +263,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
         store_shared(stage + unsplit + m * ROW_BYTES + SIZE * column,
-                     beyond ? Element<T>(0) : load(x + static_cast<int64_t>(m) * K + first + column));
+                     beyond ? Element<T>(0) : load(x + rows_of.of_x(m) * K + first + column));
       }
     }
     commit_copies();  // one group for every slice, so that waiting can count them
@@ -305,7 +307,7 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
       load_table(s.first_slice + 1);
     }
     add_outliers<T, M_TILES>(s, {outlier_values, outlier_columns, outlier_rows, outlier_dtype, wide_columns}, x, M, K,
-                             splits, sums);
+                             splits, sums, rows_of);
   };
 
   // Adds the products of one chunk of 32 columns; where CUT, of those in [begin, end). weights[half][i] are columns
@@ -455,7 +457,24 @@ kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* 
   else
     for_each_tile<BITS>(s, tiles, ring, prepare, multiply_tile);
   end_group();
-  write_result<T, M_TILES>(s, sums, 0, bias, bias_dtype, y, parts, splits, M, N);
+  write_result<T, M_TILES>(s, sums, 0, bias, bias_dtype, y, parts, splits, M, N, rows_of);
+}
+
+// Registers are kept for two blocks of a processor, but not where they would spill.
+template <int BITS, DType T, int M_TILES, bool CUT>
+constexpr int BLOCKS = BITS <= 4 && M_TILES == 1 && T != DType::f32 && !CUT ? 2 : 1;
+
+template <int BITS, DType T, int M_TILES, bool CUT>
+LOWBIT_KERNEL(THREADS, (BLOCKS<BITS, T, M_TILES, CUT>))
+kernel(const uint8_t* tiles, const void* scales, const void* zeros, const void* bias, const void* outlier_values,
+       const void* outlier_columns, const int32_t* outlier_rows, const Element<T>* x, Element<T>* y, int M, int N, int K,
+       int groups, int group_size, uint32_t group_factor, int shift, int enter, int scale_row, int scale_group,
+       int zero_row, int zero_group, int scale_dtype, int zero_dtype, int bias_dtype, int outlier_dtype,
+       int wide_columns, int copy_x, float* parts, int splits) {
+  linear<BITS, T, M_TILES, CUT>(tiles, scales, zeros, bias, outlier_values, outlier_columns, outlier_rows, x, y, M, N, K,
+                                groups, group_size, group_factor, shift, enter, scale_row, scale_group, zero_row,
+                                zero_group, scale_dtype, zero_dtype, bias_dtype, outlier_dtype, wide_columns, copy_x,
+                                parts, splits, Neighbours());
 }
 
 }  // namespace packed_decode

@@ -79,11 +79,11 @@ def _in_tiles(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     names = list(ops.families[family].operands.types)
     if "layout" not in names:
         return args
-    first = 0 if kind == "dequantize" else 1
+    first = {"dequantize": 0, "experts": 2}.get(kind, 1)
     at = {name: first + names.index(name) for name in ("packed", "layout", "bits")}
     if args[at["layout"]] == TILES.number:
         return args
-    k = args[0].shape[-1] if kind == "linear" else args[first + len(names)]
+    k = args[0].shape[-1] if kind in ("linear", "experts") else args[first + len(names)]
     given = list(args)
     given[at["packed"]] = tiles_of(args[at["packed"]], args[at["layout"]], args[at["bits"]], k)
     given[at["layout"]] = TILES.number
@@ -92,11 +92,12 @@ def _in_tiles(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _why_another(op: str, args: tuple[Any, ...]) -> str | None:
     """Why another backend is taken for this call: ``dispatch.json``."""
-    if not op.endswith("_linear"):
+    family, kind = op.split("_", 1)
+    if kind not in ("linear", "experts"):
         return None
     x = args[0]
     rows_of_x, dtype = x.numel() // max(1, x.shape[-1]), str(x.dtype).removeprefix("torch.")
-    activation = ops.families[op.removesuffix("_linear")].operands.activation
+    activation = ops.families[family].operands.activation
     names = list(activation.types) if activation else []  # the last arguments
     if "int8" in names and args[names.index("int8") - len(names)]:
         dtype = "int8"

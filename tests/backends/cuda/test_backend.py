@@ -210,7 +210,7 @@ def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
     assert backend.why_not_checked.__wrapped__(device) is None
     reference = registry.reference
     for op, what in (("packed_embedding", "2 bits"), ("codebook_linear", "1 bits, 3 rows of float16")):
-        wrong = lambda name, op=op: (lambda *args: reference(name)(*args) * (1.02 if name == op else 1))  # noqa: E731
+        wrong = lambda name, op=op: lambda *args: reference(name)(*args) * (1.02 if name == op else 1)  # noqa: E731
         monkeypatch.setattr(registry, "reference", wrong)
         assert f"its self-check failed: {op}, {what}" in backend.why_not_checked.__wrapped__(device)
 
@@ -229,12 +229,32 @@ def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
 
 
 def test_an_op_that_it_does_not_have_goes_to_the_next_backend(emulated):
-    stack = lowbit.PackedExperts.from_float(torch.randn(2, 40, 300), lowbit.Packed(bits=4))
+    stack = lowbit.CodebookExperts.from_float(torch.randn(2, 40, 300), lowbit.Codebook(bits=4))
     x, ids = torch.randn(3, 300), torch.tensor([1, 0, 1])
-    assert not library.has("packed_experts") and library.has("packed_linear")
-    with registry.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda cannot run: it has no packed_experts"):
+    assert not library.has("codebook_experts") and library.has("codebook_linear")
+    with registry.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda cannot run: it has no codebook_experts"):
         stack(x, ids)
     torch.testing.assert_close(stack(x, ids), stack.to_float()(x, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(group_size=64), dict(outliers=0.01, symmetric=False), dict(group_size=None)])
+def test_experts(emulated, options):
+    """A stack, its gradient, experts that are elsewhere, and a negative id, whose row is NaN as by Triton."""
+    stack = lowbit.PackedExperts.from_float(torch.randn(3, 40, 300), lowbit.Packed(bits=4, **options))
+    plain = stack.to_float()
+    for tokens in (3, 40):
+        x, ids = torch.randn(tokens, 300, requires_grad=True), torch.arange(2 * tokens) % 4
+        with lowbit.use_backend("cuda"):
+            y = stack(x, ids)
+        y.sum().backward()
+        again = x.detach().clone().requires_grad_()
+        expected = plain(again, ids)
+        expected.sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x.grad, again.grad, rtol=1e-4, atol=1e-4)
+    with lowbit.use_backend("cuda"):
+        y = stack(x[:1].detach(), torch.tensor([-1, 2]))
+    assert y[0].isnan().all() and y[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
