@@ -38,6 +38,8 @@ _FIRST = {"linear": "x", "embedding": "ids", "dequantize": ""}
 def _define(schema: str) -> None:
     _library.define(schema)
     _native.define(schema)
+    _cuda.define(schema)
+    _cuda.define(schema.replace("(", "_declines(", 1).replace("-> Tensor", "-> str"))
 
 
 class FamilyOps:
@@ -65,8 +67,6 @@ class FamilyOps:
             op = f"{self.family}_{name}"
             schema = f"{op}({', '.join(f'{type} {argument}' for argument, type in arguments.items())}) -> Tensor"
             _define(schema)
-            _cuda.define(schema)
-            _cuda.define(schema.replace(f"{op}(", f"{op}_declines(").replace("-> Tensor", "-> str"))
             registry.register_op(_library, op, references[name])
             torch.library.register_fake(f"{registry.NAMESPACE}::{op}", fakes[name], lib=_library)
             rules = Rules(

@@ -197,6 +197,8 @@ def test_rows_beyond_the_table_go_to_the_next_backend(monkeypatch):
         assert reason(torch.randn(2, 300).half()) is None
         assert reason(torch.randn(600, 300).half()) is None
     assert reason(torch.randn(600, 300).half()) == "dispatch.json gives 600 rows of float16 to another backend"
+    stack = (torch.zeros(2, 300).half(), torch.zeros(4), *[None] * 9, 2, None, None, False, 0)
+    assert backend._why_another("packed_experts", stack) == "dispatch.json gives 2 rows of float16 to another backend"
     (row,) = (row for row in backend.dispatch() if row["op"] == "packed_linear" and "architectures" in row)
     with monkeypatch.context() as m:  # on sm_90 wgmma is taken
         m.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
