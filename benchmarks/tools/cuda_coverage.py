@@ -48,6 +48,7 @@ CHECKS = {
     "packed_batch_int8": ("test_int8 BITS DTYPES MORE_ROWS", "test_int8 WIDTHS DTYPES MORE_PTX_ROWS"),
     "packed_batch": ("test_emulated_batch BITS DTYPES ROWS", "test_compiled_batch WIDTHS DTYPES ROWS"),
     "packed_batch_sm90": ("", "test_batch_sm90 WIDTHS DTYPES ROWS"),
+    "packed_experts": ("test_experts WIDTHS DTYPES -", "test_experts COMPILED DTYPES -"),
     "packed_gather": ("test_rows WIDTHS DTYPES -", "test_rows WIDTHS DTYPES -"),
     "codebook_decode": ("test_codebook BITS DTYPES ROWS", "test_codebook BITS DTYPES PTX_ROWS"),
     "codebook_decode_simt": ("test_codebook_simt BITS FLOAT32 ROWS; test_codebook_simt HALF_BITS HALVES HALF_ROWS",
@@ -88,6 +89,8 @@ def lines() -> Iterator[Line]:
                 for x in FLOATS if family == "kron" else (*FLOATS, INT8):
                     yield from (Line(family, "linear", weight, rows, x, b) for b in bits)
             yield from (Line(family, "embedding, dequantize", weight, ANY, x, b) for x in FLOATS for b in bits)
+            if family == "packed":
+                yield from (Line(family, "experts", weight, ANY, x, b) for x in FLOATS for b in bits)
 
 
 def instances(kernel: Kernel, line: Line) -> list[Instance]:
@@ -100,7 +103,9 @@ def instances(kernel: Kernel, line: Line) -> list[Instance]:
 def kernels(line: Line) -> list[Kernel]:
     """Those that take a call; of two, the GPU and the shape decide. Rows of float32 decode takes 8 at a time."""
     stages = {FEW: ("decode", "fused"), MORE: ("batch_sm90", "batch", "fused"), ANY: ("gather",)}[line.rows]
-    if line.x == INT8:
+    if line.op == "experts":
+        stages = ("experts",)
+    elif line.x == INT8:
         stages = ("linear_int8",) if line.family == "codebook" else tuple(f"{stage}_int8" for stage in stages)
     elif line.weight == "a table per group" and line.rows != ANY:
         few = ("decode",) if line.bits <= 4 else ("decode_simt",)
@@ -124,10 +129,11 @@ def recorded(kernel: Kernel, line: Line) -> str:
 def by_default(line: Line, kernel: Kernel) -> str:
     """Which backend takes a call that a kernel takes too."""
     rows = json.loads(DISPATCH.read_text(encoding="utf-8"))["rows"]
-    mine = [row for row in rows if row["op"] == f"{line.family}_linear" and line.x in row["dtypes"]]
+    op = f"{line.family}_{'experts' if line.op == 'experts' else 'linear'}"
+    mine = [row for row in rows if row["op"] == op and line.x in row["dtypes"]]
     on_sm90 = kernel.architectures == ("sm_90a",)
     limits = [row["most_rows"] for row in mine if on_sm90 or "architectures" not in row]
-    if line.rows == ANY or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits):
+    if line.op == "embedding, dequantize" or any(most < 0 or (line.rows == FEW and most >= 16) for most in limits):
         return "CUDA C++"
     most = max(limits)
     return "Triton: `dispatch.json`" if most <= 16 else f"CUDA C++ up to {most}, then Triton: `dispatch.json`"

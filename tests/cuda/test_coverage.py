@@ -40,7 +40,10 @@ def answer(line: Line) -> str | None:
     try:
         if line.family == "packed":
             weight = packed_cases.random_weight(next(some_formats(bits, 5, 64, 32)))
-            if line.rows == ANY:
+            if line.op == "experts":
+                ids = torch.tensor([0, 4, 5, 1])
+                cuda_emulated.packed_experts(weight, packed_cases.activations(2, 64, dtype), ids, 5)
+            elif line.rows == ANY:
                 cuda_emulated.packed_rows(weight, None, dtype)
             else:
                 cuda_emulated.packed_linear(weight, packed_cases.activations(m, 64, dtype), **options)

@@ -15,13 +15,13 @@ from lowbit.testing import cuda_emulated, cuda_ptx, verdicts
 from lowbit.testing.cuda_emulated import packed_experts, packed_linear
 from lowbit.testing.cuda_planted.packed_experts import SHAPES, ZEROS, assert_right, some_ids, stack
 from lowbit.testing.numerics import assert_bitwise_equal
-from lowbit.testing.packed_cases import BITS, DTYPES, Weight, activations
+from lowbit.testing.packed_cases import DTYPES, Weight, activations
 
 needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
-WIDTHS = tuple(bits for bits in cuda_emulated.WIDTHS if bits in BITS)
+WIDTHS = cuda_emulated.WIDTHS
 
 
 def expert(weight: Weight, e: int, n: int) -> Weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ SHAPES = (
     (2, 7, 320, 128, 37, 2), (1, 17, 96, None, 70, 1), (4, 5, 172, 7, 2, 2), (3, 2, 40, None, 300, 1),
     (5, 4, 1048, 100, 40, 3), (3, 6, 1000, 96, 1, 3), (2, 300, 40, 40, 20, 2),
 )  # fmt: skip
-ZEROS = ("none", "int", "float")
+ZEROS: tuple[Literal["none", "int", "float"], ...] = ("none", "int", "float")
 SCALES = ("float32", "float16", "bfloat16")
 
 
