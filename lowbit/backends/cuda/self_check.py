@@ -53,11 +53,11 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 for int8 in (False, True):
                     activations = f"{what}{' as int8' if int8 else ''}"
                     yield activations, "packed_linear", (x(rows, dtype), *weight, None, None, int8, 0)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for rows in ROWS:  # 3 experts of 16 rows of W, the fourth is elsewhere
-                of_rows = torch.arange(2 * rows) % 4
-                what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"
-                yield what, "packed_experts", (x(rows, dtype), of_rows, *weight, 3, None, None, False, 0)
+        dtype = (torch.float16, torch.bfloat16, torch.float32)[bits % 3]
+        for rows in ROWS:  # 3 experts of 16 rows of W; the fourth is elsewhere
+            what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"
+            of_rows = torch.arange(2 * rows) % 4
+            yield what, "packed_experts", (x(rows, dtype), of_rows, *weight, 3, None, None, False, 0)
         yield f"{bits} bits", "packed_embedding", (ids, *weight, K, torch.float16)
     for bits in range(1, 9):
         table = torch.randn(1, 1, 1 << bits, generator=draw).half()
