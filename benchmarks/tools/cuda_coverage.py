@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from .cuda_compiled import read_record
-from .cuda_kernels import FLOATS, KERNELS, ROOT, WIDTHS, Instance, Kernel
+from .cuda_kernels import FLOATS, HALVES, KERNELS, ROOT, WIDTHS, Instance, Kernel
 
 DOCUMENT = ROOT / "docs" / "results" / "cuda_coverage.md"
 TEMPLATE = ROOT / "benchmarks" / "tools" / "cuda_coverage.template.md"
@@ -57,6 +57,7 @@ CHECKS = {
     "codebook_linear_int8": ("test_codebook_int8 BITS DTYPES ROWS", "test_codebook_int8 BITS DTYPES PTX_ROWS"),
     "codebook_batch": ("test_codebook_batch WIDTHS DTYPES ROWS", "test_codebook_batch WIDTHS DTYPES PTX_ROWS"),
     "codebook_batch_sm90": ("", "test_codebook_sm90 WIDTHS DTYPES ROWS"),
+    "codebook_experts": ("test_codebook_experts WIDTHS DTYPES -", "test_codebook_experts WIDTHS DTYPES -"),
     "codebook_gather": ("test_codebook BITS FLOATS -", "test_codebook BITS FLOATS -"),
     "kron_fused": ("test_kron - DTYPES ROWS; test_kron BITS DTYPES PACKED_ROWS",
                    "test_kron - DTYPES PTX_ROWS; test_kron PTX_BITS DTYPES PTX_ROWS"),
@@ -89,8 +90,9 @@ def lines() -> Iterator[Line]:
                 for x in FLOATS if family == "kron" else (*FLOATS, INT8):
                     yield from (Line(family, "linear", weight, rows, x, b) for b in bits)
             yield from (Line(family, "embedding, dequantize", weight, ANY, x, b) for x in FLOATS for b in bits)
-            if family == "packed":
-                yield from (Line(family, "experts", weight, ANY, x, b) for x in FLOATS for b in bits)
+            if family != "kron":  # a loop over experts
+                floats = FLOATS if family == "packed" else HALVES
+                yield from (Line(family, "experts", weight, ANY, x, b) for x in floats for b in bits)
 
 
 def instances(kernel: Kernel, line: Line) -> list[Instance]:

@@ -432,10 +432,36 @@ CODEBOOK_BATCH_SM90 = Kernel(
     architectures=("sm_90a",),
 )
 
+CODEBOOK_EXPERTS = Kernel(
+    "codebook_experts",
+    "codebook/experts.cu",
+    (
+        Function(
+            "codebook_experts::decode_kernel",
+            dict(bits=WIDTHS, dtype=HALVES, look=(0, 1, 2), any_groups=(False, True)),
+            label=lambda bits, dtype, look, any_groups: codebook_label(bits, dtype, look, 1, any_groups),
+            threads=256,
+            shared=lambda bits, look, **_: cuda_codebook.most_bytes(bits, look, 1, warps=1),
+            weight_loads=tile_loads,
+            compiled=lambda bits, look, **_: look in ((0,) if bits < 4 else (0, 1) if bits == 4 else (2,)),
+        ),
+        Function(
+            "codebook_experts::batch_kernel",
+            dict(bits=WIDTHS, dtype=HALVES, cut=(False, True)),
+            label=lambda bits, dtype, cut: f"{bits}-bit {dtype} 32 rows{', groups of any size' if cut else ''}",
+            threads=256,
+            shared=lambda bits, **_: cuda_codebook.batch_bytes(bits, 4, 2, "tensor", copies=0),
+            weight_loads=lambda bits, **_: [16, *([8] if bits % 2 else [])],  # and those of x
+            weights=COPY_ASYNC,
+        ),
+    ),
+)
+
 KERNELS = {
     kernel.name: kernel for kernel in (
         PACKED_DECODE, PACKED_DECODE_INT8, QUANTIZE, PACKED_GATHER, KRON_FUSED, KRON_GATHER, PACKED_BATCH_SM90,
         PACKED_BATCH, PACKED_BATCH_INT8, CODEBOOK_DECODE, CODEBOOK_DECODE_SIMT, CODEBOOK_LINEAR_INT8, CODEBOOK_STEPS,
         CODEBOOK_GATHER, CODEBOOK_BATCH, CODEBOOK_BATCH_SM90, PACKED_EXPERTS, EXPERTS_SORT,
+        CODEBOOK_EXPERTS,
     )
 }  # fmt: skip

@@ -42,13 +42,14 @@ LOWBIT_DEVICE Share share(int N, int K, int splits, const RowsOf& rows_of = {}) 
 
 // The slices of x, of elements E, in shared memory, from its byte `begin` on. Where rows of x begin at no multiple of 16
 // bytes (copy is false), threads carry them there.
-template <int M_TILES, class E = uint16_t>
+template <int M_TILES, class E = uint16_t, class RowsOf = Neighbours>
 struct Slices {
   static constexpr int STAGES = STAGES_OF<M_TILES, E>, PITCH = PITCH_OF<E>;
   static constexpr int SIZE = sizeof(E), AT_ONCE = 16 / SIZE;  // of an element; elements that a copy takes
   const E* x;
   int M, K, begin, end_slice;
   bool copy;
+  RowsOf rows_of = {};
 
   LOWBIT_DEVICE int stage(int slice) const { return begin + slice % STAGES * M * PITCH; }
 
@@ -58,7 +59,7 @@ struct Slices {
       for (int i = thread_index(); i < M * (SLICE / AT_ONCE); i += THREADS) {
         const int m = i / (SLICE / AT_ONCE), column = i % (SLICE / AT_ONCE) * AT_ONCE;
         const bool beyond = first + column >= K;
-        copy_async(to + m * PITCH + SIZE * column, x + (beyond ? 0 : static_cast<int64_t>(m) * K + first + column),
+        copy_async(to + m * PITCH + SIZE * column, x + (beyond ? 0 : rows_of.of_x(m) * K + first + column),
                    beyond);
       }
     } else if (slice < end_slice) {
@@ -66,7 +67,7 @@ struct Slices {
         const int m = i / SLICE, column = i % SLICE;
         const bool beyond = first + column >= K;
         store_shared(to + m * PITCH + SIZE * column,
-                     beyond ? E(0) : load(x + static_cast<int64_t>(m) * K + first + column));
+                     beyond ? E(0) : load(x + rows_of.of_x(m) * K + first + column));
       }
     }
     commit_copies();  // one group for every slice, so that waiting can count them

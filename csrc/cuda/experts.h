@@ -12,6 +12,22 @@ namespace experts {
 constexpr int THREADS = 256;  // of a block that sorts
 constexpr int64_t MOST_ROWS = int64_t(1) << 24, MOST_STACK_ROWS = int64_t(1) << 28, MOST_BLOCKS = int64_t(1) << 31;
 
+constexpr int64_t DECODE_ROWS = 8, BATCH_ROWS = 32;  // of a tile, at most
+
+// Decode takes up to 8 rows of an expert, if all that are met have as many. The kernels add in different orders: where
+// a row of y may not depend on the others, batch takes every call.
+template <class Weight>
+bool has_many_rows(const Experts<Weight>& call) {
+  return call.linear.batch_invariant || call.S > DECODE_ROWS * std::max<int64_t>(1, std::min(call.S, call.E));
+}
+
+// The binary logarithm of how many rows a tile has where there is room for `rows`.
+inline int shift_of(int64_t rows) {
+  int shift = 0;
+  while (int64_t(2) << shift <= rows) ++shift;
+  return shift;
+}
+
 // Rows are sorted by group: their expert, then those whose expert is elsewhere, then negative ids.
 template <class Weight>
 int groups(const Experts<Weight>& call) {
@@ -55,6 +71,9 @@ template <class Weight>
 const char* declines(const Experts<Weight>& call) {
   if (call.S >= MOST_ROWS || call.linear.M >= MOST_ROWS) return "experts take fewer than 2^24 rows";
   if (call.linear.weight.N >= MOST_STACK_ROWS) return "experts take stacks of fewer than 2^28 rows";
+  // As if every row were a tile, of the kernel that has more blocks.
+  if ((call.S + call.E + 2) * (call.linear.weight.N / call.E / 32 + 1) >= MOST_BLOCKS)
+    return "experts take fewer than 2^31 blocks";
   return nullptr;
 }
 

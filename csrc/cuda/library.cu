@@ -2,6 +2,7 @@
 
 #include "cuda/codebook/linear.h"
 #include "cuda/codebook/rows.h"
+#include "cuda/codebook/stack.h"
 #include "cuda/host.h"
 #include "cuda/kron/linear.h"
 #include "cuda/kron/rows.h"
@@ -22,6 +23,7 @@ const lowbit::cuda::Library* lowbit_cuda_library() {
     all.packed_experts = packed_experts::OP;
     all.codebook_linear = codebook_linear::OP;
     all.codebook_rows = codebook_rows::OP;
+    all.codebook_experts = codebook_experts::OP;
     all.kron_linear = kron_linear::OP;
     all.kron_rows = kron_rows::OP;
     return all;

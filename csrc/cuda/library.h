@@ -34,6 +34,7 @@ struct Library {
   Op<Linear<codebook::Weight>> codebook_linear;
   Op<Rows<codebook::Weight>> codebook_rows;
   Op<Experts<packed::Weight>> packed_experts;
+  Op<Experts<codebook::Weight>> codebook_experts;
 };
 
 }  // namespace cuda

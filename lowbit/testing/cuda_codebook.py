@@ -26,6 +26,7 @@ from lowbit.testing.cuda_ptx import (
     number_of,
     quantized,
     sm90_maps,
+    sorted_rows,
 )
 from lowbit.testing.ptx_emulator import Statistics, execute
 
@@ -60,6 +61,26 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
         outlier_columns=array(columns), outlier_rows=array(rows),
         wide=columns is not None and columns.dtype == torch.int32,
     )  # fmt: skip
+
+
+def experts(
+    weight: Weight, x: Tensor, ids: Tensor, num_experts: int, bias: Tensor | None = None, *, order: int = 0,
+    of: Any = None, int8: bool = False, batch_invariant: bool = False, shared_bytes: int = 163 << 10,
+) -> Tensor:  # fmt: skip
+    """``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` by ``csrc/cuda/codebook/experts.cuh``.
+
+    As :func:`lowbit.testing.cuda_emulated.packed_experts`.
+    """
+    s, tiles = len(ids), aligned(tile(weight.packed, weight.kind.bits, weight.kind.k))
+    y = torch.full((s, weight.kind.n // num_experts), torch.nan, dtype=x.dtype)
+    arguments = weight_arguments(weight) | dict(
+        packed=array(tiles), M=len(x), S=s, E=num_experts, ids=array(ids), wide_ids=ids.dtype == torch.int64,
+        x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=int8, batch_invariant=batch_invariant,
+        y=array(y), device=(80, 1, shared_bytes), order=order,
+    )  # fmt: skip
+    result = (of or cuda_emulated.kernels()).codebook_experts(arguments)
+    assert result == 0, result
+    return y
 
 
 def linear(
@@ -327,6 +348,43 @@ def execute_batch(
         given = (parts, 0 if bias is None else bias, y, m, n, splits, number_of(bias))
         execute(ptx, symbol(ptx, "batch::add_splits", dtype_name(x)), (-(-m * n // THREADS),), THREADS, given)
     return y, statistics
+
+
+def execute_experts(
+    ptx: str, sort: str, weight: Weight, x: Tensor, ids: Tensor, num_experts: int, bias: Tensor | None = None,
+    batch: bool = False, stages: int = 3, copies: int = 0,
+) -> tuple[Tensor, Statistics]:  # fmt: skip
+    """``y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]`` by the instances of two texts of PTX, with the arguments that
+    codebook/experts.cu gives them; as :func:`lowbit.testing.cuda_ptx.packed_experts`."""
+    kind, (m, k) = weight.kind, x.shape
+    n, (groups, group_size), tables = kind.n // num_experts, groups_of(weight), tables_of(weight)
+    row_tiles, order = sorted_rows(sort, ids, m, num_experts, 5 if batch else 3)
+    y = torch.full((len(ids), n), torch.nan, dtype=x.dtype)
+    values, columns, rows = weight.outliers
+    tensors = (
+        aligned(tile(weight.packed, kind.bits, k)), weight.codebook, weight.scales, *weight.nested, bias, values,
+        columns, rows,
+    )  # fmt: skip
+    arguments = (
+        row_tiles, order, len(row_tiles), *(0 if t is None else t for t in tensors), n, k, group_size, groups,
+        {"tensor": 0, "row": 1, "group": groups}[tables] << kind.bits, (1 << kind.bits) if tables == "group" else 0,
+        *(number_of(t) for t in (weight.codebook, weight.scales, bias, values)),
+        columns is not None and columns.dtype == torch.int32, k % 8 == 0, aligned(x), y,
+    )  # fmt: skip
+    if batch:
+        gathers = tables == "group" and groups > 1
+        cut = gathers or (group_size < k and group_size % 32 != 0)
+        found = symbol(ptx, "codebook_experts::batch_kernel", kind.bits, dtype_name(x), int(cut))
+        shared, blocks = batch_bytes(kind.bits, 4, stages, tables, copies), -(-n // BATCH_ROWS)
+        arguments = (*arguments, stages, copies, gathers)
+    else:
+        look, _, any_groups = instance(weight, 8)
+        found = symbol(
+            ptx, "codebook_experts::decode_kernel", kind.bits, dtype_name(x), LOOKS.index(look), int(any_groups)
+        )
+        shared, blocks = shared_bytes(weight, 8), -(-n // ROWS)
+        arguments = (*arguments, 0 if group_size >= k or group_size % 32 else -(-(1 << 31) // (group_size // 32)))
+    return y, execute(ptx, found, (len(row_tiles) * blocks,), THREADS, arguments, shared)
 
 
 # --- codebook/batch_sm90.cuh ---

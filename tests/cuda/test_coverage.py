@@ -50,7 +50,10 @@ def answer(line: Line) -> str | None:
         elif line.family == "codebook":
             tables = {"one table": "tensor", "a table per row": "row", "a table per group": "group"}[line.weight]
             coded = codebook_cases.random_weight(codebook_cases.Kind(bits, 5, 64, 32, tables))
-            if line.rows == ANY:
+            if line.op == "experts":
+                ids = torch.tensor([0, 4, 5, 1])
+                cuda_codebook.experts(coded, packed_cases.activations(2, 64, dtype), ids, 5)
+            elif line.rows == ANY:
                 cuda_codebook.rows(coded, None, dtype)
             else:
                 cuda_codebook.linear(coded, packed_cases.activations(m, 64, dtype), **options)

@@ -149,16 +149,18 @@ constexpr int BLOCKS_OF =
 //   tiles, N, K, bias, outlier_*, wide_columns, x, y, M, copy_x, parts, splits, group_factor: as of packed/decode.cuh.
 //   table_row, table_group: entries from a row's table to the next row's, from a group's to the next's; 0: the same.
 //   groups: scales of a row.
-template <int BITS, DType T, Look LOOK, int M_TILES, bool ANY_GROUPS>
-LOWBIT_KERNEL(THREADS, (BLOCKS_OF<BITS, LOOK, M_TILES, ANY_GROUPS>))
-kernel(const uint8_t* tiles, const void* codebook, const void* scales, const float* scale_codebook,
-       const float* scale_absmax, const float* scale_offset, const void* bias, const void* outlier_values,
-       const void* outlier_columns, const int32_t* outlier_rows, const uint16_t* x, uint16_t* y, int M, int N, int K,
-       int group_size, uint32_t group_factor, int groups, int table_row, int table_group, int codebook_dtype,
-       int scale_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts, int splits) {
-  const Share s = share(N, K, splits);
+//   rows_of: the rows of x and y that the block multiplies.
+template <int BITS, DType T, Look LOOK, int M_TILES, bool ANY_GROUPS, class RowsOf>
+LOWBIT_DEVICE void linear(const uint8_t* tiles, const void* codebook, const void* scales, const float* scale_codebook,
+                          const float* scale_absmax, const float* scale_offset, const void* bias,
+                          const void* outlier_values, const void* outlier_columns, const int32_t* outlier_rows,
+                          const uint16_t* x, uint16_t* y, int M, int N, int K, int group_size, uint32_t group_factor,
+                          int groups, int table_row, int table_group, int codebook_dtype, int scale_dtype,
+                          int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts, int splits,
+                          const RowsOf& rows_of) {
+  const Share s = share(N, K, splits, rows_of);
   const int tables = TABLE_BYTES<LOOK, BITS> * (table_row == 0 ? 1 : ROW_WARPS);
-  const Slices<M_TILES> slices = {x, M, K, tables, s.end_slice, copy_x != 0};
+  const Slices<M_TILES, uint16_t, RowsOf> slices = {x, M, K, tables, s.end_slice, copy_x != 0, rows_of};
   const Scales scale_values = {scales, scale_dtype, scale_codebook, scale_absmax, scale_offset};
 
   float sums[M_TILES][4] = {}, products[M_TILES][4] = {}, scale[2] = {};
@@ -295,12 +297,25 @@ kernel(const uint8_t* tiles, const void* codebook, const void* scales, const flo
     else
       store_tables();
     add_outliers<T, M_TILES>(s, {outlier_values, outlier_columns, outlier_rows, outlier_dtype, wide_columns}, x, M, K,
-                             splits, sums);
+                             splits, sums, rows_of);
   };
 
   for_each_tile<BITS>(s, tiles, slices, prepare, multiply_tile);
   if (group >= 0) end_group();
-  write_result<T, M_TILES>(s, sums, tables, bias, bias_dtype, y, parts, splits, M, N);
+  write_result<T, M_TILES>(s, sums, tables, bias, bias_dtype, y, parts, splits, M, N, rows_of);
+}
+
+template <int BITS, DType T, Look LOOK, int M_TILES, bool ANY_GROUPS>
+LOWBIT_KERNEL(THREADS, (BLOCKS_OF<BITS, LOOK, M_TILES, ANY_GROUPS>))
+kernel(const uint8_t* tiles, const void* codebook, const void* scales, const float* scale_codebook,
+       const float* scale_absmax, const float* scale_offset, const void* bias, const void* outlier_values,
+       const void* outlier_columns, const int32_t* outlier_rows, const uint16_t* x, uint16_t* y, int M, int N, int K,
+       int group_size, uint32_t group_factor, int groups, int table_row, int table_group, int codebook_dtype,
+       int scale_dtype, int bias_dtype, int outlier_dtype, int wide_columns, int copy_x, float* parts, int splits) {
+  linear<BITS, T, LOOK, M_TILES, ANY_GROUPS>(
+      tiles, codebook, scales, scale_codebook, scale_absmax, scale_offset, bias, outlier_values, outlier_columns,
+      outlier_rows, x, y, M, N, K, group_size, group_factor, groups, table_row, table_group, codebook_dtype,
+      scale_dtype, bias_dtype, outlier_dtype, wide_columns, copy_x, parts, splits, Neighbours());
 }
 
 }  // namespace codebook_decode

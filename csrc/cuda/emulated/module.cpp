@@ -55,9 +55,14 @@ class Kernels {
   int packed_experts(const py::dict& arguments) {
     return run(table_->packed_experts, arguments, [&](Experts<lowbit::packed::Weight>& call) {
       read_packed(arguments, call.linear.weight);
-      read_linear(arguments, call.linear);
-      call.ids = array(arguments["ids"]), call.wide = number(arguments, "wide_ids");
-      call.S = number(arguments, "S"), call.E = number(arguments, "E");
+      read_experts(arguments, call);
+    });
+  }
+
+  int codebook_experts(const py::dict& arguments) {
+    return run(table_->codebook_experts, arguments, [&](Experts<lowbit::codebook::Weight>& call) {
+      read_codebook(arguments, call.linear.weight);
+      read_experts(arguments, call);
     });
   }
 
@@ -182,6 +187,12 @@ class Kernels {
   }
 
   template <class Weight>
+  void read_experts(const py::dict& a, Experts<Weight>& call) {
+    read_linear(a, call.linear);
+    call.ids = array(a["ids"]), call.wide = number(a, "wide_ids"), call.S = number(a, "S"), call.E = number(a, "E");
+  }
+
+  template <class Weight>
   void read_rows(const py::dict& a, Rows<Weight>& call) {
     call.ids = array(a["ids"]), call.wide = number(a, "wide_ids"), call.count = number(a, "count");
     call.out = array(a["out"]), call.dtype = dtype_of(a["dtype"]);
@@ -210,6 +221,7 @@ PYBIND11_MODULE(lowbit_cuda_emulated, m) {
       .def("kron_rows", &Kernels::kron_rows, "out = W[ids].")
       .def("packed_experts", &Kernels::packed_experts, "y[i] = x[i // r] @ W[ids[i]].T + bias[ids[i]]: as packed_linear.")
       .def("packed_rows", &Kernels::packed_rows, "out = W[ids]: arguments and errors as those of packed_linear.")
+      .def("codebook_experts", &Kernels::codebook_experts, "As packed_experts.")
       .def("codebook_linear", &Kernels::codebook_linear, "As packed_linear.")
       .def("codebook_rows", &Kernels::codebook_rows, "As packed_rows.");
 }

@@ -6,12 +6,6 @@ namespace cuda {
 namespace packed_experts {
 namespace {
 
-int rows_shift(int64_t rows) {
-  int shift = 0;
-  while (int64_t(2) << shift <= rows) ++shift;
-  return shift;
-}
-
 // Rows of x of a tile. Decode takes as many as shared memory has room for.
 int64_t tile_rows(const Call& call, const Device& device) {
   if (takes_batch(call)) return BATCH_ROWS;
@@ -22,7 +16,7 @@ int64_t tile_rows(const Call& call, const Device& device) {
 }
 
 experts::Tiling tiling(const Call& call, const Device& device) {
-  return experts::tiling_of(call, rows_shift(tile_rows(call, device)));
+  return experts::tiling_of(call, experts::shift_of(tile_rows(call, device)));
 }
 
 int64_t x_sums_bytes(const Call& call) {

@@ -68,6 +68,10 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                 for int8 in (False, True) if dtype == torch.float16 else (False,):
                     activations = f"{what}{' as int8' if int8 else ''}"
                     yield activations, "codebook_linear", (x(rows, dtype), *weight, None, None, int8)
+        for rows in ROWS:
+            dtype, of_rows = (torch.float16, torch.bfloat16)[bits % 2], torch.arange(2 * rows) % 4
+            what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"
+            yield what, "codebook_experts", (x(rows, dtype), of_rows, *weight, 3, None, None, False)
         yield f"{bits} bits", "codebook_embedding", (ids, *weight, K, torch.float16)
         tables = torch.randn(N, K // 64, 1 << bits, generator=draw)
         weight = (words(bits), *none, tables, *none, None, bits, 64, 0)

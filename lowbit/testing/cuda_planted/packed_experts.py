@@ -83,16 +83,15 @@ def some_ids(s: int, e: int, seed: int, dtype: torch.dtype = torch.int64) -> Ten
     return ids.to(dtype)
 
 
-def assert_right(y: Tensor, weight: Weight, x: Tensor, ids: Tensor, e: int, bias: Tensor | None = None) -> None:
-    """Each row by float64; those of no expert are zeros, or NaN where the id is negative."""
-    n, rows = weight.format.out_features // e, torch.arange(len(ids)) // (len(ids) // len(x))
-    dense = weight.dense().view(e, n, -1)
+def assert_right(y: Tensor, weight: Tensor, x: Tensor, ids: Tensor, e: int, bias: Tensor | None = None) -> None:
+    """Each row by float64, of the weight ``[e*n, k]``; those of no expert are zeros, or NaN if the id is negative."""
+    dense, rows = weight.view(e, -1, x.shape[1]), torch.arange(len(ids)) // (len(ids) // len(x))
     for number in ids.unique().tolist():
         mine = ids == number
         if number < 0 or number >= e:
             assert_bitwise_equal(y[mine], torch.full_like(y[mine], torch.nan if number < 0 else 0.0))
         else:
-            own = None if bias is None else bias.view(e, n)[number]
+            own = None if bias is None else bias.view(e, -1)[number]
             assert_linear_close(y[mine], x[rows[mine]], dense[number], own)
 
 
@@ -109,6 +108,6 @@ def check(kernels: Any, bits: int) -> int:
                 ids[-1] = 2**32 + 1
             bias = None if (i + j) % 2 else activations(1, e * n, DTYPES[i % 3])[0]
             y = cuda_emulated.packed_experts(weight, x, ids, e, bias, order=j, of=kernels, by_group=i % 2 == 1)
-            assert_right(y, weight, x, ids, e, bias)
+            assert_right(y, weight.dense(), x, ids, e, bias)
             cases += 1
     return cases

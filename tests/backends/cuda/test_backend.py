@@ -230,13 +230,25 @@ def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
             torch.ops.lowbit.packed_linear(x, *args)
 
 
-def test_an_op_that_it_does_not_have_goes_to_the_next_backend(emulated):
-    stack = lowbit.CodebookExperts.from_float(torch.randn(2, 40, 300), lowbit.Codebook(bits=4))
+def test_an_op_that_it_does_not_have_goes_to_the_next_backend(emulated, monkeypatch):
+    stack = lowbit.PackedExperts.from_float(torch.randn(2, 40, 300), lowbit.Packed(bits=4))
     x, ids = torch.randn(3, 300), torch.tensor([1, 0, 1])
-    assert not library.has("codebook_experts") and library.has("codebook_linear")
-    with registry.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda cannot run: it has no codebook_experts"):
+    monkeypatch.setattr(library, "has", lambda op: op != "packed_experts")
+    with registry.use_backend("cuda"), pytest.raises(RuntimeError, match="cuda cannot run: it has no packed_experts"):
         stack(x, ids)
     torch.testing.assert_close(stack(x, ids), stack.to_float()(x, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_codebooks(emulated):
+    """float32 goes to another backend: these kernels decline it."""
+    stack = lowbit.CodebookExperts.from_float(torch.randn(3, 40, 320), lowbit.Codebook(bits=4))
+    assert library.has("codebook_experts")
+    x, ids = torch.randn(3, 320), torch.arange(6) % 4
+    expected = stack.to_float()(x.half().float(), ids)
+    with lowbit.use_backend("cuda"):
+        torch.testing.assert_close(stack(x.half(), ids).float(), expected, rtol=4e-3, atol=4e-2)
+        with pytest.raises(RuntimeError, match="cuda cannot run: .* take x in float16 or bfloat16"):
+            stack(x, ids)
 
 
 @pytest.mark.parametrize("options", [dict(group_size=64), dict(outliers=0.01, symmetric=False), dict(group_size=None)])
