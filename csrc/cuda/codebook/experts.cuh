@@ -45,9 +45,9 @@ struct Stack {
   }
 };
 
-// Blocks that share a processor: of 4 bits in registers, two would spill here.
+// Blocks that share a processor: of 3 and 4 bits in registers, two would spill here.
 template <int BITS, Look LOOK, bool ANY_GROUPS>
-constexpr int BLOCKS = LOOK == Look::registers && BITS == 4 ? 1 : codebook_decode::BLOCKS_OF<BITS, LOOK, 1, ANY_GROUPS>;
+constexpr int BLOCKS = LOOK == Look::registers && BITS >= 3 ? 1 : codebook_decode::BLOCKS_OF<BITS, LOOK, 1, ANY_GROUPS>;
 
 // Args:
 //   row_tiles, order, row_tile_count: of experts::sort_rows(). All else is of codebook_decode::linear().
