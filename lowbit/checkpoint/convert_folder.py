@@ -48,13 +48,14 @@ def convert_folder(
     """Convert the transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
 
     ``src`` holds a float model, or one in a quantized format that docs/interoperability.md lists: of that, the layers
-    in the format are kept as they are stored, bit for bit.
+    in the format are kept as they are stored, bit for bit. It may be a GGUF file.
 
     One layer at a time is read, quantized and dropped, so that memory stays near the size of the result. The
     tokenizer and other small files are copied. ``dst`` appears only when everything went well.
 
     Args:
-        src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype or such a format.
+        src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype or such a format;
+            a GGUF file, or a folder with one.
         dst: a folder that does not exist yet, or is empty.
         spec, skip, calibration, loss: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
             models whose files do not map one to one to their modules, the whole float model is loaded
@@ -68,13 +69,13 @@ def convert_folder(
     """
     skip = check_arguments(spec, skip)
     src, dst = Path(src), Path(dst)
-    if not src.is_dir():
+    if not src.is_dir() and not foreign.is_file(src):
         raise FileNotFoundError(f"{src} is not a folder{' but a file' if src.exists() else ''}")
     if is_packed(src):
         raise ValueError(f"{src} is a lowbit folder already: lowbit.load reads it, lowbit.dequantize makes it float")
     importer = foreign.importer_of(src)
-    library = library_of(src)
-    if library is None:
+    library, companion = library_of(src), foreign.companion_of(src)
+    if library is None and companion is None:
         raise FileNotFoundError(f"{src} is not a transformers model folder: it has no config.json")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} must not exist, or be an empty folder")
@@ -83,15 +84,19 @@ def convert_folder(
         raise ValueError(f"calibration and loss need a float model: {src} is in a quantized format")
     if importer is not None:
         model = importer(src, spec, skip)
-    elif calibration is None and loss is None:
+    elif library is not None and calibration is None and loss is None:
         model = _convert_streaming(library, src, spec, skip)
-    if model is None:
+    if model is None and library is not None:
         model = convert(library.load_float(src), spec, skip=skip, calibration=calibration, loss=loss)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:
+        assert model is not None
         save(model, temporary)
-        _copy_small_files(src, temporary)
+        if src.is_dir():
+            _copy_small_files(src, temporary)
+        if companion is not None:
+            companion(src, temporary)
         card.write(model, temporary, library="transformers", insert=True)  # the float model's card stays, below ours
         temporary.chmod(0o755)
         if dst.exists():

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowbit.checkpoint import card, libraries, metadata, stream
+from lowbit.checkpoint import card, foreign, libraries, metadata, stream
 from lowbit.checkpoint.reader import SINGLE_FILE, Checkpoint, read_json
 from lowbit.core.folder import DESCRIPTION_FILE as DESCRIPTION_FILE
 from lowbit.model.accelerate import canonical_state_dict
@@ -106,7 +106,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
     """Load what :func:`save` (or ``save_pretrained``) wrote, without ever holding the float weights.
 
     Args:
-        folder: the saved folder.
+        folder: the saved folder; or one in a format that docs/interoperability.md lists, or a GGUF file.
         model: the float model to load into, needed unless ``folder`` holds a transformers model. It may be
             built under ``torch.device("meta")`` as far as its buffers are saved; its layers are swapped in
             place.
@@ -119,11 +119,16 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *, devi
             version. ``model`` is then as it was.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and not foreign.is_file(folder):
         raise FileNotFoundError(f"{folder} is not a folder{' but a file' if folder.exists() else ''}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be the float nn.Module to load into: got {type(model).__name__}")
     if not (folder / DESCRIPTION_FILE).is_file():
+        if foreign.companion_of(folder) is not None and (importer := foreign.importer_of(folder)) is not None:
+            if model is not None:
+                raise ValueError(f"{folder} is in a format of its own: it cannot be loaded into a "
+                                 f"{type(model).__name__}. Call lowbit.load(path), which builds the model")  # fmt: skip
+            return importer(folder, None, ()).to(device)
         library = libraries.library_of(folder)
         if library is None:
             raise FileNotFoundError(

@@ -60,10 +60,20 @@ Importer = Callable[[Path, Any, Any], nn.Module]
 # Format -> a function of folder, spec and skip that gives the packed model: what is stored as it is, the rest by the
 # spec; with None for a spec, what is stored as floats stays so. lowbit.model.foreign.IMPORTED has the package's own.
 importers: dict[str, Importer] = {}
+# Format -> a function of its folder or file and the packed folder, which writes there what the file holds beside
+# weights, such as a tokenizer.
+companions: dict[str, Callable[[Path, Path], None]] = {}
+
+
+def is_file(path: Path) -> bool:
+    """Whether ``path`` is a file that holds a whole model of a foreign format."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def declared(folder: Path) -> Foreign | None:
-    """The foreign format that a config file of ``folder`` names, or that its only weights are in."""
+    """The foreign format that a config file of ``folder`` names, or that its only weights are in; or that of a file."""
+    if is_file(folder):
+        return Foreign("gguf", folder)
     for section, file, default in named_sections(folder):
         return _foreign(section, file, default)
     files = sorted(folder.glob("*.gguf"))
@@ -95,6 +105,12 @@ def importer_of(folder: Path) -> Importer | None:
     if found is not None and found.format not in importers:
         raise found.error()
     return None if found is None else importers[found.format]
+
+
+def companion_of(path: Path) -> Callable[[Path, Path], None] | None:
+    """What of :data:`companions` belongs to the format that ``path`` declares."""
+    found = declared(path)
+    return None if found is None else companions.get(found.format)
 
 
 def _foreign(section: dict[str, Any], file: Path, default: str) -> Foreign:

@@ -149,8 +149,9 @@ def _asks_for_a_spec(options: argparse.Namespace) -> bool:
 
 def _convert(options: argparse.Namespace) -> None:
     spec: Spec | dict[str, Spec | None] | None = _specs(options)
-    if not options.source.is_dir():
-        raise FileNotFoundError(f"SRC must be a folder with a transformers model: {options.source} is not one")
+    if not options.source.is_dir() and not foreign.is_file(options.source):
+        raise FileNotFoundError(f"SRC must be a folder with a transformers model, or a GGUF file: {options.source} is "
+                                "neither")  # fmt: skip
     if not _asks_for_a_spec(options) and foreign.declared(options.source) is not None:
         spec = None  # what is in the format is kept as it is, and the rest float
     specs = list(spec.values()) if isinstance(spec, dict) else [spec]
@@ -414,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
     what = "quantize a transformers folder into a packed one; without a spec, one in GPTQ, AWQ, ... as it is"
     convert = commands.add_parser("convert", help=what)
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float model, or a foreign one")
+    convert.add_argument("source", type=Path, metavar="SRC", help="folder with a float or a foreign model; a GGUF file")
     convert.add_argument("target", type=Path, metavar="DST", help="folder to write")
     convert.add_argument("--spec", action="append", metavar="[PATTERN=]SPEC", help=_SPEC_HELP)
     convert.add_argument("--bits", type=int, help="2 to 8 (default: 4)")

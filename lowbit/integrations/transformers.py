@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.checkpoint import libraries
+from lowbit.checkpoint import foreign, libraries
 from lowbit.checkpoint.libraries import FloatFolder
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.integrations import unread
@@ -24,6 +24,7 @@ from lowbit.model import hooks
 
 _OURS = "lowbit.integrations.pretrained"
 _LOADING = "lowbit.integrations.loading"
+_GGUF = "lowbit.integrations.gguf"
 
 
 def register() -> None:
@@ -35,6 +36,8 @@ def register() -> None:
     hooks.after_convert.register(attach)
     hooks.after_dequantize.register(detach)
     libraries.register(Transformers())
+    foreign.importers["gguf"] = lambda path, spec, skip: _gguf(path).read(path, spec, skip)
+    foreign.companions["gguf"] = lambda path, target: _gguf(path).write_tokenizer(path, target)
     # the registry of quantization methods, and PreTrainedModel, whose module imports it
     after_import("transformers.quantizers.auto", lambda module: _pretrained())
     after_import("transformers.modeling_utils", lambda module: _pretrained().install())
@@ -114,6 +117,13 @@ class Transformers(libraries.Library):
 
     def open_float(self, folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
         return importlib.import_module(_LOADING).open_float(folder, checkpoint)  # type: ignore[no-any-return]
+
+
+def _gguf(path: Path) -> Any:
+    try:
+        return importlib.import_module(_GGUF)
+    except ImportError as error:
+        raise ImportError(f"{path} holds a model of llama.cpp: reading it needs the package transformers") from error
 
 
 def _pretrained() -> Any:

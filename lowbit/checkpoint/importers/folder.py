@@ -219,7 +219,7 @@ def read_folder(reader_class: type[Reader], path: Path, spec: Any, skip: Sequenc
         raise ValueError(f"{path / 'config.json'}: architectures must name a class of transformers whose tensors are "
                          f"those of the files, one by one, for {reader.format!r} to be read")  # fmt: skip
     swaps = _swaps(folder, view, checkpoint, reader)
-    plan = _plan_rest(folder.model, spec, skip)
+    plan = plan_rest(folder.model, spec, skip)
     stream.check_shapes(folder.model, view, folder.names)
     bar = tqdm(swaps.items(), desc="lowbit import", unit="layer", disable=None if len(swaps) > 100 else True)
     for name, swap in bar:
@@ -327,7 +327,7 @@ def _check_bias(stored: Stored, has_bias: bool) -> None:
         raise ValueError(f"{file}: tensor '{stored.name}.bias' is missing: [{stored.n}] is required")
 
 
-def _plan_rest(model: nn.Module, spec: Any, skip: Iterable[str]) -> Plan:
+def plan_rest(model: nn.Module, spec: Any, skip: Iterable[str]) -> Plan:
     if spec is not None:
         plan = make_plan(model, spec, skip)
         for swap in plan.swaps():
