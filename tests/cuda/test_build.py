@@ -45,7 +45,7 @@ def test_every_source_is_compiled_for_what_it_runs_on(monkeypatch):
             assert codes.pop(f"b/cuda/{name}") == set(kernel.architectures)
     assert codes.pop("b/cuda/older_glibc.o") == set()
     assert all(len(found) == 1 for found in codes.values())
-    assert {Path(name).stem for name in codes} == {"library", "linear", "rows"}
+    assert {Path(name).stem for name in codes} == {"library", "linear", "rows", "stack"}
 
 
 @needs_nvcc
