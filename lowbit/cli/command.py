@@ -1,4 +1,4 @@
-"""The command ``lowbit``: ``convert``, ``inspect``, ``bench`` and ``doctor``.
+"""The command ``lowbit``: ``convert``, ``inspect``, ``serve``, ``bench`` and ``doctor``.
 
 Exit status: 0, 2 for a usage error or bad input, 1 for any other failure. An error is one line on stderr;
 ``LOWBIT_DEBUG=1`` shows the traceback as well.
@@ -257,6 +257,18 @@ def _inspect(options: argparse.Namespace) -> None:
     print(describe_folder(options.folder))
 
 
+# -------------------------------------------------------------------------------------------- serve
+
+
+def _serve(options: argparse.Namespace) -> None:
+    """``transformers serve`` in a process that has imported lowbit: without it, packed folders cannot be loaded."""
+    try:
+        from transformers.cli.transformers import app
+    except ImportError as error:
+        raise ImportError(f"serving needs transformers with its server, transformers[serving]: {error}") from error
+    app(["serve", *options.passed_on], prog_name="lowbit")
+
+
 # -------------------------------------------------------------------------------------------- bench
 
 
@@ -436,6 +448,10 @@ def parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("folder", type=Path, metavar="FOLDER")
 
+    what = "serve folders with transformers' server (OpenAI's protocol)"
+    serve = commands.add_parser("serve", add_help=False, help=what)
+    serve.set_defaults(run=_serve)
+
     bench = commands.add_parser("bench", help="time packed layers beside F.linear on this machine")
     bench.set_defaults(run=_bench)
     bench.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="take the layers of this model")
@@ -451,7 +467,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    passed_on = given[1:] if given[:1] == ["serve"] else []  # what transformers' own parser reads
+    options = parser().parse_args(given[: len(given) - len(passed_on)])
+    options.passed_on = passed_on
     try:
         options.run(options)
         sys.stdout.flush()
