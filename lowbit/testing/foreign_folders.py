@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowbit
 from lowbit.nn.layer import Layer
 
+transformers = pytest.importorskip("transformers", minversion="5.0")
 CONFIG = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
               head_dim=20, vocab_size=48)  # fmt: skip
 

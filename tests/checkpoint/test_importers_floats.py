@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 import lowbit
 from lowbit.checkpoint.importers import small_floats
-
-pytest.importorskip("transformers", minversion="5.0")
 from lowbit.testing.foreign_folders import (
     check_mixture,
     configure,
@@ -24,6 +22,8 @@ from lowbit.testing.foreign_folders import (
     refused,
     rewrite,
 )
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures" / "foreign"
 UP = "model.layers.0.mlp.up_proj"
@@ -39,6 +39,23 @@ def e4m3(byte):
     exponent, mantissa = byte >> 3 & 15, byte & 7
     value = mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2 ** (exponent - 7)
     return -value if byte >> 7 else value
+
+
+E2M1 = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+
+
+def nibbles(row):
+    """Two values of e2m1 in each byte, the first in the lower bits."""
+    return [E2M1[code] for byte in row for code in (byte & 15, byte >> 4)]
+
+
+def fp4_weight(t):
+    """MXFP4, with bytes of exponents, or NVFP4: the scale of a group is a quotient in float32."""
+    rows = [nibbles(row) for row in t["weight_packed"].tolist()]
+    if "weight_global_scale" in t:
+        scales = torch.tensor([[e4m3(byte) for byte in row] for row in t["weight_scale"].view(torch.uint8).tolist()])
+        return scaled(rows, scales / t["weight_global_scale"], (1, 16))
+    return scaled(rows, torch.tensor([[2.0 ** (e - 127) for e in row] for row in t["weight_scale"].tolist()]), (1, 32))
 
 
 def scaled(rows, scales, block):
@@ -77,21 +94,27 @@ def parts(tensors, layer):
     return {name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")}
 
 
-PLAIN = {"compressed-tensors-w8a8": ("packed", "int8"), "compressed-tensors-fp8": ("codebook", "float"),
-         "fp8": ("codebook", "float")}  # fmt: skip
+# the family, how x is held, and whether x is as the config asks for
+PLAIN = {
+    "compressed-tensors-w8a8": ("packed", "int8", True), "compressed-tensors-fp8": ("codebook", "float", False),
+    "fp8": ("codebook", "float", False), "compressed-tensors-mxfp4": ("codebook", "float", True),
+    "compressed-tensors-nvfp4": ("codebook", "float", False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_others_wrote(name, tmp_path):
-    source, (family, activations) = FIXTURES / name / "model", PLAIN[name]
+    source, (family, activations, is_done) = FIXTURES / name / "model", PLAIN[name]
     model, tensors = lowbit.load(source), load_file(source / "model.safetensors")
     section = json.loads((source / "config.json").read_text())["quantization_config"]
     expected = load_file(FIXTURES / name / "expected.safetensors")
     assert len(expected) == 2 and equal(model, expected)
-    assert equal(model, {layer: plain_weight(parts(tensors, layer), block_in(section)) for layer in expected})
+    own = {layer: parts(tensors, layer) for layer in expected}
+    assert equal(model, {layer: plain_weight(t, block_in(section)) if "weight" in t else fp4_weight(t)
+                         for layer, t in own.items()})  # fmt: skip
     layers = [m for m in model.modules() if isinstance(m, (lowbit.PackedLinear, lowbit.CodebookLinear))]
     assert {(m.family, m.format.activations) for m in layers} == {(family, activations)} and len(layers) == 7
-    assert all(("x stays float" in (m.note or "")) == (family == "codebook") for m in layers)
+    assert all(("x stays float" in (m.note or "")) != is_done for m in layers)
     lowbit.convert_folder(source, tmp_path / "packed")
     assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
 
@@ -195,6 +218,9 @@ def test_bytes():
     """Of a layer as large as they are, beside those of its files."""
     native = 4096 * 4096 + 4 * 32 * 32
     assert small_floats.e4m3_format(4096, 4096, 128, torch.float32).nbytes <= 1.04 * native
+    weights = 4096 * 2880
+    assert small_floats.mxfp4_format(4096, 2880).nbytes <= 1.06 * weights * (1 / 2 + 1 / 32)
+    assert small_floats.nvfp4_format(4096, 2880).nbytes <= 1.003 * weights * (1 / 2 + 1 / 16)
 
 
 def test_compressed_tensors_own_compressors(tmp_path):
@@ -297,7 +323,7 @@ def put(leaf, value):
 
 def nan_at(row, code):
     def change(weight):
-        weight.view(torch.uint8)[row, 3] = code
+        weight.view(torch.uint8)[row, 2] = code
         return weight
 
     return change
@@ -363,6 +389,167 @@ def test_malformed_integers(name, tmp_path):
     refused(tmp_path / "model", str(tmp_path), *words)
 
 
+# ------------------------------------------------------------------------------------- MXFP4, NVFP4 and MXFP8
+
+
+def small(form, **more):
+    bits, strategy = (8 if "8" in form else 4), "tensor_group" if "nv" in form else "group"
+    section = compressed(form, "float", strategy, bits)
+    section["config_groups"]["group_0"]["weights"].update({"group_size": 16 if "nv" in form else 32, **more})
+    return section
+
+
+MXFP4, NVFP4, MXFP8 = "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantized"
+
+
+def fp4(n, k, two_levels=False, whole=None):
+    """Random codes; K may leave the last group unfinished."""
+    made = {"weight_packed": torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)}
+    if two_levels:
+        scales = torch.randint(1, 127, (n, -(-k // 16)), dtype=torch.uint8)
+        scales[0, :2] = torch.tensor([0, 129])  # 0, and a negative one
+        whole = torch.rand(1) * 1000 + 300 if whole is None else torch.tensor([whole])
+        made |= {"weight_scale": scales.view(E4M3), "weight_global_scale": whole}
+    else:
+        made["weight_scale"] = torch.randint(110, 130, (n, -(-k // 32)), dtype=torch.uint8)
+        made["weight_scale"][0, 0] = 0  # 2**-127
+    return made, fp4_weight(made)
+
+
+def mxfp8(n, k):
+    made, _ = floats(n, k, (n, -(-k // 32)), block=(1, 32))
+    exponents = torch.randint(110, 130, (n, -(-k // 32)), dtype=torch.uint8)
+    values = torch.tensor([[2.0 ** (e - 127) for e in row] for row in exponents.tolist()])
+    return {**made, "weight_scale": exponents}, plain_weight({**made, "weight_scale": values}, (1, 32))
+
+
+SMALL = {MXFP4: fp4, NVFP4: lambda n, k: fp4(n, k, True), MXFP8: mxfp8}
+
+
+@pytest.mark.parametrize("form", SMALL)
+def test_small_floats(form, tmp_path):
+    expected = folder_of(tmp_path, small(form), SMALL[form])
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    x, largest = torch.randn(3, 40), float(expected[UP].abs().max())
+    assert torch.allclose(model.get_submodule(UP)(x), x @ expected[UP].t(), rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_packers_of_small_floats(tmp_path):
+    """Random layers, by compressed-tensors' own packers: what they decode is rounded to bfloat16."""
+    pytest.importorskip("compressed_tensors", minversion="0.20")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    for form in (MXFP4, NVFP4, MXFP8):
+        section = small(form, **({"scale_dtype": "torch.uint8"} if form == MXFP8 else {}))
+        weights = section["config_groups"]["group_0"]["weights"]
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+        compressor, size = BaseCompressor.get_value_from_registry(form), weights["group_size"]
+
+        def make(n, k, form=form, scheme=scheme, compressor=compressor, size=size):
+            w = torch.randn(n, k)
+            top = w.view(n, k // size, size).abs().amax(-1)
+            if form == NVFP4:
+                whole = 2688 / w.abs().max().reshape(1)
+                state = {"weight_scale": (top / 6 * whole).to(E4M3).float(), "weight_global_scale": whole}
+            else:
+                state = {"weight_scale": torch.exp2(torch.log2(top).ceil() - (8 if form == MXFP8 else 2))}
+            made = compressor.compress({"weight": w, **state}, scheme)
+            return made, compressor.decompress(made, scheme)["weight"]
+
+        config = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+        expected = folder_of(tmp_path / form, section, make, config)
+        model = lowbit.load(tmp_path / form)
+        assert all(torch.equal(model.get_submodule(layer).dequantize(torch.float32).bfloat16(), weight.bfloat16())
+                   for layer, weight in expected.items()), form  # fmt: skip
+
+
+FP4_CHANGES = {
+    "a scale of NaN": (NVFP4, put("weight_scale", nan_at(0, 0x7F)), ("weight_scale", "must be finite")),
+    "a global scale of 0": (NVFP4, put("weight_global_scale", lambda t: t * 0), ("global_scale", "must be finite")),
+    "a global scale of NaN": (NVFP4, put("weight_global_scale", lambda t: t / 0 * 0), ("weight_global_scale",)),
+    "two global scales": (NVFP4, put("weight_global_scale", lambda t: torch.cat([t, t])), ("must be (1,) or ()",)),
+    "no global scale": (NVFP4, lambda t: t.pop(f"{UP}.weight_global_scale"), ("weight_global_scale' is missing",)),
+    "a global scale too many": (MXFP4, lambda t: t.update({f"{UP}.weight_global_scale": torch.ones(1)}),
+                                ("weight_global_scale",)),
+    "an exponent of NaN": (MXFP4, put("weight_scale", lambda t: t | 255), ("weight_scale", "exponent 255")),
+    "scales in float": (MXFP4, put("weight_scale", lambda t: t.float()), ("weight_scale", "dtype must be torch.uint8")),
+    "scales of the other": (NVFP4, put("weight_scale", lambda t: t.view(torch.uint8)), ("dtype must be torch.float8",)),
+    "codes in int8": (MXFP4, put("weight_packed", lambda t: t.view(torch.int8)), ("weight_packed", "torch.uint8")),
+    "codes of half the width": (MXFP4, put("weight_packed", lambda t: t[:, :10]), ("weight_packed", "(56, 20)")),
+}  # fmt: skip
+FP4_CONFIGS = {
+    "another group": (small(NVFP4, group_size=32), ("group_size must be 16", "got 32")),
+    "another strategy": (small(MXFP4, strategy="channel"), ("strategy must be 'group' or 'tensor_group'",)),
+    "8 bits": (small(MXFP4, num_bits=8), ("num_bits must be 4", "got 8")),
+    "integers": (small(MXFP4, type="int"), ("type must be 'float'",)),
+    "not symmetric": (small(NVFP4, symmetric=False), ("symmetric must be true",)),
+}
+
+
+@pytest.mark.parametrize("name", [*FP4_CHANGES, *FP4_CONFIGS])
+def test_malformed_small_floats(name, tmp_path):
+    form, change, words = FP4_CHANGES.get(name) or (MXFP4, None, FP4_CONFIGS[name][1])
+    folder_of(tmp_path / "model", small(form), SMALL[form], only="up_proj")
+    if change is None:
+        configure(tmp_path / "model", quantization_config=FP4_CONFIGS[name][0])
+    else:
+        rewrite(tmp_path / "model", change)
+    refused(tmp_path / "model", str(tmp_path), *words)
+
+
+# ----------------------------------------------------------------------------------------------------------- gpt-oss
+
+PLACE = "model.layers.0.mlp.experts"
+
+
+def test_gpt_oss(tmp_path):
+    source = FIXTURES / "mxfp4" / "model"
+    model, tensors = lowbit.load(source), load_file(source / "model.safetensors")
+    expected = load_file(FIXTURES / "mxfp4" / "expected.safetensors")
+    assert len(expected) == 2
+    for name, weight in expected.items():
+        layer, blocks, scales = model.get_submodule(name), tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+        found = layer.dequantize(torch.float32)
+        assert isinstance(layer, lowbit.CodebookExperts) and torch.equal(found, weight.float())
+        for e in range(2):
+            assert torch.equal(found[e], fp4_weight({"weight_packed": blocks[e].flatten(1), "weight_scale": scales[e]}))
+        assert layer.format.nbytes <= 1.1 * (blocks.numel() + scales.numel()) + 64
+    lowbit.convert_folder(source, tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+    config = transformers.Mxfp4Config(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
+    wanted, found = theirs(IDS).logits, model.float()(IDS).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def put_expert(leaf, value):
+    return lambda tensors: tensors.update({f"{PLACE}.down_proj_{leaf}": value(tensors[f"{PLACE}.down_proj_{leaf}"])})
+
+
+GPT_OSS = {
+    "no scales": (lambda t: t.pop(f"{PLACE}.down_proj_scales"), ("down_proj_scales' is missing",)),
+    "no blocks": (lambda t: t.pop(f"{PLACE}.down_proj_blocks"), ("down_proj_scales",)),
+    "another expert": (put_expert("blocks", lambda t: torch.cat([t, t])), ("shape must be (2, 32, 2, 16)", "(4, 32,")),
+    "a scale of NaN": (put_expert("scales", lambda t: t | 255), ("down_proj_scales', expert 0", "exponent 255")),
+    "blocks of int8": (put_expert("blocks", lambda t: t.view(torch.int8)), ("dtype must be torch.uint8",)),
+    "flat blocks": (put_expert("blocks", lambda t: t.flatten(2)), ("shape must have 4 sizes",)),
+    "a weight beside them": (lambda t: t.update({f"{PLACE}.down_proj": torch.ones(2, 64, 32)}), ("beside its codes",)),
+    "no bias": (lambda t: t.pop(f"{PLACE}.down_proj_bias"), ("down_proj_bias",)),
+    "of no module": (lambda t: t.update({n.replace("down", "x"): tensor for n, tensor in list(t.items())}),
+                     ("x_proj", "belongs to no module of GptOssForCausalLM")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GPT_OSS)
+def test_malformed_gpt_oss(name, tmp_path):
+    folder = shutil.copytree(FIXTURES / "mxfp4" / "model", tmp_path / "model")
+    change, words = GPT_OSS[name]
+    rewrite(folder, change)
+    refused(folder, str(folder), *words)
+
+
 # ------------------------------------------------------------------------------------------------------- of experts
 
 
@@ -370,6 +557,8 @@ EXPERTS = {
     "fp8": (fp8(), lambda n, k: floats(n, k, (n // 16, k // 16), "weight_scale_inv", block=(16, 16))),
     "by tensor": (compressed("float-quantized", "float", "tensor"), floats),
     "int8": (compressed("int-quantized", "int", "channel", inputs=inputs()), integers),
+    "mxfp4": (small(MXFP4), fp4),
+    "nvfp4": (small(NVFP4), lambda n, k: fp4(n, k, True)),
     "int8 by tensor": (compressed("int-quantized", "int", "tensor"), lambda n, k: integers(n, k, "tensor")),
 }
 

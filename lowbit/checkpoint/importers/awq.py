@@ -51,7 +51,7 @@ class Awq(Reader):
         layer.check("qweight", (k, -(-n // 8)), [torch.int32], why)
         layer.check("qzeros", (groups, -(-n // 8)), [torch.int32], why)
         layer.check("scales", (groups, n), list(FLOAT_DTYPES.values()), why)
-        scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.scales"].dtype)
+        scale = dtype_name(layer.dtype("scales"))
         return PackedFormat(BITS, n, k, size, "row" if groups == 1 else "group", "int", scale)
 
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:

@@ -1,4 +1,4 @@
-"""compressed-tensors: integers of 2 to 8 bits, packed or as int8, and e4m3 floats.
+"""compressed-tensors: integers of 2 to 8 bits, packed or as int8, and floats of 8 and 4 bits.
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],    g = k // group_size
 
@@ -20,10 +20,17 @@ Formats ``int-quantized``, ``float-quantized`` and ``naive-quantized``:
     weight_zero_point  int8, in the shape of the scales, of an asymmetric group or channel of integers
     input_scale        [1]            of static activations
 
+Formats ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized`` and ``mxfp8-quantized``: groups of 16, 32 and 32 columns:
+
+    weight_packed        uint8 [N, K/2], two codes of e2m1; of mxfp8 weight, float8_e4m3fn [N, K]
+    weight_scale         [N, G], uint8, exponents; of nvfp4 float8_e4m3fn: the scale is
+                         weight_scale / weight_global_scale in float32
+    weight_global_scale  float32 [1], of nvfp4
+
 x is held as int8 where the config says so of integers of 8 bits, symmetric, and per token when called or static with
 one scale. Else it stays float, which the layer notes.
 
-Source: github.com/vllm-project/compressed-tensors (compressors/pack_quantized, compressors/naive_quantized,
+Source: github.com/vllm-project/compressed-tensors (compressors/pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8;
 quantization/lifecycle/forward.py: dequantize).
 """
 
@@ -38,7 +45,20 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.folder import Reader, Stored, unpack_rows
-from lowbit.checkpoint.importers.small_floats import E4M3, by_rows, e4m3_format, e4m3_weight, read_e4m3
+from lowbit.checkpoint.importers.small_floats import (
+    E4M3,
+    EXPONENTS,
+    by_rows,
+    e4m3_format,
+    e4m3_table,
+    e4m3_weight,
+    mxfp4_format,
+    mxfp4_weight,
+    nvfp4_format,
+    nvfp4_weight,
+    read_e4m3,
+    read_scales,
+)
 from lowbit.checkpoint.reader import Entry
 from lowbit.core.activations import Activations
 from lowbit.core.family import FLOAT_DTYPES, Format, Granularity, Weight, dtype_name
@@ -47,8 +67,11 @@ from lowbit.packed.format import PackedFormat, PackedWeight
 _STRATEGIES: dict[str, Granularity] = {"group": "group", "channel": "row", "tensor": "tensor"}
 _EMPTY: tuple[Any, ...] = (None, {}, [])
 _PACKED = "pack-quantized"
+_NVFP4, _MXFP4, _MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
 _TYPES = {_PACKED: ("int",), "int-quantized": ("int",), "float-quantized": ("float",),
-          "naive-quantized": ("int", "float")}  # fmt: skip
+          "naive-quantized": ("int", "float"), _NVFP4: ("float",), _MXFP4: ("float",), _MXFP8: ("float",)}  # fmt: skip
+_GROUPS = {_NVFP4: 16, _MXFP4: 32, _MXFP8: 32}
+_FP4 = (_NVFP4, _MXFP4)
 _FLOATS = list(FLOAT_DTYPES.values())
 
 
@@ -105,8 +128,9 @@ class CompressedTensors(Reader):
         kind, bits = weights.get("type", "int"), weights.get("num_bits")
         if kind not in _TYPES[form]:
             raise self.refusal(f"{where}: weights: type", f"{' or '.join(map(repr, _TYPES[form]))} in {form!r}", kind)
-        if type(bits) is not int or not (2 if kind == "int" else 8) <= bits <= 8:
-            raise self.refusal(f"{where}: weights: num_bits", "2 to 8" if kind == "int" else "8", bits)
+        width = 4 if form in _FP4 else 8
+        if type(bits) is not int or not (2 if kind == "int" else width) <= bits <= width:
+            raise self.refusal(f"{where}: weights: num_bits", "2 to 8" if kind == "int" else str(width), bits)
         strategy, size, rows = self._strategy(f"{where}: weights", weights, form)
         symmetric = weights.get("symmetric", True)
         if not isinstance(symmetric, bool) or (not symmetric and (strategy in ("tensor", "block") or kind == "float")):
@@ -115,12 +139,18 @@ class CompressedTensors(Reader):
         is_ordered = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
         activations, note = self._activations(f"{where}: input_activations", group.get("input_activations"))
         if kind == "float" and activations != "float":
-            activations, note = "float", "the folder asks for int8 activations of float8 weights: x stays float"
+            activations, note = "float", "the folder asks for int8 activations of float weights: x stays float"
         return _Group(targets, form, kind, bits, strategy, size, rows, symmetric, is_ordered, activations, note)
 
     def _strategy(self, where: str, weights: dict[str, Any], form: str) -> tuple[str, int, int]:
         """(strategy, columns of a group, rows of a block)."""
         strategy, size, block = (weights.get(name) for name in ("strategy", "group_size", "block_structure"))
+        if form in _GROUPS:
+            if strategy not in ("group", "tensor_group"):
+                raise self.refusal(f"{where}: strategy", f"'group' or 'tensor_group' in {form!r}", strategy)
+            if size != _GROUPS[form] or type(size) is not int:
+                raise self.refusal(f"{where}: group_size", f"{_GROUPS[form]} in {form!r}", size)
+            return "group", size, 1
         if strategy == "block" and form != _PACKED:
             if not isinstance(block, list) or len(block) != 2 or any(type(n) is not int or n < 1 for n in block):
                 raise self.refusal(f"{where}: block_structure", "two sizes of at least 1", block)
@@ -172,14 +202,18 @@ class CompressedTensors(Reader):
         return group
 
     def leaves(self, name: str, entries: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if self._own(name).form == _PACKED:
+        form = self._own(name).form
+        if form == _PACKED:
             return ("weight_packed", "weight_scale"), ("weight_shape", "weight_zero_point", "weight_g_idx", *_INPUTS)
+        if form in _FP4:
+            more = ("weight_global_scale",) if form == _NVFP4 else ()
+            return ("weight_packed", "weight_scale", *more), ("input_global_scale", *_INPUTS)
         return ("weight", "weight_scale"), ("weight_zero_point", *_INPUTS)
 
-    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
-        group = self._own(name)
-        n, words = entries[f"{name}.{'weight_packed' if group.form == _PACKED else 'weight'}"].shape
-        return n, words * 32 // group.bits if group.form == _PACKED else words
+    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, ...]:
+        group, (leaf, *_) = self._own(name), self.leaves(name, entries)[0]
+        n, width = entries[f"{name}.{leaf}"].shape
+        return n, width * (2 if group.form in _FP4 else 1) if group.form != _PACKED else width * 32 // group.bits
 
     def check(self, layer: Stored) -> Format:
         group, n, k = self._own(layer.name), layer.n, layer.k
@@ -189,17 +223,30 @@ class CompressedTensors(Reader):
                f"group_size={size} by {self.file.name}")  # fmt: skip
         if group.form == _PACKED:
             self._check_packed(layer, group, size, groups, why)
+        elif group.form in _FP4:
+            layer.check("weight_packed", (n, -(-k // 2)), [torch.uint8], why)
+            layer.check("weight_scale", (n, groups), [E4M3] if group.form == _NVFP4 else EXPONENTS, why)
+            if k % 2:
+                raise ValueError(f"{layer.where('weight_packed')}: K must be even: got K={k}")
+            if group.form == _MXFP4:
+                return mxfp4_format(n, k)
+            layer.check("weight_global_scale", (1,), [torch.float32], "one for the tensor", ())
+            return nvfp4_format(n, k)
         else:
             layer.check("weight", (n, k), [torch.int8 if group.type == "int" else E4M3], why)
+            if group.is_ordered and groups > 1:
+                raise ValueError(f"{layer.where('weight')}: layer {layer.name!r} has its groups in another order than "
+                                 f"its columns: {self.file.name} says actorder")  # fmt: skip
         shape = {"tensor": (1,), "channel": (n, 1), "group": (n, groups), "block": (-(-n // group.rows), groups)}
-        layer.check("weight_scale", shape[group.strategy], _FLOATS, why, *([()] if group.strategy == "tensor" else []))
+        dtypes = EXPONENTS if group.form == _MXFP8 else _FLOATS
+        layer.check("weight_scale", shape[group.strategy], dtypes, why, *([()] if group.strategy == "tensor" else []))
         self._check_zeros(layer, group, (n, groups), why)
         if group.activations == "int8_static":
             self._require(layer, "input_scale", "input_activations that are not dynamic")
             layer.check("input_scale", (1,), _FLOATS, "one scale of the input", ())
             if "input_zero_point" in layer and bool(layer.read("input_zero_point").any()):
                 raise ValueError(f"{layer.where('input_zero_point')}: must be zero: {self.file.name} says symmetric")
-        scale = layer.checkpoint.entries[f"{layer.name}.weight_scale"].dtype
+        scale = layer.dtype("weight_scale")
         if group.type == "float":
             return e4m3_format(n, k, size, scale)
         granularity: Granularity = "group" if groups > 1 else "tensor" if group.strategy == "tensor" else "row"
@@ -252,7 +299,15 @@ class CompressedTensors(Reader):
 
     def weight(self, layer: Stored) -> tuple[Weight, str | None]:
         group, n, k = self._own(layer.name), layer.n, layer.k
-        scales, zeros, bits = layer.read("weight_scale"), None, group.bits
+        if group.form == _NVFP4:
+            table = e4m3_table().flatten() / layer.read("weight_global_scale").reshape(1)
+            if not bool(table.isfinite().all()):
+                raise ValueError(f"{layer.where('weight_global_scale')}: must be finite, and so must e4m3 numbers over "
+                                 f"it: got {layer.read('weight_global_scale').tolist()}")  # fmt: skip
+            return nvfp4_weight(layer.read("weight_packed"), read_e4m3(layer, "weight_scale"), table), group.note
+        scales, zeros, bits = read_scales(layer, "weight_scale"), None, group.bits
+        if group.form == _MXFP4:
+            return mxfp4_weight(layer.read("weight_packed"), scales), group.note
         if group.strategy == "tensor":
             scales = scales.reshape(1, 1)
         if group.type == "float":

@@ -6,6 +6,7 @@ shown as the float one that it was made from: each such layer has one tensor ``w
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ from lowbit.checkpoint import foreign, stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
 from lowbit.checkpoint.libraries import FloatFolder, Stack, library_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
+from lowbit.codebook.format import NESTED_BLOCK, CodebookFormat
 from lowbit.core.activations import ActivationSpec
 from lowbit.core.bitpack import unpack, words_per_row
 from lowbit.core.family import Format, Weight
 from lowbit.model import candidates
 from lowbit.model.plan import Plan, Swap, check_arguments, make_plan
 from lowbit.model.surgery import carry_over, put
-from lowbit.nn.layer import Layer, layer_class
+from lowbit.nn.layer import Layer, layer_class, layers
 from lowbit.packed.format import PackedFormat
 
 KEPT = "the folder holds it as floats, and no spec was given for it"
@@ -41,30 +43,46 @@ class Stored:
         name: its name in the files.
         checkpoint: the files.
         n, k: output and input features of the module that it belongs to.
+        separator: what is between the name of the layer and that of a leaf.
+        expert, num_experts: of an expert whose tensors are parts of those of all, its number, and how many there are.
     """
 
     name: str
     checkpoint: Checkpoint
     n: int
     k: int
+    separator: str = "."
+    expert: int | None = None
+    num_experts: int = 1
+
+    def _key(self, leaf: str) -> str:
+        return f"{self.name}{self.separator}{leaf}"
 
     def __contains__(self, leaf: str) -> bool:
-        return f"{self.name}.{leaf}" in self.checkpoint
+        return self._key(leaf) in self.checkpoint
 
     def read(self, leaf: str) -> Tensor:
-        return self.checkpoint.read(f"{self.name}.{leaf}")
+        if self.expert is None:
+            return self.checkpoint.read(self._key(leaf))
+        part = self.checkpoint.read_part(self._key(leaf), self.expert, self.num_experts)
+        return part.reshape(self.checkpoint.entries[self._key(leaf)].shape[1:])
+
+    def dtype(self, leaf: str) -> torch.dtype:
+        return self.checkpoint.entries[self._key(leaf)].dtype
 
     def where(self, leaf: str) -> str:
         """``file: tensor 'name'``, as errors begin."""
-        return f"{self.checkpoint.entries[f'{self.name}.{leaf}'].file}: tensor '{self.name}.{leaf}'"
+        own = "" if self.expert is None else f", expert {self.expert}"
+        return f"{self.checkpoint.entries[self._key(leaf)].file}: tensor {self._key(leaf)!r}{own}"
 
     def check(
         self, leaf: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], why: str, *others: tuple[int, ...]
     ) -> None:
         """Raise ``ValueError`` unless the header of a tensor says one of these shapes and one of these dtypes."""
-        entry = self.checkpoint.entries[f"{self.name}.{leaf}"]
-        if entry.shape not in (shape, *others):
-            shapes = " or ".join(map(str, (shape, *others)))
+        entry = self.checkpoint.entries[self._key(leaf)]
+        allowed = [shape if self.expert is None else (self.num_experts, *shape) for shape in (shape, *others)]
+        if entry.shape not in allowed:
+            shapes = " or ".join(map(str, allowed))
             raise ValueError(f"{self.where(leaf)}: shape must be {shapes} ({why}): got {entry.shape}")
         if entry.dtype not in dtypes:
             raise ValueError(f"{self.where(leaf)}: dtype must be {' or '.join(map(str, dtypes))}: got {entry.dtype}")
@@ -90,12 +108,17 @@ class Reader(ABC):
         format: its name there, the key of :data:`lowbit.checkpoint.foreign.importers`.
         signs: leaves of tensors that only such layers have.
         required, optional: all leaves of a layer, beside its bias, where every layer has the same: see :meth:`leaves`.
+        separator: what is between the name of a layer and that of a leaf: where it is not a dot, a layer is a stack of
+            experts, whose tensors are each one for all, and is known by the name of its Parameter.
+        sizes: how many sizes the shape of the codes has.
     """
 
     format: ClassVar[str]
     signs: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
+    separator: ClassVar[str] = "."
+    sizes: ClassVar[int] = 2
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         self.section, self.file = section, file
@@ -105,8 +128,9 @@ class Reader(ABC):
         return self.required, self.optional
 
     @abstractmethod
-    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
-        """The shape ``[N, K]`` of the float weight, as the headers have it; they are not checked yet."""
+    def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, ...]:
+        """The shape ``[N, K]`` of the float weight (of a stack ``[E, N, K]``), as the headers have it; they are not
+        checked yet."""
 
     @abstractmethod
     def check(self, layer: Stored) -> Format:
@@ -151,43 +175,50 @@ class Reader(ABC):
 
 
 class FloatView(Checkpoint):
-    """The files as those of a float model: each layer of the reader is a tensor ``weight``, which is never read."""
+    """The files as those of a float model: each layer of the reader is a tensor, which is never read.
+
+    Attributes:
+        layers: name of a layer -> its leaves, that of its codes first.
+        layer_of: name of a tensor of the float model -> the layer that it is.
+    """
 
     def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
-        entries = checkpoint.entries
+        entries, separator = checkpoint.entries, reader.separator
         self.metadata = checkpoint.metadata
         self.layers = _layers(entries, reader)
-        theirs = {f"{name}.{leaf}" for name, leaves in self.layers.items() for leaf in (*leaves, "bias")}
+        self.layer_of = {f"{name}.weight" if separator == "." else name: name for name in self.layers}
+        biases = {f"{name}.bias" for name in self.layers} if separator == "." else set()
+        theirs = {f"{name}{separator}{leaf}" for name, leaves in self.layers.items() for leaf in leaves} | biases
         self.entries = {name: entry for name, entry in entries.items() if name not in theirs}
-        for name, leaves in self.layers.items():
-            if f"{name}.weight" in self.entries:
-                file = entries[f"{name}.weight"].file
-                raise ValueError(f"{file}: tensor '{name}.weight': layer {name!r} has it beside its codes")
-            file, shape = entries[f"{name}.{leaves[0]}"].file, reader.float_shape(name, entries)
-            self.entries[f"{name}.weight"] = Entry(file, torch.float16, shape, 0, 2 * shape[0] * shape[1])
+        for key, name in self.layer_of.items():
+            if key in self.entries:
+                raise ValueError(f"{entries[key].file}: tensor {key!r}: layer {name!r} has it beside its codes")
+            file, shape = entries[f"{name}{separator}{self.layers[name][0]}"].file, reader.float_shape(name, entries)
+            self.entries[key] = Entry(file, torch.float16, shape, 0, 2 * math.prod(shape))
 
     def read(self, name: str) -> Tensor:
-        if name.removesuffix(".weight") in self.layers and name.endswith(".weight"):
-            raise ValueError(f"{self.entries[name].file}: layer {name.removesuffix('.weight')!r} is no float one")
+        if name in self.layer_of:
+            raise ValueError(f"{self.entries[name].file}: layer {self.layer_of[name]!r} is no float one")
         return super().read(name)
 
 
 def _layers(entries: dict[str, Entry], reader: Reader) -> dict[str, tuple[str, ...]]:
     """The names of the layers in the format, each with its leaves, that of its codes first; refused where one is not
     complete, or nothing is in the format."""
-    parts = [(*name.rpartition("."), entry) for name, entry in entries.items()]
+    separator = reader.separator
+    parts = [(*name.rpartition(separator), entry) for name, entry in entries.items()]
     signed = {name: entry for name, _, leaf, entry in parts if leaf in reader.signs}
     found: dict[str, tuple[str, ...]] = {}
     for name, entry in signed.items():
         required, optional = reader.leaves(name, entries)
         for leaf in required:
-            if f"{name}.{leaf}" not in entries:
-                raise ValueError(f"{entry.file}: tensor '{name}.{leaf}' is missing: the layer needs "
+            if f"{name}{separator}{leaf}" not in entries:
+                raise ValueError(f"{entry.file}: tensor '{name}{separator}{leaf}' is missing: the layer needs "
                                  f"{', '.join(required)}")  # fmt: skip
-        first = entries[f"{name}.{required[0]}"]
-        if len(first.shape) != 2:
-            raise ValueError(f"{first.file}: tensor '{name}.{required[0]}': shape must have 2 sizes: got "
-                             f"{first.shape}")  # fmt: skip
+        key = f"{name}{separator}{required[0]}"
+        if len(entries[key].shape) != reader.sizes:
+            raise ValueError(f"{entries[key].file}: tensor {key!r}: shape must have {reader.sizes} sizes: got "
+                             f"{entries[key].shape}")  # fmt: skip
         found[name] = (*required, *optional)
     if not found:
         raise ValueError(
@@ -219,6 +250,7 @@ def read_folder(reader_class: type[Reader], path: Path, spec: Any, skip: Sequenc
         raise ValueError(f"{path / 'config.json'}: architectures must name a class of transformers whose tensors are "
                          f"those of the files, one by one, for {reader.format!r} to be read")  # fmt: skip
     swaps = _swaps(folder, view, checkpoint, reader)
+    _check_complete(folder, path)
     plan = plan_rest(folder.model, spec, skip)
     stream.check_shapes(folder.model, view, folder.names)
     bar = tqdm(swaps.items(), desc="lowbit import", unit="layer", disable=None if len(swaps) > 100 else True)
@@ -241,41 +273,46 @@ def _swaps(folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader:
     model, by_key = folder.model, {key: name for name, key in folder.names.items()}
     candidate = {n: s for s in candidates.find(model)[0] for n in s.names}
     stacks = {name: stack for name, stack in folder.stacks.items()
-              if any(_layer_of(key) in view.layers for keys in stack.keys for key in keys)}  # fmt: skip
-    of_experts = {_layer_of(key) for stack in stacks.values() for keys in stack.keys for key in keys}
+              if any(key in view.layer_of for keys in stack.keys for key in keys)}  # fmt: skip
+    of_experts = {view.layer_of.get(key) for stack in stacks.values() for keys in stack.keys for key in keys}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     found: dict[str, _Swap] = {}
-    for key in view.layers:
+    for tensor, key in view.layer_of.items():
         if key in of_experts:
             continue
-        weight = by_key.get(f"{key}.weight", "")
-        name, file = _layer_of(weight), view.entries[f"{key}.weight"].file
+        weight = by_key.get(tensor, "")
+        name, file = weight.removesuffix(".weight"), view.entries[tensor].file
         where = f"{file}: layer {key!r} is in the format {reader.format!r}"
-        if {weight, f"{key}.weight"} & {*tied, *tied.values()}:
+        if {weight, tensor} & {*tied, *tied.values()}:
             raise ValueError(f"{where}: {type(model).__name__} ties its weight to another's (tie_word_embeddings)")
-        swap = candidate.get(name)
-        if swap is None or swap.kind != "linear":
-            raise ValueError(f"{where}: {type(model).__name__} has no linear layer there, and embeddings are not read "
-                             "in this format")  # fmt: skip
+        swap, kind = candidate.get(name), "linear" if reader.separator == "." else "experts"
+        if swap is None or swap.kind != kind:
+            what = "linear layer" if kind == "linear" else "stack of experts"
+            raise ValueError(f"{where}: {type(model).__name__} has no {what} there, and embeddings are not read in "
+                             "this format")  # fmt: skip
         n, k = swap.weight().shape
+        dtype = folder.dtype_of(weight)
+        if kind == "experts":
+            count = swap.extras["num_experts"]
+            each = [Stored(key, checkpoint, n // count, k, reader.separator, e, count) for e in range(count)]
+            whole = _by_row_format(reader.check(each[0])).stacked(count)
+            layer = layer_class(whole.family, kind)(whole, False, dtype, "meta", num_experts=count)
+            found[name] = _Swap(each, layer.train(swap.module.training))
+            continue
         stored = Stored(key, checkpoint, n, k)
         format = reader.check(stored)
         has_bias = swap.module._parameters.get("bias") is not None
         _check_bias(stored, has_bias)
-        layer = layer_class(format.family, "linear")(format, has_bias, folder.dtype_of(weight), "meta")
+        layer = layer_class(format.family, kind)(format, has_bias, dtype, "meta")
         found[name] = _Swap([stored], layer.train(swap.module.training))
     for name, stack in stacks.items():
         found[name] = _experts(name, stack, candidate.get(name), folder, view, checkpoint, reader)
         del folder.stacks[name]
     for name, made in found.items():
         put(model, name, made.placeholder)
-        for leaf in ("weight", "bias"):
-            folder.names.pop(f"{name}.{leaf}", None)
+        for tensor in (name, f"{name}.weight", f"{name}.bias"):
+            folder.names.pop(tensor, None)
     return found
-
-
-def _layer_of(key: str) -> str:
-    return key.removesuffix(".weight")
 
 
 def _experts(
@@ -283,13 +320,13 @@ def _experts(
     reader: Reader,
 ) -> _Swap:  # fmt: skip
     """All layers of a stack of experts, one by one in the files; they must have one form."""
-    keys = [_layer_of(key) for own in stack.keys for key in own]
-    file = view.entries[stack.keys[0][0]].file
-    for own in stack.keys:
-        for key in own:
-            if _layer_of(key) not in view.layers:
-                raise ValueError(f"{view.entries[key].file}: layer {_layer_of(key)!r} must be in the format "
-                                 f"{reader.format!r}, as are others of {name!r}")  # fmt: skip
+    tensors = [key for own in stack.keys for key in own]
+    file = view.entries[tensors[0]].file
+    for key in tensors:
+        if key not in view.layer_of:
+            raise ValueError(f"{view.entries[key].file}: layer {key.removesuffix('.weight')!r} must be in the format "
+                             f"{reader.format!r}, as are others of {name!r}")  # fmt: skip
+    keys = [view.layer_of[key] for key in tensors]
     if swap is None or swap.kind != "experts" or swap.transposed or stack.along not in (None, 0):
         raise ValueError(f"{file}: layer {keys[0]!r} is in the format {reader.format!r}: {name!r} of "
                          f"{type(folder.model).__name__} is no stack of experts, one below the other")  # fmt: skip
@@ -311,9 +348,24 @@ def _experts(
 
 
 def _by_row_format(format: Format) -> Any:
-    """What is per tensor in one expert is per row in a stack; tables are not: all experts share one."""
-    is_scaled = isinstance(format, PackedFormat) and format.granularity == "tensor"
-    return replace(format, granularity="row") if is_scaled else format  # type: ignore[type-var]
+    """The form of one expert as a stack can have it: with scales by row, which are float32 where they were nested.
+
+    A table is not by row: all experts share it.
+    """
+    if isinstance(format, PackedFormat) and format.granularity == "tensor":
+        return replace(format, granularity="row")
+    if isinstance(format, CodebookFormat) and format.scales == "nested":
+        return replace(format, scales="float32")
+    return format
+
+
+def _check_complete(folder: FloatFolder, path: Path) -> None:
+    """Raise ``ValueError`` naming a tensor that the model needs and no file has."""
+    packed = layers(folder.model, duplicates=True)
+    for name, tensor in folder.model.state_dict().items():
+        is_read = name in folder.names or name in folder.stacks or name.rpartition(".")[0] in packed
+        if tensor.device.type == "meta" and not is_read:
+            raise ValueError(f"{path}: tensor {name!r} is missing: {list(tensor.shape)} is required")
 
 
 def _check_bias(stored: Stored, has_bias: bool) -> None:
@@ -364,7 +416,7 @@ def _naming(reader: Reader, stored: Stored) -> Iterator[None]:
         yield
     except ValueError as error:
         required, _ = reader.leaves(stored.name, stored.checkpoint.entries)
-        file = stored.checkpoint.entries[f"{stored.name}.{required[0]}"].file
+        file = stored.where(required[0]).partition(": tensor ")[0]
         text = str(error)
         raise ValueError(text if text.startswith(str(file)) else f"{file}: layer {stored.name!r}: {text}") from None
 
@@ -395,9 +447,14 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
 
 def _by_row(tensors: dict[str, Tensor], format: Format) -> tuple[dict[str, Tensor], Any]:
     made = _by_row_format(format)
-    if made is not format:
+    if isinstance(made, PackedFormat) and made is not format:
         n = format.out_features
         tensors |= {name: tensors[name].expand(n, 1).contiguous() for name in ("scales", "zeros") if name in tensors}
+    elif made is not format:
+        codes, table = tensors["scales"], tensors["scale_codebook"]
+        largest = tensors["scale_absmax"].repeat_interleave(NESTED_BLOCK)[: codes.numel()].view(codes.shape)
+        scales = table[codes.long()] * largest + tensors["scale_offset"]
+        tensors = {"packed": tensors["packed"], "codebook": tensors["codebook"], "scales": scales}
     return tensors, made
 
 

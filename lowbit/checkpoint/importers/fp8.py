@@ -75,7 +75,7 @@ class Fp8(Reader):
             layer.check(scale, (), SCALES, why, (1,), (1, 1), (n, 1))
         else:
             layer.check(scale, (-(-n // block[0]), -(-k // size)), SCALES, why)
-        return e4m3_format(n, k, size, layer.checkpoint.entries[f"{layer.name}.{scale}"].dtype)
+        return e4m3_format(n, k, size, layer.dtype(scale))
 
     def weight(self, layer: Stored) -> tuple[CodebookWeight, str | None]:
         n, k, (leaf, block) = layer.n, layer.k, self._scale(layer)

@@ -91,7 +91,7 @@ class Gptq(Reader):
         elif self.section.get("desc_act") and groups > 1:
             file = layer.checkpoint.entries[f"{layer.name}.qweight"].file
             raise ValueError(f"{file}: tensor '{layer.name}.g_idx' is missing: {self.file.name} says desc_act")
-        scale = dtype_name(layer.checkpoint.entries[f"{layer.name}.scales"].dtype)
+        scale = dtype_name(layer.dtype("scales"))
         return PackedFormat(bits, n, k, size, "row" if groups == 1 else "group", "int", scale)
 
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:

@@ -1,10 +1,11 @@
-"""Weights of 8-bit floats as codebooks: what the formats that hold such weights share.
+"""Weights of floats of 8 and 4 bits as codebooks: what the formats that hold such weights share.
 
     w[n, k] = value(code[n, k]) * scale[n, k // group_size]
 
 A code of e4m3 is its byte: sign, four exponent bits, three mantissa bits; the codes 0x7f and 0xff are NaN (OCP 8-bit
-floating point, arXiv 2209.05433). An exponent byte e (e8m0) stands for ``2**(e - 127)``, 255 for NaN (OCP
-Microscaling).
+floating point, arXiv 2209.05433). A code of e2m1 is four bits: sign, two exponent bits, one mantissa bit; of two in a
+byte the first has the lower bits. An exponent byte e (e8m0) stands for ``2**(e - 127)``, 255 for NaN (OCP Microscaling
+Formats, version 1.0).
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.folder import Stored
-from lowbit.codebook.format import CodebookFormat, CodebookWeight
+from lowbit.codebook.format import NESTED_BLOCK, CodebookFormat, CodebookWeight
 from lowbit.core.family import FLOAT_DTYPES, dtype_name
 
 E4M3 = torch.float8_e4m3fn
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)  # what holds exponent bytes
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+MX_GROUP = 32  # columns that share an exponent
+NV_GROUP = 16  # columns that share a scale of e4m3
 SCALES = (*FLOAT_DTYPES.values(), *EXPONENTS)
 
 
@@ -64,6 +68,40 @@ def e4m3_format(n: int, k: int, size: int, scale_dtype: torch.dtype) -> Codebook
 def e4m3_weight(codes: Tensor, scales: Tensor, size: int) -> CodebookWeight:
     """The weight of codes ``[N, K]`` and scales ``[N, G]``."""
     return CodebookWeight(codes, e4m3_table(), scales.contiguous(), size if scales.shape[1] > 1 else None)
+
+
+def mxfp4_format(n: int, k: int) -> CodebookFormat:
+    """The form of a weight of e2m1 with an exponent for each 32 columns: the scales are bfloat16, exactly."""
+    return CodebookFormat(4, n, k, min(MX_GROUP, k), "tensor", "float32", "bfloat16")
+
+
+def mxfp4_weight(packed: Tensor, scales: Tensor) -> CodebookWeight:
+    """The weight of bytes ``[N, K/2]`` and scales ``[N, K/32]``."""
+    size = MX_GROUP if scales.shape[1] > 1 else None
+    return CodebookWeight(nibbles(packed), torch.tensor(E2M1).view(1, 1, 16), scales.bfloat16(), size)
+
+
+def nvfp4_format(n: int, k: int) -> CodebookFormat:
+    """The form of a weight of e2m1 with a scale of e4m3 for each 16 columns, whose values are in a table of the
+    weight's own: float32 numbers, which have the scale of the whole tensor in them."""
+    return CodebookFormat(4, n, k, min(NV_GROUP, k), "tensor", "float32", "nested")
+
+
+def nvfp4_weight(packed: Tensor, scales: Tensor, table: Tensor) -> CodebookWeight:
+    """The weight of bytes ``[N, K/2]``, codes of e4m3 ``[N, K/16]``, and the 256 scales that these stand for.
+
+    ``scale = table[code] * 1 + 0``: nested scales, whose second level is not used.
+    """
+    n, groups = scales.shape
+    return CodebookWeight(
+        nibbles(packed), torch.tensor(E2M1).view(1, 1, 16), scales, NV_GROUP if groups > 1 else None,
+        scale_codebook=table, scale_absmax=torch.ones(-(-n * groups // NESTED_BLOCK)), scale_offset=torch.zeros(1),
+    )  # fmt: skip
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """The codes ``[N, K]`` of bytes ``[N, K/2]``."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)
 
 
 def by_rows(scales: Tensor, block_rows: int, n: int) -> Tensor:
