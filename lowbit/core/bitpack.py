@@ -57,6 +57,12 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     blocks = -(-k // CODES_PER_BLOCK)
     padded = torch.zeros(n, blocks * CODES_PER_BLOCK, dtype=torch.uint8, device=codes.device)
     padded[:, :k] = codes
+    if 8 % bits == 0:  # no code straddles two bytes, and bytes are the words' own, lowest first
+        fields = padded.view(n, blocks * 4 * bits, 8 // bits)
+        packed = fields[..., 0].contiguous()
+        for j in range(1, 8 // bits):
+            packed |= fields[..., j] << (j * bits)
+        return packed.view(torch.int32)
     columns = padded.view(n, blocks, CODES_PER_BLOCK).permute(2, 0, 1).contiguous()
     words = torch.zeros(bits, n, blocks, dtype=torch.int64, device=codes.device)
     for j in range(CODES_PER_BLOCK):
