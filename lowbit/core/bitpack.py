@@ -57,7 +57,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     blocks = -(-k // CODES_PER_BLOCK)
     padded = torch.zeros(n, blocks * CODES_PER_BLOCK, dtype=torch.uint8, device=codes.device)
     padded[:, :k] = codes
-    if 8 % bits == 0:  # no code straddles two bytes, and bytes are the words' own, lowest first
+    if blocks and 8 % bits == 0:  # no code straddles two bytes, and bytes are the words' own, lowest first
         fields = padded.view(n, blocks * 4 * bits, 8 // bits)
         packed = fields[..., 0].contiguous()
         for j in range(1, 8 // bits):

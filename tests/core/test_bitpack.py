@@ -94,3 +94,9 @@ def test_pack_refuses(codes, bits, message):
 def test_unpack_refuses_words_of_another_shape(words):
     with pytest.raises(ValueError, match=r"words must be int32 \[N, 4\] for K=32, bits=4"):
         unpack(words, 4, 32)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_no_columns(bits):
+    words = pack(torch.empty(3, 0, dtype=torch.uint8), bits)
+    assert words.shape == (3, 0) and unpack(words, bits, 0).shape == (3, 0)
