@@ -40,7 +40,8 @@ def encoder(folder: Path, max_length: int = 256) -> Encode:
     import lowbit  # before from_pretrained: it registers how packed folders are loaded
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    print(f"{len(lowbit.report(model).rows)} packed layers")
+    if getattr(model.config, "quantization_config", None) is not None:  # else it is float
+        print(lowbit.report(model))
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> list[Vector]:
