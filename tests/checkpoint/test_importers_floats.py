@@ -51,10 +51,11 @@ def nibbles(row):
 
 def fp4_weight(t):
     """MXFP4, with bytes of exponents, or NVFP4: the scale of a group is a quotient in float32."""
-    rows = [nibbles(row) for row in t["weight_packed"].tolist()]
-    if "weight_global_scale" in t:
+    rows = [nibbles(row) for row in t["weight_packed" if "weight_packed" in t else "weight"].tolist()]
+    if t["weight_scale"].dtype == E4M3:
         scales = torch.tensor([[e4m3(byte) for byte in row] for row in t["weight_scale"].view(torch.uint8).tolist()])
-        return scaled(rows, scales / t["weight_global_scale"], (1, 16))
+        scales = scales * t["weight_scale_2"] if "weight_scale_2" in t else scales / t["weight_global_scale"]
+        return scaled(rows, scales, (1, 16))
     return scaled(rows, torch.tensor([[2.0 ** (e - 127) for e in row] for row in t["weight_scale"].tolist()]), (1, 32))
 
 
@@ -98,7 +99,7 @@ def parts(tensors, layer):
 PLAIN = {
     "compressed-tensors-w8a8": ("packed", "int8", True), "compressed-tensors-fp8": ("codebook", "float", False),
     "fp8": ("codebook", "float", False), "compressed-tensors-mxfp4": ("codebook", "float", True),
-    "compressed-tensors-nvfp4": ("codebook", "float", False),
+    "compressed-tensors-nvfp4": ("codebook", "float", False), "modelopt-nvfp4": ("codebook", "float", False),
 }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def test_what_others_wrote(name, tmp_path):
     expected = load_file(FIXTURES / name / "expected.safetensors")
     assert len(expected) == 2 and equal(model, expected)
     own = {layer: parts(tensors, layer) for layer in expected}
-    assert equal(model, {layer: plain_weight(t, block_in(section)) if "weight" in t else fp4_weight(t)
+    assert equal(model, {layer: fp4_weight(t) if "fp4" in name else plain_weight(t, block_in(section))
                          for layer, t in own.items()})  # fmt: skip
     layers = [m for m in model.modules() if isinstance(m, (lowbit.PackedLinear, lowbit.CodebookLinear))]
     assert {(m.family, m.format.activations) for m in layers} == {(family, activations)} and len(layers) == 7
@@ -499,6 +500,76 @@ def test_malformed_small_floats(name, tmp_path):
     refused(tmp_path / "model", str(tmp_path), *words)
 
 
+# ---------------------------------------------------------------------------------------------------------- modelopt
+
+
+def modelopt(algorithm, **more):
+    size = 16 if "NVFP4" in algorithm else None
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": size, **more}
+
+
+def nvfp4(n, k):
+    made, _ = fp4(n, k, True)
+    made = {"weight": made["weight_packed"], "weight_scale": made["weight_scale"],
+            "weight_scale_2": torch.rand(()) / 1000}  # fmt: skip
+    return {**made, "input_scale": torch.tensor(0.5)}, fp4_weight(made)
+
+
+def blocks_of_128(n, k):
+    made, weight = floats(n, k, (-(-n // 128), -(-k // 128)), block=(128, 128))
+    return {**made, "weight_scale": made["weight_scale"][:, None, :, None]}, weight
+
+
+def by_row(n, k):
+    made, _ = floats(n, k, (n, 1))
+    return {**made, "weight_scale": made["weight_scale"].flatten()}, plain_weight(made)
+
+
+MODELOPT = {
+    "NVFP4": nvfp4, "W4A16_NVFP4": nvfp4, "FP8": floats, "FP8_PER_CHANNEL_PER_TOKEN": by_row,
+    "FP8_PB_WO": blocks_of_128, "MXFP8": mxfp8, "MIXED_PRECISION": lambda n, k: (nvfp4 if n == 40 else floats)(n, k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", MODELOPT)
+def test_modelopt(algorithm, tmp_path):
+    expected = folder_of(tmp_path, {}, MODELOPT[algorithm], {"intermediate_size": 136})
+    if algorithm == "FP8":  # by the file of its own, and with scales of a cache
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+        keys = "model.layers.0.self_attn.k_proj"
+        rewrite(tmp_path, lambda t: t.update({f"{keys}.k_scale": torch.ones(())}))
+    else:
+        configure(tmp_path, quantization_config=modelopt(algorithm))
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected)
+    notes = [model.get_submodule(layer).note or "" for layer in expected]
+    assert all(("x stays float" in note) == (algorithm != "W4A16_NVFP4") for note in notes)
+    assert sum("the cache of keys and values stays float" in note for note in notes) == (algorithm == "FP8")
+
+
+MODELOPT_CHANGES = {
+    "no second scale": (lambda t: t.pop(f"{UP}.weight_scale_2"), {}, ("weight_scale_2' is missing",)),
+    "a second scale of infinity": (put("weight_scale_2", lambda t: t / 0), {}, ("weight_scale_2", "must be finite")),
+    "second scales": (put("weight_scale_2", lambda t: torch.ones(56)), {}, ("weight_scale_2", "() or (1,)")),
+    "scales in float": (put("weight_scale", lambda t: t.float()), {}, ("weight_scale", "dtype must be torch.float8")),
+    "half of the codes": (put("weight", lambda t: t[:, :10]), {}, (f"{UP}.weight", "(56, 20)")),
+    "codes in int8": (put("weight", lambda t: t.view(torch.int8)), {}, (f"{UP}.weight_scale_2",)),
+    "a scale of the input's columns": (lambda t: t.update({f"{UP}.pre_quant_scale": torch.ones(40)}), {},
+                                       (f"{UP}.pre_quant_scale",)),
+    "AWQ": (lambda t: None, {"quant_algo": "NVFP4_AWQ"}, ("quant_algo must be 'NVFP4' or", "NVFP4_AWQ")),
+    "no algorithm": (lambda t: None, {"quant_algo": None}, ("quant_algo must be", "got None")),
+    "another group": (lambda t: None, {"group_size": 32}, ("group_size must be 16", "got 32")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELOPT_CHANGES)
+def test_malformed_modelopt(name, tmp_path):
+    change, section, words = MODELOPT_CHANGES[name]
+    folder_of(tmp_path / "model", {**modelopt("NVFP4"), **section}, nvfp4, only="up_proj")
+    rewrite(tmp_path / "model", change)
+    refused(tmp_path / "model", str(tmp_path), *words)
+
+
 # ----------------------------------------------------------------------------------------------------------- gpt-oss
 
 PLACE = "model.layers.0.mlp.experts"
@@ -558,6 +629,7 @@ EXPERTS = {
     "by tensor": (compressed("float-quantized", "float", "tensor"), floats),
     "int8": (compressed("int-quantized", "int", "channel", inputs=inputs()), integers),
     "mxfp4": (small(MXFP4), fp4),
+    "modelopt": (modelopt("NVFP4"), nvfp4),
     "nvfp4": (small(NVFP4), lambda n, k: fp4(n, k, True)),
     "int8 by tensor": (compressed("int-quantized", "int", "tensor"), lambda n, k: integers(n, k, "tensor")),
 }

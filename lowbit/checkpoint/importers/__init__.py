@@ -12,8 +12,9 @@ from lowbit.checkpoint.importers.compressed_tensors import CompressedTensors
 from lowbit.checkpoint.importers.folder import read_folder
 from lowbit.checkpoint.importers.fp8 import Fp8
 from lowbit.checkpoint.importers.gptq import Gptq
+from lowbit.checkpoint.importers.modelopt import Modelopt
 from lowbit.checkpoint.importers.mxfp4 import Mxfp4
 
-READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4)
+READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Modelopt)
 
 foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})

@@ -70,6 +70,9 @@ class Stored:
     def dtype(self, leaf: str) -> torch.dtype:
         return self.checkpoint.entries[self._key(leaf)].dtype
 
+    def shape(self, leaf: str) -> tuple[int, ...]:
+        return self.checkpoint.entries[self._key(leaf)].shape
+
     def where(self, leaf: str) -> str:
         """``file: tensor 'name'``, as errors begin."""
         own = "" if self.expert is None else f", expert {self.expert}"
