@@ -101,7 +101,7 @@ def bitsandbytes(w):
 FORMATS = {
     "compressed-tensors": (fp8, {"quant_method": "compressed-tensors", "format": "sparse-bitmask"}, "sparse-bitmask"),
     "fbgemm-fp8": (fp8_blocks, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "'fbgemm_fp8'"),
-    "auto-round": (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, "auto-round"),
+    "auto-round": (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:nv_fp"}, "auto-round"),
     "bitnet": (bitnet, {"quant_method": "bitnet"}, "bitnet"),
     "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     "torchao": (None, {"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao"),

@@ -67,7 +67,7 @@ def weight_of(codes, zeros, scales, size):
 
 
 def gptq_weight(t, bits, size, zero_of):
-    k, n = len(t["g_idx"]), t["scales"].shape[1]
+    k, n = len(t["g_idx"]) if "g_idx" in t else len(t["qweight"]) * 32 // bits, t["scales"].shape[1]
     size = k if size == -1 else size
     codes = [fields(column, bits, k) for column in t["qweight"].t().tolist()]
     return weight_of(codes, [zero_of(row, n) for row in t["qzeros"].tolist()], t["scales"], size)
@@ -139,7 +139,8 @@ def test_what_others_wrote(name, tmp_path):
         elif name.startswith("compressed"):
             mine = packed_weight(parts(tensors, layer), bits, size)
         else:
-            zero_of = v2(bits) if "v2" in name else v1_of_gptqmodel(bits)
+            is_raw = "v2" in name or section.get("packing_format") == "auto_round"
+            zero_of = v2(bits) if is_raw else v1_of_gptqmodel(bits) if name.startswith("gptq") else v1(bits)
             mine = gptq_weight(parts(tensors, layer), bits, size, zero_of)
         assert torch.equal(found, mine)
     packed = [n for n, module in model.named_modules() if isinstance(module, lowbit.PackedLinear)]
@@ -147,14 +148,15 @@ def test_what_others_wrote(name, tmp_path):
     assert all(torch.equal(tensors[n], t) for n, t in model.state_dict().items() if "proj" not in n)
     lowbit.convert_folder(source, tmp_path / "packed")
     again = lowbit.load(tmp_path / "packed")
-    assert torch.equal(again(IDS).logits, model(IDS).logits) and model(IDS).logits.dtype == torch.float16
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert model(IDS).logits.dtype == (torch.bfloat16 if name.startswith("auto") else torch.float16)
     auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(auto(IDS).logits, model(IDS).logits)
 
 
 def test_the_package_reads_what_it_says():
     assert sorted(foreign.importers) == sorted(IMPORTED)
-    assert len(NAMES) == 10
+    assert len(NAMES) == 12
 
 
 # ------------------------------------------------------------------------------------------ folders that are made here
@@ -205,6 +207,38 @@ def test_sizes_that_fill_no_words(bits, size, more, tmp_path):
     assert equal(model, expected)
     formats = {model.get_submodule(name).format.zeros for name in expected}
     assert formats == {"int"}
+
+
+def auto_round(packing, **more):
+    section = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 16, "data_type": "int"}
+    return {**section, **more}
+
+
+PACKINGS = {"auto_round": dict(minus=0), "auto_round:exllamav2": dict(minus=0), "auto_round:auto_gptq": dict(minus=1),
+            "auto_round:gptq": dict(minus=1), "auto_round:auto_awq": dict(awq=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_auto_round(packing, tmp_path):
+    expected = folder_of(tmp_path, auto_round(packing), lambda n, k: layer_tensors(n, k, 4, 16, **PACKINGS[packing]))
+    if "awq" not in packing:
+        rewrite(tmp_path, lambda tensors: [tensors.pop(f"{layer}.g_idx") for layer in expected])
+    assert equal(lowbit.load(tmp_path), expected)
+
+
+def test_auto_rounds_own_sizes(tmp_path):
+    """A name counts before patterns, of these the first; a pattern that is none counts for nothing."""
+    extra = {".*up.*": {"bits": 7}, "(": {"bits": 3}, UP: {"bits": 6, "group_size": 8}, "down": {"group_size": -1},
+             r"\.mlp\.": {"bits": 2}, "lm_head": {"bits": 16}}  # fmt: skip
+    sizes = {"up_proj": (6, 8), "down_proj": (4, -1), "gate_proj": (2, 16), "q_proj": (4, 16)}
+    for layer, (bits, size) in sizes.items():
+        folder = tmp_path / layer
+        expected = folder_of(folder, auto_round("auto_round", extra_config=extra),
+                             lambda n, k, b=bits, s=size: layer_tensors(n, k, b, s, minus=0), only=layer)  # fmt: skip
+        assert equal(lowbit.load(folder), expected)
+    expected = folder_of(tmp_path / "awq", auto_round("auto_round:awq", extra_config={UP: {"group_size": 8}}),
+                         lambda n, k: layer_tensors(n, k, 4, 8, awq=True), only="up_proj")  # fmt: skip
+    assert equal(lowbit.load(tmp_path / "awq"), expected)
 
 
 @pytest.mark.parametrize("size", [8, 40, -1])
@@ -589,6 +623,15 @@ CONFIGS = {
     "dynamic of no pattern": ({"dynamic": {"+:*": {"bits": 8}}}, ("dynamic: '+:*' is no pattern",)),
     "dynamic of 5 bits": ({"dynamic": {".*up": {"bits": 5}}}, ("dynamic: '.*up' must have bits",)),
     "awq that is none": ({"quant_method": "awq"}, ("g_idx",)),
+    "AutoRound, FP8": (auto_round("auto_round:fp8_static"), ("packing_format must be one of", "fp8_static")),
+    "AutoRound, packed somehow": (auto_round({}), ("packing_format must be one of", "{}")),
+    "AutoRound, floats": (auto_round("auto_round", data_type="mx_fp"), ("data_type must be 'int'", "mx_fp")),
+    "AutoRound, activations": (auto_round("auto_round", act_bits=8), ("act_bits must be 16", "got 8")),
+    "AutoRound, rotated": (auto_round("auto_round", rotation_config={"a": 1}), ("rotation_config must be empty",)),
+    "AutoRound, a list": (auto_round("auto_round", extra_config=[1]), ("extra_config must be an object", "[1]")),
+    "AutoRound, 9 bits": (auto_round("auto_round", bits=9), ("bits must be 2, 3, 4, 5, 6, 7 or 8: got 9",)),
+    "AutoRound, 9 bits of one": (auto_round("auto_round", extra_config={UP: {"bits": 9}}), (repr(UP), "got bits=9")),
+    "AutoRound, AWQ of 3 bits": (auto_round("auto_round:awq", extra_config={"up": {"bits": 3}}), ("g_idx",)),
     "awq, gemv": ({"quant_method": "awq", "version": "gemv"}, ("version must be 'gemm'", "gemv")),
     "awq of 8 bits": ({"quant_method": "awq", "bits": 8}, ("bits must be 4: got 8",)),
 }

@@ -7,6 +7,7 @@ layer is read, packed and forgotten, and the other tensors follow.
 from functools import partial
 
 from lowbit.checkpoint import foreign
+from lowbit.checkpoint.importers import auto_round
 from lowbit.checkpoint.importers.awq import Awq
 from lowbit.checkpoint.importers.compressed_tensors import CompressedTensors
 from lowbit.checkpoint.importers.folder import read_folder
@@ -18,3 +19,4 @@ from lowbit.checkpoint.importers.mxfp4 import Mxfp4
 READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Modelopt)
 
 foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})
+foreign.importers[auto_round.FORMAT] = partial(read_folder, auto_round.auto_round)

@@ -39,13 +39,17 @@ class Awq(Reader):
         self.size = self.group_size("group_size", "q_group_size")
         self.one_of(["format", "checkpoint_format", "version"], "gemm", ("gemm",))
 
+    def size_of(self, name: str) -> int:
+        """The group size of a layer; -1: one group per row."""
+        return self.size
+
     def float_shape(self, name: str, entries: dict[str, Entry]) -> tuple[int, int]:
         k, words = entries[f"{name}.qweight"].shape
         return 8 * words, k
 
     def check(self, layer: Stored) -> PackedFormat:
-        n, k = layer.n, layer.k
-        size = k if self.size == -1 or self.size > k else self.size
+        n, k, size = layer.n, layer.k, self.size_of(layer.name)
+        size = k if size == -1 or size > k else size
         groups = -(-k // size)
         why = f"[N, K] = [{n}, {k}], bits={BITS}, group_size={size} by {self.file.name}"
         layer.check("qweight", (k, -(-n // 8)), [torch.int32], why)
@@ -58,7 +62,8 @@ class Awq(Reader):
         codes, zeros = (_codes(layer.read(leaf), layer.n).t().contiguous() for leaf in ("qweight", "qzeros"))
         scales = layer.read("scales").t().contiguous()
         held = None if bool((zeros == 1 << (BITS - 1)).all()) else zeros
-        return PackedWeight(codes, scales, held, BITS, None if scales.shape[1] == 1 else self.size), None
+        size = None if scales.shape[1] == 1 else self.size_of(layer.name)
+        return PackedWeight(codes, scales, held, BITS, size), None
 
 
 def _codes(words: Tensor, n: int) -> Tensor:

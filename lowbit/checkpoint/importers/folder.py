@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -170,11 +170,16 @@ class Reader(ABC):
 
     def refusal(self, field: str, requirement: str, value: object) -> ValueError:
         """What to tell of a field of the config that is not read, with a layer of the folder."""
-        example = foreign.example(self.file.parent)
-        return ValueError(
-            f"{self.file}: quantization_config: {field} must be {requirement} for {self.format!r} to be read: got "
-            f"{value!r:.200}{f' ({example})' if example else ''}. Give the float model that it was made from"
-        )
+        return refusal(self.format, self.file, field, requirement, value)
+
+
+def refusal(format: str, file: Path, field: str, requirement: str, value: object) -> ValueError:
+    """What to tell of a field of the config ``file`` that is not read, with a layer of the folder."""
+    example = foreign.example(file.parent)
+    return ValueError(
+        f"{file}: quantization_config: {field} must be {requirement} for {format!r} to be read: got "
+        f"{value!r:.200}{f' ({example})' if example else ''}. Give the float model that it was made from"
+    )
 
 
 class FloatView(Checkpoint):
@@ -232,7 +237,9 @@ def _layers(entries: dict[str, Entry], reader: Reader) -> dict[str, tuple[str, .
 
 
 @torch.inference_mode(False)
-def read_folder(reader_class: type[Reader], path: Path, spec: Any, skip: Sequence[str]) -> nn.Module:
+def read_folder(
+    reader_of: Callable[[dict[str, Any], Path], Reader], path: Path, spec: Any, skip: Sequence[str]
+) -> nn.Module:
     """The packed model of a folder: its layers in the format of the reader as they are stored, the others by ``spec``.
 
     Raises:
@@ -243,7 +250,7 @@ def read_folder(reader_class: type[Reader], path: Path, spec: Any, skip: Sequenc
     if spec is None and skip:
         raise ValueError(f"skip leaves layers float that spec would pack: without a spec, got skip={list(skip)!r}")
     section, file = next((s, f) for s, f, _ in foreign.named_sections(path))
-    reader = reader_class(section, file)
+    reader = reader_of(section, file)
     checkpoint = Checkpoint.of_folder(path)
     view, library = FloatView(checkpoint, reader), library_of(path)
     if library is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,10 +39,12 @@ class Gptq(Reader):
     signs = ("qweight", "qzeros")
     required = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
+    bits_allowed: ClassVar[tuple[int, ...]] = BITS
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)
-        self.bits = self.integer(["bits"], "2, 3, 4 or 8", lambda bits: bits in BITS)
+        allowed = ", ".join(map(str, self.bits_allowed[:-1])) + f" or {self.bits_allowed[-1]}"
+        self.bits = self.integer(["bits"], allowed, lambda bits: bits in self.bits_allowed)
         self.size = self.group_size("group_size")
         self.version = self.one_of(["checkpoint_format", "format"], "gptq", ("gptq", "gptq_v2"))
         self.one_of(["pack_dtype"], "int32", ("int32", "torch.int32"))
