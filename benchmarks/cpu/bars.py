@@ -249,7 +249,7 @@ def avx2(rows: Rows) -> Iterator[Bar]:
 
 
 def experts(rows: Rows) -> Iterator[Bar]:
-    """Experts of one layer: time against their linear layers one after the other, and against transformers."""
+    """Experts of one layer: time against their linear layers one after the other, and against other libraries."""
     for condition in rows.conditions(op="experts"):
         for ours in rows.find(**condition, who="lowbit", linears=False):
             alike = {name: ours[name] for name in ("bits", "activations")}
@@ -263,6 +263,8 @@ def experts(rows: Rows) -> Iterator[Bar]:
             if theirs and ours["bits"] == 4 and condition["m"] == 1:
                 best = min(theirs, key=lambda row: row["ms"])
                 yield from at_least(f"{what}: speed against transformers", 5, [(best["ms"] / ours["ms"], best["name"])])
+            for one in rows.find(**condition, **alike, who="llama.cpp"):
+                yield from at_least(f"{what}: speed against llama.cpp", 1, [(one["ms"] / ours["ms"], one["name"])])
 
 
 BARS: tuple[Callable[[Rows], Iterator[Bar]], ...] = (

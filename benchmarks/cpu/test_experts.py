@@ -1,5 +1,5 @@
 """The experts of one layer of a mixture, from hidden states to their weighted sum: ours, our linear layers one after
-the other, and transformers' own in bfloat16.
+the other, transformers' own in bfloat16, and llama.cpp's, which rounds x to int8 in blocks of 32.
 
 A shape is (E, hidden size, intermediate size, experts for each token): Mixtral 8x7B's and Qwen3-30B-A3B's. Single
 tokens choose experts in turn, so that those of one call are not in a cache from the one before.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import layers
 from benchmarks.harness.candidate import BF16, int8_per_token, relative_error
+from benchmarks.peers import ggml
 from lowbit.core.activations import ActivationSpec
 from lowbit.model import experts
 from lowbit.packed.module import PackedExperts
@@ -28,6 +29,8 @@ CANDIDATES = [
     *(f"lowbit linears {bits}-bit g{GROUP} {kind}" for bits, kind in OURS),
     "transformers grouped_mm bf16",
     "transformers eager bf16",
+    "llama.cpp q4_0",
+    "llama.cpp q8_0",
 ]
 MS = [1, 4, 64, 512]
 SHAPES = [(8, 4096, 14336, 2), (128, 2048, 768, 8)]
@@ -96,6 +99,14 @@ def plain(shape: tuple[int, int, int, int], implementation: str) -> Any:
     return made
 
 
+@functools.lru_cache(maxsize=1)
+def of_ggml(shape: tuple[int, int, int, int], kind: str, threads: int) -> ggml.Experts:
+    packed.cache_clear()
+    linears.cache_clear()
+    plain.cache_clear()
+    return ggml.Experts(shape, kind, threads)
+
+
 def test_experts(
     measure: Callable[..., None], candidate: str, shape: tuple[int, int, int, int], threads: int, m: int
 ) -> None:
@@ -105,6 +116,10 @@ def test_experts(
     call: Call
     if who == "transformers":
         call, bits = plain(shape, rest[0]), 16.0
+    elif who == "llama.cpp":
+        peer = of_ggml(shape, rest[0], threads)
+        call, bits = peer.prepared(m), 8 * peer.nbytes / (count * 3 * width * hidden)
+        facts |= {"bits": int(rest[0][1]), "group": 32, "activations": "int8"}
     else:
         width_of_codes = int(rest[-3].split("-")[0])
         owner = packed(shape, width_of_codes, rest[-1])
@@ -120,10 +135,15 @@ def test_experts(
         turns = [order[:, :chosen].contiguous()]
     if who != "transformers":
         one = torch.full((1, chosen), 1, dtype=torch.int64)
-        up, down = owner.gate_up_proj.expert(1).dequantize(BF16), owner.down_proj.expert(1).dequantize(BF16)
+        if who == "lowbit":
+            up, down = (stack.expert(1).dequantize(BF16).double() for stack in (owner.gate_up_proj, owner.down_proj))
+            y = call(x[:1], one, weights[:1])
+        else:
+            up, down = peer.stack("gate_up"), peer.stack("down")
+            y = peer.prepared(1)(x[:1], one, weights[:1])
         rounded = int8_per_token if rest[-1] == "int8" else torch.Tensor.double
-        gate = owner._apply_gate(rounded(x[:1]) @ up.double().t())
-        error = relative_error(call(x[:1], one, weights[:1]), rounded(gate.to(BF16)) @ down.double().t())
+        gate, other = (rounded(x[:1]) @ up.t()).chunk(2, -1)
+        error = relative_error(y, rounded((nn.functional.silu(gate) * other).to(BF16)) @ down.t())
         assert error < 2e-2, f"{candidate} is wrong by {error}"
     step = 0
 
