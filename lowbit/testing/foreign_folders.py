@@ -38,7 +38,8 @@ def folder_of(
     expected: dict[str, Any] = {}
 
     def change(tensors: dict[str, Tensor]) -> None:
-        for layer in [n.removesuffix(".weight") for n in tensors if only in n and n.endswith(".weight")]:
+        weights = [n for n, tensor in tensors.items() if only in n and n.endswith(".weight") and tensor.dim() == 2]
+        for layer in [n.removesuffix(".weight") for n in weights]:
             made, expected[layer] = make(*tensors.pop(f"{layer}.weight").shape)
             tensors.update({f"{layer}.{leaf}": tensor for leaf, tensor in made.items()})
 

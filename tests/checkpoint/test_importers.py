@@ -595,9 +595,10 @@ CHANGES = {
     "no norm": (lambda t: t.pop("model.norm.weight"), ("model.norm.weight",)),
     "a short norm": (lambda t: t.update({"model.norm.weight": torch.ones(3)}), ("model.norm.weight", "shape")),
     "a layer of no module": (lambda t: t.update({n.replace("layers.0", "layers.7"): x for n, x in list(t.items())
-                                                 if UP in n}), ("layers.7.mlp.up_proj", "no linear layer")),
-    "an embedding": (lambda t: t.update({f"model.embed_tokens.{leaf}": t[f"{UP}.{leaf}"] for leaf in LEAVES})
-                     or t.pop("model.embed_tokens.weight"), ("model.embed_tokens", "no linear layer")),
+                                                 if UP in n}), ("layers.7.mlp.up_proj", "no linear or embedding")),
+    "another embedding": (lambda t: t.update({f"model.embed_tokens.{leaf}": t[f"{UP}.{leaf}"] for leaf in LEAVES})
+                          or t.pop("model.embed_tokens.weight"),
+                          ("model.embed_tokens.qweight", "shape must be (5, 48)", "(5, 56)")),
 }  # fmt: skip
 
 
@@ -691,6 +692,67 @@ def test_a_tied_head(folder):
     configure(folder, tie_word_embeddings=True)
     rewrite(folder, lambda t: (t.update({f"lm_head.{n}": t[f"{UP}.{n}"] for n in LEAVES}), t.pop("lm_head.weight")))
     refused(folder, "layer 'lm_head'", "tie_word_embeddings")
+
+
+# ------------------------------------------------------------------------------------------------------- embeddings
+
+EMBEDDING = "model.embed_tokens"
+
+
+def test_an_embedding_and_a_head(tmp_path):
+    """Each by the group of its class, with bits of its own."""
+    groups = [group(4), group(8, targets=["Embedding"])]
+
+    def make(n, k):
+        return packed_tensors(n, k, 8 if n == 37 else 4)
+
+    expected = folder_of(tmp_path / "model", packed_section(*groups), make, {"vocab_size": 37}, only="")
+    head = packed_tensors(37, 40, 4)
+    rewrite(tmp_path / "model", lambda t: t.update({f"lm_head.{n}": tensor for n, tensor in head[0].items()}))
+    expected["lm_head"] = head[1]
+    assert len(expected) == 9
+    model = lowbit.load(tmp_path / "model")
+    assert equal(model, expected) and isinstance(model.model.embed_tokens, lowbit.PackedEmbedding)
+    assert torch.equal(model.model.embed_tokens(IDS), expected[EMBEDDING][IDS])
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+    configure(tmp_path / "model", quantization_config=packed_section(groups[0]))
+    with pytest.raises(ValueError, match=r"config_groups must target the layer 'model.embed_tokens', .* 'Embedding'"):
+        lowbit.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("only", ["embed", ""])
+def test_a_tied_head_shares_the_embedding(only, tmp_path):
+    section, config = gptq_section(), {"tie_word_embeddings": True}
+    expected = folder_of(tmp_path / "model", section, lambda n, k: layer_tensors(n, k, 4, 16), config, only=only)
+    model = lowbit.load(tmp_path / "model")
+    assert equal(model, {**expected, "lm_head": expected[EMBEDDING]})
+    assert model.lm_head.packed.data_ptr() == model.model.embed_tokens.packed.data_ptr()
+    states = model.model(IDS).last_hidden_state
+    assert torch.allclose(model(IDS).logits, states @ expected[EMBEDDING].t(), rtol=1e-4, atol=1e-4)
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    again = lowbit.load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert again.lm_head.packed.data_ptr() == again.model.embed_tokens.packed.data_ptr()
+    files = load_file(tmp_path / "packed" / "model.safetensors")
+    assert sum(name.endswith(".packed") for name in files) == len(expected)
+
+
+def test_a_tied_head_with_a_bias_of_its_own(tmp_path):
+    config = transformers.BertConfig(hidden_size=40, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                                     vocab_size=48)  # fmt: skip
+    bert = transformers.BertForMaskedLM(config).eval()
+    bert.cls.predictions.bias.data.normal_()
+    bias, name = bert.cls.predictions.bias.detach().clone(), "bert.embeddings.word_embeddings"
+    expected = folder_of(tmp_path / "model", gptq_section(), lambda n, k: layer_tensors(n, k, 4, 16), only=name,
+                         model=bert)  # fmt: skip
+    bert.get_parameter(f"{name}.weight").data.copy_(expected[name])
+    model = lowbit.load(tmp_path / "model")
+    assert equal(model, {**expected, "cls.predictions.decoder": expected[name]})
+    assert torch.equal(model.cls.predictions.decoder.bias, bias)
+    assert torch.allclose(model(IDS).logits, bert(IDS).logits, rtol=1e-4, atol=1e-4)
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
 
 
 EXPERTS = {

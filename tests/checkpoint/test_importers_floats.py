@@ -353,6 +353,7 @@ CONFIGS = {
     "no blocks": (fp8(None), ("weight_scale_inv", "shape must be () or (1,)")),
     "e5m2": (fp8(fmt="e5m2"), ("fmt must be 'e4m3'", "e5m2")),
     "a scale of another format": (fp8(scale_fmt="x"), ("scale_fmt must be",)),
+    "exponents that no config names": (fp8(), ("weight_scale_inv", "scale_fmt='ue8m0'")),
 }
 
 
@@ -364,6 +365,8 @@ def test_malformed_folders_of_fp8(name, made_fp8, tmp_path):
         rewrite(folder, change)
     else:
         configure(folder, quantization_config=change)
+    if name.startswith("exponents"):
+        rewrite(folder, put("weight_scale_inv", lambda t: t.byte()))
     refused(folder, str(folder), *words)
 
 
@@ -619,6 +622,35 @@ def test_malformed_gpt_oss(name, tmp_path):
     change, words = GPT_OSS[name]
     rewrite(folder, change)
     refused(folder, str(folder), *words)
+
+
+# ------------------------------------------------------------------------------------------------- tied embeddings
+
+TIED = {
+    "fp8": (fp8((16, 16)), lambda n, k: floats(n, k, (-(-n // 16), -(-k // 16)), "weight_scale_inv", block=(16, 16))),
+    "nvfp4": (modelopt("NVFP4"), nvfp4),
+    "int8": (compressed("int-quantized", "int", "channel", inputs=inputs()), integers),
+    "int8, static": (compressed("int-quantized", "int", "channel", inputs=inputs(dynamic=False)),
+                     lambda n, k: (integers(n, k)[0] | {"input_scale": torch.tensor([0.25])}, None)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_head_shares_the_embedding(name, tmp_path):
+    """Where the config asks for int8 activations, the head has them."""
+    section, make = TIED[name]
+    if "config_groups" in section:
+        section["config_groups"]["group_0"]["targets"] = ["re:.*embed_tokens"]
+    expected = folder_of(tmp_path, section, make, {"tie_word_embeddings": True}, only="embed_tokens")
+    model = lowbit.load(tmp_path)
+    head, embedding = model.lm_head, model.model.embed_tokens
+    found = embedding.dequantize(torch.float32)
+    assert expected["model.embed_tokens"] is None or torch.equal(found, expected["model.embed_tokens"])
+    assert torch.equal(head.dequantize(torch.float32), found) and torch.equal(embedding(IDS), found[IDS])
+    assert head.packed.data_ptr() == embedding.packed.data_ptr()
+    wanted = {"int8": "int8", "int8, static": "int8_static"}.get(name, "float")
+    assert (head.format.activations, embedding.format.activations) == (wanted, "float")
+    assert torch.isfinite(model(IDS).logits).all() and (wanted != "int8_static" or head.x_scale == 0.25)
 
 
 # ------------------------------------------------------------------------------------------------------- of experts

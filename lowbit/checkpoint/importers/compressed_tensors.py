@@ -192,13 +192,14 @@ class CompressedTensors(Reader):
                     return 1 if re.match(target[3:], name) else 3
                 except re.error as error:
                     raise self.refusal("config_groups: targets", f"patterns ({error})", target) from None
-            return 2 if target == "Linear" else 3
+            return 2 if target == ("Embedding" if _is_embedding(name) else "Linear") else 3
 
         ranked = [(rank(target), group) for group in self.groups.values() for target in group.targets]
         best, group = min(ranked, key=lambda pair: pair[0], default=(3, None))
         if best == 3 or group is None:
+            kind = "Embedding" if _is_embedding(name) else "Linear"
             raise ValueError(f"{self.file}: quantization_config: config_groups must target the layer {name!r}, by its "
-                             "name, by a pattern or as 'Linear'")  # fmt: skip
+                             f"name, by a pattern or as {kind!r}")  # fmt: skip
         return group
 
     def leaves(self, name: str, entries: dict[str, Entry]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -217,6 +218,9 @@ class CompressedTensors(Reader):
 
     def check(self, layer: Stored) -> Format:
         group, n, k = self._own(layer.name), layer.n, layer.k
+        if (layer.kind == "embedding") != _is_embedding(layer.name) and {"Linear", "Embedding"} & {*group.targets}:
+            raise ValueError(f"{self.file}: quantization_config: config_groups must target the {layer.kind} layer "
+                             f"{layer.name!r} by its name or by a pattern: got {group.targets!r:.200}")  # fmt: skip
         size = k if group.size == -1 or group.size > k else group.size
         groups = -(-k // size)
         why = (f"[N, K] = [{n}, {k}], type={group.type!r}, num_bits={group.bits}, strategy={group.strategy!r}, "
@@ -341,6 +345,11 @@ def _from_signed(layer: Stored, leaf: str, bits: int) -> Tensor:
         raise ValueError(f"{layer.where(leaf)}: values must be in [{-half}, {half - 1}], num_bits={bits}: got values "
                          f"in [{low}, {high}]")  # fmt: skip
     return codes.to(torch.uint8)
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether a layer has the name of an embedding: of which class it is is known once it is found in the model."""
+    return re.search(r"embed|^w[tp]e$|^shared$", name.rpartition(".")[2]) is not None
 
 
 def _words(count: int, bits: int, dense: bool) -> int:

@@ -43,6 +43,7 @@ class Stored:
         name: its name in the files.
         checkpoint: the files.
         n, k: output and input features of the module that it belongs to.
+        kind: ``"linear"``, ``"embedding"`` or ``"experts"``: that module's.
         separator: what is between the name of the layer and that of a leaf.
         expert, num_experts: of an expert whose tensors are parts of those of all, its number, and how many there are.
     """
@@ -51,6 +52,7 @@ class Stored:
     checkpoint: Checkpoint
     n: int
     k: int
+    kind: str = "linear"
     separator: str = "."
     expert: int | None = None
     num_experts: int = 1
@@ -263,66 +265,97 @@ def read_folder(
     _check_complete(folder, path)
     plan = plan_rest(folder.model, spec, skip)
     stream.check_shapes(folder.model, view, folder.names)
-    bar = tqdm(swaps.items(), desc="lowbit import", unit="layer", disable=None if len(swaps) > 100 else True)
-    for name, swap in bar:
-        put(folder.model, name, carry_over(swap.placeholder, _read(reader, swap)))
+    for swap in tqdm(swaps, desc="lowbit import", unit="layer", disable=None if len(swaps) > 100 else True):
+        for place, layer in zip(swap.places, _read(reader, swap), strict=True):
+            for name in place.names:
+                put(folder.model, name, carry_over(place.empty, layer))
         return_freed_memory()
     return fill_converted(folder, plan, view)
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a layer goes: the names that its module has in the model, an empty layer, and the tensor of its bias."""
+
+    names: list[str]
+    empty: Layer
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
 class _Swap:
-    """What is read into one module of the model: a layer of the files; of experts all of them, in their order."""
+    """What is read into the model: a layer of the files, into all modules that share it; of experts all layers of a
+    stack, in their order."""
 
     stored: list[Stored]
-    placeholder: Layer
+    places: list[_Place]
 
 
-def _swaps(folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader: Reader) -> dict[str, _Swap]:
-    """Name in the model -> what is to be read, and an empty layer, which is put there; all headers are checked."""
-    model, by_key = folder.model, {key: name for name, key in folder.names.items()}
+def _swaps(folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader: Reader) -> list[_Swap]:
+    """What is to be read; the empty layers are put into the model. All headers are checked."""
+    model, by_key = folder.model, dict[str, list[str]]()
+    for name, key in folder.names.items():
+        by_key.setdefault(key, []).append(name)
     candidate = {n: s for s in candidates.find(model)[0] for n in s.names}
     stacks = {name: stack for name, stack in folder.stacks.items()
               if any(key in view.layer_of for keys in stack.keys for key in keys)}  # fmt: skip
     of_experts = {view.layer_of.get(key) for stack in stacks.values() for keys in stack.keys for key in keys}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    found: dict[str, _Swap] = {}
+    found: list[_Swap] = []
     for tensor, key in view.layer_of.items():
         if key in of_experts:
             continue
-        weight = by_key.get(tensor, "")
-        name, file = weight.removesuffix(".weight"), view.entries[tensor].file
-        where = f"{file}: layer {key!r} is in the format {reader.format!r}"
-        if {weight, tensor} & {*tied, *tied.values()}:
-            raise ValueError(f"{where}: {type(model).__name__} ties its weight to another's (tie_word_embeddings)")
-        swap, kind = candidate.get(name), "linear" if reader.separator == "." else "experts"
-        if swap is None or swap.kind != kind:
-            what = "linear layer" if kind == "linear" else "stack of experts"
-            raise ValueError(f"{where}: {type(model).__name__} has no {what} there, and embeddings are not read in "
-                             "this format")  # fmt: skip
-        n, k = swap.weight().shape
-        dtype = folder.dtype_of(weight)
-        if kind == "experts":
-            count = swap.extras["num_experts"]
-            each = [Stored(key, checkpoint, n // count, k, reader.separator, e, count) for e in range(count)]
-            whole = _by_row_format(reader.check(each[0])).stacked(count)
-            layer = layer_class(whole.family, kind)(whole, False, dtype, "meta", num_experts=count)
-            found[name] = _Swap(each, layer.train(swap.module.training))
-            continue
-        stored = Stored(key, checkpoint, n, k)
-        format = reader.check(stored)
-        has_bias = swap.module._parameters.get("bias") is not None
-        _check_bias(stored, has_bias)
-        layer = layer_class(format.family, kind)(format, has_bias, dtype, "meta")
-        found[name] = _Swap([stored], layer.train(swap.module.training))
+        weights = by_key.get(tensor, [])
+        where = f"{view.entries[tensor].file}: layer {key!r} is in the format {reader.format!r}"
+        others = [name for name in weights if name != tensor and name in view.entries]
+        if others or (not weights and tensor in {*tied, *tied.values()}):
+            raise ValueError(f"{where}: {type(model).__name__} ties its weight to another's (tie_word_embeddings), and "
+                             f"the files have both{f', as {others[0]!r}' if others else ''}")  # fmt: skip
+        swaps = [candidate.get(weight.removesuffix(".weight")) for weight in weights]
+        kinds = ("linear", "embedding") if reader.separator == "." else ("experts",)
+        if not swaps or any(swap is None or swap.kind not in kinds for swap in swaps):
+            raise ValueError(f"{where}: {type(model).__name__} has no {' or '.join(kinds)} layer there")
+        distinct = list({id(swap): swap for swap in swaps if swap is not None}.values())
+        dtype = folder.dtype_of(weights[0])
+        found.append(_layers_of(key, distinct, dtype, folder, checkpoint, reader))
     for name, stack in stacks.items():
-        found[name] = _experts(name, stack, candidate.get(name), folder, view, checkpoint, reader)
+        found.append(_experts(name, stack, candidate.get(name), folder, view, checkpoint, reader))
         del folder.stacks[name]
-    for name, made in found.items():
-        put(model, name, made.placeholder)
-        for tensor in (name, f"{name}.weight", f"{name}.bias"):
-            folder.names.pop(tensor, None)
+    for place in (place for swap in found for place in swap.places):
+        for name in place.names:
+            put(model, name, place.empty)
+            for tensor in (name, f"{name}.weight", f"{name}.bias"):
+                folder.names.pop(tensor, None)
     return found
+
+
+def _layers_of(
+    key: str, swaps: Sequence[Swap], dtype: torch.dtype | None, folder: FloatFolder, checkpoint: Checkpoint,
+    reader: Reader,
+) -> _Swap:  # fmt: skip
+    """A layer of the files for modules that share a weight, an embedding and its tied head say; or one for experts."""
+    n, k = swaps[0].weight().shape
+    if swaps[0].kind == "experts":
+        count = swaps[0].extras["num_experts"]
+        each = [Stored(key, checkpoint, n // count, k, "experts", reader.separator, e, count) for e in range(count)]
+        whole = _by_row_format(reader.check(each[0])).stacked(count)
+        layer = layer_class(whole.family, "experts")(whole, False, dtype, "meta", num_experts=count)
+        return _Swap(each, [_Place(swaps[0].names, layer.train(swaps[0].module.training))])
+    ordered = sorted(swaps, key=lambda swap: swap.kind)  # an embedding first: whose layer it is in a config
+    stored, places = Stored(key, checkpoint, n, k, ordered[0].kind), []
+    format = reader.check(stored)
+    with_bias = {swap.name for swap in swaps if swap.module._parameters.get("bias") is not None}
+    # a head has one of its own, which the files do not have beside the weight that it shares
+    _check_bias(stored, any(f"{name}.bias" not in folder.names for name in with_bias))
+    for swap in ordered:
+        has_bias, bias = swap.name in with_bias, None
+        if has_bias:
+            bias = folder.names.get(f"{swap.name}.bias", f"{key}.bias")
+            checkpoint.check(bias, (n,))
+        own = format if swap.kind == "linear" else format.with_activation(ActivationSpec())
+        empty = layer_class(format.family, swap.kind)(own, has_bias, dtype, "meta", **swap.extras)
+        places.append(_Place(swap.names, empty.train(swap.module.training), bias))
+    return _Swap([stored], places)
 
 
 def _experts(
@@ -342,7 +375,7 @@ def _experts(
                          f"{type(folder.model).__name__} is no stack of experts, one below the other")  # fmt: skip
     count = swap.extras["num_experts"]
     rows, k = swap.weight().shape
-    stored = [Stored(key, checkpoint, rows // len(keys), k) for key in keys]
+    stored = [Stored(key, checkpoint, rows // len(keys), k, "experts") for key in keys]
     first, *others = formats = [_by_row_format(reader.check(layer)) for layer in stored]
     for layer, format in zip(stored[1:], others, strict=True):
         if format != first:
@@ -353,8 +386,8 @@ def _experts(
     for layer in stored:
         _check_bias(layer, False)
     whole = first.stacked(len(formats))
-    placeholder = layer_class(whole.family, "experts")(whole, False, folder.dtype_of(name), "meta", num_experts=count)
-    return _Swap(stored, placeholder.train(swap.module.training))
+    empty = layer_class(whole.family, "experts")(whole, False, folder.dtype_of(name), "meta", num_experts=count)
+    return _Swap(stored, [_Place([name], empty.train(swap.module.training))])
 
 
 def _by_row_format(format: Format) -> Any:
@@ -401,22 +434,41 @@ def plan_rest(model: nn.Module, spec: Any, skip: Iterable[str]) -> Plan:
     return Plan([], {**skipped, **{name: KEPT for swap in swaps for name in swap.names}})
 
 
-def _read(reader: Reader, swap: _Swap) -> Layer:
-    """The layer, or the stack of experts; errors name the file and the layer in it."""
-    placeholder, stored = swap.placeholder, swap.stored[0]
-    if placeholder.kind == "experts":
-        return _read_experts(reader, swap)
+def _read(reader: Reader, swap: _Swap) -> list[Layer]:
+    """The layers of the places, which share one weight, or the stack of experts; errors name file and layer."""
+    stored, made = swap.stored[0], list[Any]()
+    if stored.kind == "experts":
+        return [_read_experts(reader, swap)]
     with _naming(reader, stored):
         weight, note = reader.weight(stored)
-        bias = None
-        if placeholder.bias is not None:
-            bias = nn.Parameter(stored.read("bias").to(placeholder.dtype), requires_grad=placeholder.bias.requires_grad)
-        layer: Layer = layer_class(weight.family, "linear").from_weight(
-            weight, bias, dtype=placeholder.dtype, x_scale=reader.x_scale(stored),
-            **asdict(placeholder.format.activation),
-        )  # fmt: skip
-    layer.note = note
-    return layer
+        for place in swap.places:
+            empty, bias = place.empty, None
+            if place.bias is not None and empty.bias is not None:
+                read = stored.checkpoint.read(place.bias).to(empty.dtype)
+                bias = nn.Parameter(read, requires_grad=empty.bias.requires_grad)
+            cls: Any = layer_class(weight.family, empty.kind)
+            if made:
+                format = made[0].format.with_activation(empty.format.activation)
+                layer = cls(format, False, empty.dtype, "meta", **empty.extras())
+                layer.share_weight(made[0])
+                if "x_scale" in format.tensors():
+                    layer.store({"x_scale": _x_scale(reader, stored)})
+                layer.bias = bias
+                layer.prepare()
+            elif empty.kind == "embedding":
+                layer = cls.from_weight(weight, dtype=empty.dtype, **empty.extras())
+            else:
+                layer = cls.from_weight(weight, bias, dtype=empty.dtype, x_scale=reader.x_scale(stored),
+                                        **asdict(empty.format.activation))  # fmt: skip
+            layer.note = note
+            made.append(layer)
+    return made
+
+
+def _x_scale(reader: Reader, stored: Stored) -> Tensor:
+    scale = reader.x_scale(stored)
+    assert scale is not None
+    return scale.detach().reshape(1).float()
 
 
 @contextmanager
@@ -440,15 +492,16 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
             weight, note = reader.weight(stored)
             parts.append(_by_row(weight.tensors(), weight.format()))
         notes.update({note: None} if note else {})
-    activation = swap.placeholder.format.activation
+    empty: Any = swap.places[0].empty
+    activation = empty.format.activation
     scales = [scale for stored in swap.stored if (scale := reader.x_scale(stored)) is not None]
     if any(not torch.equal(scales[0], scale) for scale in scales[1:]):
         activation = ActivationSpec()
         notes["the experts have several scales of their static int8 activations: x stays float"] = None
-    cls: Any = layer_class(swap.placeholder.family, "experts")
+    cls: Any = layer_class(empty.family, "experts")
     with _naming(reader, swap.stored[0]):
         layer: Layer = cls.from_parts(
-            _with_zeros(parts), num_experts=swap.placeholder.num_experts, dtype=swap.placeholder.dtype,
+            _with_zeros(parts), num_experts=empty.num_experts, dtype=empty.dtype,
             x_scale=scales[0] if scales else None, **asdict(activation),
         )  # fmt: skip
     layer.note = "; ".join(notes) or None

@@ -19,6 +19,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.checkpoint.importers.folder import Reader, Stored
 from lowbit.checkpoint.importers.small_floats import (
     E4M3,
@@ -44,7 +46,7 @@ class Fp8(Reader):
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)
         self.one_of(["fmt"], "e4m3", ("e4m3", "e4m3fn"))
-        self.one_of(["scale_fmt"], "float", ("float", "ue8m0"))
+        self.scale_format = self.one_of(["scale_fmt"], "float", ("float", "ue8m0"))
         self.one_of(["activation_scheme"], "dynamic", ("dynamic", "static"))
         block = section.get("weight_block_size")
         sizes = block if isinstance(block, list) else []
@@ -71,6 +73,9 @@ class Fp8(Reader):
         why = f"[N, K] = [{n}, {k}], weight_block_size={block and list(block)} by {self.file.name}"
         layer.check("weight", (n, k), [E4M3], why)
         size = k if block is None else min(block[1], k)
+        if layer.dtype(scale) == torch.uint8 and self.scale_format != "ue8m0":
+            raise ValueError(f"{layer.where(scale)}: dtype torch.uint8 is that of exponents: {self.file.name} must say "
+                             f"scale_fmt='ue8m0': got {self.scale_format!r}")  # fmt: skip
         if block is None:
             layer.check(scale, (), SCALES, why, (1,), (1, 1), (n, 1))
         else:
