@@ -28,6 +28,7 @@ OWN_FILES = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
     "quantization_config.json": "auto-round",
+    "quanto_qmap.json": "quanto",
 }
 _DETAILS = ("format", "fmt", "checkpoint_format", "packing_format", "quant_type", "quant_algo", "version")
 
@@ -86,7 +87,11 @@ def named_sections(folder: Path) -> Iterator[tuple[dict[str, Any], Path, str]]:
     """What the config files of ``folder`` say of a foreign format, the files, and the format where none is named."""
     config = folder / "config.json"
     if config.is_file():
-        for section in sections(read_json(config)):
+        content = read_json(config)
+        mlx = content.get("quantization")
+        if isinstance(mlx, dict) and {"bits", "group_size"} <= mlx.keys():
+            yield {**mlx, "quant_method": "mlx"}, config, "mlx"
+        for section in sections(content):
             if section.get("quant_method") != "lowbit":
                 yield section, config, "unknown"
     for name, format in OWN_FILES.items():

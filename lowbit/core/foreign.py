@@ -40,6 +40,8 @@ SIGNS = (
     Sign("W_q", "HQQ"),
     Sign("_(data|scale|shift)", "quanto", alone=False),
     Sign("code(book)?s", "AQLM", alone=False),
+    Sign("trellis|suh|svh", "EXL3 or QTIP"),
+    Sign("(res_)?centroids|(res_|outlier_)?indices", "VPTQ", alone=False),
     Sign(".*scale.*|.*zero_?(point)?s?|.*amax.*", "", alone=False),
 )
 

@@ -21,7 +21,10 @@ _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16
 _TOGETHER = ({"codes", "codebooks"}, {"indices", "centroids"}, {"scales", "qzeros"}, {"scales", "zeros"})
 _WEIGHT = re.compile(r"(.*_)?(weight|proj|qweight|W_q)(_.*)?")
 # Formats, as configs call them, whose folders are read: lowbit/checkpoint/importers has a file for each.
-IMPORTED = ("gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "modelopt", "auto-round", "gguf")
+IMPORTED = (
+    "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "modelopt", "auto-round", "gguf", "bitsandbytes", "hqq",
+    "torchao", "bitnet", "quanto", "mlx",
+)  # fmt: skip
 QUANTIZED = "quantized by another library"  # how the reason starts
 _SIZES = ("in_features", "infeatures", "num_embeddings")
 _OTHERS = ("torch.nn.parameter", "torch.distributed", "torch._subclasses", "torch._tensor", "torch.nn.modules")

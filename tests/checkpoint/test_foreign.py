@@ -102,9 +102,9 @@ FORMATS = {
     "compressed-tensors": (fp8, {"quant_method": "compressed-tensors", "format": "sparse-bitmask"}, "sparse-bitmask"),
     "fbgemm-fp8": (fp8_blocks, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "'fbgemm_fp8'"),
     "auto-round": (gptq, {"quant_method": "auto-round", "packing_format": "auto_round:nv_fp"}, "auto-round"),
-    "bitnet": (bitnet, {"quant_method": "bitnet"}, "bitnet"),
-    "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-    "torchao": (None, {"quant_method": "torchao", "quant_type": {"default": {}}}, "torchao"),
+    "vptq": (bitnet, {"quant_method": "vptq"}, "vptq"),
+    "spqr": (bitsandbytes, {"quant_method": "spqr", "bits": 3}, "spqr"),
+    "aqlm": (None, {"quant_method": "aqlm", "in_group_size": 8}, "aqlm"),
     "unheard-of": (None, {"bits": 3}, "unknown"),
 }
 
@@ -420,7 +420,7 @@ def test_a_model_whose_layers_transformers_left_unread(replace, cls, folder):
     lowbit.convert(model, SPEC)
 
 
-@pytest.mark.parametrize(("section", "format"), [("hqq", "hqq"), ([{"quant_method": "fp8"}], "unknown")])
+@pytest.mark.parametrize(("section", "format"), [("quip", "quip"), ([{"quant_method": "fp8"}], "unknown")])
 def test_a_section_that_is_no_object(section, format, folder, tmp_path):
     configure(folder, quantization_config=section)
     with pytest.raises(ValueError, match=f"config.json: the model is quantized in the format '{format}'"):

@@ -9,14 +9,20 @@ from functools import partial
 from lowbit.checkpoint import foreign
 from lowbit.checkpoint.importers import auto_round
 from lowbit.checkpoint.importers.awq import Awq
+from lowbit.checkpoint.importers.bitnet import BitNet
+from lowbit.checkpoint.importers.bitsandbytes import BitsAndBytes
 from lowbit.checkpoint.importers.compressed_tensors import CompressedTensors
 from lowbit.checkpoint.importers.folder import read_folder
 from lowbit.checkpoint.importers.fp8 import Fp8
 from lowbit.checkpoint.importers.gptq import Gptq
+from lowbit.checkpoint.importers.hqq import Hqq
+from lowbit.checkpoint.importers.mlx import Mlx
 from lowbit.checkpoint.importers.modelopt import Modelopt
 from lowbit.checkpoint.importers.mxfp4 import Mxfp4
+from lowbit.checkpoint.importers.quanto import Quanto
+from lowbit.checkpoint.importers.torchao import TorchAo
 
-READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Modelopt)
+READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, BitsAndBytes, Hqq, TorchAo, BitNet, Quanto, Mlx, Modelopt)
 
 foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})
 foreign.importers[auto_round.FORMAT] = partial(read_folder, auto_round.auto_round)

@@ -216,8 +216,8 @@ def _layers(entries: dict[str, Entry], reader: Reader) -> dict[str, tuple[str, .
     """The names of the layers in the format, each with its leaves, that of its codes first; refused where one is not
     complete, or nothing is in the format."""
     separator = reader.separator
-    parts = [(*name.rpartition(separator), entry) for name, entry in entries.items()]
-    signed = {name: entry for name, _, leaf, entry in parts if leaf in reader.signs}
+    ends = [f"{separator}{sign}" for sign in reader.signs]
+    signed = {key.removesuffix(end): entry for key, entry in entries.items() for end in ends if key.endswith(end)}
     found: dict[str, tuple[str, ...]] = {}
     for name, entry in signed.items():
         required, optional = reader.leaves(name, entries)

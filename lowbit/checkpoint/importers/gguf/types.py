@@ -15,12 +15,7 @@ of weight k in its block.
 **Exact.** Every product above fits the 24 bits of float32. Where nothing is added to it, the packed weight equals
 ``gguf.quants.dequantize`` bit for bit. Scales that are products of two numbers are kept in float32.
 
-**To the last bits.** The types with a minimum, m or dmin, round ``fl(dl*q - ml)``; the packed weight is
-``(q - zero) * dl`` with ``zero = fl(ml / dl)``, so
-
-    |w - gguf's| <= 2**-24 * (|ml| + 3 * |w|)
-
-Where ``dl`` is 0 all weights of a group are ``-ml``: they are kept as ``(0 - 1) * ml``, exactly.
+**To the last bits.** The types with a minimum, m or dmin, are as :mod:`lowbit.checkpoint.importers.minima` says.
 
 Source: github.com/ggml-org/llama.cpp (ggml/src/ggml-common.h, ggml-quants.c; gguf-py/gguf/quants.py).
 """
@@ -35,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.gguf.container import TYPES
+from lowbit.checkpoint.importers.minima import as_zeros
 from lowbit.codebook.format import CodebookFormat, CodebookWeight
 from lowbit.core.family import Format, Weight, dtype_name
 from lowbit.packed.format import PackedFormat, PackedWeight
@@ -97,20 +93,12 @@ def weight_of(name: str, rows: Tensor, order: Tensor | None = None) -> Weight:
         own = rows[part] if order is None else rows[order[part]]
         found, scale, minimum = kind.decode(own.reshape(-1, nbytes))
         if minimum is not None and zeros is not None:
-            found, scale, zero = _as_zeros(found, scale, minimum)
+            found, scale, zero = as_zeros(found, scale, minimum)
             zeros[part] = zero.view(-1, groups)
         codes[part], scales[part] = found.view(-1, k), scale.view(-1, groups)
     if kind.table is not None:
         return CodebookWeight(codes, torch.tensor(kind.table, dtype=torch.float32)[None, None], scales, kind.group)
     return PackedWeight(codes, scales, zeros, kind.bits, kind.group)
-
-
-def _as_zeros(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``scale * q - minimum`` as ``(q - zero) * scale``; where the scale is 0, as ``(0 - 1) * minimum``."""
-    constant = scale == 0
-    zero = torch.where(constant, 1.0, minimum / torch.where(constant, 1.0, scale))
-    grouped = codes.view(*scale.shape, -1)
-    return torch.where(constant[..., None], 0, grouped), torch.where(constant, minimum, scale), zero
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
