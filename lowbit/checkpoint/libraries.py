@@ -51,6 +51,10 @@ class FloatFolder(ABC):
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype in which the library loads the tensor ``name`` of the model; ``None``: as it is stored."""
 
+    def leaves_out(self, key: str) -> bool:
+        """Whether the library leaves out a tensor of the files that no module takes, without a word."""
+        return False
+
     @abstractmethod
     def retie(self) -> None:
         """Called when the layers are swapped, before the other tensors are read: tie packed tensors by name."""

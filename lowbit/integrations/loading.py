@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from torch import nn
 from lowbit.checkpoint import foreign, libraries, stream
 from lowbit.checkpoint.metadata import Metadata, train_again
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.integrations.matching import check, check_float, dtype_plan, kept_dtype, match, names_in, stacks, swap_in
+from lowbit.integrations.matching import (
+    check,
+    check_float,
+    dtype_plan,
+    ignored_names,
+    kept_dtype,
+    match,
+    names_in,
+    stacks,
+    swap_in,
+)
 from lowbit.integrations.pretrained import METHOD, LowbitConfig, mark
 from lowbit.integrations.ties import retie
 
@@ -171,6 +182,9 @@ class FloatFolder(libraries.FloatFolder):
     def dtype_of(self, name: str) -> torch.dtype | None:
         """The model's dtype, or float32 where transformers keeps it so."""
         return kept_dtype(self._kept, name) or self._dtypes[name]
+
+    def leaves_out(self, key: str) -> bool:
+        return re.search(ignored_names(self.model), key) is not None
 
     def retie(self) -> None:
         retie(self.model, held=False)

@@ -234,7 +234,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str]
         mandatory = (owner in packed and not is_new) or (same_class and re.search(ignored, name) is None)
         if mandatory and name not in provided:
             raise ValueError(f"{folder}: tensor {name!r} is missing: {tensor.dtype} {list(tensor.shape)} is required")
-    ignored = _left_out(model)
+    ignored = ignored_names(model)
     for name, key in found.unexpected.items():
         file = checkpoint.entries[key].file
         if is_guard(name, checkpoint.entries[key], packed, model.base_model_prefix):
@@ -246,7 +246,7 @@ def check(model: Any, checkpoint: Checkpoint, found: Match, saved: Sequence[str]
     stream.check_shapes(model, checkpoint, found.names)
 
 
-def _left_out(model: Any) -> str:
+def ignored_names(model: Any) -> str:
     """A pattern of the names of tensors that transformers leaves out without a word, as its loader has it."""
     buffers = [name for name, _ in model.named_buffers()]
     more = {  # those that are no longer saved, and may have another owner than in the files
@@ -274,7 +274,7 @@ def check_float(model: Any, entries: Mapping[str, Entry], found: Match) -> None:
     children = {name for name, _ in model.named_children()}
     is_other = not _same_class(model, None)
     owners = {name for name, m in model.named_modules(remove_duplicate=False) if m._parameters and name} | set(state)
-    ignored, left_out = _left_out(model), []
+    ignored, left_out = ignored_names(model), []
     for name, key in found.unexpected.items():
         names = (name, name.removeprefix(prefix), prefix + name)  # a base model's file, or a file of a base model
         if re.search(ignored, name) or buffers.intersection(names):

@@ -833,6 +833,14 @@ def test_malformed_experts(name, experts_folder, tmp_path):
     refused(folder, *words)
 
 
+def test_layers_that_transformers_leaves_out(folder, written, monkeypatch):
+    """Such as those that predict more tokens, which DeepSeek-V3 and GLM-4.5 have in their files."""
+    rewrite(folder, lambda t: t.update({n.replace("layers.0", "layers.1"): tensor for n, tensor in list(t.items())}))
+    refused(folder, "model.layers.1.mlp.down_proj", "no linear or embedding layer there")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.1.*"])
+    assert equal(lowbit.load(folder), written[1])
+
+
 def test_experts_beside_float_ones(experts_folder, tmp_path):
     """What is stored as floats, a whole stack too, is packed by a spec."""
     folder = shutil.copytree(experts_folder, tmp_path / "model")

@@ -306,6 +306,8 @@ def _swaps(folder: FloatFolder, view: FloatView, checkpoint: Checkpoint, reader:
         if key in of_experts:
             continue
         weights = by_key.get(tensor, [])
+        if not weights and folder.leaves_out(tensor):  # such as a layer that predicts more tokens
+            continue
         where = f"{view.entries[tensor].file}: layer {key!r} is in the format {reader.format!r}"
         others = [name for name in weights if name != tensor and name in view.entries]
         if others or (not weights and tensor in {*tied, *tied.values()}):
