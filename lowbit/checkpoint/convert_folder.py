@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import tempfile
@@ -51,7 +52,8 @@ def convert_folder(
     in the format are kept as they are stored, bit for bit. It may be a GGUF file.
 
     One layer at a time is read, quantized and dropped, so that memory stays near the size of the result. The
-    tokenizer and other small files are copied. ``dst`` appears only when everything went well.
+    tokenizer, other small files and the folders of sentence-transformers' modules are copied. ``dst`` appears only
+    when everything went well.
 
     Args:
         src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype or such a format;
@@ -110,6 +112,21 @@ def _copy_small_files(src: Path, dst: Path) -> None:
     for file in sorted(src.iterdir()):
         if file.is_file() and file.name != "config.json" and not file.name.endswith(_LEFT_BEHIND):
             shutil.copyfile(file, dst / file.name)
+    for name in _module_folders(src):
+        shutil.copytree(src / name, dst / name, dirs_exist_ok=True)
+
+
+def _module_folders(src: Path) -> list[str]:
+    """The folders that sentence-transformers keeps modules behind the transformer in: they are float, and stay so."""
+    file = src / "modules.json"
+    if not file.is_file():
+        return []
+    try:
+        paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} must list modules with their paths: {error!r}") from None
+    # a plain name: a list of modules must not be able to name folders elsewhere
+    return [path for path in paths if path.strip(".") and path == os.path.basename(path) and (src / path).is_dir()]
 
 
 def _convert_streaming(library: Library, src: Path, spec: Any, skip: Sequence[str]) -> Any | None:

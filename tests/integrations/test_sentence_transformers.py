@@ -1,5 +1,7 @@
 """sentence-transformers: a converted model that is saved and loaded gives the same embeddings."""
 
+import json
+
 import pytest
 import torch
 
@@ -56,3 +58,24 @@ def test_a_module_that_it_cannot_load_again_is_named(folder, tmp_path):
     model.save_pretrained(str(tmp_path / "float"))
     other = st.SentenceTransformer(str(tmp_path / "float"), device="cpu")
     assert (other.encode(TEXTS) == model.encode(TEXTS)).all()
+
+
+def test_a_converted_folder_has_the_modules_behind_the_transformer(folder, tmp_path):
+    torch.manual_seed(0)
+    model = make(folder, modules.Dense(32, 16))
+    model.save_pretrained(str(tmp_path / "float"))
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", SPEC)
+    other = st.SentenceTransformer(str(tmp_path / "packed"), device="cpu")
+    assert len(lowbit.report(other).rows) >= 6 and isinstance(other[2].linear, torch.nn.Linear)
+    assert (other.encode(TEXTS) == lowbit.convert(model, SPEC, skip=["2.linear"]).encode(TEXTS)).all()
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "..", ".", "/tmp", "a/b"])
+def test_a_list_of_modules_cannot_name_folders_elsewhere(path, folder, tmp_path):
+    make(folder).save_pretrained(str(tmp_path / "float"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("x")
+    (tmp_path / "float" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "float" / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": path}]))
+    lowbit.convert_folder(tmp_path / "float", tmp_path / "packed", SPEC)
+    assert all(each.is_file() for each in (tmp_path / "packed").iterdir())
