@@ -6,7 +6,8 @@ layers over processes by rows or by columns. Here a *part* is a layer of the fol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,17 +42,19 @@ class Description:
         """The layer that vLLM calls ``name``: its name, with or without that of the base model in front."""
         if name in self.layers:
             return name
+        if re.search(r"\.output\.(query|key|value)$", name):  # what vLLM's BERT calls them
+            return self.find(name.replace(".output.", ".self."))
         shorter = name.partition(".")[2]
         found = [n for n in self.layers if n == shorter or n.partition(".")[2] == name]
         return found[0] if name and len(found) == 1 else None
 
-    def of_shape(self, kind: str, rows: int, columns: int) -> str | None:
-        """The layer of this kind and shape, for a layer that vLLM gives no name.
+    def of_shape(self, kind: str, rows: int, columns: int, taken: Container[str] = ()) -> str | None:
+        """The layer of this kind and shape, for a layer that vLLM gives no name; not one that is ``taken``.
 
         Raises ``ValueError`` where there are several.
         """
         found = [name for name, config in self.layers.items() if config.layer_class.kind == kind
-                 and (config.rows, config.format.in_features) == (rows, columns)]  # fmt: skip
+                 and (config.rows, config.format.in_features) == (rows, columns) and name not in taken]  # fmt: skip
         if len(found) > 1:
             raise ValueError(f"vLLM does not say which packed {kind} of shape [{rows}, {columns}] it makes: "
                              f"the folder has {', '.join(found)}")  # fmt: skip

@@ -7,16 +7,25 @@ made, one layer at a time. Names inside vLLM that this file depends on were chec
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
@@ -29,6 +38,15 @@ from lowbit.nn.layer import layer_class
 
 METHOD = "lowbit"
 _QKV = {"q": 0, "k": 1, "v": 2}
+# Rows of these are put into another order while they are loaded, as far as vLLM knows the names of the tensors.
+_REARRANGED = {
+    "falcon": ("query_key_value",), "bloom": ("query_key_value",),
+    "llama4": ("q_proj", "k_proj"), "llama4_text": ("q_proj", "k_proj"),
+}  # fmt: skip
+# What vLLM's models that give embeddings leave out on purpose.
+_HEADS = {"pooler", "lm_head", "cls"}
+# What fused layers consist of, for models that do not say it.
+_PARTS = {QKVParallelLinear: ("q_proj", "k_proj", "v_proj"), MergedColumnParallelLinear: ("gate_proj", "up_proj")}
 
 
 class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
@@ -43,6 +61,7 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         self.description = Description(parse(fields))
         self.methods: dict[str, LowbitMethod] = {}  # by the name of a layer of the folder
         self._checked = False
+        _offer_embeddings()
 
     def get_name(self) -> str:
         return METHOD
@@ -71,31 +90,53 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
-            inside = [name for name in self.description.layers if name.startswith(f"{prefix}.")]
-            if inside:
-                raise ValueError(f"{inside[0]}: vLLM cannot run packed experts: convert with skip=['*.experts']")
+            stacks = [name for name, config in self.description.layers.items() if config.layer_class.kind == "experts"]
+            if stacks:
+                raise ValueError(f"{stacks[0]}: vLLM cannot run packed experts: convert with skip=['*.experts*']")
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, VocabParallelEmbedding):
             found = self.description.find(prefix)
-            if found is None and not prefix:  # Llama's embedding has no name
+            if found is None and not prefix:  # some models do not name their embeddings
                 kind = "linear" if isinstance(layer, ParallelLMHead) else "embedding"
-                found = self.description.of_shape(kind, layer.org_vocab_size, layer.embedding_dim)
+                found = self.description.of_shape(kind, layer.org_vocab_size, layer.embedding_dim, self.methods)
             return None if found is None else LowbitMethod(self, prefix, [found])
         if not isinstance(layer, LinearBase):
             return None
-        head, dot, last = prefix.rpartition(".")
-        names = [head + dot + part for part in self.packed_modules_mapping.get(last, [last])]
+        names = self._parts(layer, prefix)
         found_names = [self.description.find(name) for name in names]
         if not any(found_names):
             return UnquantizedLinearMethod()
+        self._refuse_rearranged(names)
         return LowbitMethod(self, prefix, [found or name for found, name in zip(found_names, names, strict=True)])
+
+    def _parts(self, layer: nn.Module, prefix: str) -> list[str]:
+        """The names of the layers that ``layer`` consists of."""
+        head, dot, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        if parts == [last] and self.description.find(prefix) is None:
+            usual = next((parts for cls, parts in _PARTS.items() if isinstance(layer, cls)), ())
+            if any(self.description.find(head + dot + part) for part in usual):
+                parts = list(usual)
+        return [head + dot + part for part in parts]
+
+    def _refuse_rearranged(self, names: list[str]) -> None:
+        config = get_current_vllm_config_or_none()
+        model_type = None if config is None else config.model_config.hf_config.model_type
+        for name in names:
+            last = name.rpartition(".")[2]
+            if last in _REARRANGED.get(str(model_type), ()):
+                raise ValueError(f"{name}: vLLM puts the rows of this layer of a {model_type} into another order, "
+                                 f"which it cannot do with packed ones: convert with skip=['*.{last}']")  # fmt: skip
 
     def check_all_served(self) -> None:
         """Raise ``ValueError`` naming the layers that vLLM's model has no place for."""
         if self._checked or get_pp_group().world_size > 1:
             return
         served = {*self.methods, *(other for name in self.methods for other in self.description.others(name))}
-        if missing := sorted(self.description.layers.keys() - served):
+        config = get_current_vllm_config_or_none()
+        pooling = config is not None and config.model_config.runner_type == "pooling"
+        unused = {name for name in self.description.layers if pooling and _HEADS & set(name.split("."))}
+        if missing := sorted(self.description.layers.keys() - served - unused):
             raise ValueError(f"vLLM's model has no packed layer {', '.join(missing[:5])} ({len(missing)} in all): "
                              "convert with skip=[...] of these")  # fmt: skip
         self._checked = True
@@ -157,10 +198,10 @@ class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _part(self, shard_id: Any) -> int:
         """Which part of this layer vLLM's name of a shard means."""
-        if shard_id is None and len(self.names) == 1:
+        if (shard_id is None and len(self.names) == 1) or (shard_id == 0 and len(self.here) == 1):
             return 0
-        index = _QKV.get(shard_id, shard_id) if isinstance(shard_id, str) else shard_id
-        if not isinstance(index, int) or isinstance(index, bool) or index not in range(len(self.names)):
+        index = _QKV.get(shard_id) if isinstance(shard_id, str) else shard_id
+        if not isinstance(index, int) or len(self.names) == 1 or index not in range(len(self.names)):
             raise ValueError(f"{self.prefix}: vLLM loads the shard {shard_id!r} of it, which is none of its parts: "
                              f"convert with skip={self.names}")  # fmt: skip
         return index
@@ -252,6 +293,8 @@ class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
         return None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if isinstance(layer, VocabParallelEmbedding) and bias is not None:
+            bias = bias[: layer.lowbit.sizes[0]]  # vLLM pads vocabularies
         y: Tensor = layer.lowbit(x, bias)
         if isinstance(layer, VocabParallelEmbedding) and layer.tp_size > 1:
             padding = layer.num_embeddings_per_partition - y.shape[-1]
@@ -272,3 +315,27 @@ def _sharing(source: Any, kind: str, format: Any, dtype: torch.dtype) -> Any:
     layer = layer_class(source.family, kind)(held, False, dtype, "meta")
     layer.share_weight(source)
     return layer
+
+
+def _offer_embeddings() -> None:
+    """Let models that make their embeddings without a quantization method, as Gemma and BERT, have packed ones.
+
+    In processes that serve a folder of lowbit only; embeddings that it does not describe are made as before.
+    """
+    original: Any = VocabParallelEmbedding.__init__
+    if getattr(original, "_lowbit", False):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        config = get_current_vllm_config_or_none()
+        ours = None if config is None else config.quant_config
+        if isinstance(ours, LowbitConfig) and given.arguments["quant_config"] is None:
+            given.arguments["quant_config"] = ours
+        original(*given.args, **given.kwargs)
+
+    init._lowbit = True  # type: ignore[attr-defined]
+    VocabParallelEmbedding.__init__ = init

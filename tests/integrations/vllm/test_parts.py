@@ -123,7 +123,12 @@ def test_names() -> None:
     assert found.find("model.q_proj") == found.find("q_proj") == found.find("outer.model.q_proj") == "model.q_proj"
     assert found.find("model.k_proj") is None and found.find("") is None
     assert found.of_shape("embedding", 40, 32) == "model.embed"
+    assert found.of_shape("embedding", 40, 32, {"model.embed": 1}) is None
     assert found.of_shape("linear", 64, 32) == "model.up" and found.of_shape("embedding", 41, 32) is None
+    found.layers["encoder.layer.0.attention.self.query"] = found.layers["model.up"]
+    assert found.find("model.encoder.layer.0.attention.output.query") == "encoder.layer.0.attention.self.query"
+    assert found.find("encoder.layer.0.attention.output.dense") is None
+    del found.layers["encoder.layer.0.attention.self.query"]
     found.rename(lambda name: None if "up" in name else name.replace("model.", "language_model."))
     assert sorted(found.layers) == ["language_model.embed", "language_model.q_proj", "model.up"]
     found.layers["other"] = found.layers["language_model.embed"]

@@ -42,7 +42,7 @@ UNLIKE = {
 def model_of(name: str, tie: bool, **sizes: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, "tie_word_embeddings": tie, **sizes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, NAMES.get(name, f"{name}ForCausalLM"))(config).eval()
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -62,20 +62,28 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def serve(folder: Path, options: list[dict[str, Any]], timeout: int = 600) -> list[Any]:
-    """The tokens that vLLM gives in each of these ways, from a process of its own."""
-    done = run_vllm(folder, options, timeout)
-    answers = [line.removeprefix("TOKENS ") for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert done.returncode == 0 and len(answers) == len(options), done.stdout[-4000:] + done.stderr[-8000:]
-    return [json.loads(answer) for answer in answers]
-
-
-def run_vllm(folder: Path, options: list[dict[str, Any]], timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    threads = "0|1" if any("tensor_parallel_size" in o for o in options) else "0"
+def run_vllm(runs: list[tuple[str, dict[str, Any]]], **environment: str) -> subprocess.CompletedProcess[str]:
+    """:func:`main` in a process of its own."""
+    threads = "0|1" if any("tensor_parallel_size" in options for _, options in runs) else "0"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-                   "VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
-    command = [sys.executable, __file__, str(folder), json.dumps(options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder)
+                   "VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_NO_USAGE_STATS": "1", **environment}  # fmt: skip
+    command = [sys.executable, __file__, json.dumps(runs)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=runs[0][0])
+
+
+def answers(done: subprocess.CompletedProcess[str]) -> list[Any]:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    lines = done.stdout.splitlines()
+    return [json.loads(line.removeprefix("FOUND ")) for line in lines if line.startswith("FOUND ")]
+
+
+def greedy(folder: Path) -> list[list[int]]:
+    """The tokens of transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = [model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0, len(ids) :].tolist()
+              for ids in PROMPTS]  # fmt: skip
+    assert len({token for each in tokens for token in each}) > 1
+    return tokens
 
 
 @pytest.mark.slow
@@ -83,24 +91,101 @@ def run_vllm(folder: Path, options: list[dict[str, Any]], timeout: int = 600) ->
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     make, arguments, options = FOLDERS[name]
     lowbit.convert(make(), **arguments).save_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    expected = [model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0, len(ids) :].tolist()
-                for ids in PROMPTS]  # fmt: skip
-    assert len({token for tokens in expected for token in tokens}) > 3
-    assert serve(tmp_path, options) == [expected] * len(options)
+    done = run_vllm([(str(tmp_path), option) for option in options])
+    assert answers(done) == [greedy(tmp_path)] * len(options)
 
 
-def main(folder: str, options: list[dict[str, Any]]) -> None:
+EAGER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a head of its own, in another form": (
+        "Llama", dict(tie=False),
+        dict(spec={"*": GROUPS, "*embed_tokens": lowbit.Packed(bits=8), "lm_head": lowbit.Codebook(bits=4)}),
+    ),
+    "a float head": ("Llama", dict(tie=True), dict(spec=GROUPS, skip=["lm_head"])),
+    "a float embedding": ("Llama", dict(tie=True), dict(spec=GROUPS, skip=["*embed_tokens"])),
+    "static activations": (
+        "Llama", dict(tie=False),
+        dict(spec=lowbit.Packed(bits=4, group_size=32, activations="int8_static"),
+             calibration=[torch.arange(1, 25).view(2, 12)]),
+    ),
+    "scales that are quantized again": ("Llama", {}, dict(spec=lowbit.Codebook(table="nf4", group_size=32))),
+    "a table for all rows": ("Qwen3", dict(head_dim=32), dict(spec=lowbit.Codebook(bits=4, granularity="tensor"))),
+    "an embedding that vLLM makes without a method": (
+        "Gemma2", dict(tie=True, head_dim=32, query_pre_attn_scalar=32), dict(spec=lowbit.Packed(bits=8)),
+    ),
+    "parts that vLLM does not list": ("StableLm", {}, dict(spec=GROUPS)),
+    "a head with a bias": ("Phi", {}, dict(spec=GROUPS)),
+    "float experts": ("Mixtral", dict(num_local_experts=4), dict(spec=GROUPS, skip=["*.experts*"])),
+    "Conv1D": ("GPT2", {}, dict(spec=GROUPS, skip=["*.wpe"])),
+    "transformers' own code": ("GPTNeoX", dict(num_key_value_heads=4), dict(spec=GROUPS)),
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "packed experts": ("Mixtral", dict(num_local_experts=4), "experts.gate_up_proj: vLLM cannot run packed experts"),
+    "rows in another order": ("Bloom", {}, "query_key_value: vLLM puts the rows of this layer of a bloom into another"),
+    "position embeddings": ("GPT2", {}, "no module or parameter named 'wpe.packed'"),
+}
+NAMES = {"GPT2": "GPT2LMHeadModel"}
+
+
+@pytest.mark.slow
+def test_formats_and_models_in_one_process(tmp_path: Path) -> None:
+    """Eager, which is soonest done: a folder each."""
+    expected: dict[str, Any] = {}
+    for name, (model, sizes, arguments) in EAGER.items():
+        made = model_of(model, **{"tie": False, **sizes})
+        lowbit.convert(made, **arguments).save_pretrained(tmp_path / name)
+        expected[name] = greedy(tmp_path / name)
+    for name, (model, sizes, _) in REFUSED.items():
+        lowbit.convert(model_of(model, tie=False, **sizes), GROUPS).save_pretrained(tmp_path / name)
+    runs = [(str(tmp_path / name), {"enforce_eager": True}) for name in (*EAGER, *REFUSED)]
+    done = run_vllm(runs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    found = dict(zip((*EAGER, *REFUSED), answers(done), strict=True))
+    assert {name: found[name] for name in EAGER} == expected
+    for name, (_, _, words) in REFUSED.items():
+        assert words in str(found[name]), f"{name}: {found[name]}"
+
+
+@pytest.mark.slow
+def test_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size",
+        "num_hidden_layers", "num_attention_heads", "max_position_embeddings")}, initializer_range=0.2)  # fmt: skip
+    lowbit.convert(transformers.BertModel(config).eval(), GROUPS).save_pretrained(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(115))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))  # vLLM asks for a tokenizer
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).last_hidden_state[0, 0] for ids in PROMPTS]
+    runs = [(str(tmp_path), {"runner": "pooling", "enforce_eager": True})]
+    (found,) = answers(run_vllm(runs, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    assert not isinstance(found, str), found
+    expected_tensor = torch.nn.functional.normalize(torch.stack(expected), dim=-1)
+    torch.testing.assert_close(torch.tensor(found), expected_tensor, rtol=1e-4, atol=1e-5)
+
+
+def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
+    """For each folder a line with what vLLM gives, or with its error."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    for option in options:
-        model = LLM(folder, max_model_len=48, skip_tokenizer_init=True, max_num_seqs=2,
-                    **{"dtype": "float32", **option})  # fmt: skip
-        greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-        found = model.generate([{"prompt_token_ids": ids} for ids in PROMPTS], greedy, use_tqdm=False)
-        print("TOKENS", json.dumps([list(each.outputs[0].token_ids) for each in found]), flush=True)
-        del model
+    for folder, option in runs:
+        try:
+            usual = {"dtype": "float32", "skip_tokenizer_init": option.get("runner") != "pooling"}
+            model = LLM(folder, max_model_len=48, max_num_seqs=2, **{**usual, **option})
+            prompts: Any = [{"prompt_token_ids": ids} for ids in PROMPTS]
+            how = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+            if option.get("runner") == "pooling":
+                found: Any = [each.outputs.embedding for each in model.embed(prompts, use_tqdm=False)]
+            else:
+                found = [list(each.outputs[0].token_ids) for each in model.generate(prompts, how, use_tqdm=False)]
+            del model
+        except Exception as error:
+            if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+                raise
+            found = str(error)
+        print("\nFOUND", json.dumps(found), flush=True)
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(json.loads(sys.argv[1]))
