@@ -10,7 +10,7 @@ from lowbit import compat
 from lowbit.backends import registry
 from lowbit.backends.invariance import batch_invariant
 from lowbit.backends.registry import backends, use_backend
-from lowbit.checkpoint import convert_folder, load, save
+from lowbit.checkpoint import convert_folder, export, load, save
 from lowbit.codebook.format import Codebook, CodebookFormat, CodebookWeight
 from lowbit.codebook.lossless import codebook_of
 from lowbit.codebook.module import CodebookEmbedding, CodebookExperts, CodebookLinear
@@ -42,8 +42,8 @@ __all__ = [
     "KroneckerWeight", "Packed", "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear", "PackedWeight",
     "Quantizer", "Report",
     "Source", "Statistics", "backends", "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize",
-    "freeze", "load", "make_trainable", "register_experts", "register_quantizer", "register_source", "report", "save",
-    "tune", "use_backend", "warmup",
+    "export", "freeze", "load", "make_trainable", "register_experts", "register_quantizer", "register_source", "report",
+    "save", "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

@@ -2,6 +2,7 @@
 
 from lowbit.checkpoint import importers as importers
 from lowbit.checkpoint.convert_folder import convert_folder
+from lowbit.checkpoint.exporters import export
 from lowbit.checkpoint.folder import load, save
 
-__all__ = ["convert_folder", "load", "save"]
+__all__ = ["convert_folder", "export", "load", "save"]

@@ -96,7 +96,7 @@ def convert_folder(
         assert model is not None
         save(model, temporary)
         if src.is_dir():
-            _copy_small_files(src, temporary)
+            copy_small_files(src, temporary)
         if companion is not None:
             companion(src, temporary)
         card.write(model, temporary, library="transformers", insert=True)  # the float model's card stays, below ours
@@ -108,9 +108,10 @@ def convert_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_small_files(src: Path, dst: Path) -> None:
+def copy_small_files(src: Path, dst: Path, but: Sequence[str] = ()) -> None:
+    """Copy the tokenizer, and whatever else is in ``src`` beside weights and the config."""
     for file in sorted(src.iterdir()):
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(_LEFT_BEHIND):
+        if file.is_file() and file.name not in ("config.json", *but) and not file.name.endswith(_LEFT_BEHIND):
             shutil.copyfile(file, dst / file.name)
     for name in _module_folders(src):
         shutil.copytree(src / name, dst / name, dirs_exist_ok=True)

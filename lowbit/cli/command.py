@@ -1,4 +1,4 @@
-"""The command ``lowbit``: ``convert``, ``inspect``, ``serve``, ``bench`` and ``doctor``.
+"""The command ``lowbit``: ``convert``, ``export``, ``inspect``, ``serve``, ``bench`` and ``doctor``.
 
 Exit status: 0, 2 for a usage error or bad input, 1 for any other failure. An error is one line on stderr;
 ``LOWBIT_DEBUG=1`` shows the traceback as well.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.checkpoint import foreign
+from lowbit.checkpoint.convert_folder import copy_small_files
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
@@ -167,6 +168,13 @@ def _convert(options: argparse.Namespace) -> None:
     lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration)
     print(describe_folder(options.target))
     print(f"written to {options.target} in {time.perf_counter() - start:.1f} s")
+
+
+def _export(options: argparse.Namespace) -> None:
+    lowbit.export(lowbit.load(options.source), options.target, format=options.format, skip=options.skip)
+    if options.target.is_dir():
+        copy_small_files(options.source, options.target, but=["README.md"])  # it says how lowbit loads the folder
+    print(f"written to {options.target}")
 
 
 # ------------------------------------------------------------------------------------------ inspect
@@ -443,6 +451,13 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")
+
+    export = commands.add_parser("export", help="write a packed folder in another library's format")
+    export.set_defaults(run=_export)
+    export.add_argument("source", type=Path, metavar="SRC", help="packed folder")
+    export.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    export.add_argument("--format", required=True, help="float, compressed-tensors, gptq")
+    export.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers to write as floats")
 
     inspect = commands.add_parser("inspect", help="describe a packed folder from its headers alone")
     inspect.set_defaults(run=_inspect)

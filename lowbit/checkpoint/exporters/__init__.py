@@ -1,0 +1,13 @@
+"""Writers of packed models in formats of other libraries: what a format can hold is the same bits, the rest is refused.
+
+One file per format, with an :class:`~lowbit.checkpoint.exporters.exporter.Exporter`.
+"""
+
+from lowbit.checkpoint.exporters.compressed_tensors import CompressedTensors
+from lowbit.checkpoint.exporters.exporter import export as export
+from lowbit.checkpoint.exporters.exporter import register
+from lowbit.checkpoint.exporters.floats import Floats
+from lowbit.checkpoint.exporters.gptq import Gptq
+
+for _exporter in (Floats(), CompressedTensors(), Gptq()):
+    register(_exporter)
