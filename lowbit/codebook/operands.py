@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit.backends.operands import Activation, CodedOperands
 from lowbit.backends.reference import sum_per_scale
+from lowbit.codebook.format import NESTED_BLOCK
 from lowbit.core.family import FLOAT_DTYPES
 
 _LARGEST_FIXED = 32767  # int8 activations meet weights of 16 bits
@@ -94,6 +95,16 @@ class CodebookOperands(CodedOperands):
         code, block = self._nested_entries(scales)
         values = (table.index_select(0, code) * absmax.index_select(0, block) + offset).view(scales.shape)
         return replace(self, scales=values, scale_codebook=None, scale_absmax=None, scale_offset=None)
+
+    def expert(self, index: int, num_experts: int) -> CodebookOperands:
+        if self.scales is None or self.scale_absmax is None:
+            return super().expert(index, num_experts)
+        count = self.scales.numel() // num_experts
+        if count % NESTED_BLOCK:
+            return self.decoded().expert(index, num_experts)
+        blocks = count // NESTED_BLOCK
+        own = self.scale_absmax[index * blocks : (index + 1) * blocks]
+        return replace(super().expert(index, num_experts), scale_absmax=own)
 
     @staticmethod
     def _nested_entries(scales: Tensor) -> tuple[Tensor, Tensor]:

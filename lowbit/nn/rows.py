@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lowbit.core.family import FLOAT_DTYPES, dtype_name
 
+NESTED = "scale_absmax"  # of nested scales: an entry for each block of them
+NESTED_BLOCK = 256
 OUTLIERS = ("outlier_values", "outlier_columns", "outlier_rows")
 
 
@@ -22,6 +24,15 @@ def row_tensors(format: Any) -> list[str]:
     return [name for name, (shape, _) in mine.items() if (shape[0], longer[name][0][0]) == (n, n + 1)]
 
 
+def _blocks(format: Any, rows: slice) -> slice:
+    """Which entries of ``scale_absmax`` are of these rows; raises ``ValueError`` where others share one."""
+    first, last = rows.start * format.groups, rows.stop * format.groups
+    if first % NESTED_BLOCK or (last % NESTED_BLOCK and rows.stop != format.out_features):
+        raise ValueError(f"rows of nested scales must begin and end with a block of {NESTED_BLOCK} of them: "
+                         f"got rows {rows.start} to {rows.stop}, G={format.groups}")  # fmt: skip
+    return slice(first // NESTED_BLOCK, -(-last // NESTED_BLOCK))
+
+
 def cut_rows(tensors: dict[str, Tensor], format: Any, rows: slice) -> dict[str, Tensor]:
     """``tensors`` of ``format``, as files have them, of these rows alone: what serves all rows stays as it is.
 
@@ -29,7 +40,9 @@ def cut_rows(tensors: dict[str, Tensor], format: Any, rows: slice) -> dict[str, 
     formats are.
     """
     cut = {name: tensor for name, tensor in tensors.items() if name not in OUTLIERS}
-    cut |= {name: tensors[name][rows].clone() for name in row_tensors(format)}
+    cut |= {name: tensors[name][rows].clone() for name in row_tensors(format) if name != NESTED}
+    if NESTED in tensors:
+        cut[NESTED] = tensors[NESTED][_blocks(format, rows)].clone()
     if "outlier_rows" in tensors:
         ends = tensors["outlier_rows"][rows.start : rows.stop + 1]
         first, last = int(ends[0]), int(ends[-1])
@@ -62,7 +75,13 @@ def join_rows(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str,
             tensors[name] = _joined_ends(parts)
             continue
         held = [part[name].to(dtype) for part, _ in parts if name in part]  # none of outliers where there are none
-        if name not in by_row and name not in OUTLIERS:
+        if name == NESTED:
+            for _, format in parts:
+                if format.out_features * format.groups % NESTED_BLOCK:
+                    raise ValueError(f"weights must have a multiple of {NESTED_BLOCK} nested scales to be joined: "
+                                     f"got N={format.out_features}, G={format.groups}")  # fmt: skip
+            tensors[name] = torch.cat(held)
+        elif name not in by_row and name not in OUTLIERS:
             if not all(torch.equal(held[0], other) for other in held[1:]):
                 raise ValueError(f"weights must have the same {name} to be joined, as it serves all rows")
             tensors[name] = held[0]

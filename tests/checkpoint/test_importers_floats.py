@@ -679,6 +679,32 @@ def test_experts(name, tmp_path):
     assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    ("section", "make", "scales"),
+    [
+        (modelopt("NVFP4"), nvfp4, "nested"), (small(NVFP4), lambda n, k: fp4(n, k, True), "float32"),
+        (small(NVFP4), lambda n, k: fp4(n, k, True, 512.0), "nested"),
+    ],
+    ids=["products", "quotients", "quotients that are products"],
+)  # fmt: skip
+def test_experts_with_scales_of_two_levels(section, make, scales, tmp_path):
+    """A stack has one table, and for each expert whole blocks of scales: each has a factor of its own."""
+    plain = mixture(hidden_size=64)
+    expected = folder_of(tmp_path / "model", section, make, only=".experts.", model=plain)
+    model = lowbit.load(tmp_path / "model")
+    check_mixture(model, plain, expected, IDS)
+    for stack in (model.model.layers[0].mlp.experts.gate_up_proj, model.model.layers[0].mlp.experts.down_proj):
+        assert stack.format.scales == scales
+        assert all(torch.equal(stack.expert(e).dequantize(), stack.dequantize()[e]) for e in range(3))
+    native = 9 * 64 * 64 * (1 / 2 + 1 / 16)
+    layers = [m for m in model.modules() if isinstance(m, lowbit.CodebookExperts)]
+    stored = sum(layer.format.nbytes for layer in layers)
+    assert (stored <= 1.01 * native + 2 * 4 * (16 + 256 + 1)) == (scales == "nested")
+    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
+    again = lowbit.load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_experts_with_static_activations(same, tmp_path):
     """One scale of all inputs is held; several are not, and x stays float."""

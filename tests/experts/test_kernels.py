@@ -89,6 +89,17 @@ def test_codebook(where, bits, dtype):
                 check(where, y, weight.linear(x, bias, int8=int8), ids, x, weight, bias, int8)
 
 
+def test_codebook_with_nested_scales(where):
+    """Each expert has whole blocks of 256 scales."""
+    experts, n, k, group_size = 3, 64, 92, 23
+    weight = codebook_cases.random_weight(codebook_cases.Kind(4, experts * n, k, group_size, "tensor", "nested"), 1)
+    x, ids = activations(40, k, torch.float32), ids_of(40, 2, experts, 1)
+    for int8 in (False, True):
+        given = dict(num_experts=experts, bias=None, x_scale=None, int8=int8)
+        y = call(torch.ops.lowbit.codebook_experts, x, ids, **weight.arguments, **given)
+        check(where, y, weight.linear(x, None, int8=int8), ids, x, weight, None, int8)
+
+
 def check(where, y, whole, ids, x, weight, bias, int8):
     """``whole``: y of all experts ``[T, E*N]``, by the linear layer that the stack would be."""
     dense, n = weight.dense(), y.shape[1]

@@ -49,8 +49,8 @@ from lowbit.checkpoint.importers.small_floats import (
     E4M3,
     EXPONENTS,
     by_rows,
+    check_whole,
     e4m3_format,
-    e4m3_table,
     e4m3_weight,
     mxfp4_format,
     mxfp4_weight,
@@ -304,11 +304,8 @@ class CompressedTensors(Reader):
     def weight(self, layer: Stored) -> tuple[Weight, str | None]:
         group, n, k = self._own(layer.name), layer.n, layer.k
         if group.form == _NVFP4:
-            table = e4m3_table().flatten() / layer.read("weight_global_scale").reshape(1)
-            if not bool(table.isfinite().all()):
-                raise ValueError(f"{layer.where('weight_global_scale')}: must be finite, and so must e4m3 numbers over "
-                                 f"it: got {layer.read('weight_global_scale').tolist()}")  # fmt: skip
-            return nvfp4_weight(layer.read("weight_packed"), read_e4m3(layer, "weight_scale"), table), group.note
+            whole, scales = check_whole(layer, "weight_global_scale", divided=True), read_e4m3(layer, "weight_scale")
+            return nvfp4_weight(layer.read("weight_packed"), scales, whole, divided=True), group.note
         scales, zeros, bits = read_scales(layer, "weight_scale"), None, group.bits
         if group.form == _MXFP4:
             return mxfp4_weight(layer.read("weight_packed"), scales), group.note

@@ -393,14 +393,15 @@ def _experts(
 
 
 def _by_row_format(format: Format) -> Any:
-    """The form of one expert as a stack can have it: with scales by row, which are float32 where they were nested.
+    """The form of one expert as a stack can have it: with scales by row, and nested ones in whole blocks.
 
     A table is not by row: all experts share it.
     """
     if isinstance(format, PackedFormat) and format.granularity == "tensor":
         return replace(format, granularity="row")
     if isinstance(format, CodebookFormat) and format.scales == "nested":
-        return replace(format, scales="float32")
+        cannot = format.out_features * format.groups % NESTED_BLOCK
+        return replace(format, scales="float32") if cannot else format
     return format
 
 
@@ -503,7 +504,7 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
     cls: Any = layer_class(empty.family, "experts")
     with _naming(reader, swap.stored[0]):
         layer: Layer = cls.from_parts(
-            _with_zeros(parts), num_experts=empty.num_experts, dtype=empty.dtype,
+            _with_one_table(_with_zeros(parts)), num_experts=empty.num_experts, dtype=empty.dtype,
             x_scale=scales[0] if scales else None, **asdict(activation),
         )  # fmt: skip
     layer.note = "; ".join(notes) or None
@@ -516,11 +517,25 @@ def _by_row(tensors: dict[str, Tensor], format: Format) -> tuple[dict[str, Tenso
         n = format.out_features
         tensors |= {name: tensors[name].expand(n, 1).contiguous() for name in ("scales", "zeros") if name in tensors}
     elif made is not format:
-        codes, table = tensors["scales"], tensors["scale_codebook"]
-        largest = tensors["scale_absmax"].repeat_interleave(NESTED_BLOCK)[: codes.numel()].view(codes.shape)
-        scales = table[codes.long()] * largest + tensors["scale_offset"]
-        tensors = {"packed": tensors["packed"], "codebook": tensors["codebook"], "scales": scales}
+        return _with_float_scales(tensors, format)
     return tensors, made
+
+
+def _with_float_scales(tensors: dict[str, Tensor], format: Any) -> tuple[dict[str, Tensor], Any]:
+    """Nested scales as float32."""
+    codes, table = tensors["scales"], tensors["scale_codebook"]
+    factors = tensors["scale_absmax"].repeat_interleave(NESTED_BLOCK)[: codes.numel()].view(codes.shape)
+    scales = table[codes.long()] * factors + tensors["scale_offset"]
+    made = {name: tensor for name, tensor in tensors.items() if not name.startswith("scale")}
+    return {**made, "scales": scales}, replace(format, scales="float32")
+
+
+def _with_one_table(parts: list[tuple[dict[str, Tensor], Any]]) -> list[tuple[dict[str, Tensor], Any]]:
+    """Float scales for all where the tables of nested ones differ: a stack has one."""
+    tables = [tensors["scale_codebook"] for tensors, _ in parts if "scale_codebook" in tensors]
+    if all(torch.equal(tables[0], table) for table in tables[1:]):
+        return parts
+    return [_with_float_scales(tensors, format) for tensors, format in parts]
 
 
 def _with_zeros(parts: list[tuple[dict[str, Tensor], Any]]) -> list[tuple[dict[str, Tensor], Any]]:

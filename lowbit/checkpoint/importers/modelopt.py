@@ -32,8 +32,8 @@ from lowbit.checkpoint.importers.small_floats import (
     MX_GROUP,
     NV_GROUP,
     by_rows,
+    check_whole,
     e4m3_format,
-    e4m3_table,
     e4m3_weight,
     nvfp4_format,
     nvfp4_weight,
@@ -99,11 +99,8 @@ class Modelopt(Reader):
             note = "; ".join(filter(None, (note, "the cache of keys and values stays float")))
         n, k = layer.n, layer.k
         if layer.dtype("weight") == torch.uint8:
-            table = e4m3_table().flatten() * layer.read("weight_scale_2").reshape(1)
-            if not bool(table.isfinite().all()):
-                raise ValueError(f"{layer.where('weight_scale_2')}: must be finite, and so must its products with "
-                                 f"e4m3 numbers: got {layer.read('weight_scale_2').tolist()}")  # fmt: skip
-            return nvfp4_weight(layer.read("weight"), read_e4m3(layer, "weight_scale"), table), note
+            whole = check_whole(layer, "weight_scale_2")
+            return nvfp4_weight(layer.read("weight"), read_e4m3(layer, "weight_scale"), whole), note
         scales, rows, size = read_scales(layer, "weight_scale"), 1, MX_GROUP
         if scales.dim() == 4:
             scales, rows, size = scales[:, 0, :, 0], _BLOCK, _BLOCK

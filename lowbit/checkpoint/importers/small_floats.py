@@ -82,21 +82,37 @@ def mxfp4_weight(packed: Tensor, scales: Tensor) -> CodebookWeight:
 
 
 def nvfp4_format(n: int, k: int) -> CodebookFormat:
-    """The form of a weight of e2m1 with a scale of e4m3 for each 16 columns, whose values are in a table of the
-    weight's own: float32 numbers, which have the scale of the whole tensor in them."""
+    """The form of a weight of e2m1 with a scale of e4m3 for each 16 columns, and one for the tensor: nested scales."""
     return CodebookFormat(4, n, k, min(NV_GROUP, k), "tensor", "float32", "nested")
 
 
-def nvfp4_weight(packed: Tensor, scales: Tensor, table: Tensor) -> CodebookWeight:
-    """The weight of bytes ``[N, K/2]``, codes of e4m3 ``[N, K/16]``, and the 256 scales that these stand for.
+def nvfp4_weight(packed: Tensor, scales: Tensor, whole: Tensor, *, divided: bool = False) -> CodebookWeight:
+    """The weight of bytes ``[N, K/2]``, scales as codes of e4m3 ``[N, K/16]``, and the scale of the tensor, float32.
 
-    ``scale = table[code] * 1 + 0``: nested scales, whose second level is not used.
+    A scale is ``e4m3 * whole``, or where ``divided`` ``e4m3 / whole``, in float32. It is held nested, as
+    ``table[code] * factor + 0``. The table is that of e4m3, which others may share, where that is exact; else it has
+    the quotients.
     """
     n, groups = scales.shape
+    table, whole = e4m3_table().flatten(), whole.reshape(1)
+    factor = whole.reciprocal() if divided else whole
+    if divided and not torch.equal(table * factor, table / whole):
+        table, factor = table / whole, torch.ones(1)
     return CodebookWeight(
         nibbles(packed), torch.tensor(E2M1).view(1, 1, 16), scales, NV_GROUP if groups > 1 else None,
-        scale_codebook=table, scale_absmax=torch.ones(-(-n * groups // NESTED_BLOCK)), scale_offset=torch.zeros(1),
+        scale_codebook=table, scale_absmax=factor.repeat(-(-n * groups // NESTED_BLOCK)), scale_offset=torch.zeros(1),
     )  # fmt: skip
+
+
+def check_whole(layer: Stored, leaf: str, *, divided: bool = False) -> Tensor:
+    """The scale of the tensor; raises ``ValueError`` where a scale would not be finite."""
+    whole, table = layer.read(leaf), e4m3_table()
+    found = table / whole.reshape(1) if divided else table * whole.reshape(1)
+    if not bool(found.isfinite().all()):
+        what = "quotients" if divided else "products"
+        raise ValueError(f"{layer.where(leaf)}: must be finite, and so must its {what} with numbers of e4m3: got "
+                         f"{whole.tolist()}")  # fmt: skip
+    return whole
 
 
 def nibbles(packed: Tensor) -> Tensor:
