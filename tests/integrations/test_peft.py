@@ -90,3 +90,19 @@ def test_what_writes_a_packed_weight_names_the_layer() -> None:
         model.merge_and_unload()
     with pytest.raises(RuntimeError, match=r"model.layers.0.self_attn.q_proj .*\.weight cannot be written"):
         peft.get_peft_model(packed(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merging_goes_through_the_dequantized_model(kind: str) -> None:
+    model = adapted(packed(), CONFIGS[kind]())
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        with pytest.raises(RuntimeError, match=r"Go back to a float layer with lowbit.dequantize"):
+            model.merge_and_unload()
+        assert torch.equal(model(input_ids=IDS).logits, expected)  # nothing was changed
+        merged = lowbit.dequantize(model).merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        again = lowbit.convert(merged, lowbit.Packed(bits=8, group_size=16))
+        assert len(layers(again)) == 9
+        torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=0.05, atol=0.01)
