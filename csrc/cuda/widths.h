@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-// Tests under sanitizers compile few of them.
+// Tests compile them one by one, or none.
 #ifndef LOWBIT_WIDTHS
 #define LOWBIT_WIDTHS 1, 2, 3, 4, 5, 6, 7, 8
 #endif
@@ -11,10 +11,13 @@
 namespace lowbit {
 namespace cuda {
 
+template <int... WIDTHS>
+using Widths = std::integer_sequence<int, WIDTHS...>;
+
 // function(std::integral_constant<int, bits>()); `otherwise` where `bits` is no width that was compiled.
 template <int... WIDTHS, class Function>
 auto with_width(int bits, Function function, decltype(function(std::integral_constant<int, 4>())) otherwise,
-                std::integer_sequence<int, WIDTHS...>) {
+                Widths<WIDTHS...>) {
   auto result = otherwise;
   ((bits == WIDTHS ? void(result = function(std::integral_constant<int, WIDTHS>())) : void()), ...);
   return result;
@@ -22,7 +25,7 @@ auto with_width(int bits, Function function, decltype(function(std::integral_con
 
 template <class Function>
 auto with_width(int bits, Function function, decltype(function(std::integral_constant<int, 4>())) otherwise) {
-  return with_width(bits, function, otherwise, std::integer_sequence<int, LOWBIT_WIDTHS>());
+  return with_width(bits, function, otherwise, Widths<LOWBIT_WIDTHS>());
 }
 
 inline bool has_width(int bits) {

@@ -78,7 +78,7 @@ def experts(
         x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=int8, batch_invariant=batch_invariant,
         y=array(y), device=(80, 1, shared_bytes), order=order,
     )  # fmt: skip
-    result = (of or cuda_emulated.kernels()).codebook_experts(arguments)
+    result = (of or cuda_emulated.kernels(weight.kind.bits)).codebook_experts(arguments)
     assert result == 0, result
     return y
 
@@ -96,7 +96,7 @@ def linear(
         x_scale=array(x_scale), batch_invariant=batch_invariant, y=array(y),
         device=(architecture, processors, shared_bytes), order=order,
     )  # fmt: skip
-    result = (of or cuda_emulated.kernels()).codebook_linear(arguments)
+    result = (of or cuda_emulated.kernels(weight.kind.bits)).codebook_linear(arguments)
     assert result == 0, result
     return y
 
@@ -113,7 +113,7 @@ def rows(
         packed=array(tiles), ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count,
         out=array(out), dtype=name(out), device=(80, 1, 163 << 10), order=order,
     )  # fmt: skip
-    result = (of or cuda_emulated.kernels()).codebook_rows(arguments)
+    result = (of or cuda_emulated.kernels(weight.kind.bits)).codebook_rows(arguments)
     assert result == 0, result
     return out
 

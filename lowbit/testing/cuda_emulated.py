@@ -113,48 +113,52 @@ def module() -> ModuleType:
 def build_all() -> None:
     """What :func:`kernels` loads."""
     module()
-    built_library(ROOT / "csrc", KERNELS)
+    for bits in (None, *WIDTHS):
+        built_library(ROOT / "csrc", KERNELS, bits)
 
 
 @cache
-def kernels() -> Any:
-    """All kernels, as they are."""
-    return built(ROOT / "csrc", KERNELS)
+def kernels(bits: int | None) -> Any:
+    """The kernels of one width, as they are; with None, those that have none."""
+    return module().Kernels(str(built_library(ROOT / "csrc", KERNELS, bits)))
 
 
-def built(csrc: Path, folder: Path, changed: str | None = None, bits: int | None = None) -> Any:
-    """The kernels of the sources in ``csrc``, built in ``folder``.
+def library_of(*bits: int) -> Path:
+    """One library with the kernels of some widths, as they are."""
+    return built_library(ROOT / "csrc", KERNELS, *bits)
 
-    With ``changed``, a file below ``csrc/cuda``, only what includes it is compiled, and of widths only ``bits``.
+
+def built_library(csrc: Path, folder: Path, *bits: int | None, changed: str | None = None) -> Path:
+    """The library of the sources in ``csrc`` for some widths, built in ``folder``.
+
+    A source that contains LOWBIT_BITS is compiled once for each width, and one that chooses among widths, by
+    ``cuda/widths.h``, for each library. With ``changed``, a file below ``csrc/cuda``, what does not include that is
+    linked from :data:`KERNELS`. Kernels of sm_90a ask for what the emulation has not: they are executed as PTX
+    (:mod:`lowbit.testing.cuda_ptx`).
     """
-    return module().Kernels(str(built_library(csrc, folder, changed, bits)))
-
-
-def built_library(csrc: Path, folder: Path, changed: str | None = None, bits: int | None = None) -> Path:
-    """The library itself. A source that contains LOWBIT_BITS is compiled once for each width.
-
-    Kernels of sm_90a ask for what the emulation has not: they are executed as PTX (:mod:`lowbit.testing.cuda_ptx`).
-    """
+    widths = [width for width in bits if width is not None]
+    name = f"w{''.join(map(str, widths))}"
     here = [source for source in sorted((csrc / "cuda").rglob("*.cu")) if not source.stem.endswith("_sm90")]
-    sources = [*here, csrc / "cuda" / "emulated" / "library.cpp"]
     edges, fresh, others = "", [], []
-    for source in sources:
+    for source in [*here, csrc / "cuda" / "emulated" / "library.cpp"]:
         below = source.relative_to(csrc).as_posix()
         stem = "_".join(source.relative_to(csrc / "cuda").with_suffix("").parts)
-        for width in cuda_sources.widths(csrc, below, WIDTHS):
-            name = f"{stem}.o" if width is None else f"{stem}_{width}.o"
-            if changed and (width not in (None, bits) or f"cuda/{changed}" not in cuda_sources.included(csrc, below)):
-                others.append(str(KERNELS / name))
+        texts = cuda_sources.included(csrc, below)
+        for width in cuda_sources.widths(csrc, below, widths):
+            chooses = width is None and "cuda/widths.h" in texts
+            place = f"{name}/{stem}.o" if chooses else f"{stem}.o" if width is None else f"{stem}_{width}.o"
+            if changed and f"cuda/{changed}" not in texts:
+                others.append(str(KERNELS / place))
                 continue
-            defined = "" if width is None else f" -DLOWBIT_BITS={width}"
-            edges += f"build {folder / name}: compile {source}\n  flags = -x c++ -I{csrc}{defined}\n"
-            fresh.append(str(folder / name))
-    target = folder / "kernels.so"
+            defined = f" -DLOWBIT_WIDTHS={','.join(map(str, widths))}" if chooses else ""
+            defined = defined if width is None else f" -DLOWBIT_BITS={width}"
+            edges += f"build {folder / place}: compile {source}\n  flags = -x c++ -I{csrc}{defined}\n"
+            fresh.append(str(folder / place))
+    target = folder / name / "kernels.so"
     # of an inline function that several objects have, the linker takes the first: that of the change
     edges += f"build {target}: link {' '.join((*fresh, *others))}\n"
     # a bug may leave something unused, which is no error
-    plain = "-O1 -Wno-error" if changed else "-O1"
-    build(folder, edges, f"{INSTRUMENTED} -DLOWBIT_WIDTHS={SANITIZED}" if SANITIZED else plain)
+    build(folder, edges, INSTRUMENTED if SANITIZED else "-O1 -Wno-error" if changed else "-O1")
     return target
 
 
@@ -172,11 +176,11 @@ def changed_sources(file: str, old: str, new: str) -> Iterator[Path]:
         yield csrc
 
 
-def planted(file: str, old: str, new: str, bits: int) -> Any:
+def planted(file: str, old: str, new: str, bits: int | None) -> Any:
     """The kernels of a copy of the sources in which ``old``, which must be there once, is ``new`` for ``bits``."""
     with changed_sources(file, old, new) as csrc:  # what is loaded stays
-        kernels()  # what the change does not touch is linked from there
-        return built(csrc, csrc.parent / "build", file, bits)
+        kernels(bits)  # what the change does not touch is linked from there
+        return module().Kernels(str(built_library(csrc, csrc.parent / "build", bits, changed=file)))
 
 
 def packed_linear(
@@ -199,7 +203,7 @@ def packed_linear(
         device=(architecture, processors, shared_bytes), x=array(x), dtype=name(x), bias=array(bias),
         bias_dtype=name(bias), y=array(y), x_scale=array(x_scale), x_group=x_group,
     )  # fmt: skip
-    result = (of or kernels()).packed_linear(arguments)
+    result = (of or kernels(weight.format.bits)).packed_linear(arguments)
     assert result == 0, result
     del kept
     return y
@@ -241,7 +245,7 @@ def packed_experts(
         batch_invariant=batch_invariant, order=order, device=(80, 1, shared_bytes), x=array(x), dtype=name(x),
         bias=array(bias), bias_dtype=name(bias), y=array(y),
     )  # fmt: skip
-    result = (of or kernels()).packed_experts(arguments)
+    result = (of or kernels(weight.format.bits)).packed_experts(arguments)
     assert result == 0, result
     del kept
     return y
@@ -266,7 +270,7 @@ def packed_rows(
         of_weight, ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out),
         dtype=name(out), device=(80, 1, 163 << 10), order=order,
     )  # fmt: skip
-    result = (of or kernels()).packed_rows(arguments)
+    result = (of or kernels(weight.format.bits)).packed_rows(arguments)
     assert result == 0, result
     del kept
     return out
@@ -289,7 +293,7 @@ def kron_linear(
         factors, M=m, x=array(x), dtype=name(x), bias=array(bias), bias_dtype=name(bias), int8=False, y=array(y),
         batch_invariant=False, device=(80, processors, shared_bytes), order=order,
     )  # fmt: skip
-    result = (of or kernels()).kron_linear(arguments)
+    result = (of or kernels(None)).kron_linear(arguments)
     assert result == 0, result
     del kept
     return y
@@ -307,7 +311,7 @@ def kron_rows(
         factors, ids=array(ids), wide_ids=ids is not None and ids.dtype == torch.int64, count=count, out=array(out),
         dtype=name(out), device=(80, 1, shared_bytes), order=order,
     )  # fmt: skip
-    result = (of or kernels()).kron_rows(arguments)
+    result = (of or kernels(None)).kron_rows(arguments)
     assert result == 0, result
     del kept
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from benchmarks.gpu.parts import Budget
 from lowbit.backends import registry
 from lowbit.backends.cpu import native
 from lowbit.backends.cuda import backend, library
-from lowbit.testing import cuda_emulated
+from lowbit.testing import cuda_emulated, verdicts
 from lowbit.testing.cuda_int8 import assert_int8_close
 from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
@@ -44,9 +43,19 @@ def opened(monkeypatch):
 
 
 @pytest.fixture
-def emulated(opened):
-    cuda_emulated.kernels()
-    assert opened(cuda_emulated.BUILD / "kernels" / "kernels.so") is None
+def emulated(opened, request):
+    """The kernels of codes of 4 bits, or of a test's ``bits``; `make test` compiles few others at a commit."""
+    bits = request.node.callspec.params.get("bits", 4) if hasattr(request.node, "callspec") else 4
+    if bits != 4:
+        verdicts.only_in_turn(request.config, bits, 8)
+    assert opened(cuda_emulated.library_of(bits)) is None
+
+
+@pytest.fixture
+def emulated_widths(opened, request):
+    """The kernels of every width, at one commit in eight."""
+    verdicts.only_in_turn(request.config, 0, 8)
+    assert opened(cuda_emulated.library_of(*cuda_emulated.WIDTHS)) is None
 
 
 def packed_layer(**options):
@@ -132,29 +141,31 @@ def test_int8_activations(emulated):
             torch.ops.lowbit.packed_linear(x, *arguments, None, True, 64)
 
 
-def test_codebook_layers(emulated):
+CODEBOOKS = [(4, {}), (3, dict(outliers=0.01)), (8, dict(granularity="tensor")), (2, {})]
+
+
+@pytest.mark.parametrize(("bits", "options"), CODEBOOKS)
+def test_codebook_layers(emulated, bits, options):
     torch.manual_seed(0)
     linear, embedding = torch.nn.Linear(300, 40), torch.nn.Embedding(50, 96)
-    for options in (dict(bits=4), dict(bits=3, outliers=0.01), dict(bits=8, granularity="tensor"), dict(bits=2)):
-        spec = lowbit.Codebook(**options)
-        layer, rows = lowbit.convert(torch.nn.Sequential(copy.deepcopy(linear), copy.deepcopy(embedding)), spec)
-        x, ids = torch.randn(3, 300).half(), torch.tensor([[3, 49], [0, 3]])
-        expected, gathered, dense = layer(x.float()), rows(ids), layer.dequantize()
-        with lowbit.use_backend("cuda"):
-            assert (layer(x).float() - expected).abs().max() < 2e-3 * expected.abs().max()
-            assert_bitwise_equal(rows(ids), gathered)
-            assert_bitwise_equal(layer.dequantize(), dense)
+    layer, rows = lowbit.convert(torch.nn.Sequential(linear, embedding), lowbit.Codebook(bits=bits, **options))
+    x, ids = torch.randn(3, 300).half(), torch.tensor([[3, 49], [0, 3]])
+    expected, gathered, dense = layer(x.float()), rows(ids), layer.dequantize()
+    with lowbit.use_backend("cuda"):
+        assert (layer(x).float() - expected).abs().max() < 2e-3 * expected.abs().max()
+        assert_bitwise_equal(rows(ids), gathered)
+        assert_bitwise_equal(layer.dequantize(), dense)
 
 
-def test_codebook_layers_with_int8_activations(emulated):
+@pytest.mark.parametrize(("bits", "options"), CODEBOOKS)
+def test_codebook_layers_with_int8_activations(emulated, bits, options):
     torch.manual_seed(0)
-    for options in (dict(bits=4), dict(bits=3, outliers=0.01), dict(bits=8, granularity="tensor")):
-        spec = lowbit.Codebook(activations="int8", **options)
-        layer, x = lowbit.convert(torch.nn.Sequential(torch.nn.Linear(300, 40)), spec)[0], torch.randn(3, 300)
-        expected = layer(x)
-        with lowbit.use_backend("cuda"):
-            torch.testing.assert_close(layer(x), expected)
-            torch.testing.assert_close(layer(x.repeat(7, 1)), expected.repeat(7, 1))
+    spec = lowbit.Codebook(bits=bits, activations="int8", **options)
+    layer, x = lowbit.convert(torch.nn.Sequential(torch.nn.Linear(300, 40)), spec)[0], torch.randn(3, 300)
+    expected = layer(x)
+    with lowbit.use_backend("cuda"):
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(x.repeat(7, 1)), expected.repeat(7, 1))
 
 
 def test_kronecker_layers(emulated):
@@ -207,7 +218,7 @@ def test_rows_beyond_the_table_go_to_the_next_backend(monkeypatch):
         assert not backend._takes(row, 600, torch.device("cuda", 0))
 
 
-def test_the_self_check_sees_wrong_kernels(emulated, opened, monkeypatch):
+def test_the_self_check_sees_wrong_kernels(emulated_widths, monkeypatch):
     device = torch.device("cpu")
     assert backend.why_not_checked.__wrapped__(device) is None
     reference = registry.reference
@@ -224,8 +235,8 @@ def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
             patched.setattr(library, "has", lambda op: False)
             with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=cuda cannot run: it has no packed_linear"):
                 layer(torch.randn(1, 300))
-        wide, x = torch.zeros(1, (1 << 20) // 32 * 2 + 2, dtype=torch.int32), torch.zeros(1, (1 << 20) + 1)
-        args = (wide, None, None, None, torch.ones(1, 1), None, 2, x.shape[1], 0, None, None, False, 0)
+        wide, x = torch.zeros(1, (1 << 20) // 32 * 4 + 4, dtype=torch.int32), torch.zeros(1, (1 << 20) + 1)
+        args = (wide, None, None, None, torch.ones(1, 1), None, 4, x.shape[1], 0, None, None, False, 0)
         with pytest.raises(RuntimeError, match=r"LOWBIT_BACKEND=cuda cannot run: .*2\^20 columns"):
             torch.ops.lowbit.packed_linear(x, *args)
 
@@ -289,7 +300,7 @@ def test_arguments_that_do_not_fit(emulated, change, message):
         torch.ops.lowbit.packed_linear(torch.randn(2, 300), **{**given, **change})
 
 
-def test_the_check_of_a_gpu(emulated, monkeypatch):
+def test_the_check_of_a_gpu(emulated_widths, monkeypatch):
     """benchmarks/gpu/cuda.py, on the emulation: every case is right, and one that is not is named."""
     right, problems = cuda_check.check("cpu", Budget(1000), cuda_check.SHAPES[2:3])
     assert problems == [] and right == 7 * 3 + 8 * 2 + 4 * 2 + 1
