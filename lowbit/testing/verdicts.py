@@ -5,13 +5,16 @@ compiler. A test that is marked ``recorded(*modules)`` has a fingerprint: a hash
 
 - its file, ``tests/conftest.py``, the named modules, and all modules of the project that any of these import, without
   comments, docstrings and line breaks; and the data files (``*.json``) in the modules' folders;
+- with ``recorded(..., sources=["csrc/cuda"])``, the C++ and CUDA texts in these folders, without comments, and the
+  versions of g++ and nvcc: what is emulated is compiled from them;
 - the versions of torch, numpy and triton, and the kind of machine.
 
 The record (``tests/verdicts.json``) holds, for each file of tests, the fingerprint and which tests passed under it.
 
 - ``pytest`` runs everything and looks at no record.
 - ``pytest --verdicts`` skips what passed under the same fingerprint, but for a sample: one test of each file, and about
-  one in forty of the others. Every commit has another sample, so that a record that is wrong is noticed.
+  one in forty of the others. Every commit has another sample, so that a record that is wrong is noticed. Files whose
+  tests compile sources take turns: one in eight has a sample.
 - ``pytest --record`` writes into the record what passed; with ``--verdicts`` it runs only what is not in it.
 
 Where there is a GPU, everything runs. Tests by hypothesis, whose examples are random, are never recorded.
@@ -24,8 +27,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,8 +44,9 @@ Record = dict[str, dict[str, Any]]  # by file: {"fingerprint": str, "passed": {t
 
 PROJECT = ("lowbit", "benchmarks")
 PACKAGES = ("torch", "numpy", "triton")
-SAMPLE = 40
-MARKER = "recorded(*modules): its verdict depends on these modules, on its file and on what they import"
+SAMPLE, COMPILED_FILES = 40, 8
+COMPILED = (".cu", ".cuh", ".cpp", ".h")
+MARKER = "recorded(*modules, sources=()): its verdict depends on these modules and folders, its file, and their imports"
 
 
 def where_params(everywhere: Iterable[Where], *modules: str) -> list[Any]:
@@ -127,11 +132,15 @@ class Sources:
     def text(self, file: Path) -> str:
         if file not in self._texts:
             text = file.read_text(encoding="utf-8")
-            self._texts[file] = essence(text) if file.suffix == ".py" else text
+            if file.suffix == ".py":
+                text = essence(text)
+            elif file.suffix in COMPILED:
+                text = re.sub(r"\s*//[^\n]*", "", text)
+            self._texts[file] = text
         return self._texts[file]
 
-    def of(self, test_file: Path, modules: Iterable[str]) -> list[Path]:
-        """What the verdicts of a file of tests depend on."""
+    def of(self, test_file: Path, modules: Iterable[str], folders: Iterable[str] = ()) -> list[Path]:
+        """What the verdicts of a file of tests depend on; ``folders`` have sources that it compiles."""
         files = [test_file]
         if (conftest := self.root / "tests" / "conftest.py").is_file():
             files.append(conftest)
@@ -142,12 +151,17 @@ class Sources:
                 raise pytest.UsageError(f"{module} must be a module of {known}: there is none (marked in {test_file})")
             files.append(file)
         files = self.closure(files)
-        folders = {file.parent for file in files if file.is_relative_to(self.root / "lowbit")}
-        return [*files, *sorted(data for folder in folders for data in folder.glob("*.json"))]
+        packages = {file.parent for file in files if file.is_relative_to(self.root / "lowbit")}
+        compiled = {file for name in folders for file in self.root.joinpath(name).rglob("*")}
+        return [
+            *files,
+            *sorted(data for folder in packages for data in folder.glob("*.json")),
+            *sorted(file for file in compiled if file.suffix in COMPILED),
+        ]
 
-    def fingerprint(self, test_file: Path, modules: Iterable[str]) -> str:
-        digest = hashlib.sha256("\n".join(surroundings()).encode())
-        for file in self.of(test_file, modules):
+    def fingerprint(self, test_file: Path, modules: Iterable[str], folders: Sequence[str] = ()) -> str:
+        digest = hashlib.sha256("\n".join((*surroundings(), *(compilers() if folders else ()))).encode())
+        for file in self.of(test_file, modules, folders):
             digest.update(f"\n{file.relative_to(self.root)}\n{self.text(file)}".encode())
         return digest.hexdigest()[:16]
 
@@ -161,6 +175,19 @@ def surroundings() -> tuple[str, ...]:
             found.append(f"{package} {'.'.join(version(package).split('.')[:2])}")
         except PackageNotFoundError:
             found.append(f"no {package}")
+    return tuple(found)
+
+
+@cache
+def compilers() -> tuple[str, ...]:
+    """What compiles the sources that tests ask for."""
+    found = []
+    for command in (["g++", "-dumpfullversion"], ["nvcc", "--version"]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+            found.append(f"{command[0]} {done.stdout.strip()}")
+        except OSError:
+            found.append(f"no {command[0]}")
     return tuple(found)
 
 
@@ -214,12 +241,17 @@ def write(path: Path, record: Record) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def sample(nodeids: Sequence[str], seed: str) -> set[str]:
-    """One test of each file, and of the others about one in :data:`SAMPLE`; another choice for another seed."""
+def sample(nodeids: Iterable[str], seed: str, compiled: Collection[str] = ()) -> set[str]:
+    """One test of each file, and of the others about one in :data:`SAMPLE`; another choice for another seed.
+
+    Of files in ``compiled``, about one in :data:`COMPILED_FILES` counts.
+    """
 
     def turn(nodeid: str) -> int:
         return int.from_bytes(hashlib.sha256(f"{seed} {nodeid}".encode()).digest()[:8], "big")
 
+    out = {file for file in compiled if turn(file) % COMPILED_FILES}
+    nodeids = [nodeid for nodeid in nodeids if parts(nodeid)[0] not in out]
     first: dict[str, str] = {}
     for nodeid in sorted(nodeids, key=turn):
         first.setdefault(parts(nodeid)[0], nodeid)
@@ -271,6 +303,7 @@ class Verdicts:
         self.seed = self.worker["verdict_seed"] if self.worker else commit(config.rootpath)
         self.verdicts: dict[str, tuple[str, bool]] = {}
         self.skipped: set[str] = set()
+        self.compiled: set[str] = set()  # files whose tests compile sources
         config.addinivalue_line("markers", MARKER)
 
     @property
@@ -284,20 +317,23 @@ class Verdicts:
     def marked(self, items: Iterable[pytest.Item]) -> Iterator[tuple[pytest.Item, str]]:
         """The tests whose verdicts may be recorded, with their fingerprints."""
         sources = Sources(self.config.rootpath)
-        known: dict[tuple[Path, frozenset[str]], str] = {}
+        known: dict[Path, str] = {}
         by_file: dict[Path, set[str]] = {}
+        folders: dict[Path, set[str]] = {}
         chosen = []
         for item in items:
             markers = list(item.iter_markers("recorded"))
             by_chance = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
             if markers and not by_chance:
                 by_file.setdefault(item.path, set()).update(*(marker.args for marker in markers))
+                folders.setdefault(item.path, set()).update(*(m.kwargs.get("sources", ()) for m in markers))
                 chosen.append(item)
+        self.compiled = {parts(item.nodeid)[0] for item in chosen if folders[item.path]}
         for item in chosen:
-            modules = frozenset(by_file[item.path])
-            if (item.path, modules) not in known:
-                known[item.path, modules] = sources.fingerprint(item.path, sorted(modules))
-            yield item, known[item.path, modules]
+            path = item.path
+            if path not in known:
+                known[path] = sources.fingerprint(path, sorted(by_file[path]), sorted(folders[path]))
+            yield item, known[path]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -307,7 +343,7 @@ class Verdicts:
         record = read(self.path)
         marked = list(self.marked(items))
         held = [item.nodeid for item, mark in marked if trusting and holds(record, item.nodeid, mark)]
-        again = sample(held, self.seed)
+        again = sample(held, self.seed, self.compiled)
         held_ids = set(held)
         for item, mark in marked:
             if item.nodeid in held_ids and item.nodeid not in again:

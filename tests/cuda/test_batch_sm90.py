@@ -17,6 +17,7 @@ from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations, random_weight
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_nvcc = pytest.mark.skipif(cuda_ptx.why_not() is not None, reason=f"not built: {cuda_ptx.why_not()}")
 
 ROWS = (17, 64, 65, 150)  # with either dtype, one or two pieces of work

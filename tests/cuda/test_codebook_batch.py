@@ -17,6 +17,7 @@ from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations
 from lowbit.testing.ptx_emulator import Fault, Statistics
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )

@@ -16,6 +16,7 @@ from lowbit.testing.cuda_planted.packed_experts import assert_right, some_ids
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )

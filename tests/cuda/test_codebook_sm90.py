@@ -17,6 +17,7 @@ from lowbit.testing.cuda_planted.codebook_batch_sm90 import DTYPES, as_it_is, ru
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_nvcc = pytest.mark.skipif(cuda_ptx.why_not() is not None, reason=f"not built: {cuda_ptx.why_not()}")
 
 TABLES = ("tensor", "row")

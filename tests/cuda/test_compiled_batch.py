@@ -15,6 +15,7 @@ from lowbit.testing.numerics import assert_linear_close
 from lowbit.testing.packed_cases import activations, random_weight
 from lowbit.testing.ptx_emulator import Fault, Statistics
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_nvcc = pytest.mark.skipif(cuda_compiled.nvcc_version() is None, reason="no nvcc")
 
 DTYPES = (torch.float16, torch.bfloat16)

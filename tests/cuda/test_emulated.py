@@ -18,7 +18,10 @@ from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weight
 
-pytestmark = pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}")
+pytestmark = [
+    pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"]),
+    pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"),
+]
 
 BITS = tuple(range(1, 9))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -20,6 +20,7 @@ from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import SHAPES, Weight, activations, random_weight
 from lowbit.testing.ptx_emulator import Fault, Statistics
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )

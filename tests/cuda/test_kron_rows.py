@@ -17,6 +17,7 @@ from lowbit.testing.kron_cases import DENSE, SHAPES, Kind, packed_kinds, random_
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import DTYPES
 
+pytestmark = pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"])
 needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )

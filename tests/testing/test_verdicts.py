@@ -100,6 +100,29 @@ def test_a_changed_source_runs_and_a_comment_does_not(project, name: str, texts:
     assert outcomes(project, "--verdicts") == ({"passed": 6} if runs else {"passed": 2, "skipped": 4})
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "runs"),
+    [
+        ("csrc/cuda/a.cuh", "int b;  // one\n", True),
+        ("csrc/cuda/a.cuh", "int a;  // another\n", False),
+        ("csrc/cuda/more/b.h", "int b;\n", True),
+        ("csrc/cuda/README.md", "int b;\n", False),
+        ("csrc/cpu/a.h", "int b;\n", False),
+    ],
+)
+def test_a_changed_source_that_is_compiled_runs(project, name: str, text: str, runs: bool, monkeypatch) -> None:
+    monkeypatch.setattr(verdicts, "COMPILED_FILES", 1)
+    change(project, "tests/test_a.py", '"lowbit.kernel"', '"lowbit.kernel", sources=["csrc/cuda"]')
+    (project.path / "csrc/cuda").mkdir(parents=True)
+    (project.path / "csrc/cuda/a.cuh").write_text("int a;  // one\n")
+    assert outcomes(project, "--record") == {"passed": 6}
+    (project.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (project.path / name).write_text(text)
+    assert outcomes(project, "--verdicts") == ({"passed": 6} if runs else {"passed": 2, "skipped": 4})
+    monkeypatch.setattr(verdicts, "compilers", lambda: ("another g++",))
+    assert outcomes(project, "--verdicts") == {"passed": 6}
+
+
 def test_other_versions_run(project, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes(project, "--record")
     monkeypatch.setattr(verdicts, "surroundings", lambda: ("another triton",))
@@ -230,6 +253,15 @@ def test_the_sample_has_one_of_each_file_and_few_others() -> None:
     assert sample(names, "1") != sample(names, "2") and sample([], "1") == set()
 
 
+def test_files_that_compile_take_turns() -> None:
+    files = [f"tests/{file}.py" for file in "abcdefghijklmnop"]
+    names = [f"{file}::test[{i}]" for file in files for i in range(40)]
+    found = [{parts(name)[0] for name in sample(names, str(seed), files[1:])} for seed in range(100)]
+    assert set().union(*found) == set(files)
+    assert all(files[0] in chosen for chosen in found)
+    assert sum(map(len, found)) == pytest.approx(100 * (1 + 15 / verdicts.COMPILED_FILES), rel=0.2)
+
+
 def test_only_the_interpreters_parameters_are_marked() -> None:
     native, interpreted = where_params([Where("cpu", "avx2"), Where("triton")], "lowbit.packed.triton")
     assert native == Where("cpu", "avx2") and [mark.args for mark in interpreted.marks] == [("lowbit.packed.triton",)]
@@ -254,6 +286,15 @@ def test_verdicts_of_kernels_depend_on_all_below_them(family: str) -> None:
     assert {f"lowbit/{name}" for name in wanted} | {"tests/conftest.py", f"tests/{family}/test_kernels.py"} <= names
     others = {"packed", "codebook", "kron"} - {family}
     assert not names & {f"lowbit/{other}/triton.py" for other in others} and "lowbit/__init__.py" not in names
+
+
+def test_verdicts_of_emulated_kernels_depend_on_their_sources() -> None:
+    found = Sources(ROOT).of(ROOT / "tests/cuda/test_experts.py", [], ["csrc/common", "csrc/cuda"])
+    names = {str(path.relative_to(ROOT)) for path in found}
+    wanted = {"cuda/experts.cuh", "cuda/packed/experts.cu", "cuda/emulated/emulation.h", "common/operands.h"}
+    python = {"cuda_emulated.py", "cuda_planted/packed_experts.py", "cuda_ptx.py"}
+    assert {f"csrc/{name}" for name in wanted} | {f"lowbit/testing/{name}" for name in python} <= names
+    assert not any(name.startswith("csrc/cpu") or name.endswith(".md") for name in names)
 
 
 def test_names_of_the_facade_count() -> None:
