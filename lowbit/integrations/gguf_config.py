@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "gpt2": "gpt2", "starcoder2": "starcoder2", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
 }  # fmt: skip
 # Field -> what configs call it: the first of them that the class has.
-_NAMES = {
+FIELDS = {
     "context_length": ("max_position_embeddings",),
     "block_count": ("num_hidden_layers",),
     "embedding_length": ("hidden_size",),
@@ -106,7 +106,7 @@ def config_of(content: GgufFile) -> Any:
     def set_to(attribute: str, value: Any) -> None:
         made[cls.attribute_map.get(attribute, attribute)] = value
 
-    for name, attributes in _NAMES.items():
+    for name, attributes in FIELDS.items():
         value = fields.take(name, name.endswith(_FLOATS))
         if name == "attention.sliding_window" and value == 0:
             continue  # as it is written where there is none

@@ -79,6 +79,17 @@ def name_in_model(model_type: str, tensor: str) -> str | None:
     return f"{prefix}{name}.{leaf}"
 
 
+def tensors_of(model_type: str, num_layers: int) -> dict[str, list[str]]:
+    """Name in the model -> its tensors in a file: one, or of experts that are joined, gate and up."""
+    parts = dict.fromkeys((*_OUTER, *_INNER, *_GEMMA, *_EXPERTS, *_STACKS, *_GPT2))
+    found: dict[str, list[str]] = {}
+    for prefix in ("", *(f"blk.{i}." for i in range(num_layers))):
+        for tensor in (f"{prefix}{part}.{leaf}" for part in parts for leaf in ("weight", "bias")):
+            if (name := name_in_model(model_type, tensor)) is not None:
+                found.setdefault(name, []).append(tensor)
+    return found
+
+
 def change_of(architecture: str, config: Any, tensor: str) -> Change:
     """What the converter did to a tensor of the architecture that the file names.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import foreign, libraries
+from lowbit.checkpoint.exporters import exporter
 from lowbit.checkpoint.libraries import FloatFolder
 from lowbit.checkpoint.reader import Checkpoint
 from lowbit.integrations import unread
@@ -25,6 +26,7 @@ from lowbit.model import hooks
 _OURS = "lowbit.integrations.pretrained"
 _LOADING = "lowbit.integrations.loading"
 _GGUF = "lowbit.integrations.gguf"
+_GGUF_EXPORT = "lowbit.integrations.gguf_export"
 
 
 def register() -> None:
@@ -37,6 +39,7 @@ def register() -> None:
     hooks.after_dequantize.register(detach)
     libraries.register(Transformers())
     foreign.importers["gguf"] = lambda path, spec, skip: _gguf(path).read(path, spec, skip)
+    exporter.register_later("gguf", lambda: importlib.import_module(_GGUF_EXPORT).Gguf())
     foreign.companions["gguf"] = lambda path, target: _gguf(path).write_tokenizer(path, target)
     # the registry of quantization methods, and PreTrainedModel, whose module imports it
     after_import("transformers.quantizers.auto", lambda module: _pretrained())

@@ -48,7 +48,9 @@ class CompressedTensors(Exporter):
             why = "must have no zeros with one scale per tensor: it has one"
         return why
 
-    def write(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path) -> None:
+    def write(
+        self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
+    ) -> None:
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name, layer in kept.items():
             f: PackedFormat = layer.format

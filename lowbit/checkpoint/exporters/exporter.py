@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from lowbit.model.plan import require_model
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.layer import Layer, layers, storage_of
 
-_exporters: dict[str, Exporter] = {}
+_exporters: dict[str, Callable[[], Exporter]] = {}
 
 
 class Exporter(ABC):
@@ -43,14 +43,26 @@ class Exporter(ABC):
     def problem(self, name: str, layer: Layer) -> str | None:
         """Why the format cannot hold a layer, if so: the requirement, and what the layer has."""
 
+    def check(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], tokenizer: Any) -> None:
+        """Raise ``ValueError`` for what else the format cannot hold."""
+        if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+            raise ValueError(f"tokenizer must be one of transformers: got {type(tokenizer).__name__}")
+
     @abstractmethod
-    def write(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path) -> None:
+    def write(
+        self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
+    ) -> None:
         """Write ``model`` to the folder or file ``target``: the layers ``kept`` as they are, ``floats`` as floats."""
 
 
 def register(exporter: Exporter) -> None:
     """Let :func:`export` know a format."""
-    _exporters[exporter.format] = exporter
+    _exporters[exporter.format] = lambda: exporter
+
+
+def register_later(format: str, make: Callable[[], Exporter]) -> None:
+    """The same of an exporter whose module is imported only when it is asked for."""
+    _exporters[format] = make
 
 
 def export(
@@ -64,19 +76,20 @@ def export(
     """Write a packed transformers model in another library's format; the model stays as it is.
 
     Args:
-        path: a folder that does not exist yet, or is empty.
-        format: ``"float"``, ``"compressed-tensors"`` or ``"gptq"`` (docs/interoperability.md says what each can hold).
+        path: a folder that does not exist yet, or is empty; of GGUF a file that does not exist yet.
+        format: ``"float"``, ``"compressed-tensors"``, ``"gptq"`` or ``"gguf"`` (docs/interoperability.md says what each
+            can hold).
         skip: patterns of layers that are written as floats.
-        tokenizer: goes into the folder too.
+        tokenizer: goes into the folder too; of GGUF the path of a file whose tokenizer is taken over.
 
     Raises:
         ValueError: before anything is written, with every layer that the format cannot hold, and why.
-        FileExistsError: ``path`` is not an empty folder.
+        FileExistsError: ``path`` exists, and is not an empty folder.
     """
     require_model(model)
-    exporter = _exporters.get(format)
-    if exporter is None:
+    if format not in _exporters:
         raise ValueError(f"format must name an exporter: got {format!r:.100}{did_you_mean(str(format), _exporters)}")
+    exporter = _exporters[format]()
     if libraries.owner(model) is None:
         raise ValueError(f"model must be a model of transformers to be exported: got {type(model).__name__}")
     path, packed = Path(path), layers(model)
@@ -95,6 +108,7 @@ def export(
         more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise ValueError(f"cannot export as {format!r}, nothing was written:\n  " + "\n  ".join(lines[:20] + more)
                          + "\n  to write these layers as floats: skip=[their names or patterns]")  # fmt: skip
+    exporter.check(model, kept, floats, tokenizer)
     _write(exporter, model, kept, floats, path, tokenizer)
 
 
@@ -116,7 +130,7 @@ def _write(
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         target = temporary / path.name if exporter.suffix else temporary
-        exporter.write(model, kept, floats, target)
+        exporter.write(model, kept, floats, target, tokenizer)
         if tokenizer is not None and not exporter.suffix:
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,5 +18,7 @@ class Floats(Exporter):
     def problem(self, name: str, layer: Layer) -> str | None:
         return None
 
-    def write(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path) -> None:
+    def write(
+        self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
+    ) -> None:
         save_folder(model, {}, {**kept, **floats}, None, target)

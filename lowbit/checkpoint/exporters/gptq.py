@@ -38,7 +38,9 @@ class Gptq(Exporter):
             return "its scales must be values of float16: some are not"
         return None
 
-    def write(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path) -> None:
+    def write(
+        self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
+    ) -> None:
         is_v1 = all(int(zeros.min()) > 0 for layer in kept.values()
                     if (zeros := layer.canonical().get("zeros")) is not None and zeros.numel())  # fmt: skip
         sizes: dict[tuple[int, int], list[str]] = {}
