@@ -30,6 +30,8 @@ Formats ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized`` and ``mxfp8-quantized
 x is held as int8 where the config says so of integers of 8 bits, symmetric, and per token when called or static with
 one scale. Else it stays float, which the layer notes.
 
+The cache of keys and values stays float, where the config has a scheme for it; its scales are not read.
+
 Source: github.com/vllm-project/compressed-tensors (compressors/pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8;
 quantization/lifecycle/forward.py: dequantize).
 """
@@ -101,9 +103,13 @@ class CompressedTensors(Reader):
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)
         self.form = self.one_of(["format"], _PACKED, (*_TYPES, "mixed-precision"))
-        for name in ("transform_config", "kv_cache_scheme"):
-            if section.get(name) not in _EMPTY:
-                raise self.refusal(name, "empty", section[name])
+        if section.get("transform_config") not in _EMPTY:
+            raise self.refusal("transform_config", "empty", section["transform_config"])
+        cache = section.get("kv_cache_scheme")
+        if cache not in _EMPTY:
+            if not isinstance(cache, dict):
+                raise self.refusal("kv_cache_scheme", "an object", cache)
+            self.unused = ("k_scale", "v_scale", "k_zero_point", "v_zero_point")
         sparsity = section.get("sparsity_config")
         if sparsity not in _EMPTY and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
             raise self.refusal("sparsity_config", "empty, or of the format 'dense'", sparsity)
@@ -302,6 +308,12 @@ class CompressedTensors(Reader):
         return self.version > (0, 18)
 
     def weight(self, layer: Stored) -> tuple[Weight, str | None]:
+        weight, note = self._weight(layer)
+        if self.unused and f"{layer.name.rpartition('.')[0]}.k_scale" in layer.checkpoint:
+            note = "; ".join(filter(None, (note, "the cache of keys and values stays float")))
+        return weight, note
+
+    def _weight(self, layer: Stored) -> tuple[Weight, str | None]:
         group, n, k = self._own(layer.name), layer.n, layer.k
         if group.form == _NVFP4:
             whole, scales = check_whole(layer, "weight_global_scale", divided=True), read_e4m3(layer, "weight_scale")

@@ -116,6 +116,7 @@ class Reader(ABC):
         separator: what is between the name of a layer and that of a leaf: where it is not a dot, a layer is a stack of
             experts, whose tensors are each one for all, and is known by the name of its Parameter.
         sizes: how many sizes the shape of the codes has.
+        unused: leaves of tensors that belong to no layer and are not read, such as the scales of a cache.
     """
 
     format: ClassVar[str]
@@ -124,6 +125,7 @@ class Reader(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     separator: ClassVar[str] = "."
     sizes: ClassVar[int] = 2
+    unused: tuple[str, ...] = ()
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         self.section, self.file = section, file
@@ -199,6 +201,7 @@ class FloatView(Checkpoint):
         self.layer_of = {f"{name}.weight" if separator == "." else name: name for name in self.layers}
         biases = {f"{name}.bias" for name in self.layers} if separator == "." else set()
         theirs = {f"{name}{separator}{leaf}" for name, leaves in self.layers.items() for leaf in leaves} | biases
+        theirs |= {name for name in entries if name.rpartition(separator)[2] in reader.unused}
         self.entries = {name: entry for name, entry in entries.items() if name not in theirs}
         for key, name in self.layer_of.items():
             if key in self.entries:
