@@ -98,6 +98,7 @@ def named_sections(folder: Path) -> Iterator[tuple[dict[str, Any], Path, str]]:
         if (folder / name).is_file():
             content = read_json(folder / name)
             nested = content.get("quantization")
+            format = "squeezellm" if format == "awq" and "wbits" in content else format
             yield {**content, **(nested if isinstance(nested, dict) else {})}, folder / name, format
 
 

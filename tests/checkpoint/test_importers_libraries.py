@@ -157,6 +157,23 @@ def test_embeddings_of_mlx(tmp_path):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_squeezellm(bits, tmp_path):
+    codes, table = torch.randint(0, 2**bits, (8, 64)), torch.randn(8, 2**bits).half()
+    streams = [sum(code << (bits * i) for i, code in enumerate(row)) for row in codes.tolist()]
+    words = torch.tensor([[stream >> (32 * i) & 0xFFFFFFFF for stream in streams] for i in range(2 * bits)])
+    leaves = {"qweight": words.to(torch.uint32).view(torch.int32), "lookup_table": table}
+    only_up(tmp_path / "a", {"quant_method": "squeezellm", "wbits": bits}, leaves)
+    assert torch.equal(up_of(tmp_path / "a").dequantize(torch.float32), table.float().gather(1, codes))
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    del saved["quantization_config"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "a" / "quant_config.json").write_text(json.dumps({"wbits": bits}))
+    assert torch.equal(up_of(tmp_path / "a").dequantize(torch.float32), table.float().gather(1, codes))
+    rewrite(tmp_path / "a", lambda t: t.update({f"{UP}.vals": torch.ones(3)}))
+    refused(tmp_path / "a", f"'{UP}.vals'", "sparse part")
+
+
 # ----------------------------------------------------------------------------------------------------- bitsandbytes
 
 

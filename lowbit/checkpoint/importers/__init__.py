@@ -20,9 +20,12 @@ from lowbit.checkpoint.importers.mlx import Mlx
 from lowbit.checkpoint.importers.modelopt import Modelopt
 from lowbit.checkpoint.importers.mxfp4 import Mxfp4
 from lowbit.checkpoint.importers.quanto import Quanto
+from lowbit.checkpoint.importers.squeezellm import SqueezeLlm
 from lowbit.checkpoint.importers.torchao import TorchAo
 
-READERS = (Gptq, Awq, CompressedTensors, Fp8, Mxfp4, BitsAndBytes, Hqq, TorchAo, BitNet, Quanto, Mlx, Modelopt)
+READERS = (
+    Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Modelopt, BitsAndBytes, Hqq, TorchAo, BitNet, Quanto, Mlx, SqueezeLlm,
+)  # fmt: skip
 
 foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})
 foreign.importers[auto_round.FORMAT] = partial(read_folder, auto_round.auto_round)
