@@ -40,6 +40,7 @@ SHAPES = {
         hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64,
         num_local_experts=32, num_experts_per_tok=4, vocab_size=32000), 1),
 }  # fmt: skip
+SHAPE = SHAPES["tinyllama"][1]
 
 
 def status(field: str) -> int:
