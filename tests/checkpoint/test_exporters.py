@@ -90,6 +90,15 @@ def test_compressed_tensors_reads_it(name, tmp_path):
         assert torch.equal(found.float(), weight)
 
 
+def test_transformers_loads_compressed_tensors(tmp_path):
+    pytest.importorskip("compressed_tensors", minversion="0.20")
+    model = packed(SPECS["4-bit symmetric"])
+    lowbit.export(model, tmp_path / "out", format="compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.allclose(theirs(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
 def test_float(tmp_path):
     """Any family, tied too; plain transformers reads it."""
     model = lowbit.convert(llama(tie_word_embeddings=True), lowbit.Codebook(bits=3))

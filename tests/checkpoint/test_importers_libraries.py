@@ -318,6 +318,7 @@ CHANGES = {
     "another width": (HQQ, put("nbits", lambda t: t - 3), ("nbits", "2, 3, 4 or 8", "got [1]")),
     "another shape": (HQQ, put("shape", lambda t: t.flip(0)), ("shape", "[8, 64]")),
     "scales in integers": (HQQ, put("quant_scale", lambda t: t + 1), ("quant_scale", "must be 0")),
+    "another group": (HQQ, put("group_size", lambda t: t * 2), ("group_size", "32", "got [64]")),
     "half the codes": (HQQ, put("W_q", lambda t: t[:4]), ("W_q", "shape must be (8, 32)")),
     "no zeros": (HQQ, lambda t: t.pop(f"{UP}.zero"), ("zero' is missing",)),
     "zeros of another dtype": (HQQ, put("zero", lambda t: t.half()), ("zero", "torch.float32")),

@@ -24,6 +24,7 @@ from lowbit.packed.format import PackedFormat, PackedWeight
 
 _PARTS = {8: 1, 4: 2, 3: 10, 2: 4}  # bits -> codes in a word
 _NUMBERS = ("nbits", "axis", "shape")
+_SAID = ("group_size",)
 _MUST_BE_0 = ("view_as_float", "quant_scale", "quant_zero")
 
 
@@ -32,7 +33,7 @@ class Hqq(Reader):
     signs = ("W_q",)
     required = ("W_q", "scale", "zero", *_NUMBERS)
     optional = (
-        *_MUST_BE_0, "group_size", "packing", "unpack_view_dtype", "compute_dtype", "offload_meta",
+        *_MUST_BE_0, *_SAID, "packing", "unpack_view_dtype", "compute_dtype", "offload_meta",
         "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
     )  # fmt: skip
 
@@ -45,7 +46,8 @@ class Hqq(Reader):
 
     def check(self, layer: Stored) -> PackedFormat:
         n, k = layer.n, layer.k
-        said = {leaf: layer.read(leaf).flatten().tolist() for leaf in (*_NUMBERS, *_MUST_BE_0) if leaf in layer}
+        said = {leaf: layer.read(leaf).flatten().tolist() for leaf in (*_NUMBERS, *_SAID, *_MUST_BE_0)
+                if leaf in layer}  # fmt: skip
         if said["shape"] != [n, k]:
             raise ValueError(f"{layer.where('shape')}: must be [N, K] = [{n}, {k}]: got {said['shape']}")
         if said["nbits"] not in [[bits] for bits in _PARTS]:
@@ -60,6 +62,9 @@ class Hqq(Reader):
         _, size = layer.checkpoint.entries[f"{layer.name}.W_q"].shape
         if size < 1 or k % size:
             raise ValueError(f"{layer.where('W_q')}: its columns must divide K = {k}: got {size}")
+        if said.get("group_size", [size]) != [size]:
+            raise ValueError(f"{layer.where('group_size')}: must be the columns of W_q, {size}: got "
+                             f"{said['group_size']}")  # fmt: skip
         rows, why = n * k // size, f"[N, K] = [{n}, {k}], nbits={bits}, groups of {size}"
         layer.check("W_q", (-(-rows // _PARTS[bits]), size), [torch.int32 if bits == 3 else torch.uint8], why)
         layer.check("scale", (rows, 1), list(FLOAT_DTYPES.values()), why)
