@@ -139,6 +139,7 @@ class Format(ABC):
 
     family: ClassVar[str]
     supported_activations: ClassVar[tuple[Activations, ...]] = ("float", "int8", "int8_static")
+    later: ClassVar[tuple[str, ...]] = ()  # fields that are false where folders of earlier versions have none
     out_features: int
     in_features: int
     activations: Activations
@@ -187,8 +188,10 @@ class Format(ABC):
         """JSON-ready fields; :meth:`from_dict` is the inverse. Without what older versions do not know, where it is not
         used: they read it then."""
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        unused = [field.name for field in fields(ActivationSpec) if field.default is None]
-        return {name: value for name, value in values.items() if value is not None or name not in unused}
+        of_activations = [field.name for field in fields(ActivationSpec) if field.default is None]
+        unused = {name for name in of_activations if values.get(name, 0) is None}
+        unused |= {name for name in self.later if not values[name]}
+        return {name: value for name, value in values.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:

@@ -24,12 +24,15 @@ class LinearLayer(Layer):
     kind = "linear"
     whole: tuple[int, int] | None = None  # [N, K] of the layer that this one is a share of: see lowbit.nn.shard
     _activation: tuple[Any, ...]  # the activation's numbers, in the op's order
+    _gathers = False  # whether the columns of W are in another order than the features of x
+    order: Tensor | None
 
     def _derive(self) -> None:
         super()._derive()
         activation = self.operands_class.activation
         self._activation = () if activation is None else activation.numbers_of(self.format.activation)
         self._in_features = self.format.in_features
+        self._gathers = getattr(self.format, "act_order", False)
 
     @property
     def in_features(self) -> int:
@@ -91,7 +94,7 @@ class LinearLayer(Layer):
         """The arguments of the op for ``x``."""
         t, activation = self.operands(), self.operands_class.activation
         own = () if activation is None else activation.tensor_names
-        return (x, *self.weight_arguments(t), self.bias, *(t[name] for name in own), *self._activation)
+        return (self.gathered(x), *self.weight_arguments(t), self.bias, *(t[name] for name in own), *self._activation)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -104,6 +107,12 @@ class LinearLayer(Layer):
         bias = parameters["bias"] if parameters else self.bias  # a replica in nn.DataParallel has attributes only
         if self.dtype is torch.float64:
             return self._in_float64(input, bias)
+        return self.product(input, bias)
+
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """``input @ W.T + bias`` by the op, for an input that is known to fit."""
+        if self._gathers:
+            input = self.gathered(input)
         try:
             return self._call(input, self.operands(), bias, self._activation)
         except RuntimeError:
@@ -111,10 +120,18 @@ class LinearLayer(Layer):
                 raise
         return self._call(input, self.operands(), bias, self._activation)
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """``x`` with its features in the order of the columns of W."""
+        return x.index_select(-1, self.order) if self._gathers and self.order is not None else x
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = super().dequantize(dtype)
+        return weight.index_select(1, self.order.argsort()) if self._gathers and self.order is not None else weight
+
     def _in_float64(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.format.activations == "float":
             return nn.functional.linear(x, self.dequantize(), bias)
-        y = self._call(x.float(), self.operands(), None, self._activation).double()  # x becomes int8
+        y = self.product(x.float(), None).double()  # x becomes int8
         return y if bias is None else y + bias
 
     def to_float(self) -> nn.Linear:

@@ -38,6 +38,8 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
         problem = f"{format.describe()} cannot be cut"
     elif share.start >= size:
         problem = f"{size} features leave nothing for share {index} of {count}"
+    elif dim == INPUT and getattr(format, "act_order", False):
+        problem = "with act-order its columns are not in the order of the input features"
     elif dim == INPUT and format.group_size < size and step % format.group_size:
         problem = f"group_size={format.group_size} must divide the {step} input features of a share"
     if problem is not None:

@@ -20,6 +20,15 @@ def require_finite(name: str, tensor_name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}.{tensor_name} must be finite: got NaN or infinity")
 
 
+def require_order(name: str, order: Tensor | None) -> None:
+    """Raise ``ValueError`` unless the order of columns, if any, has each of them once."""
+    if order is not None and not torch.equal(order.sort().values.long(), torch.arange(len(order), device=order.device)):
+        raise ValueError(
+            f"{name}.order must have each of 0 to {len(order) - 1} once: "
+            f"got values in [{int(order.min())}, {int(order.max())}]"
+        )
+
+
 def require_x_scale(name: str, x_scale: Tensor | None) -> None:
     """Raise ``ValueError`` unless the scale of static activations, if any, is finite and positive."""
     if x_scale is not None and not (bool(torch.isfinite(x_scale).all()) and float(x_scale) > 0):

@@ -180,7 +180,8 @@ class PackedFormat(Format):
     """The stored form of one weight: everything that the shapes and dtypes of its tensors follow from.
 
     ``zeros`` is ``"none"`` (symmetric), ``"int"`` (uint8) or ``"float"``; ``outliers`` is the number of stored
-    sparse entries.
+    sparse entries. With ``act_order`` the columns are those of the weight in another order (GPTQ's activation order,
+    arXiv 2210.17323): column k meets feature ``order[k]`` of x, and groups, scales and outliers are of columns.
     """
 
     family = "packed"
@@ -195,9 +196,14 @@ class PackedFormat(Format):
     outlier_dtype: str = "float16"
     activations: Activations = "float"
     activation_group_size: int | None = None
+    act_order: bool = False
+
+    later = ("act_order",)
 
     def __post_init__(self) -> None:
         check_coded_format(self, min_bits=2)
+        if not isinstance(self.act_order, bool):
+            raise ValueError(f"act_order must be True or False: got act_order={self.act_order!r}")
         choice("zeros", self.zeros, ("none", "int", "float"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
         if self.granularity != "group" and self.group_size != self.in_features:
@@ -231,6 +237,8 @@ class PackedFormat(Format):
         }
         if self.zeros != "none":
             spec["zeros"] = (self.scale_shape, torch.uint8 if self.zeros == "int" else scale_dtype)
+        if self.act_order:
+            spec["order"] = ((self.in_features,), torch.int32)
         return spec | outlier_tensors(self.out_features, self.in_features, self.outliers, self.outlier_dtype)
 
     def describe(self) -> str:
@@ -238,7 +246,7 @@ class PackedFormat(Format):
         text = f"{_describe(self.bits, self.granularity, self.group_size)} " + {
             "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros"
         }[self.zeros]  # fmt: skip
-        return text + describe_extras(self)
+        return text + (", act-order" if self.act_order else "") + describe_extras(self)
 
 
 @dataclass(frozen=True)
@@ -252,6 +260,7 @@ class PackedWeight(Weight):
     group_size: input features per scale; None for one scale per row or tensor (by the shape of scales).
     outlier_values [nnz], outlier_columns [nnz] (int16; int32 when K > 32768), outlier_rows int32 [N+1]: the
         sparse part in CSR form, columns ascending within a row; all None without outliers.
+    order: int32 [K], which feature of x each column meets: a permutation; None for their own order.
     """
 
     family = "packed"
@@ -263,6 +272,7 @@ class PackedWeight(Weight):
     outlier_values: Tensor | None = None
     outlier_columns: Tensor | None = None
     outlier_rows: Tensor | None = None
+    order: Tensor | None = None
 
     def format(self, activations: Activations = "float") -> PackedFormat:
         n, k = self.codes.shape
@@ -281,6 +291,7 @@ class PackedWeight(Weight):
             outliers=0 if self.outlier_values is None else len(self.outlier_values),
             outlier_dtype="float16" if self.outlier_values is None else dtype_name(self.outlier_values.dtype),
             activations=activations,
+            act_order=self.order is not None,
         )
         if tuple(self.scales.shape) != format.scale_shape:
             raise ValueError(f"scales must have shape {format.scale_shape}: got {tuple(self.scales.shape)}")
@@ -290,6 +301,6 @@ class PackedWeight(Weight):
         found = {
             "packed": pack(self.codes, self.bits), "scales": self.scales, "zeros": self.zeros,
             "outlier_values": self.outlier_values, "outlier_columns": self.outlier_columns,
-            "outlier_rows": self.outlier_rows,
+            "outlier_rows": self.outlier_rows, "order": self.order,
         }  # fmt: skip
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -8,7 +8,7 @@ from lowbit.nn.coded import CodedLayer
 from lowbit.nn.embedding import EmbeddingLayer
 from lowbit.nn.experts import CodedExperts
 from lowbit.nn.linear import LinearLayer
-from lowbit.nn.validate import require_finite, require_outliers, require_x_scale, require_zeros
+from lowbit.nn.validate import require_finite, require_order, require_outliers, require_x_scale, require_zeros
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.operands import PackedOperands
 
@@ -29,6 +29,11 @@ class PackedLayer(CodedLayer):
     outlier_rows: Tensor | None
     x_scale: Tensor | None
 
+    def _require_format_class(self, format: object) -> None:
+        super()._require_format_class(format)
+        if isinstance(format, PackedFormat) and format.act_order and self.kind != "linear":
+            raise ValueError(f"act_order is of linear layers: got it for a packed {self.kind}")
+
     def validate_values(self, name: str) -> None:
         require_finite(name, "scales", self.scales)
         require_zeros(name, "zeros", self.zeros, self.format.bits)
@@ -42,8 +47,17 @@ class PackedLinear(PackedLayer, LinearLayer):
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
     Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
     :mod:`lowbit.backends.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same
-    shape, optional CSR outliers, optional ``x_scale``.
+    shape, optional CSR outliers, optional ``x_scale``, optional ``order`` int32 ``[K]``: then column k of the stored
+    weight meets ``x[..., order[k]]``, and :meth:`dequantize` gives W in the order of x.
     """
+
+    @classmethod
+    def optional_tensors(cls) -> tuple[str, ...]:
+        return (*super().optional_tensors(), "order")
+
+    def validate_values(self, name: str) -> None:
+        super().validate_values(name)
+        require_order(name, self.order)
 
 
 class PackedEmbedding(PackedLayer, EmbeddingLayer):

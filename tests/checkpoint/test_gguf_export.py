@@ -1,5 +1,6 @@
 """``lowbit.export(..., format="gguf")``: what is read back is the same model, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,15 @@ def test_what_cannot_be_written(what, tmp_path):
     with pytest.raises(ValueError) as caught:
         lowbit.export(model, tmp_path / "x.gguf", format="gguf")
     assert words in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_columns_in_another_order(tmp_path):
+    model = lowbit.convert(llama(), {"*.up_proj": SPECS["Q4_0"]})
+    layer = model.model.layers[0].mlp.up_proj
+    order = torch.arange(layer.in_features, dtype=torch.int32).flip(0)
+    layer.become(replace(layer.format, act_order=True), {**layer.canonical(), "order": order})
+    with pytest.raises(ValueError, match=r"up_proj must have its columns in the order of x: it has act-order"):
+        lowbit.export(model, tmp_path / "x.gguf", format="gguf")
 
 
 def test_models_of_other_types(tmp_path):

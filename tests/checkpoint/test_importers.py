@@ -67,10 +67,13 @@ def weight_of(codes, zeros, scales, size):
 
 
 def gptq_weight(t, bits, size, zero_of):
+    """``g_idx`` has the group of each column."""
     k, n = len(t["g_idx"]) if "g_idx" in t else len(t["qweight"]) * 32 // bits, t["scales"].shape[1]
     size = k if size == -1 else size
     codes = [fields(column, bits, k) for column in t["qweight"].t().tolist()]
-    return weight_of(codes, [zero_of(row, n) for row in t["qzeros"].tolist()], t["scales"], size)
+    groups = t["g_idx"].tolist() if "g_idx" in t else [j // size for j in range(k)]
+    zeros = [zero_of(row, n) for row in t["qzeros"].tolist()]
+    return weight_of(codes, [zeros[g] for g in groups], t["scales"][groups], 1)
 
 
 def awq_weight(t, size):
@@ -156,14 +159,14 @@ def test_what_others_wrote(name, tmp_path):
 
 def test_the_package_reads_what_it_says():
     assert sorted(foreign.importers) == sorted(IMPORTED)
-    assert len(NAMES) == 12
+    assert len(NAMES) == 13
 
 
 # ------------------------------------------------------------------------------------------ folders that are made here
 
 
-def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1):
-    """Random tensors of one layer, and the weight that they are."""
+def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1, order=None):
+    """Random tensors of one layer, and the weight that they are; ``order``: its columns are these of one in groups."""
     size = k if size == -1 else size
     groups, top = -(-k // size), 2**bits - 1
     codes = torch.randint(0, top + 1, (n, k)).tolist()
@@ -180,8 +183,13 @@ def layer_tensors(n, k, bits, size, awq=False, zero=None, minus=1):
         stored = {"qweight": list(map(list, zip(*rows, strict=True))),
                   "qzeros": [words_of([z - minus for z in row], bits) for row in zeros],
                   "g_idx": [j // size for j in range(k)]}  # fmt: skip
+    weight = weight_of(codes, zeros, scales, size)
+    if order is not None:
+        rows = [words_of([row[j] for j in order], bits) for row in codes]
+        stored |= {"qweight": list(map(list, zip(*rows, strict=True))), "g_idx": [j // size for j in order]}
+        weight = weight[:, order]
     made = {name: torch.tensor(values, dtype=torch.int32) for name, values in stored.items()}
-    return {**made, "scales": scales}, weight_of(codes, zeros, scales, size)
+    return {**made, "scales": scales}, weight
 
 
 def gptq_section(bits=4, size=16, **more):
@@ -207,6 +215,28 @@ def test_sizes_that_fill_no_words(bits, size, more, tmp_path):
     assert equal(model, expected)
     formats = {model.get_submodule(name).format.zeros for name in expected}
     assert formats == {"int"}
+
+
+@pytest.mark.parametrize(("bits", "size"), [(2, 16), (3, 8), (4, 24), (8, 1), (4, -1)])
+def test_act_order(bits, size, tmp_path):
+    """Columns in any order: the weight is the file's, whose codes are held group after group."""
+    expected = folder_of(
+        tmp_path / "gptq", gptq_section(bits, size, desc_act=True),
+        lambda n, k: layer_tensors(n, k, bits, size, order=torch.randperm(k).tolist()),
+    )  # fmt: skip
+    model = lowbit.load(tmp_path / "gptq")
+    assert equal(model, expected)
+    formats = [model.get_submodule(name).format for name in expected]
+    assert {format.act_order for format in formats} == {size != -1}  # one group is in order
+    plain = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    plain.load_state_dict({**model.state_dict(), **{f"{n}.weight": w for n, w in expected.items()}}, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model.float()(IDS).logits, plain.float()(IDS).logits, rtol=1e-4, atol=1e-4)
+    lowbit.convert_folder(tmp_path / "gptq", tmp_path / "packed")
+    logits = lowbit.load(tmp_path / "gptq")(IDS).logits
+    for load in (lowbit.load, transformers.AutoModelForCausalLM.from_pretrained):
+        again = load(tmp_path / "packed")
+        assert equal(again, expected) and torch.equal(again(IDS).logits, logits)
 
 
 def auto_round(packing, **more):
@@ -425,8 +455,8 @@ PACKED_CHANGES = {
     "another shape": (put("weight_shape", lambda t: t.flip(0)), ("weight_shape", "[N, K] = [56, 40]: got [40, 56]")),
     "zeros of a symmetric one": (lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(56, 3, dtype=torch.int8)}),
                                  ("weight_zero_point", "must be zero", "symmetric=true")),
-    "act-order": (lambda t: t.update({f"{UP}.weight_g_idx": swapped(torch.arange(40) // 16)}),
-                  ("weight_g_idx", "act-order, actorder")),
+    "groups of other sizes": (lambda t: t.update({f"{UP}.weight_g_idx": swapped(torch.arange(40) // 20)}),
+                              ("weight_g_idx", repr(UP), "each group must have 16 columns", "[20, 20, 0]")),
     "g_idx too large": (lambda t: t.update({f"{UP}.weight_g_idx": torch.arange(40)}), ("weight_g_idx", "[0, 3)")),
     "a global scale": (lambda t: t.update({f"{UP}.weight_global_scale": torch.ones(1)}), ("weight_global_scale",)),
 }  # fmt: skip
@@ -492,6 +522,27 @@ def test_scales_of_a_cache(packed_folder, tmp_path):
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
     assert "cache of keys and values stays float" in model.get_submodule("model.layers.0.self_attn.k_proj").note
     assert model.get_submodule(UP).note is None
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_act_order_of_compressed_tensors(symmetric, tmp_path):
+    """The group of each column is the file's; codes stay where they are in it."""
+
+    def ordered(n, k):
+        groups = torch.arange(k)[torch.randperm(k)] // 16
+        tensors, _ = packed_tensors(n, k, 4, symmetric=symmetric)
+        codes = torch.tensor([fields(words, 4, k) for words in tensors["weight_packed"].tolist()])
+        zeros = torch.full((n, 3), 8)
+        if not symmetric:
+            columns = tensors["weight_zero_point"].t()[: -(-k // 16)].tolist()
+            zeros = torch.tensor([fields(words, 4, n) for words in columns]).t()
+        weight = (codes - zeros[:, groups]).float() * tensors["weight_scale"].float()[:, groups]
+        return {**tensors, "weight_g_idx": groups.int()}, weight
+
+    section = packed_section(group(4, symmetric=symmetric, actorder="group"))
+    expected = folder_of(tmp_path, section, ordered, only="up_proj")
+    model = lowbit.load(tmp_path)
+    assert equal(model, expected) and model.get_submodule(UP).format.act_order
 
 
 @pytest.mark.parametrize("version", [None, "0.18.2", "main"])
@@ -596,8 +647,8 @@ CHANGES = {
     "g_idx too long": (put("g_idx", lambda t: torch.cat([t, t])), ("g_idx", "shape must be (40,)")),
     "g_idx too large": (put("g_idx", lambda t: t + 1), ("g_idx", "values must be in [0, 3): got values in [1, 3]")),
     "g_idx negative": (put("g_idx", lambda t: t - 1), ("g_idx", "got values in [-1, 1]")),
-    "act-order": (put("g_idx", swapped), ("g_idx", repr(UP), "act-order, desc_act=False", "float model")),
-    "g_idx of zeros": (put("g_idx", torch.zeros_like), ("g_idx", repr(UP), "act-order")),
+    "groups of other sizes": (put("g_idx", lambda t: t.clamp(min=1)), ("g_idx", repr(UP), "16 columns", "[0, 32, 8]")),
+    "g_idx of zeros": (put("g_idx", torch.zeros_like), ("g_idx", repr(UP), "the last one 8: got [40, 0, 0]")),
     "no scales": (lambda t: t.pop(f"{UP}.scales"), (f"'{UP}.scales' is missing",)),
     "no qzeros": (lambda t: t.pop(f"{UP}.qzeros"), (f"'{UP}.qzeros' is missing",)),
     "no qweight": (lambda t: t.pop(f"{UP}.qweight"), (f"'{UP}.qweight' is missing",)),

@@ -5,6 +5,7 @@ A new format version adds a folder, which ``python tests/checkpoint/test_saved_f
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,17 @@ def mixtral22():
     ).eval()  # fmt: skip
 
 
+class ActOrder23(nn.Module):
+    """What version 2.3 added: columns in another order than the input's features."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.ordered, self.head = nn.Embedding(12, 40), nn.Linear(40, 24), nn.Linear(24, 12)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.ordered(self.embed(ids))))
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -140,6 +152,7 @@ MIXTRAL22 = {
     "*.layers.1.*.experts.down_proj": Kronecker(factors=Packed(bits=8, group_size=4)),
     "lm_head": Packed(bits=8),
 }
+ACT_ORDER23 = {"ordered": Packed(bits=3, group_size=16, symmetric=False, zeros="int", activations="int8")}
 VERSIONS = {
     "1.0": (Packed10, PACKED10),
     "1.1": (Families11, FAMILIES11),
@@ -147,6 +160,7 @@ VERSIONS = {
     "2.0": (llama20, LLAMA20),
     "2.1": (Trained21, TRAINED21),
     "2.2": (mixtral22, MIXTRAL22),
+    "2.3": (ActOrder23, ACT_ORDER23),
 }
 
 
@@ -165,6 +179,11 @@ def write(folder: Path) -> None:
     torch.manual_seed(0)
     make, specs = VERSIONS[FORMAT_VERSION]
     model = lowbit.convert(make(), specs, calibration=[IDS])
+    if specs is ACT_ORDER23:
+        order = torch.randperm(40, dtype=torch.int32)
+        model.ordered.become(
+            replace(model.ordered.format, act_order=True), {**model.ordered.canonical(), "order": order}
+        )
     lowbit.save(model, folder / "model")
     save_file({name: t.contiguous() for name, t in values(model).items()}, folder / "expected.safetensors")
 
@@ -217,6 +236,13 @@ def test_what_version_22_added_is_experts():
     assert [type(layer).__name__ for layer in layers(model).values()] == [
         "PackedExperts", "CodebookExperts", "PackedExperts", "KroneckerExperts", "PackedLinear",
     ]  # fmt: skip
+
+
+def test_what_version_23_added_is_only_in_files_that_use_it():
+    description = json.loads((FIXTURES / "format-2.3" / "model" / "lowbit.json").read_text())
+    fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
+    assert fields["ordered"]["act_order"] is True
+    assert "act_order" not in lowbit.convert(nn.Linear(40, 24), Packed(bits=4)).format.to_dict()
 
 
 def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():

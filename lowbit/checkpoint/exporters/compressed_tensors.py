@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.exporters.exporter import Exporter, save_folder
-from lowbit.core.bitpack import pack
+from lowbit.core.bitpack import pack, unpack
 from lowbit.nn.layer import Layer
 from lowbit.packed.format import PackedFormat
 
@@ -39,6 +39,16 @@ def integer_problem(layer: Layer) -> str | None:
     return None
 
 
+def in_order(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The words of the codes in the order of x's features, and the group of each feature, int32 ``[K]``."""
+    format, held = layer.format, layer.canonical()
+    groups = (torch.arange(format.in_features) // format.group_size).to(torch.int32)
+    if not format.act_order:
+        return held["packed"], groups
+    back = held["order"].argsort()
+    return pack(unpack(held["packed"], format.bits, format.in_features)[:, back], format.bits), groups[back]
+
+
 class CompressedTensors(Exporter):
     format = "compressed-tensors"
 
@@ -54,7 +64,8 @@ class CompressedTensors(Exporter):
         groups: dict[tuple[Any, ...], list[str]] = {}
         for name, layer in kept.items():
             f: PackedFormat = layer.format
-            groups.setdefault((f.bits, f.granularity, f.group_size, f.zeros == "none"), []).append(name)
+            key = f.bits, f.granularity, f.group_size, f.zeros == "none", f.act_order
+            groups.setdefault(key, []).append(name)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         section = {
             "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
@@ -66,9 +77,10 @@ class CompressedTensors(Exporter):
 
 
 def _group(key: tuple[Any, ...], names: list[str], is_only: bool) -> dict[str, Any]:
-    bits, granularity, size, symmetric = key
+    bits, granularity, size, symmetric, act_order = key
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": _STRATEGIES[granularity],
-               "group_size": size if granularity == "group" else None, "dynamic": False}  # fmt: skip
+               "group_size": size if granularity == "group" else None, "dynamic": False,
+               "actorder": "group" if act_order else None}  # fmt: skip
     return {"targets": ["Linear"] if is_only else names, "weights": weights, "input_activations": None,
             "output_activations": None, "format": "pack-quantized"}  # fmt: skip
 
@@ -77,11 +89,14 @@ def _tensors(layer: Layer) -> dict[str, Tensor]:
     format, held = layer.format, layer.canonical()
     n, k, bits = format.out_features, format.in_features, format.bits
     scales = held["scales"].flatten() if format.granularity == "tensor" else held["scales"]
+    words, groups = in_order(layer)
     made = {
-        "weight_packed": held["packed"][:, : -(-k * bits // 32)].contiguous(),
+        "weight_packed": words[:, : -(-k * bits // 32)].contiguous(),
         "weight_scale": scales.contiguous(),
         "weight_shape": torch.tensor([n, k]),
     }
+    if format.act_order:
+        made["weight_g_idx"] = groups
     if "zeros" in held:
         words = pack(held["zeros"].t().contiguous(), bits)[:, : -(-n * bits // 32)]
         made["weight_zero_point"] = words.t().contiguous()

@@ -45,6 +45,8 @@ def encoded(layer: Layer) -> tuple[str, Tensor] | str:
     format, held = layer.format, layer.canonical()
     if not isinstance(format, (PackedFormat, CodebookFormat)):
         return f"must be of the families 'packed' or 'codebook': it is {format.describe()}"
+    if getattr(format, "act_order", False):
+        return "must have its columns in the order of x: it has act-order"
     if format.outliers:
         return f"must have no outliers: it has {format.outliers}"
     if format.activations != "float":

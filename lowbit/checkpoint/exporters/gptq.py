@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.checkpoint.exporters.compressed_tensors import integer_problem
+from lowbit.checkpoint.exporters.compressed_tensors import in_order, integer_problem
 from lowbit.checkpoint.exporters.exporter import Exporter, exact_in, save_folder
 from lowbit.core.bitpack import pack
 from lowbit.nn.layer import Layer
@@ -54,7 +54,8 @@ class Gptq(Exporter):
         left = [*linear, *(name for name, layer in floats.items() if layer.kind == "linear")]
         dynamic |= {f"-:^{name.replace('.', '[.]')}$": {} for name in left}
         section = {
-            "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False,
+            "quant_method": "gptq", "bits": bits, "group_size": size,
+            "desc_act": any(layer.format.act_order for layer in kept.values()),
             "sym": all(layer.format.zeros == "none" for layer in kept.values()), "lm_head": "lm_head" in kept,
             "checkpoint_format": "gptq" if is_v1 else "gptq_v2", "pack_dtype": "int32", "dynamic": dynamic,
         }  # fmt: skip
@@ -69,11 +70,12 @@ def _sizes(format: PackedFormat) -> tuple[int, int]:
 def _tensors(layer: Layer, minus: int) -> dict[str, Tensor]:
     format, held = layer.format, layer.canonical()
     n, k, bits = format.out_features, format.in_features, format.bits
+    words, groups = in_order(layer)
     zeros = held.get("zeros", torch.full(format.scale_shape, 1 << (bits - 1), dtype=torch.uint8))
     made = {
-        "qweight": held["packed"][:, : k * bits // 32].t().contiguous(),
+        "qweight": words[:, : k * bits // 32].t().contiguous(),
         "qzeros": pack((zeros - minus).t().contiguous(), bits)[:, : n * bits // 32].contiguous(),
         "scales": held["scales"].half().t().contiguous(),
-        "g_idx": (torch.arange(k) // format.group_size).to(torch.int32),
+        "g_idx": groups,
     }
     return made if layer.bias is None else {**made, "bias": layer.bias.detach()}

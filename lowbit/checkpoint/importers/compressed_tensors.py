@@ -11,7 +11,7 @@ Format ``pack-quantized``:
     weight_zero_point  int32 [W', G]  of an asymmetric group or channel: the zeros of each column, packed as the codes,
                                       with the same offset
     weight_shape       int64 [2]      N and K
-    weight_g_idx       int32 [K]      the group of each column; all -1: in order
+    weight_g_idx       int32 [K]      the group of each column, which g is instead (actorder: "group"); all -1: in order
 
 Formats ``int-quantized``, ``float-quantized`` and ``naive-quantized``:
 
@@ -262,7 +262,7 @@ class CompressedTensors(Reader):
         granularity: Granularity = "group" if groups > 1 else "tensor" if group.strategy == "tensor" else "row"
         format = PackedFormat(group.bits, n, k, size, granularity, "none" if group.symmetric else "int",
                               dtype_name(scale))  # fmt: skip
-        return replace(format, activations=group.activations)
+        return replace(format, activations=group.activations, act_order=_order(layer, groups, size) is not None)
 
     def _require(self, layer: Stored, leaf: str, why: str) -> None:
         if leaf not in layer:
@@ -279,8 +279,6 @@ class CompressedTensors(Reader):
                 raise ValueError(f"{layer.where('weight_shape')}: must be [N, K] = [{n}, {k}]: got {told}")
         if "weight_g_idx" in layer:
             layer.check("weight_g_idx", (k,), [torch.int32, torch.int64], "[K]")
-            if not bool((layer.read("weight_g_idx") == -1).all()):
-                layer.check_order("weight_g_idx", groups, size, "actorder")
         elif group.is_ordered and groups > 1:
             self._require(layer, "weight_g_idx", "actorder")
 
@@ -338,11 +336,20 @@ class CompressedTensors(Reader):
             scales = by_rows(scales, group.rows, n) if group.strategy == "block" else scales
         if zeros is not None and bool((zeros == 1 << (bits - 1)).all()):
             zeros = None
-        size = min(group.size, k) if scales.shape[1] > 1 else None
-        return PackedWeight(codes, scales.contiguous(), zeros, bits, size), group.note
+        size = k if group.size == -1 or group.size > k else group.size
+        order = _order(layer, scales.shape[1], size)
+        codes = codes if order is None else codes[:, order]
+        size_of_groups = size if scales.shape[1] > 1 else None
+        return PackedWeight(codes, scales.contiguous(), zeros, bits, size_of_groups, order=order), group.note
 
     def x_scale(self, layer: Stored) -> Tensor | None:
         return layer.read("input_scale") if self._own(layer.name).activations == "int8_static" else None
+
+
+def _order(layer: Stored, groups: int, size: int) -> Tensor | None:
+    if "weight_g_idx" not in layer or bool((layer.read("weight_g_idx") == -1).all()):
+        return None
+    return layer.order("weight_g_idx", groups, size)
 
 
 def _from_signed(layer: Stored, leaf: str, bits: int) -> Tensor:

@@ -92,18 +92,29 @@ class Stored:
         if entry.dtype not in dtypes:
             raise ValueError(f"{self.where(leaf)}: dtype must be {' or '.join(map(str, dtypes))}: got {entry.dtype}")
 
-    def check_order(self, leaf: str, groups: int, size: int, field: str) -> None:
-        """Raise ``ValueError`` unless a tensor of the groups of columns says ``k // size``; ``field``: its config's."""
+    def order(self, leaf: str, groups: int, size: int) -> Tensor | None:
+        """The columns group after group, int32 ``[K]``, of a tensor that has the group of each; None where that is
+        ``k // size``.
+
+        Raises ``ValueError`` unless every group has ``size`` columns, but the last one what is left.
+        """
         index = self.read(leaf).long()
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:
             raise ValueError(f"{self.where(leaf)}: values must be in [0, {groups}): got values in [{low}, {high}]")
-        if not torch.equal(index, torch.arange(self.k) // size):
+        in_groups = torch.arange(self.k) // size
+        if torch.equal(index, in_groups):
+            return None
+        if self.kind != "linear":
+            raise ValueError(f"{self.where(leaf)}: {self.name!r} has its groups in another order than its columns "
+                             f"(act-order), which is read for linear layers: it is of kind {self.kind!r}")  # fmt: skip
+        order = index.argsort(stable=True)
+        if not torch.equal(index[order], in_groups):
             raise ValueError(
-                f"{self.where(leaf)}: layer {self.name!r} has its groups in another order than its columns (act-order, "
-                f"{field}): lowbit reads groups of {size} columns side by side. Give a model that was quantized "
-                "without act-order, or the float model"
+                f"{self.where(leaf)}: layer {self.name!r}: each group must have {size} columns, and the last one "
+                f"{self.k - (groups - 1) * size}: got {torch.bincount(index, minlength=groups).tolist()!r:.200}"
             )
+        return order.int()
 
 
 class Reader(ABC):

@@ -6,7 +6,8 @@
                                       has the bits k*b to (k+1)*b - 1; 3-bit codes run on over words
     qzeros  int32 [G, ceil(N*b/32)]   the same streams, of one field for each n
     scales  float16 [G, N]
-    g_idx   int32 [K], optional       the group of each column
+    g_idx   int32 [K], optional       the group of each column: g is g_idx[k] instead. With act-order (desc_act) it is
+                                      not k // group_size: the columns are then held group after group
 
 In v2 a field of ``qzeros`` is the zero. In v1 it is the zero minus one, in b bits: a field of ``2**b - 1`` stands for
 ``2**b``, as the kernels of ExLlama and vLLM read it, and is held as such, in float zeros. GPTQModel writes v1 in
@@ -20,6 +21,7 @@ Source: AutoGPTQ and GPTQModel (github.com/ModelCloud/GPTQModel: nn_modules/qlin
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,12 +91,12 @@ class Gptq(Reader):
         layer.check("scales", (groups, n), list(FLOAT_DTYPES.values()), why)
         if "g_idx" in layer:
             layer.check("g_idx", (k,), [torch.int32, torch.int64], "[K]")
-            layer.check_order("g_idx", groups, size, f"desc_act={self.section.get('desc_act')!r}")
         elif self.section.get("desc_act") and groups > 1:
             file = layer.checkpoint.entries[f"{layer.name}.qweight"].file
             raise ValueError(f"{file}: tensor '{layer.name}.g_idx' is missing: {self.file.name} says desc_act")
         scale = dtype_name(layer.dtype("scales"))
-        return PackedFormat(bits, n, k, size, "row" if groups == 1 else "group", "int", scale)
+        format = PackedFormat(bits, n, k, size, "row" if groups == 1 else "group", "int", scale)
+        return replace(format, act_order=_order(layer, groups, size) is not None)
 
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:
         (bits, size), n, k = self._sizes(layer.name), layer.n, layer.k
@@ -108,7 +110,10 @@ class Gptq(Reader):
             held = zeros.to(scales.dtype)
             note = f"stored zeros of {(1 << bits) - 1} are read as {1 << bits}, and all are kept as floats"
         held = None if held is None else held.contiguous()
-        return PackedWeight(codes, scales, held, bits, None if scales.shape[1] == 1 else size), note
+        order = _order(layer, scales.shape[1], k if size == -1 or size > k else size)
+        codes = codes if order is None else codes[:, order]
+        group = None if scales.shape[1] == 1 else size
+        return PackedWeight(codes, scales, held, bits, group, order=order), note
 
     def _zeros(self, words: Tensor, bits: int, n: int) -> Tensor:
         """The zeros ``[G, N]``, int16."""
@@ -120,6 +125,10 @@ class Gptq(Reader):
             return (unpack_rows(words, bits, n).short() + 1) & 7
         ones = sum(1 << shift for shift in range(0, 32, bits))
         return unpack_rows(_as_int32(words.long() + ones), bits, n).short()
+
+
+def _order(layer: Stored, groups: int, size: int) -> Tensor | None:
+    return layer.order("g_idx", groups, size) if "g_idx" in layer else None
 
 
 def _as_int32(words: Tensor) -> Tensor:

@@ -236,5 +236,5 @@ def _linear(part: Part | None, dtype: torch.dtype) -> nn.Module:
 
 def _product(module: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(module, LinearLayer):
-        return module._call(x, module.operands(), bias, module._activation)
+        return module.product(x, bias)
     return nn.functional.linear(x, module.weight, bias)
