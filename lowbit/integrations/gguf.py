@@ -171,6 +171,11 @@ def _names(content: GgufFile, model: Any) -> tuple[dict[str, str], dict[str, lis
         if name not in state:
             tensor = names.get(name) or stacks[name][0]
             raise ValueError(f"{content.file}: tensor {tensor!r} belongs to no module of {type(model).__name__}")
+    for name, several in stacks.items():
+        kinds = sorted(tensor.split(".")[-2] for tensor in several)
+        if kinds not in (["ffn_gate_exps", "ffn_up_exps"], ["ffn_gate_up_exps"]):
+            raise ValueError(f"{content.file}: {name!r} must be ffn_gate_exps and ffn_up_exps, or ffn_gate_up_exps: "
+                             f"got {', '.join(map(repr, several))}")  # fmt: skip
     return names, {name: sorted(tensors, key=_gate_first) for name, tensors in stacks.items()}
 
 

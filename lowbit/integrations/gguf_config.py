@@ -194,6 +194,9 @@ def _set_rope(made: dict[str, Any], fields: _Fields, usual: Any, size: int, rota
         if length is None or factor is None:
             raise fields.refusal("rope.scaling.type", "given with its factor and original_context_length", kind)
         own.update(rope_type="yarn", factor=float(factor), original_max_position_embeddings=length)
+        for name in ("beta_fast", "beta_slow"):
+            if (beta := fields.take(f"rope.scaling.yarn_{name}", True)) is not None:
+                own[name] = float(beta)
     elif kind not in ("none", "longrope"):
         raise fields.refusal("rope.scaling.type", "none, linear, yarn or longrope", kind)
     elif kind == "none" and factor not in (None, 1.0):

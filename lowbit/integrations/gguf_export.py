@@ -206,6 +206,8 @@ def _scaling(config: Any, rope: Mapping[str, Any], size: int) -> tuple[dict[str,
         own |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
         if kind == "yarn":
             own["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+            betas = [beta for beta in ("beta_fast", "beta_slow") if rope.get(beta) is not None]
+            own |= {f"rope.scaling.yarn_{beta}": float(rope[beta]) for beta in betas}
     if kind == "longrope":
         own["rope.scaling.type"] = kind
         if rope.get("attention_factor") is not None:

@@ -44,6 +44,7 @@ _GPT2 = {
     "ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
 }  # fmt: skip
 _STACKS = {"ffn_gate_exps": "gate_up_proj", "ffn_up_exps": "gate_up_proj", "ffn_down_exps": "down_proj"}
+_FUSED = {"ffn_gate_up_exps": "gate_up_proj"}  # as some files have it; it is never written
 _TENSOR = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 
 
@@ -69,8 +70,9 @@ def name_in_model(model_type: str, tensor: str) -> str | None:
         return None
     block, part, leaf = found["block"], found["part"], found["leaf"]
     is_gpt2 = model_type == "gpt2"
-    if block is not None and model_type in _OWN and _OWN[model_type] is _EXPERTS and part in _STACKS:
-        return f"model.layers.{block}.mlp.experts.{_STACKS[part]}" if leaf == "weight" else None
+    stack = _STACKS.get(part, _FUSED.get(part))
+    if block is not None and model_type in _OWN and _OWN[model_type] is _EXPERTS and stack is not None:
+        return f"model.layers.{block}.mlp.experts.{stack}" if leaf == "weight" else None
     names = _GPT2 if is_gpt2 else _OUTER if block is None else {**_INNER, **_OWN.get(model_type, {})}
     name = names.get(part)
     if name is None or (is_gpt2 and name.startswith(("transformer.", "lm_head")) != (block is None)):

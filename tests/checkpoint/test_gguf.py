@@ -239,6 +239,31 @@ def test_models_that_are_written_here(name, tmp_path):
         assert torch.equal(layer.dequantize(torch.float32), model.get_parameter(n if "experts" in n else f"{n}.weight"))
 
 
+def test_experts_whose_gate_and_up_are_one_tensor(tmp_path):
+    fields, tensors = parts_of(FIXTURES / "qwen3_moe.gguf")
+    parts = [tensors.pop(f"blk.0.ffn_{part}_exps.weight") for part in ("gate", "up")]
+    (kind, (count, rows, columns), _), size = parts[0], len(parts[0][2]) // parts[0][1][0]
+    joined = b"".join(raw[e * size : (e + 1) * size] for e in range(count) for _, _, raw in parts)
+    tensors["blk.0.ffn_gate_up_exps.weight"] = (kind, (count, 2 * rows, columns), joined)
+    gguf_file(tmp_path / "x.gguf", fields, tensors)
+    plain = lowbit.load(FIXTURES / "qwen3_moe.gguf")(IDS).logits
+    assert torch.equal(lowbit.load(tmp_path / "x.gguf")(IDS).logits, plain)
+    tensors["blk.0.ffn_up_exps.weight"] = parts[1]
+    gguf_file(tmp_path / "x.gguf", fields, tensors)
+    refused(tmp_path / "x.gguf", "must be ffn_gate_exps and ffn_up_exps, or ffn_gate_up_exps")
+
+
+def test_numbers_of_yarn(tmp_path):
+    fields, tensors = parts_of(FIXTURES / "qwen2.gguf")
+    plain = lowbit.load(FIXTURES / "qwen2.gguf")(IDS).logits
+    for betas, is_same in (((32.0, 1.0), True), ((4.0, 0.01), False)):
+        fields |= {f"qwen2.rope.scaling.yarn_beta_{n}": b for n, b in zip(("fast", "slow"), betas, strict=True)}
+        gguf_file(tmp_path / "x.gguf", fields, tensors)
+        model = lowbit.load(tmp_path / "x.gguf")
+        assert torch.equal(model(IDS).logits, plain) == is_same
+        assert model.config.rope_parameters["beta_fast"] == betas[0]
+
+
 # ------------------------------------------------------------------------------------------- what else a file may be
 
 
