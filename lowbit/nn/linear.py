@@ -122,7 +122,11 @@ class LinearLayer(Layer):
 
     def gathered(self, x: Tensor) -> Tensor:
         """``x`` with its features in the order of the columns of W."""
-        return x.index_select(-1, self.order) if self._gathers and self.order is not None else x
+        if not self._gathers or self.order is None:
+            return x
+        if isinstance(x, Tensor) and x.is_cpu and x.dtype.itemsize == 2:  # where it takes less than half the time
+            return x.gather(-1, self.order.long().expand(x.shape))
+        return x.index_select(-1, self.order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         weight = super().dequantize(dtype)

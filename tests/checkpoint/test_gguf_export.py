@@ -143,7 +143,7 @@ def test_columns_in_another_order(tmp_path):
     layer = model.model.layers[0].mlp.up_proj
     order = torch.arange(layer.in_features, dtype=torch.int32).flip(0)
     layer.become(replace(layer.format, act_order=True), {**layer.canonical(), "order": order})
-    with pytest.raises(ValueError, match=r"up_proj must have its columns in the order of x: it has act-order"):
+    with pytest.raises(ValueError, match=r"up_proj: must have its columns in the order of x: it has act-order"):
         lowbit.export(model, tmp_path / "x.gguf", format="gguf")
 
 
