@@ -14,6 +14,8 @@ from torch import Tensor
 def as_zeros(codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zeros, of codes with ``len(scale.flatten())`` groups in a row, and float32 ``[..., G]``."""
     constant = scale == 0
+    if not bool(constant.any()):
+        return codes, scale, minimum / scale
     zero = torch.where(constant, 1.0, minimum / torch.where(constant, 1.0, scale))
     grouped = codes.view(*scale.shape, -1)
     return torch.where(constant[..., None], 0, grouped).view(codes.shape), torch.where(constant, minimum, scale), zero

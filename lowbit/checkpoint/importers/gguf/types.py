@@ -108,8 +108,12 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _fields(data: Tensor, shifts: range, mask: int, width: int) -> Tensor:
     """Runs of ``width`` bytes, each of which gives one run of fields per shift: ``[B, n]`` to ``[B, n * shifts]``."""
-    runs = data.reshape(len(data), -1, 1, width)
-    return torch.cat([(runs >> shift) & mask for shift in shifts], 2).flatten(1)
+    runs = data.reshape(len(data), -1, width)
+    fields = torch.empty(len(data), runs.shape[1], len(shifts), width, dtype=torch.uint8)
+    for i, shift in enumerate(shifts):
+        part = runs >> shift if shift else runs
+        fields[:, :, i] = part & mask if mask << shift < 128 else part  # the last ones have nothing above them
+    return fields.flatten(1)
 
 
 _NIBBLES = range(0, 8, 4)
