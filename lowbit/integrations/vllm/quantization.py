@@ -11,13 +11,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -59,7 +61,7 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         fields = {name: value for name, value in config.items() if name != "quant_method"}
         self.description = Description(parse(fields))
-        self.methods: dict[str, LowbitMethod] = {}  # by the name of a layer of the folder
+        self.methods: dict[str, Any] = {}  # by the name of a layer of the folder
         self._checked = False
         _offer_embeddings()
 
@@ -90,10 +92,7 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
-            stacks = [name for name, config in self.description.layers.items() if config.layer_class.kind == "experts"]
-            if stacks:
-                raise ValueError(f"{stacks[0]}: vLLM cannot run packed experts: convert with skip=['*.experts*']")
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+            return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             found = self.description.find(prefix)
             if found is None and not prefix:  # some models do not name their embeddings
@@ -108,6 +107,17 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod()
         self._refuse_rearranged(names)
         return LowbitMethod(self, prefix, [found or name for found, name in zip(found_names, names, strict=True)])
+
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        stacks = [name for name, config in self.description.layers.items() if config.layer_class.kind == "experts"]
+        if not stacks:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        prefix = prefix.removesuffix(".routed_experts")
+        found = [self.description.find(f"{prefix}.{stack}") for stack in LowbitExperts.stacks]
+        if problem := LowbitExperts.problem(layer, found):
+            raise ValueError(f"{found[0] or stacks[0]}: vLLM cannot run packed experts {problem}: "
+                             "convert with skip=['*.experts*']")  # fmt: skip
+        return LowbitExperts(self, layer.moe_config, dict(zip(LowbitExperts.stacks, map(str, found), strict=True)))
 
     def _parts(self, layer: nn.Module, prefix: str) -> list[str]:
         """The names of the layers that ``layer`` consists of."""
@@ -307,6 +317,87 @@ class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         return layer  # what is tied in the folder is tied here
+
+
+class LowbitExperts(FusedMoEMethodBase):  # type: ignore[misc]
+    """Holds and runs the packed experts of a layer; ``names``: of its stacks in the folder.
+
+        y = sum_j w[:, j] * down(act(gate(x)) * up(x)),    gate and up one below the other in ``gate_up_proj``
+    """
+
+    stacks = ("gate_up_proj", "down_proj")
+    activations: ClassVar[dict[Any, Callable[[Tensor], Tensor]]] = {
+        MoEActivation.SILU: nn.functional.silu,
+        MoEActivation.GELU: nn.functional.gelu,
+        MoEActivation.GELU_TANH: functools.partial(nn.functional.gelu, approximate="tanh"),
+    }
+
+    @classmethod
+    def problem(cls, layer: Any, found: list[str | None]) -> str | None:
+        """Why such a layer cannot be run; ``None``: it can."""
+        if None in found:
+            return f"that are not {' and '.join(cls.stacks)} of {layer.layer_name.removesuffix('.routed_experts')}"
+        parallel = layer.moe_config.moe_parallel_config
+        if layer.local_num_experts != layer.global_num_experts or parallel.tp_size > 1 or parallel.use_ep:
+            return "in several processes"
+        if layer.activation not in cls.activations:
+            return f"with the activation {layer.activation.value}"
+        if layer.moe_config.has_bias:
+            return "with biases"
+        limits = layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
+        if layer.apply_router_weight_on_input or any(limit is not None for limit in limits):
+            return "of this class"
+        return None
+
+    def __init__(self, config: LowbitConfig, moe: Any, names: dict[str, str]) -> None:
+        super().__init__(moe)
+        self.config, self.names = config, names
+        self.loaded: dict[str, dict[str, Tensor]] = {stack: {} for stack in names}
+        config.methods.update(dict.fromkeys(names.values(), self))
+
+    def create_weights(self, layer: Any, params_dtype: torch.dtype, **extra: Any) -> None:
+        self.dtype = params_dtype
+        layer.load_weights = self._load
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+
+    def _load(self, weights: Any) -> Any:
+        for name, loaded in weights:
+            stack, _, tensor_name = name.partition(".")
+            known = self.config.description.layers[self.names[stack]].format.tensors() if stack in self.names else {}
+            if stack not in self.names or (tensor_name not in known and (tensor_name or loaded.numel())):
+                raise ValueError(f"{name}: the packed experts {', '.join(self.names.values())} have no such tensor")
+            if tensor_name:  # else what stands for the float weight
+                self.loaded[stack][tensor_name] = loaded.detach().clone()
+            yield name
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.config.check_all_served()
+        for stack, name in self.names.items():
+            config = self.config.description.layers[name]
+            held = Part(name, config, self.loaded.pop(stack)).tensors
+            made = config.build(self.dtype)
+            made.store(held)
+            made.validate(name)
+            setattr(layer, stack, made.prepare().to(layer.weight.device))
+
+    def get_fused_moe_quant_config(self, layer: Any) -> Any:
+        return FusedMoEQuantConfig.make()
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        ids = topk_ids.reshape(-1).long()
+        gate, up = layer.gate_up_proj(x, ids).chunk(2, -1)
+        y = layer.down_proj(self.activations[layer.activation](gate) * up, ids)
+        y = (y * topk_weights.reshape(-1, 1)).view(*topk_ids.shape, -1).sum(1)
+        result: Tensor = y.to(x.dtype)
+        return result
 
 
 def _sharing(source: Any, kind: str, format: Any, dtype: torch.dtype) -> Any:

@@ -95,6 +95,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
     assert answers(done) == [greedy(tmp_path)] * len(options)
 
 
+MOE = dict(num_experts=4, num_experts_per_tok=2)
 EAGER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a head of its own, in another form": (
         "Llama", dict(tie=False),
@@ -115,11 +116,20 @@ EAGER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "parts that vLLM does not list": ("StableLm", {}, dict(spec=GROUPS)),
     "a head with a bias": ("Phi", {}, dict(spec=GROUPS)),
     "float experts": ("Mixtral", dict(num_local_experts=4), dict(spec=GROUPS, skip=["*.experts*"])),
+    "packed experts": (
+        "Qwen3Moe", dict(head_dim=32, **MOE, norm_topk_prob=True, moe_intermediate_size=64),
+        dict(spec=lowbit.Packed(bits=4, group_size=32, activations="int8")),
+    ),
+    "packed experts beside a shared one": (
+        "Qwen2Moe", dict(**MOE, moe_intermediate_size=64, shared_expert_intermediate_size=64),
+        dict(spec={"*": GROUPS, "*.experts*": lowbit.Codebook(bits=4, outliers=0.01)}, skip=["*.shared_expert_gate"]),
+    ),
+    "experts of Kronecker products": ("Olmoe", MOE, dict(spec={"*.experts*": lowbit.Kronecker()})),
     "Conv1D": ("GPT2", {}, dict(spec=GROUPS, skip=["*.wpe"])),
     "transformers' own code": ("GPTNeoX", dict(num_key_value_heads=4), dict(spec=GROUPS)),
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "packed experts": ("Mixtral", dict(num_local_experts=4), "experts.gate_up_proj: vLLM cannot run packed experts"),
+    "experts by other names": ("Mixtral", dict(num_local_experts=4), "vLLM cannot run packed experts that are not"),
     "rows in another order": ("Bloom", {}, "query_key_value: vLLM puts the rows of this layer of a bloom into another"),
     "position embeddings": ("GPT2", {}, "no module or parameter named 'wpe.packed'"),
 }
