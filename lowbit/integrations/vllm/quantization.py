@@ -63,7 +63,6 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         self.description = Description(parse(fields))
         self.methods: dict[str, Any] = {}  # by the name of a layer of the folder
         self._checked = False
-        _offer_embeddings()
 
     def get_name(self) -> str:
         return METHOD
@@ -430,3 +429,6 @@ def _offer_embeddings() -> None:
 
     init._lowbit = True  # type: ignore[attr-defined]
     VocabParallelEmbedding.__init__ = init
+
+
+_offer_embeddings()  # here, as workers of vLLM unpickle a config that another process made

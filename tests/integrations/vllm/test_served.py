@@ -58,6 +58,9 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "float layers among packed ones": (
         lambda: model_of("Qwen3", True, head_dim=32), dict(spec=GROUPS, skip=["*.k_proj", "*.gate_proj"]), MODES[2:],
     ),
+    "an embedding that vLLM makes without a method": (
+        lambda: model_of("Gemma2", True, head_dim=32, query_pre_attn_scalar=32), dict(spec=GROUPS), MODES[2:],
+    ),
     "one layer for q, k and v": (lambda: model_of("Phi3", False), dict(spec=GROUPS), MODES[2:]),
 }  # fmt: skip
 
