@@ -36,6 +36,7 @@ _NOT_COMPARED = frozenset((
     "use_sliding_window", "n_ctx",
 ))  # fmt: skip
 _IN_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
+_LLAMAS = {"mixtral": "llama", "mistral": "llama"}  # what llama.cpp calls them; Mistral without a window is a Llama
 _TYPE_OF = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -67,11 +68,10 @@ class Gguf(Exporter):
 def _plan(model: Any, kept: Mapping[str, Layer], floats: Mapping[str, Layer], tokenizer: Any) -> _Plan:
     config = model.config
     model_type = config.model_type
-    architecture = next((a for a, m in ARCHITECTURES.items() if m == model_type), None)
-    architecture = "llama" if model_type == "mixtral" else architecture
+    architecture = _LLAMAS.get(model_type) or next((a for a, m in ARCHITECTURES.items() if m == model_type), None)
     if architecture is None:
-        raise ValueError(f"model must be of a type that GGUF is read of, {', '.join(ARCHITECTURES.values())}: it is "
-                         f"{model_type!r}")  # fmt: skip
+        known = ", ".join((*ARCHITECTURES.values(), *_LLAMAS))
+        raise ValueError(f"model must be of a type that GGUF is read of, {known}: it is {model_type!r}")
     fields, extra = _fields(architecture, config)
     tensors = {**_tensors(architecture, model, kept, floats), **extra}
     fields |= _tokenizer(tokenizer)
@@ -191,7 +191,7 @@ def _fields(architecture: str, config: Any) -> tuple[dict[str, Any], dict[str, P
         if "sliding_attention" in rope and rope["sliding_attention"].get("rope_theta", 1e4) != 1e4:
             own["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         own["rope.freq_base"] = float(full["rope_theta"])
-        own["rope.dimension_count"] = int(size * full.get("partial_rotary_factor", 1.0))
+        own["rope.dimension_count"] = int(size * (full.get("partial_rotary_factor") or 1.0))
         more, extra = _scaling(config, full, size)
         own |= more
     general = {"general.architecture": architecture, "general.type": "model", "general.quantization_version": 2}
@@ -248,6 +248,10 @@ def _compare(config: Any, fields: dict[str, Any], tensors: Mapping[str, Planned]
     )  # fmt: skip
     made = config_of(held).to_dict()  # type: ignore[arg-type]
     own = config.to_dict()
+    if own.get("model_type") == "mistral":
+        own["model_type"] = "llama"
+    for said in (made, own):  # what no head_dim means
+        said["head_dim"] = said.get("head_dim") or config.hidden_size // config.num_attention_heads
     for name in sorted((made.keys() | own.keys()) - _NOT_COMPARED):
         mine, theirs = own.get(name), made.get(name)
         if not _is_same(mine, theirs):
@@ -263,4 +267,4 @@ def _is_same(mine: Any, theirs: Any) -> bool:
         return len(mine) == len(theirs) and all(map(_is_same, mine, theirs))
     if isinstance(mine, float) or isinstance(theirs, float):
         return mine is not None and theirs is not None and math.isclose(mine, theirs, rel_tol=1e-6)
-    return bool(mine == theirs)
+    return bool(mine == theirs) or (mine in (None, False) and theirs in (None, False))

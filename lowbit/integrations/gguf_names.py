@@ -101,7 +101,8 @@ def change_of(architecture: str, config: Any, tensor: str) -> Change:
     part = tensor.split(".")[-2] if "." in tensor else tensor
     if architecture == "llama" and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
-        return Change(torch.arange(heads * config.head_dim).view(heads, -1, 2).transpose(1, 2).flatten())
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Change(torch.arange(heads * size).view(heads, -1, 2).transpose(1, 2).flatten())
     if architecture == "gpt2" and tensor.endswith(".weight"):
         return Change(transposed=part in ("attn_qkv", "attn_output", "ffn_up", "ffn_down"))
     if architecture in ("gemma2", "gemma3") and tensor.endswith("norm.weight"):

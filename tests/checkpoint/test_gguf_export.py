@@ -81,6 +81,26 @@ def test_types(name, tmp_path):
             assert torch.equal(found, weights(model)[UP])
 
 
+@pytest.mark.parametrize("name", ["Mixtral", "Mistral"])
+def test_what_llama_cpp_calls_llama(name, tmp_path):
+    """Without a head_dim of its own in the config; read as a Llama where it has no experts."""
+    torch.manual_seed(0)
+    own = dict(num_local_experts=2, num_experts_per_tok=1) if name == "Mixtral" else dict(sliding_window=None)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, **own,
+    )  # fmt: skip
+    model = lowbit.convert(getattr(transformers, f"{name}ForCausalLM")(config).eval(), SPECS["Q8_0"])
+    lowbit.export(model, tmp_path / "x.gguf", format="gguf")
+    again = lowbit.load(tmp_path / "x.gguf")
+    assert type(again).__name__ == ("LlamaForCausalLM" if name == "Mistral" else "MixtralForCausalLM")
+    assert same(again, model) and torch.allclose(again(IDS).logits, model(IDS).logits, atol=1e-6)
+    if name == "Mistral":
+        model.config.sliding_window = 16
+        with pytest.raises(ValueError, match="sliding_window"):
+            lowbit.export(model, tmp_path / "y.gguf", format="gguf")
+
+
 def test_every_type_that_can_be_written(tmp_path):
     """The blocks of the fixture are the ones that are written again."""
     from lowbit.checkpoint.exporters.gguf import encoded
