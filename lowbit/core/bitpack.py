@@ -18,7 +18,7 @@ from torch import Tensor
 CODES_PER_BLOCK = 32
 # How the kernels' own layouts deal the bits of a code to planes of 8, 4, 2 and 1 bits: low bits first.
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
-_ROWS_AT_ONCE = 1 << 22  # codes unpacked per step: bounds the int64 temporaries to about 32 MiB each
+_ROWS_AT_ONCE = 1 << 22  # codes unpacked per step: bounds the temporaries to a few MiB each
 
 
 def words_per_row(k: int, bits: int) -> int:
@@ -46,6 +46,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         low, high = int(codes.min()), int(codes.max())
         raise ValueError(f"codes must be in [0, {(1 << bits) - 1}] at bits={bits}: got values in [{low}, {high}]")
     words = torch.empty(n, words_per_row(k, bits), dtype=torch.int32, device=codes.device)
+    if k == 0:
+        return words
     step = max(1, _ROWS_AT_ONCE // max(k, 1))
     for start in range(0, n, step):
         words[start : start + step] = _pack_rows(codes[start : start + step], bits)
@@ -57,23 +59,21 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     blocks = -(-k // CODES_PER_BLOCK)
     padded = torch.zeros(n, blocks * CODES_PER_BLOCK, dtype=torch.uint8, device=codes.device)
     padded[:, :k] = codes
-    if blocks and 8 % bits == 0:  # no code straddles two bytes, and bytes are the words' own, lowest first
+    # bytes are the words' own, lowest first
+    if 8 % bits == 0:  # no code straddles two of them
         fields = padded.view(n, blocks * 4 * bits, 8 // bits)
         packed = fields[..., 0].contiguous()
         for j in range(1, 8 // bits):
             packed |= fields[..., j] << (j * bits)
         return packed.view(torch.int32)
-    columns = padded.view(n, blocks, CODES_PER_BLOCK).permute(2, 0, 1).contiguous()
-    words = torch.zeros(bits, n, blocks, dtype=torch.int64, device=codes.device)
-    for j in range(CODES_PER_BLOCK):
-        word, shift = divmod(j * bits, 32)
-        code = columns[j].to(torch.int64)
-        words[word] |= code << shift
-        if shift + bits > 32:  # the code straddles two words
-            words[word + 1] |= code >> (32 - shift)
-    # keep the low 32 bits, as a signed int32
-    words = ((words & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-    return words.to(torch.int32).permute(1, 2, 0).reshape(n, blocks * bits)
+    columns = padded.view(n, 4 * blocks, 8)  # 8 codes fill `bits` bytes
+    bytes_ = torch.zeros(n, 4 * blocks, bits, dtype=torch.uint8, device=codes.device)
+    for j in range(8):
+        byte, shift = divmod(j * bits, 8)
+        bytes_[..., byte] |= columns[..., j] << shift
+        if shift + bits > 8:  # the code straddles two bytes
+            bytes_[..., byte + 1] |= columns[..., j] >> (8 - shift)
+    return bytes_.view(n, 4 * blocks * bits).view(torch.int32)
 
 
 def unpack(words: Tensor, bits: int, k: int) -> Tensor:
@@ -88,22 +88,26 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
             f"got {words.dtype} {tuple(words.shape)}"
         )
     n = words.shape[0]
-    if n == 0 or words.device.type == "meta":
+    if n == 0 or k == 0 or words.device.type == "meta":
         return torch.empty(n, k, dtype=torch.uint8, device=words.device)
+    codes = torch.empty(n, k, dtype=torch.uint8, device=words.device)
     step = max(1, _ROWS_AT_ONCE // max(k, 1))
-    return torch.cat([_unpack_rows(words[start : start + step], bits)[:, :k] for start in range(0, n, step)])
+    for start in range(0, n, step):
+        codes[start : start + step] = _unpack_rows(words[start : start + step], bits)[:, :k]
+    return codes
 
 
 def _unpack_rows(words: Tensor, bits: int) -> Tensor:
-    n = words.shape[0]
-    blocks = words.shape[1] // bits
-    columns = words.view(n, blocks, bits).permute(2, 0, 1).to(torch.int64) & 0xFFFFFFFF
+    n, mask = len(words), (1 << bits) - 1
+    bytes_ = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        return torch.stack([bytes_ >> (j * bits) & mask for j in range(8 // bits)], -1).view(n, -1)
+    bytes_ = bytes_.view(n, bytes_.shape[1] // bits, bits)
     codes = []
-    mask = (1 << bits) - 1
-    for j in range(CODES_PER_BLOCK):
-        word, shift = divmod(j * bits, 32)
-        value = columns[word] >> shift
-        if shift + bits > 32:
-            value = value | columns[word + 1] << (32 - shift)
-        codes.append((value & mask).to(torch.uint8))
-    return torch.stack(codes, -1).view(n, blocks * CODES_PER_BLOCK)
+    for j in range(8):
+        byte, shift = divmod(j * bits, 8)
+        code = bytes_[..., byte] >> shift
+        if shift + bits > 8:  # the code straddles two bytes
+            code = code | bytes_[..., byte + 1] << (8 - shift)
+        codes.append(code & mask)
+    return torch.stack(codes, -1).view(n, -1)
