@@ -122,7 +122,7 @@ class Reader(ABC):
 
     Attributes:
         format: its name there, the key of :data:`lowbit.checkpoint.foreign.importers`.
-        signs: leaves of tensors that only such layers have.
+        signs: leaves of tensors that only such layers have, such as ``qweight`` or ``weight.quant_map``.
         required, optional: all leaves of a layer, beside its bias, where every layer has the same: see :meth:`leaves`.
         separator: what is between the name of a layer and that of a leaf: where it is not a dot, a layer is a stack of
             experts, whose tensors are each one for all, and is known by the name of its Parameter.
