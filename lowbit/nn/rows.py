@@ -60,6 +60,8 @@ def join_rows(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str,
     Raises:
         ValueError: they differ in more, or in what serves all rows, such as a table per tensor.
     """
+    if len(parts) == 1:
+        return parts[0]
     first = parts[0][1]
     dtypes = {field.name: _widest([getattr(format, field.name) for _, format in parts]) for field in fields(first)
               if getattr(first, field.name) in FLOAT_DTYPES}  # fmt: skip

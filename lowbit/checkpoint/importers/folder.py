@@ -517,8 +517,11 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
         notes["the experts have several scales of their static int8 activations: x stays float"] = None
     cls: Any = layer_class(empty.family, "experts")
     with _naming(reader, swap.stored[0]):
+        joined = cls.joined(_with_one_table(_with_zeros(parts)))
+        parts.clear()  # the stack is in memory twice, not three times
+        return_freed_memory()
         layer: Layer = cls.from_parts(
-            _with_one_table(_with_zeros(parts)), num_experts=empty.num_experts, dtype=empty.dtype,
+            [joined], num_experts=empty.num_experts, dtype=empty.dtype,
             x_scale=scales[0] if scales else None, **asdict(activation),
         )  # fmt: skip
     layer.note = "; ".join(notes) or None
