@@ -504,11 +504,13 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
     """Each is packed when it was read."""
     parts: list[tuple[dict[str, Tensor], Any]] = []
     notes: dict[str, None] = {}
-    for stored in swap.stored:
+    for i, stored in enumerate(swap.stored):
         with _naming(reader, stored):
             weight, note = reader.weight(stored)
             parts.append(_by_row(weight.tensors(), weight.format()))
         notes.update({note: None} if note else {})
+        if i % 16 == 15:
+            return_freed_memory()  # what is kept lies between what was needed to read it
     empty: Any = swap.places[0].empty
     activation = empty.format.activation
     scales = [scale for stored in swap.stored if (scale := reader.x_scale(stored)) is not None]
