@@ -1,6 +1,7 @@
-"""Seconds and memory of reading a checkpoint in another library's format, one layer at a time.
+"""Seconds and memory of reading formats that ``imports.py`` does not write, and mixtures of experts.
 
-    python -m benchmarks.models.import_memory [--format gptq] [--shape tinyllama] [--layers 22] [--folder /tmp/lowbit-imports]
+    python -m benchmarks.models.import_memory [--format gptq] [--shape tinyllama] [--layers 22]
+                                              [--folder /tmp/lowbit-imports]
 
 Writes a checkpoint of random codes in the format (``--format``: one of FORMATS; gpt-oss-20b is always MXFP4), then
 reads it by ``lowbit.load`` in a fresh process. Prints one JSON object: ``seconds``; ``resident`` and ``peak``, what
