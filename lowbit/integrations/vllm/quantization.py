@@ -113,6 +113,8 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedFusedMoEMethod(layer.moe_config)
         prefix = prefix.removesuffix(".routed_experts")
         found = [self.description.find(f"{prefix}.{stack}") for stack in LowbitExperts.stacks]
+        if not any(found) and _block(prefix) not in map(_block, stacks):
+            return UnquantizedFusedMoEMethod(layer.moe_config)  # those of this block are float
         if problem := LowbitExperts.problem(layer, found):
             raise ValueError(f"{found[0] or stacks[0]}: vLLM cannot run packed experts {problem}: "
                              "convert with skip=['*.experts*']")  # fmt: skip
@@ -397,6 +399,12 @@ class LowbitExperts(FusedMoEMethodBase):  # type: ignore[misc]
         y = (y * topk_weights.reshape(-1, 1)).view(*topk_ids.shape, -1).sum(1)
         result: Tensor = y.to(x.dtype)
         return result
+
+
+def _block(name: str) -> str | None:
+    """The number of a block of the model, which is the first in the names of its layers."""
+    found = re.search(r"\.(\d+)\.", name)
+    return None if found is None else found[1]
 
 
 def _sharing(source: Any, kind: str, format: Any, dtype: torch.dtype) -> Any:
