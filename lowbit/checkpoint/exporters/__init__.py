@@ -4,10 +4,19 @@ One file per format, with an :class:`~lowbit.checkpoint.exporters.exporter.Expor
 """
 
 from lowbit.checkpoint.exporters.compressed_tensors import CompressedTensors
+from lowbit.checkpoint.exporters.exporter import Exporter, register, register_later
 from lowbit.checkpoint.exporters.exporter import export as export
-from lowbit.checkpoint.exporters.exporter import register
 from lowbit.checkpoint.exporters.floats import Floats
 from lowbit.checkpoint.exporters.gptq import Gptq
 
 for _exporter in (Floats(), CompressedTensors(), Gptq()):
     register(_exporter)
+
+
+def _onnx() -> Exporter:
+    from lowbit.checkpoint.exporters.onnx import Onnx
+
+    return Onnx()
+
+
+register_later("onnx", _onnx)
