@@ -120,7 +120,7 @@ def write_gguf(file: Path, layers: int) -> None:
         tensors |= {f"blk.{i}.{norm}.weight": ones for norm in ("attn_norm", "ffn_norm")}
     fields = {"block_count": layers, "context_length": 2048, "embedding_length": hidden, "feed_forward_length": inner,
               "attention.head_count": heads, "attention.head_count_kv": groups,
-              "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4}  # fmt: skip
+              "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4, "vocab_size": vocabulary}  # fmt: skip
     general = {"general.architecture": "llama", "tokenizer.ggml.model": "no_vocab"}
     write_file(file, {**general, **{f"llama.{name}": value for name, value in fields.items()}}, tensors)
 
