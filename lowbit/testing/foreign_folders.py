@@ -100,6 +100,18 @@ def check_mixture(model: Any, plain: Any, expected: dict[str, Tensor], x: Tensor
         assert float((found - wanted).detach().norm() / wanted.norm()) < 1e-5
 
 
+def check_experts(path: Path, section: dict[str, Any], make: Callable[[int, int], tuple[dict[str, Tensor], Any]],
+                  x: Tensor) -> None:  # fmt: skip
+    """The experts of a mixture that is stored so are read, and written again."""
+    plain = mixture()
+    expected = folder_of(path / "model", section, make, model=plain)
+    assert sum(".experts." in layer for layer in expected) == 9
+    model = lowbit.load(path / "model")
+    check_mixture(model, plain, expected, x)
+    lowbit.convert_folder(path / "model", path / "packed")
+    assert torch.equal(lowbit.load(path / "packed")(x).logits, model(x).logits)
+
+
 def refused(folder: Path, *words: str) -> None:
     """By both ways in, with these words, and nothing is written."""
     ways: tuple[Callable[[Path], object], ...] = (

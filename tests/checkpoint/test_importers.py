@@ -20,6 +20,7 @@ from lowbit.cli.command import main
 from lowbit.model.foreign import IMPORTED
 from lowbit.testing.foreign_folders import (
     CONFIG,
+    check_experts,
     check_mixture,
     configure,
     equal,
@@ -839,14 +840,7 @@ def with_bias(made, weight):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts(name, tmp_path):
-    section, make = EXPERTS[name]
-    plain = mixture()
-    expected = folder_of(tmp_path / "model", section, make, model=plain)
-    assert sum(".experts." in layer for layer in expected) == 9
-    model = lowbit.load(tmp_path / "model")
-    check_mixture(model, plain, expected, IDS)
-    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
-    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+    check_experts(tmp_path, *EXPERTS[name], IDS)
 
 
 def test_zeros_that_some_experts_have(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import lowbit
 from lowbit.checkpoint.importers import small_floats
 from lowbit.testing.foreign_folders import (
+    check_experts,
     check_mixture,
     configure,
     equal,
@@ -669,14 +670,7 @@ EXPERTS = {
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts(name, tmp_path):
-    section, make = EXPERTS[name]
-    plain = mixture()
-    expected = folder_of(tmp_path / "model", section, make, model=plain)
-    assert sum(".experts." in layer for layer in expected) == 9
-    model = lowbit.load(tmp_path / "model")
-    check_mixture(model, plain, expected, IDS)
-    lowbit.convert_folder(tmp_path / "model", tmp_path / "packed")
-    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, model(IDS).logits)
+    check_experts(tmp_path, *EXPERTS[name], IDS)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """ONNX files: onnxruntime gives what the model gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ SPECS = {
     "float zeros": lowbit.Packed(bits=2, group_size=32, zeros="float"),
     "5-bit, groups that end before the row": lowbit.Packed(bits=5, group_size=40),
     "8-bit by row, int8 x": lowbit.Packed(bits=8, granularity="row", activations="int8"),
+    "static int8 x": lowbit.Packed(bits=4, group_size=32, activations="int8_static"),
     "outliers": lowbit.Packed(bits=4, group_size=32, outliers=0.02),
     "outliers and int8 x": lowbit.Packed(bits=4, group_size=32, outliers=0.02, activations="int8"),
     "int8 x in groups": lowbit.Packed(bits=4, group_size=32, activations="int8", activation_group_size=32),
@@ -58,7 +61,8 @@ def onnx():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_onnxruntime_gives_the_same(name, onnx, tmp_path):
-    model = lowbit.convert(bert(), SPECS[name])
+    given = {"calibration": [torch.arange(40).view(4, 10)]} if SPECS[name].needs_calibration else {}
+    model = lowbit.convert(bert(), SPECS[name], **given)
     lowbit.export(model, tmp_path / "model.onnx", format="onnx")
     operators = assert_same(model, tmp_path / "model.onnx")
     by_kernel = isinstance(SPECS[name], lowbit.Packed) and not SPECS[name].outliers and "end before" not in name
@@ -67,8 +71,6 @@ def test_onnxruntime_gives_the_same(name, onnx, tmp_path):
 
 
 def test_a_tied_head_an_order_of_columns_and_floats(onnx, tmp_path):
-    from dataclasses import replace
-
     model = lowbit.convert(llama(tie_word_embeddings=True), SPECS["4-bit"])
     layer = model.model.layers[0].mlp.up_proj
     order = torch.arange(64, dtype=torch.int32).flip(0)
@@ -76,6 +78,19 @@ def test_a_tied_head_an_order_of_columns_and_floats(onnx, tmp_path):
     lowbit.export(model, tmp_path / "model.onnx", format="onnx", skip=["*.o_proj"])
     assert isinstance(model.model.layers[0].self_attn.o_proj, lowbit.PackedLinear)  # the model is as it was
     assert assert_same(model, tmp_path / "model.onnx").count("MatMulNBits") == 7
+
+
+def test_nested_scales(onnx, tmp_path):
+    """As NF4 of bitsandbytes has them."""
+    model = lowbit.convert(bert(), SPECS["nf4"])
+    layer = model.encoder.layer[0].output.dense
+    held = layer.canonical()
+    absmax = held["scales"].float().flatten().view(-1, 4).amax(-1)[:1] * torch.ones(-(-held["scales"].numel() // 256))
+    nested = {"scales": torch.randint(0, 256, held["scales"].shape, dtype=torch.uint8), "scale_absmax": absmax,
+              "scale_codebook": torch.rand(256) / 4, "scale_offset": torch.tensor([0.02])}  # fmt: skip
+    layer.become(replace(layer.format, scales="nested"), held | nested)
+    lowbit.export(model, tmp_path / "model.onnx", format="onnx")
+    assert_same(model, tmp_path / "model.onnx")
 
 
 def test_a_model_of_two_bytes_stays_one(onnx, tmp_path):

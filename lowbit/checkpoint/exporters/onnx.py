@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends.reference import csr_row_indices
+from lowbit.backends.reference import csr_row_indices, dequantize_activations, quantize_activations
 from lowbit.checkpoint.exporters.exporter import Exporter
-from lowbit.codebook.format import NESTED_BLOCK, CodebookFormat
+from lowbit.codebook.format import CodebookFormat
 from lowbit.core.bitpack import pack, unpack
 from lowbit.core.outliers import column_indices
 from lowbit.model.surgery import float_modules, put
@@ -132,19 +132,10 @@ class _Linear(nn.Module):
 
     def _as_int8(self, x: Tensor) -> Tensor:
         """The floats that the integers stand for."""
-        if self.x_scale is not None:
-            return (x / self.x_scale).round().clamp(-127, 127) * self.x_scale
-        size = self.activation.activation_group_size
-        if size is not None and size < x.shape[-1]:
-            grouped = nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
-            return _rounded(grouped).flatten(-2)[..., : x.shape[-1]]
-        return _rounded(x)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (x / safe).round().clamp(-127, 127) * safe
+        rows, size = x.reshape(-1, x.shape[-1]), self.activation.activation_group_size
+        size = size if size is not None and size < x.shape[-1] else 0
+        q, inverse = quantize_activations(rows, self.x_scale, size)
+        return (dequantize_activations(q, inverse, size) if size else q / inverse).view(x.shape)
 
 
 class _NBits(nn.Module):
@@ -194,7 +185,8 @@ class _Product(nn.Module):
         if x is exact or not self.weight.has_outliers:
             return nn.functional.linear(x, self.weight())
         coded = self.weight.coded(None)
-        return nn.functional.linear(x, coded) + nn.functional.linear(exact, self.weight.with_outliers(coded * 0.0))
+        outliers = self.weight.with_outliers(torch.zeros_like(coded))
+        return nn.functional.linear(x, coded) + nn.functional.linear(exact, outliers)
 
 
 class _Embedding(nn.Module):
@@ -222,14 +214,12 @@ class _Weight(nn.Module):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         held, f = layer.canonical(), layer.format
-        self.bits, self.is_table = f.bits, isinstance(f, CodebookFormat)
-        n, k, groups = f.out_features, f.in_features, -(-f.in_features // f.group_size)
+        self.bits, n, k = f.bits, f.out_features, f.in_features
         self.register_buffer("codes", unpack(held["packed"], f.bits, k))
         scales, zeros, tables = held.get("scales"), held.get("zeros"), held.get("codebook")
         if getattr(f, "scales", None) == "nested":
-            index = torch.arange(n * groups) // NESTED_BLOCK
-            own = held["scale_codebook"][held["scales"].flatten().long()]
-            scales = (own * held["scale_absmax"][index] + held["scale_offset"]).view(n, groups)
+            operands: Any = layer.operands_class.of(layer.weight_arguments(layer.operands()))
+            scales = operands.decoded().scales
         self.register_buffer("scales", None if scales is None else scales.float().expand(n, -1).contiguous())
         self.register_buffer("zeros", None if zeros is None else zeros.float().expand(n, -1).contiguous())
         self.register_buffer("tables", None if tables is None else tables.float().expand(n, -1, -1).contiguous())
