@@ -31,11 +31,11 @@ def make(folder: Path, depth: int, bits: int, activations: str) -> None:
     llama.packed(bits, activations, depth).save_pretrained(folder / "packed")
 
 
-def serve(folder: str, requests: list[int], repetitions: int, eager: bool) -> dict[int, float]:
+def serve(folder: str, requests: list[int], repetitions: int, dtype: str, eager: bool) -> dict[int, float]:
     """Tokens per second by the number of requests; in a process of its own."""
     from vllm import LLM, SamplingParams
 
-    model = LLM(folder, dtype="bfloat16", max_model_len=PROMPT + NEW, max_num_seqs=max(requests), enforce_eager=eager,
+    model = LLM(folder, dtype=dtype, max_model_len=PROMPT + NEW, max_num_seqs=max(requests), enforce_eager=eager,
                 skip_tokenizer_init=True, enable_prefix_caching=False)  # fmt: skip
     how = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW, ignore_eos=True, detokenize=False)
     found = {}
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of x, in both folders")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -67,15 +68,17 @@ def main() -> None:
         make(given.make, given.depth, given.bits, given.activations)
         return
     if given.child:
-        print("RATES", json.dumps(serve(str(given.folders[0]), given.requests, given.repetitions, given.eager)))
+        print("RATES", json.dumps(serve(str(given.folders[0]), given.requests, given.repetitions, given.dtype,
+                                          given.eager)))
         return
     threads = f"0-{given.threads - 1}" if given.threads > 1 else "0"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
                    "VLLM_CPU_OMP_THREADS_BIND": threads, **os.environ}  # fmt: skip
-    print(f"| folder | {' | '.join(f'{count} requests, tokens/s' for count in given.requests)} |")
+    print(f"| folder, {given.dtype} | {' | '.join(f'{count} requests, tokens/s' for count in given.requests)} |")
     print("|---" * (1 + len(given.requests)) + "|")
     for folder in given.folders:
-        arguments = [*map(str, given.requests), "--repetitions", str(given.repetitions), *["--eager"] * given.eager]
+        arguments = [*map(str, given.requests), "--repetitions", str(given.repetitions), "--dtype", given.dtype,
+                     *["--eager"] * given.eager]  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.models.vllm_throughput", str(folder), "--child", "--requests"]
         done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
         line = next((line for line in done.stdout.splitlines() if line.startswith("RATES ")), None)

@@ -157,6 +157,35 @@ def test_formats_and_models_in_one_process(tmp_path: Path) -> None:
         assert words in str(found[name]), f"{name}: {found[name]}"
 
 
+BFLOAT16: dict[str, tuple[str, dict[str, Any], Any, list[dict[str, Any]]]] = {
+    "llama": ("Llama", dict(tie=False), lowbit.Packed(bits=4, group_size=32, outliers=0.01), MODES),
+    "tied qwen of unlike layers": ("Qwen2", dict(tie=True), UNLIKE, MODES[:1]),
+    "packed experts": ("Qwen3Moe", dict(tie=False, head_dim=32, **MOE, moe_intermediate_size=64), GROUPS, MODES[:1]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> None:
+    """Log-probabilities of every step; greedy tokens alone may differ where two are as likely."""
+    runs = []
+    for name, (model, sizes, spec, options) in BFLOAT16.items():
+        lowbit.convert(model_of(model, **sizes).to(torch.bfloat16), spec).save_pretrained(tmp_path / name)
+        runs += [(str(tmp_path / name), {"dtype": "bfloat16", "max_logprobs": -1, **option}) for option in options]
+    for (folder, option), (tokens, found) in zip(runs, answers(run_vllm(runs)), strict=True):
+        exact, usual = (logprobs(folder, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+        error, allowed = ((made - exact).norm() for made in (torch.tensor(found), usual))
+        assert 0 < error <= 1.25 * allowed, f"{folder}, {option}: {error:.3}, of transformers {allowed:.3}"
+
+
+def logprobs(folder: str, tokens: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+    """Of transformers, after each of the prompts and of these tokens but the last, ``[prompts, NEW, vocabulary]``."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        made = [model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1].float()
+                for ids, new in zip(PROMPTS, tokens, strict=True)]  # fmt: skip
+    return torch.stack(made).log_softmax(-1)
+
+
 @pytest.mark.slow
 def test_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -186,11 +215,16 @@ def main(runs: list[tuple[str, dict[str, Any]]]) -> None:
             usual = {"dtype": "float32", "skip_tokenizer_init": option.get("runner") != "pooling"}
             model = LLM(folder, max_model_len=48, max_num_seqs=2, **{**usual, **option})
             prompts: Any = [{"prompt_token_ids": ids} for ids in PROMPTS]
-            how = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+            wanted = SIZES["vocab_size"] if "max_logprobs" in option else None
+            how = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=wanted)
             if option.get("runner") == "pooling":
                 found: Any = [each.outputs.embedding for each in model.embed(prompts, use_tqdm=False)]
             else:
-                found = [list(each.outputs[0].token_ids) for each in model.generate(prompts, how, use_tqdm=False)]
+                made = [each.outputs[0] for each in model.generate(prompts, how, use_tqdm=False)]
+                found = [list(each.token_ids) for each in made]
+                if wanted:
+                    steps = [each.logprobs for each in made]
+                    found = found, [[[step[i].logprob for i in sorted(step)] for step in each] for each in steps]
             del model
         except Exception as error:
             if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
