@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -311,8 +312,23 @@ def able_on(device_type: str) -> tuple[str, ...]:
     return tuple(name for name in able if _named(name).why_not(here) is None)
 
 
+_as_stored: ContextVar[bool] = ContextVar("as_stored", default=False)
+
+
+@contextmanager
+def as_stored() -> Iterator[None]:
+    """Inside, codes stay canonical words, as files have them: of a model that is saved, and not run."""
+    token = _as_stored.set(True)
+    try:
+        yield
+    finally:
+        _as_stored.reset(token)
+
+
 def layouts(device: torch.device, format: Format, kind: str) -> tuple[Layout, ...]:
     """The layouts to hold the codes of a format in on ``device``, the best first."""
+    if _as_stored.get():
+        return (CANONICAL,)
     serving = next((backend for backend in _backends if backend.serves(device)), None)
     return (CANONICAL,) if serving is None else serving.layouts(format, kind)
 

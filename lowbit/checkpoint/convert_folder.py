@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lowbit.backends import registry
 from lowbit.checkpoint import card, foreign, stream
 from lowbit.checkpoint.folder import save
 from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
@@ -84,10 +85,11 @@ def convert_folder(
     model = None
     if importer is not None and (calibration is not None or loss is not None):
         raise ValueError(f"calibration and loss need a float model: {src} is in a quantized format")
-    if importer is not None:
-        model = importer(src, spec, skip)
-    elif library is not None and calibration is None and loss is None:
-        model = _convert_streaming(library, src, spec, skip)
+    with registry.as_stored():  # it is written, not run: otherwise its codes would be here twice
+        if importer is not None:
+            model = importer(src, spec, skip)
+        elif library is not None and calibration is None and loss is None:
+            model = _convert_streaming(library, src, spec, skip)
     if model is None and library is not None:
         model = convert(library.load_float(src), spec, skip=skip, calibration=calibration, loss=loss)
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def fill_converted(folder: FloatFolder, plan: Plan, checkpoint: Checkpoint) -> n
         return_freed_memory()
     model.lowbit_skipped = plan.skipped  # type: ignore[assignment]
     folder.retie()
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)  # the tensors themselves: otherwise contiguous copies
     packed = layers(model, duplicates=True)
     rest = {n: key for n, key in names.items() if n in state and n.rpartition(".")[0] not in packed}
     stream.fill(model, checkpoint, rest, dtype_of=folder.dtype_of)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowbit.backends import registry
 from lowbit.checkpoint import stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
 from lowbit.checkpoint.importers.folder import plan_rest
@@ -72,10 +73,12 @@ class GgufView(Checkpoint):
         try:
             weight = weight_of(info.type, rows, self.changes[names[0]].order)
             del rows
-            made: Layer = layer_class(weight.family, kind).from_weight(weight, **arguments)
+            with registry.as_stored():
+                made: Layer = layer_class(weight.family, kind).from_weight(weight, **arguments)
         except ValueError as error:
             raise ValueError(f"{self.content.file}: tensor {names[0]!r} ({info.type}): {error}") from None
-        return made
+        del weight  # its codes are a byte each
+        return made.prepare(owned=True)
 
 
 @dataclass

@@ -7,6 +7,7 @@ decoders and packers here are loops over one integer per row, and know nothing o
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import lowbit
 from lowbit.checkpoint import foreign
 from lowbit.cli.command import main
 from lowbit.model.foreign import IMPORTED
+from lowbit.nn.layer import canonical_state_dict, layers
 from lowbit.testing.foreign_folders import (
     CONFIG,
     check_experts,
@@ -595,6 +597,33 @@ def test_the_command(written, tmp_path, capsys):
     assert equal(model, expected) and type(model.lm_head) is nn.Linear
     assert main(["convert", str(source), str(tmp_path / "all"), "--bits", "8"]) == 0
     assert isinstance(lowbit.load(tmp_path / "all").lm_head, lowbit.PackedLinear)
+
+
+@pytest.mark.parametrize("source", ["float", "gptq-act-order-4bit", "auto-round-2bit", "mxfp4", "qwen3_moe.gguf"])
+@pytest.mark.filterwarnings("ignore:.*no tokenizer")
+def test_what_is_written_is_in_memory_once(source, tmp_path, monkeypatch):
+    """It is held as files have it: nothing is prepared for kernels, and nothing is made again to be written."""
+    path = FIXTURES.parent / "gguf" / source if source.endswith(".gguf") else FIXTURES / source / "model"
+    if source == "float":
+        path = tmp_path / "float"
+        mixture(tie_word_embeddings=True).save_pretrained(path)
+    module, held = sys.modules["lowbit.checkpoint.convert_folder"], {}
+    save = module.save
+
+    def look(model, folder):
+        held.update((name, tensor) for name, layer in layers(model).items()
+                    for name, tensor in [(f"{name}.{n}", t) for n, t in layer.named_tensors().items()])  # fmt: skip
+        written = canonical_state_dict(model)
+        assert len(held) > 4 and all(written[name].data_ptr() == tensor.data_ptr() for name, tensor in held.items())
+        save(model, folder)
+
+    monkeypatch.setattr(module, "save", look)
+    spec = lowbit.Packed(bits=3, outliers=0.01) if source == "float" else None
+    lowbit.convert_folder(path, tmp_path / "packed", spec)
+    with monkeypatch.context() as patched:
+        patched.setattr("lowbit.nn.layer.once", lambda held, what, form: pytest.fail(f"{what} copies"))
+        loaded = layers(lowbit.load(tmp_path / "packed" if source == "float" else path)).values()
+    assert all(layer.layout in layer.layouts(layer.device) for layer in loaded)  # prepared, to be run
 
 
 def test_a_config_file_of_its_own(folder, written):

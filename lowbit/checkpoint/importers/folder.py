@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowbit.backends import registry
 from lowbit.checkpoint import foreign, stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
 from lowbit.checkpoint.libraries import FloatFolder, Stack, library_of
@@ -456,7 +457,7 @@ def _read(reader: Reader, swap: _Swap) -> list[Layer]:
     stored, made = swap.stored[0], list[Any]()
     if stored.kind == "experts":
         return [_read_experts(reader, swap)]
-    with _naming(reader, stored):
+    with _naming(reader, stored), registry.as_stored():
         weight, note = reader.weight(stored)
         for place in swap.places:
             empty, bias = place.empty, None
@@ -471,7 +472,6 @@ def _read(reader: Reader, swap: _Swap) -> list[Layer]:
                 if "x_scale" in format.tensors():
                     layer.store({"x_scale": _x_scale(reader, stored)})
                 layer.bias = bias
-                layer.prepare()
             elif empty.kind == "embedding":
                 layer = cls.from_weight(weight, dtype=empty.dtype, **empty.extras())
             else:
@@ -479,7 +479,8 @@ def _read(reader: Reader, swap: _Swap) -> list[Layer]:
                                         **asdict(empty.format.activation))  # fmt: skip
             layer.note = note
             made.append(layer)
-    return made
+    del weight  # its codes are a byte each
+    return [layer.prepare(owned=True) for layer in made]
 
 
 def _x_scale(reader: Reader, stored: Stored) -> Tensor:
@@ -522,12 +523,13 @@ def _read_experts(reader: Reader, swap: _Swap) -> Layer:
         joined = cls.joined(_with_one_table(_with_zeros(parts)))
         parts.clear()  # the stack is in memory twice, not three times
         return_freed_memory()
-        layer: Layer = cls.from_parts(
-            [joined], num_experts=empty.num_experts, dtype=empty.dtype,
-            x_scale=scales[0] if scales else None, **asdict(activation),
-        )  # fmt: skip
+        with registry.as_stored():
+            layer: Layer = cls.from_parts(
+                [joined], num_experts=empty.num_experts, dtype=empty.dtype,
+                x_scale=scales[0] if scales else None, **asdict(activation),
+            )  # fmt: skip
     layer.note = "; ".join(notes) or None
-    return layer
+    return layer.prepare(owned=True)
 
 
 def _by_row(tensors: dict[str, Tensor], format: Format) -> tuple[dict[str, Tensor], Any]:
