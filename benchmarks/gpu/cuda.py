@@ -102,10 +102,7 @@ def _packed(
         found = list(formats(bits, n, k, group_size))
         weight = random_weight(found[(bits + m) % len(found)], m)
         x, bias = activations(m, k, dtype, m), torch.randn(n)
-        f = weight.format
-        args = (
-            x, weight.packed, *weight.outliers, weight.scales, weight.zeros, bits, f.group_size, 0, bias, None, False, 0
-        )  # fmt: skip
+        args = (x, *weight.operands, bias, None, False, 0)
         y = torch.ops.lowbit.packed_linear(*(a.to(device) if isinstance(a, Tensor) else a for a in args))
         assert_linear_close(y.cpu(), x, weight.dense(), bias)
 

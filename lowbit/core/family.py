@@ -158,6 +158,11 @@ class Format(ABC):
     def numbers(self) -> tuple[int, ...]:
         """The integers of the weight that the ops take, in their order, the layout not among them."""
 
+    @property
+    def numbers_behind(self) -> tuple[int, ...]:
+        """More of them, which the ops take behind the layout."""
+        return ()
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Name -> (shape, dtype) of every stored tensor except the bias."""
         return {**self.weight_tensors(), **self.activation.tensors()}

@@ -89,8 +89,8 @@ class Factor(NamedTuple):
 
     def _unpacked(self, scales: Tensor | None) -> Tensor:
         values: Tensor = torch.ops.lowbit.packed_dequantize(
-            self.values, None, None, None, scales, self.zeros, self.bits, self.group_size, CANONICAL.number, self.k,
-            torch.float32,
+            self.values, None, None, None, scales, self.zeros, None, None, self.bits, self.group_size, CANONICAL.number,
+            False, 0, self.k, torch.float32,
         )
         return values.view(self.rank, self.n, self.k)
 

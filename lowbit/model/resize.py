@@ -14,7 +14,7 @@ from lowbit.core.family import FLOAT_DTYPES, Format
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.layer import Layer, LayerConfig, make_trainable
 from lowbit.nn.rows import OUTLIERS, cut_rows, row_tensors
-from lowbit.packed.format import Packed, PackedFormat
+from lowbit.packed.format import CODE_DTYPES, Packed, PackedFormat
 
 
 @torch.no_grad()
@@ -71,6 +71,13 @@ def _compressed(rows: Tensor, format: Any, tensors: dict[str, Tensor]) -> dict[s
     """The tensors of float ``rows`` in ``format``; a table that serves the whole tensor is the one in ``tensors``."""
     made = _spec(format, tensors).quantize(rows.float())
     found: dict[str, Tensor] = {**made.tensors(), "codes": made.codes}
+    if isinstance(format, PackedFormat):
+        if format.zeros == "minimum" and "zeros" not in _shared(format):
+            found["zeros"] = found["zeros"].float() * found["scales"].float()
+        if format.scale_block is not None:
+            found["scales"], found["scale_factors"] = _two_levels(found["scales"], format, format.scale_codes or "")
+            if format.zeros == "minimum":
+                found["zeros"], found["zero_factors"] = _two_levels(found["zeros"], format, "uint8")
     for name, (_, dtype) in format.weight_tensors().items():
         if name == "packed":
             continue
@@ -84,6 +91,19 @@ def _compressed(rows: Tensor, format: Any, tensors: dict[str, Tensor]) -> dict[s
     return found
 
 
+def _two_levels(values: Tensor, format: PackedFormat, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes of dtype ``kind`` of ``values [M, G]``, and their factors; what is below 0 becomes 0."""
+    assert format.scale_block is not None
+    values, block = values.float(), format.scale_block
+    top = 127 if kind == "int8" else 255
+    of_blocks = [part.amax(1).clamp(min=0) / top for part in values.split(block, 1)]
+    factors = torch.stack(of_blocks, 1).clamp(max=torch.finfo(FLOAT_DTYPES[format.scale_dtype]).max)
+    factors = factors.to(FLOAT_DTYPES[format.scale_dtype])
+    spread = factors.float().repeat_interleave(block, 1)[:, : values.shape[1]]
+    codes = (values / torch.where(spread == 0, 1.0, spread)).round().clamp(0, top)
+    return codes.to(CODE_DTYPES[kind]), factors
+
+
 def _spec(format: Format, tensors: dict[str, Tensor]) -> Any:
     """The spec that gives ``format``."""
     if isinstance(format, PackedFormat):
@@ -92,7 +112,7 @@ def _spec(format: Format, tensors: dict[str, Tensor]) -> Any:
             group_size=format.group_size if format.granularity == "group" else None,
             granularity=format.granularity,
             symmetric=format.zeros == "none",
-            zeros="int" if format.zeros == "none" else format.zeros,
+            zeros={"none": "int", "minimum": "float"}.get(format.zeros, format.zeros),  # type: ignore[arg-type]
             quantizer="minmax",
             scale_dtype=FLOAT_DTYPES[format.scale_dtype],
         )
@@ -110,6 +130,11 @@ def _spec(format: Format, tensors: dict[str, Tensor]) -> Any:
     )
 
 
+def _times(codes: Tensor, factors: Tensor, block: int) -> Tensor:
+    """Scales of two levels, float32 ``[M, G]``."""
+    return codes.float() * factors.float().repeat_interleave(block, 1)[:, : codes.shape[1]]
+
+
 def _nearest(rows: Tensor, format: Any, found: dict[str, Tensor]) -> Tensor:
     """uint8 ``[M, K]``: the code of the nearest value, for scales and tables as they are stored."""
     m, k = rows.shape
@@ -123,7 +148,16 @@ def _nearest(rows: Tensor, format: Any, found: dict[str, Tensor]) -> Tensor:
         half = torch.full((1, 1), float(1 << (format.bits - 1)), device=rows.device)
         zeros = spread(found.get("zeros", half))
         low = 1.0 if format.zeros == "none" else 0.0  # symmetric levels are -n..n
-        codes = rows.div(spread(found["scales"])).add_(zeros).round_()
+        scales = found["scales"]
+        if format.scale_block is not None:
+            scales = _times(scales, found["scale_factors"], format.scale_block)
+        if format.zeros == "minimum":
+            minima = found["zeros"]
+            if "zero_factors" in found and format.scale_block is not None:
+                minima = _times(minima, found["zero_factors"], format.scale_block)
+            rows, zeros = rows + spread(minima), torch.zeros_like(half)
+        scales = spread(scales)
+        codes = rows.div(torch.where(scales == 0, 1.0, scales)).add_(zeros).round_()
         return codes.clamp_(low, (1 << format.bits) - 1).to(torch.uint8)
     if format.scales != "none":
         scales = spread(found["scales"])

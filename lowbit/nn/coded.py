@@ -27,7 +27,7 @@ class CodedLayer(Layer):
         self._record(self.__dict__.get("_layout", CANONICAL))
 
     def _record(self, layout: Layout) -> Layout:
-        self._layout, self._numbers = layout, (*self.format.numbers, layout.number)
+        self._layout, self._numbers = layout, (*self.format.numbers, layout.number, *self.format.numbers_behind)
         return layout
 
     @property

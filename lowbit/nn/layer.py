@@ -418,6 +418,9 @@ class Layer(nn.Module):
                 old = self._parameters.pop(name, None)
                 self._buffers[name] = None if old is None else once(old, "buffer", lambda tensor: tensor)
             self._stored = len(self._buffers)
+        for name in names:  # that formats did not have when it was pickled
+            if name not in self._buffers and name not in self._parameters:
+                self._buffers[name] = None
         self._derive()
 
     def _derive(self) -> None:

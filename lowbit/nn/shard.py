@@ -42,6 +42,10 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
         problem = "with act-order its columns are not in the order of the input features"
     elif dim == INPUT and format.group_size < size and step % format.group_size:
         problem = f"group_size={format.group_size} must divide the {step} input features of a share"
+    elif dim == INPUT and getattr(format, "scale_block", None) and format.group_size < size:
+        columns = format.scale_block * format.group_size  # that share a factor
+        if step % columns and step < size:
+            problem = f"{columns} columns that share a factor of their scales must divide the {step} input features"
     if problem is not None:
         raise ValueError(f"{layer.title()}: cannot be split over {count} devices: {problem}")
     whole = layer.out_features, layer.in_features
@@ -50,6 +54,8 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
     fields = {"out_features" if dim == OUTPUT else "in_features": share.stop - share.start}
     if dim == INPUT and format.group_size == size:
         fields["group_size"] = share.stop - share.start
+    elif dim == INPUT and getattr(format, "scale_block", None):
+        fields["scale_block"] = min(format.scale_block, -(-(share.stop - share.start) // format.group_size))
     layer.become(replace(format, **fields, outliers=len(cut.get("outlier_values", ()))), cut)
     layer.whole = whole
 
@@ -62,6 +68,10 @@ def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str,
     for name in ("scales", "zeros", "codebook"):
         if groups > 1 and name in tensors and tensors[name].shape[1] == groups:
             cut[name] = tensors[name][:, of_groups]
+    for name in ("scale_factors", "zero_factors"):
+        if groups > 1 and name in tensors:
+            blocks = slice(of_groups.start // format.scale_block, -(-of_groups.stop // format.scale_block))
+            cut[name] = tensors[name][:, blocks]
     if "outlier_rows" in tensors:
         columns, ends = column_indices(tensors["outlier_columns"]), tensors["outlier_rows"]
         inside = (columns >= share.start) & (columns < share.stop)

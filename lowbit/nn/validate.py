@@ -20,6 +20,12 @@ def require_finite(name: str, tensor_name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name}.{tensor_name} must be finite: got NaN or infinity")
 
 
+def require_factors(name: str, tensor_name: str, factors: Tensor | None) -> None:
+    """Raise ``ValueError`` where a factor of scales, if any, times a code can be NaN or infinite."""
+    if factors is not None and not bool(torch.isfinite(factors.float() * 255).all()):
+        raise ValueError(f"{name}.{tensor_name} times 255 must be finite: got NaN or infinity")
+
+
 def require_order(name: str, order: Tensor | None) -> None:
     """Raise ``ValueError`` unless the order of columns, if any, has each of them once."""
     if order is not None and not torch.equal(order.sort().values.long(), torch.arange(len(order), device=order.device)):

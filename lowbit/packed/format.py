@@ -2,8 +2,16 @@
 :class:`PackedWeight`).
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g],    g = k // group_size      (+ sparse outliers)
+    w[n, k] = code[n, k] * scale[n, g] - minimum[n, g]    with zeros="minimum": two roundings in float32
 
-Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary is the symmetric 2-bit case.
+Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary is the symmetric 2-bit case. Scales of
+two levels are codes with a float factor for each block of groups, rounded once in float32:
+
+    scale[n, g] = scale_factors[n, g // scale_block] * scales[n, g]    (a minimum: of zero_factors and zeros)
+
+Beside minima, products with x are sums of codes, times scales, less sums of x, times minima. Where ``code * scale`` has
+more than 24 bits, as with scales that fill a float32, an element of y may so be off by 2**-24 of
+``sum |x * code * scale|`` besides.
 """
 
 from __future__ import annotations
@@ -43,6 +51,8 @@ from lowbit.core.quantizer import names
 # What a Packed that does not say has: docs/accuracy.md shows the measurements that chose it.
 GROUP_SIZE = 64  # a shorter row is one group
 QUANTIZER = "mse"
+CODE_DTYPES = {"uint8": torch.uint8, "int8": torch.int8}  # of scales of two levels
+Zeros = Literal["none", "int", "float", "minimum"]
 FLOAT_ZEROS_UP_TO = 4  # bits; finer grids lose nothing by integer zeros, which are smaller
 
 
@@ -179,9 +189,12 @@ class Packed(Spec):
 class PackedFormat(Format):
     """The stored form of one weight: everything that the shapes and dtypes of its tensors follow from.
 
-    ``zeros`` is ``"none"`` (symmetric), ``"int"`` (uint8) or ``"float"``; ``outliers`` is the number of stored
-    sparse entries. With ``act_order`` the columns are those of the weight in another order (GPTQ's activation order,
-    arXiv 2210.17323): column k meets feature ``order[k]`` of x, and groups, scales and outliers are of columns.
+    ``zeros`` is ``"none"`` (symmetric), ``"int"`` (uint8), ``"float"``, or ``"minimum"``: the tensor ``zeros`` then
+    holds minima. ``scale_codes``, ``"uint8"`` or ``"int8"``, says that scales have two levels: codes in ``scales``, and
+    for each ``scale_block`` groups of a row a factor of ``scale_dtype`` in ``scale_factors``; minima are then uint8
+    codes, with ``zero_factors``. ``outliers`` is the number of stored sparse entries. With ``act_order`` the columns
+    are those of the weight in another order (GPTQ's activation order, arXiv 2210.17323): column k meets feature
+    ``order[k]`` of x, and groups, scales and outliers are of columns.
     """
 
     family = "packed"
@@ -190,22 +203,38 @@ class PackedFormat(Format):
     in_features: int
     group_size: int
     granularity: Granularity
-    zeros: Literal["none", "int", "float"] = "none"
+    zeros: Zeros = "none"
     scale_dtype: str = "float32"
     outliers: int = 0
     outlier_dtype: str = "float16"
     activations: Activations = "float"
     activation_group_size: int | None = None
     act_order: bool = False
+    scale_codes: Literal["uint8", "int8"] | None = None
+    scale_block: int | None = None
 
-    later = ("act_order",)
+    later = ("act_order", "scale_codes", "scale_block")
 
     def __post_init__(self) -> None:
         check_coded_format(self, min_bits=2)
         if not isinstance(self.act_order, bool):
             raise ValueError(f"act_order must be True or False: got act_order={self.act_order!r}")
-        choice("zeros", self.zeros, ("none", "int", "float"))
+        choice("zeros", self.zeros, ("none", "int", "float", "minimum"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
+        if self.scale_codes is not None:
+            choice("scale_codes", self.scale_codes, tuple(CODE_DTYPES))
+        if (self.scale_codes is None) != (self.scale_block is None):
+            raise ValueError("scale_codes and scale_block must be given together: "
+                             f"got scale_codes={self.scale_codes!r}, scale_block={self.scale_block!r}")  # fmt: skip
+        if self.scale_block is not None:
+            check_size("scale_block", self.scale_block)
+            if self.zeros == "float":
+                raise ValueError("zeros must be 'none', 'int' or 'minimum' beside scale_codes: got zeros='float'")
+            if self.scale_block > self.groups or self.granularity == "tensor":
+                raise ValueError(
+                    "scale_block must be between 1 and G, the groups of a row: got "
+                    f"scale_block={self.scale_block}, G={self.groups}, granularity={self.granularity!r}"
+                )
         if self.granularity != "group" and self.group_size != self.in_features:
             raise ValueError(
                 f"group_size must equal K with granularity={self.granularity!r}: "
@@ -215,6 +244,10 @@ class PackedFormat(Format):
     @property
     def numbers(self) -> tuple[int, ...]:
         return self.bits, self.group_size
+
+    @property
+    def numbers_behind(self) -> tuple[int, ...]:
+        return self.zeros == "minimum", self.scale_block or 0
 
     @property
     def groups(self) -> int:
@@ -233,10 +266,16 @@ class PackedFormat(Format):
         scale_dtype = FLOAT_DTYPES[self.scale_dtype]
         spec: dict[str, TensorSpec] = {
             "packed": ((self.out_features, words_per_row(self.in_features, self.bits)), torch.int32),
-            "scales": (self.scale_shape, scale_dtype),
+            "scales": (self.scale_shape, CODE_DTYPES[self.scale_codes] if self.scale_codes else scale_dtype),
         }
         if self.zeros != "none":
-            spec["zeros"] = (self.scale_shape, torch.uint8 if self.zeros == "int" else scale_dtype)
+            coded = self.zeros == "int" or (self.zeros == "minimum" and self.scale_codes is not None)
+            spec["zeros"] = (self.scale_shape, torch.uint8 if coded else scale_dtype)
+        if self.scale_block is not None:
+            factors = (self.out_features, -(-self.groups // self.scale_block)), scale_dtype
+            spec["scale_factors"] = factors
+            if self.zeros == "minimum":
+                spec["zero_factors"] = factors
         if self.act_order:
             spec["order"] = ((self.in_features,), torch.int32)
         return spec | outlier_tensors(self.out_features, self.in_features, self.outliers, self.outlier_dtype)
@@ -244,23 +283,31 @@ class PackedFormat(Format):
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric, int8 activations``."""
         text = f"{_describe(self.bits, self.granularity, self.group_size)} " + {
-            "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros"
+            "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros", "minimum": "with minima"
         }[self.zeros]  # fmt: skip
+        if self.scale_codes is not None:
+            text += f", {self.scale_codes} scales in blocks of {self.scale_block}"
         return text + (", act-order" if self.act_order else "") + describe_extras(self)
 
 
 @dataclass(frozen=True)
 class PackedWeight(Weight):
-    """``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``, g = k // group_size, + outliers.
+    """``w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g]``, g = k // group_size, + outliers; with minimum=True
+    ``codes[n, k] * scales[n, g] - zeros[n, g]``.
 
     codes: uint8 [N, K], values 0 .. 2**bits - 1.
-    scales: float16, bfloat16 or float32; [N, G] per group, [N, 1] per row, [1, 1] per tensor.
+    scales: float16, bfloat16 or float32; [N, G] per group, [N, 1] per row, [1, 1] per tensor. With scale_factors:
+        uint8 or int8, [N, G], to be multiplied by them.
     zeros: None (symmetric, zero = 2**(bits-1)), uint8, or the dtype of scales; the shape of scales.
     bits: of the codes, 2 to 8.
     group_size: input features per scale; None for one scale per row or tensor (by the shape of scales).
     outlier_values [nnz], outlier_columns [nnz] (int16; int32 when K > 32768), outlier_rows int32 [N+1]: the
         sparse part in CSR form, columns ascending within a row; all None without outliers.
     order: int32 [K], which feature of x each column meets: a permutation; None for their own order.
+    minimum: whether zeros are minima, of the dtype of scales; uint8, to be multiplied by zero_factors, with
+        scale_factors.
+    scale_factors, zero_factors: float16, bfloat16 or float32 [N, ceil(G / scale_block)]; None for scales of one level.
+    scale_block: groups of a row that share a factor.
     """
 
     family = "packed"
@@ -273,25 +320,38 @@ class PackedWeight(Weight):
     outlier_columns: Tensor | None = None
     outlier_rows: Tensor | None = None
     order: Tensor | None = None
+    minimum: bool = False
+    scale_factors: Tensor | None = None
+    zero_factors: Tensor | None = None
+    scale_block: int | None = None
 
     def format(self, activations: Activations = "float") -> PackedFormat:
         n, k = self.codes.shape
         if self.group_size is not None:
             granularity: Granularity = "group"
         else:
-            granularity = "tensor" if tuple(self.scales.shape) == (1, 1) else "row"
+            granularity = "tensor" if tuple(self.scales.shape) == (1, 1) and self.scale_factors is None else "row"
+        if self.minimum and self.zeros is None:
+            raise ValueError("minimum=True needs zeros, which hold the minima: got None")
+        if self.scale_factors is None and not self.scales.is_floating_point():
+            raise ValueError(f"scales must be floats without scale_factors: got {self.scales.dtype}")
+        is_float = self.zeros is not None and self.zeros.is_floating_point()
+        floats = self.scales if self.scale_factors is None else self.scale_factors
+        codes: Any = None if self.scale_factors is None else dtype_name(self.scales.dtype)
         format = PackedFormat(
             bits=self.bits,
             out_features=n,
             in_features=k,
             group_size=k if self.group_size is None else self.group_size,
             granularity=granularity,
-            zeros="none" if self.zeros is None else "float" if self.zeros.is_floating_point() else "int",
-            scale_dtype=dtype_name(self.scales.dtype),
+            zeros="none" if self.zeros is None else "minimum" if self.minimum else "float" if is_float else "int",
+            scale_dtype=dtype_name(floats.dtype),
             outliers=0 if self.outlier_values is None else len(self.outlier_values),
             outlier_dtype="float16" if self.outlier_values is None else dtype_name(self.outlier_values.dtype),
             activations=activations,
             act_order=self.order is not None,
+            scale_codes=codes,
+            scale_block=self.scale_block,
         )
         if tuple(self.scales.shape) != format.scale_shape:
             raise ValueError(f"scales must have shape {format.scale_shape}: got {tuple(self.scales.shape)}")
@@ -301,6 +361,7 @@ class PackedWeight(Weight):
         found = {
             "packed": pack(self.codes, self.bits), "scales": self.scales, "zeros": self.zeros,
             "outlier_values": self.outlier_values, "outlier_columns": self.outlier_columns,
-            "outlier_rows": self.outlier_rows, "order": self.order,
+            "outlier_rows": self.outlier_rows, "order": self.order, "scale_factors": self.scale_factors,
+            "zero_factors": self.zero_factors,
         }  # fmt: skip
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -8,7 +8,14 @@ from lowbit.nn.coded import CodedLayer
 from lowbit.nn.embedding import EmbeddingLayer
 from lowbit.nn.experts import CodedExperts
 from lowbit.nn.linear import LinearLayer
-from lowbit.nn.validate import require_finite, require_order, require_outliers, require_x_scale, require_zeros
+from lowbit.nn.validate import (
+    require_factors,
+    require_finite,
+    require_order,
+    require_outliers,
+    require_x_scale,
+    require_zeros,
+)
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.operands import PackedOperands
 
@@ -20,10 +27,12 @@ class PackedLayer(CodedLayer):
     format_class = PackedFormat
     operands_class = PackedOperands
     group_tensors = ("scales", "zeros")
-    one_dtype = (("zeros", "scales"),)
+    one_dtype = (("zeros", "scales"), ("zero_factors", "scale_factors"))
     format: PackedFormat
     scales: Tensor
     zeros: Tensor | None
+    scale_factors: Tensor | None
+    zero_factors: Tensor | None
     outlier_values: Tensor | None
     outlier_columns: Tensor | None
     outlier_rows: Tensor | None
@@ -36,7 +45,12 @@ class PackedLayer(CodedLayer):
 
     def validate_values(self, name: str) -> None:
         require_finite(name, "scales", self.scales)
-        require_zeros(name, "zeros", self.zeros, self.format.bits)
+        if self.format.zeros == "minimum":
+            require_finite(name, "zeros", self.zeros)
+        else:
+            require_zeros(name, "zeros", self.zeros, self.format.bits)
+        for factors in ("scale_factors", "zero_factors"):
+            require_factors(name, factors, getattr(self, factors))
         require_x_scale(name, self.x_scale)
         require_outliers(name, self)
 
@@ -47,7 +61,8 @@ class PackedLinear(PackedLayer, LinearLayer):
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
     Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
     :mod:`lowbit.backends.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same
-    shape, optional CSR outliers, optional ``x_scale``, optional ``order`` int32 ``[K]``: then column k of the stored
+    shape (with minima ``W = code * scale - zero``), optional ``scale_factors`` and ``zero_factors`` of scales of two
+    levels, optional CSR outliers, optional ``x_scale``, optional ``order`` int32 ``[K]``: then column k of the stored
     weight meets ``x[..., order[k]]``, and :meth:`dequantize` gives W in the order of x.
     """
 

@@ -1,7 +1,9 @@
 """A weight of family ``packed`` as its ops take it, and the reference of what they do.
 
     w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] (+ outlier S[n, k]),    g = k // group_size
+    w[n, k] = code[n, k] * scale[n, g] - minimum[n, g] (+ outlier S[n, k])    with minima
 
+where scales and minima may be codes times factors, ``scale[n, g] = factor[n, g // scale_block] * code of the scale``.
 The tensors are those of :class:`lowbit.packed.format.PackedFormat`. The weight is float32: the product is rounded once,
 the sum with an outlier once more.
 """
@@ -9,7 +11,7 @@ the sum with an outlier once more.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,13 +58,22 @@ class PackedActivation(Activation):
 @dataclass(frozen=True, kw_only=True)
 class PackedOperands(CodedOperands):
     """``scales`` and the optional ``zeros``: ``[N, G]``, or ``[1, 1]`` for all; without zeros they are
-    ``2**(bits-1)``."""
+    ``2**(bits-1)``.
+
+    minimum: ``zeros`` holds minima, of the dtype of scales.
+    scale_block: groups that share a factor; 0: scales of one level. Else ``scales`` holds uint8 or int8 codes and
+        ``scale_factors`` floats ``[N, ceil(G / scale_block)]``; minima are uint8 codes beside ``zero_factors``.
+    """
 
     scales: Tensor
     zeros: Tensor | None
+    scale_factors: Tensor | None = None
+    zero_factors: Tensor | None = None
+    minimum: bool = False
+    scale_block: int = 0
 
     family = "packed"
-    differentiable = ("scales", "zeros", "outlier_values")
+    differentiable = ("scales", "zeros", "scale_factors", "zero_factors", "outlier_values")
     min_bits = 2
     activation = PackedActivation
 
@@ -77,61 +88,156 @@ class PackedOperands(CodedOperands):
             lambda: f"scales must be [N, {groups}] or [1, 1] for N={packed.shape[0]}, K={k}, "
             f"group_size={self.group_size}: got shape {tuple(scales.shape)}",
         )
-        torch._check(scales.is_floating_point(), lambda: f"scales must be floating point: got {scales.dtype}")
+        if self.scale_block:
+            self._check_factors(groups)
+        else:
+            torch._check(scales.is_floating_point(), lambda: f"scales must be floating point: got {scales.dtype}")
+            torch._check(
+                self.scale_factors is None and self.zero_factors is None,
+                lambda: "scale_factors and zero_factors need scale_block: got scale_block=0",
+            )
+        torch._check(
+            not self.minimum or zeros is not None, lambda: "minimum=True needs zeros, which hold the minima: got None"
+        )
         if zeros is not None:
             torch._check(
                 zeros.shape == scales.shape,
                 lambda: f"zeros must have the shape of scales {tuple(scales.shape)}: got {tuple(zeros.shape)}",
             )
 
+    def _check_factors(self, groups: int) -> None:
+        scales, zeros, block = self.scales, self.zeros, self.scale_block
+        torch._check(
+            1 <= block <= groups,
+            lambda: f"scale_block must be between 1 and G: got scale_block={block}, G={groups}",
+        )
+        torch._check(
+            scales.dtype in (torch.uint8, torch.int8),
+            lambda: f"scales must be uint8 or int8 beside scale_factors: got {scales.dtype}",
+        )
+        torch._check(
+            (self.zero_factors is not None) == self.minimum,
+            lambda: "zero_factors must be given with minimum=True and scale_block, and only then",
+        )
+        torch._check(
+            not self.minimum or (zeros is not None and zeros.dtype == torch.uint8),
+            lambda: f"zeros must be uint8 beside zero_factors: got {None if zeros is None else zeros.dtype}",
+        )
+        first, shape = self.scale_factors, (self.out_features, -(-groups // block))
+        for name, t in (("scale_factors", first), ("zero_factors", self.zero_factors)):
+            torch._check(
+                name == "zero_factors" if t is None else t.shape == shape and t.is_floating_point(),
+                lambda name=name, t=t: f"{name} must be floating point {list(shape)}: "
+                f"got {None if t is None else (t.dtype, tuple(t.shape))}",
+            )
+
     def _values_at(self, rows: slice | Tensor) -> dict[str, Any]:
-        if self.scales.shape[0] == 1:  # one per tensor
+        if self.scales.shape[0] == 1 and not self.scale_block:  # one per tensor
             return {}
-        return {"scales": self.scales[rows], "zeros": None if self.zeros is None else self.zeros[rows]}
+        return {
+            name: None if tensor is None else tensor[rows]
+            for name in ("scales", "zeros", "scale_factors", "zero_factors")
+            for tensor in [getattr(self, name)]
+        }
+
+    def _factors(self, factors: Tensor | None) -> Tensor:
+        """float32 ``[N, G]``, of each group."""
+        assert factors is not None
+        groups = self.scales.shape[1]
+        return factors.float().index_select(1, torch.arange(groups, device=self.device) // self.scale_block)
+
+    def decoded_scales(self) -> Tensor:
+        """The scales as floats: float32 of two levels, else as they are."""
+        return self.scales if not self.scale_block else self._factors(self.scale_factors) * self.scales.float()
+
+    def decoded_zeros(self) -> Tensor | None:
+        """The zeros, or minima: float32 of two levels, else as they are."""
+        if self.zeros is None or self.zero_factors is None:
+            return self.zeros
+        return self._factors(self.zero_factors) * self.zeros.float()
+
+    def decoded(self) -> PackedOperands:
+        """The same weight with scales and minima of one level."""
+        if not self.scale_block:
+            return self
+        return replace(
+            self, scales=self.decoded_scales(), zeros=self.decoded_zeros(), scale_factors=None, zero_factors=None,
+            scale_block=0,
+        )  # fmt: skip
 
     def _centered(self, group: Tensor) -> Tensor:
-        """``code - zero`` as float32 ``[N, K]``; ``group[k]`` is the group of column k."""
+        """``code - zero``, or the code beside minima, as float32 ``[N, K]``; ``group[k]`` is the group of column k."""
         codes = self.codes(len(group)).float()
+        if self.minimum:
+            return codes
         if self.zeros is None:
             return codes - (1 << (self.bits - 1))
         return codes - self.zeros.float().index_select(1, group)
 
     def coded_part(self, k: int) -> Tensor:
         group = self.groups(k)
-        return self._centered(group) * self.scales.float().index_select(1, group)
+        products = self._centered(group) * self.decoded_scales().float().index_select(1, group)
+        minima = self.decoded_zeros() if self.minimum else None
+        return products if minima is None else products - minima.float().index_select(1, group)
 
     def int8_products(self, q: Tensor, inverse: Tensor, activation: Activation) -> Tensor:
         """Integer dot products (exact in float64) of each run of columns that share a scale of the weight and one of x,
-        then ``sum_runs dot * scale / inverse`` in float32; where x has one scale, it divides the sum."""
+        then ``sum_runs dot * scale / inverse`` in float32; where x has one scale, it divides the sum. Beside minima
+        ``dot * scale - sum q * minimum`` is rounded once."""
         q, k = q.double(), q.shape[-1]
         x_group = activation.x_group if isinstance(activation, PackedActivation) and activation.x_group < k else 0
         codes = self.codes(k).double()
         y = torch.zeros(q.shape[0], self.out_features, dtype=torch.float32, device=q.device)
         size = min(self.group_size, x_group or k)
+        scales, zeros = self.decoded_scales(), self.decoded_zeros()
         for start in range(0, k, size):
             run, g = slice(start, min(start + size, k)), start // self.group_size
-            zero: Tensor | float = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros[:, g].double()
-            dot = q[:, run] @ codes[:, run].t() - q[:, run].sum(-1, keepdim=True) * zero
-            part = dot.float() * self.scales[:, g].float()
+            zero: Tensor | float = float(1 << (self.bits - 1)) if zeros is None else zeros[:, g].double()
+            dot, of_x = q[:, run] @ codes[:, run].t(), q[:, run].sum(-1, keepdim=True)
+            if self.minimum:
+                part = (dot * scales[:, g].double() - of_x * zero).float()
+            else:
+                part = (dot - of_x * zero).float() * scales[:, g].float()
             y += part / inverse[:, start // x_group, None] if x_group else part
         return y if x_group else y / inverse
 
     def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        """``d scale = sum_group D·(code − zero)``, ``d zero = −scale · sum_group D``."""
+        """``d scale = sum_group D·(code − zero)``, ``d zero = −scale · sum_group D``; ``d minimum = −sum_group D``.
+        Of a factor: the sum over its groups of ``code of the scale · d scale``."""
         found: dict[str, Tensor | None] = {}
         scales, zeros, group = self.scales, self.zeros, self.groups(d.shape[1])
-        if "scales" in wanted:
-            found["scales"] = sum_per_scale(d * self._centered(group), scales, group).to(scales.dtype)
-        if "zeros" in wanted and zeros is not None:
-            found["zeros"] = (-scales.float() * sum_per_scale(d, scales, group)).to(zeros.dtype)
+
+        def of_factors(factors: Tensor, codes: Tensor, of_groups: Tensor) -> Tensor:
+            block = torch.arange(codes.shape[1], device=d.device) // self.scale_block
+            sums = d.new_zeros(codes.shape[0], factors.shape[1])
+            return sums.index_add(1, block, codes.float() * of_groups).to(factors.dtype)
+
+        if "scales" in wanted or "scale_factors" in wanted:
+            of_scales = sum_per_scale(d * self._centered(group), scales, group)
+            if self.scale_factors is None:
+                found["scales"] = of_scales.to(scales.dtype)
+            else:
+                found["scale_factors"] = of_factors(self.scale_factors, scales, of_scales)
+        if ("zeros" in wanted or "zero_factors" in wanted) and zeros is not None:
+            sums = -sum_per_scale(d, scales, group)
+            if self.zero_factors is not None:
+                found["zero_factors"] = of_factors(self.zero_factors, zeros, sums)
+            else:
+                found["zeros"] = (sums if self.minimum else self.decoded_scales().float() * sums).to(zeros.dtype)
         return found
 
     def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
-        """``(code − zero) · scale' − zero' · scale``."""
+        """``(code − zero) · scale' − zero' · scale``; beside minima ``code · scale' − minimum'``."""
         parts, group = [], self.groups(k)
         if "scales" in tangents:
             parts.append(self._centered(group) * tangents["scales"].float().index_select(1, group))
+        if "scale_factors" in tangents:
+            moved = self._factors(tangents["scale_factors"]) * self.scales.float()
+            parts.append(self._centered(group) * moved.index_select(1, group))
         if "zeros" in tangents:
-            moved = (-tangents["zeros"].float() * self.scales.float()).index_select(1, group)
-            parts.append(moved.expand(self.out_features, -1))
+            moved = -tangents["zeros"].float() * (1.0 if self.minimum else self.decoded_scales().float())
+            parts.append(moved.index_select(1, group).expand(self.out_features, -1))
+        if "zero_factors" in tangents and self.zeros is not None:
+            moved = -self._factors(tangents["zero_factors"]) * self.zeros.float()
+            parts.append(moved.index_select(1, group))
         return parts

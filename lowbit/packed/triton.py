@@ -6,7 +6,8 @@ left operand: their rows lie along the 64 or 128 rows of a tensor-core product, 
 kernel of its own. Where few rows would leave processors idle, K is split, and a second launch adds the parts in order.
 
 Groups whose size is no multiple of 32 are slower: weights are multiplied by their scales in float32, and then split
-into bfloat16 pieces, exactly.
+into bfloat16 pieces, exactly. So are weights with minima, and those with scales of two levels, which are decoded where
+they are loaded: packed_values_kernel.
 """
 
 from __future__ import annotations
@@ -198,10 +199,79 @@ def packed_linear_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["m_size", "x_stride", "outlier_x_stride", "repeats"])
+def packed_values_kernel(
+    x_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, bias_ptr, inverse_ptr,
+    outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, tile_rows_ptr, order_ptr, y_ptr,
+    m_size, n_size, k_size, tiles, groups, factors, x_stride, outlier_x_stride, repeats,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr,
+    MINIMUM: tl.constexpr, EVEN_K: tl.constexpr, X_ALIGN: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """packed_linear_kernel for weights with minima or scales of two levels: each weight is made in float32."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(2)
+    n_valid = n < n_size
+    m_valid = m < m_size
+    n_row = tl.minimum(n, n_size - 1)
+    m_row = tl.minimum(m, m_size - 1).to(tl.int64)
+    row, column = m, n  # of y
+    if tile_rows_ptr is not None:
+        first_row, row, m_valid, what = rows_of_tile(tile_rows_ptr, order_ptr, tl.program_id(1), BLOCK_M)
+        m, n, n_row = row // repeats, n + first_row, n_row + first_row
+        m_row = m.to(tl.int64)
+    lane = tl.arange(0, 32)
+    first_tile = n_row.to(tl.int64) * tiles
+    x_rows = x_ptr + m_row * (x_stride * X_ALIGN)
+    INT8: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    FIELDS: tl.constexpr = fields(plane_width(BITS, 0))
+
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    begin = (part * tiles) // SPLIT
+    end = ((part + 1) * tiles) // SPLIT
+    if tile_rows_ptr is not None:
+        end = tl.where(what == 1, end, begin)
+    for t in range(begin, end):
+        second, third = load_upper_planes(tiles16_ptr, tiles8_ptr, first_tile + t, BITS)
+        for CHUNK in tl.static_range(8):
+            if CHUNK % FIELDS == 0:
+                first = load_plane(tiles16_ptr, tiles8_ptr, first_tile + t, BITS, 0, CHUNK // FIELDS)
+            k = t * 256 + CHUNK * 32 + lane
+            if EVEN_K:
+                x = tl.load(x_rows[None, :] + k[:, None])
+            else:
+                x = tl.load(x_rows[None, :] + k[:, None], mask=k[:, None] < k_size, other=0.0)
+            weights = _value(
+                chunk_codes(first, second, third, 0, BITS, CHUNK, PTX), scales_ptr, zeros_ptr, scale_factors_ptr,
+                zero_factors_ptr, n_row.to(tl.int64)[:, None], k[None, :], k_size, groups, factors,
+                BITS, GROUP_SIZE, SCALE_BLOCK, PER_TENSOR, MINIMUM,
+            )  # fmt: skip
+            sums = dot_float32(weights, x.to(tl.bfloat16) if INT8 else x, sums)
+    if inverse_ptr is not None:
+        sums = tl.div_rn(sums, tl.load(inverse_ptr + m_row)[None, :] + tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    if outlier_values_ptr is not None:
+        sums += outlier_products(
+            outlier_values_ptr, outlier_columns_ptr, outlier_pointers_ptr, outlier_x_ptr, outlier_x_stride,
+            n, n_valid, m, m_valid, part, SPLIT, ENTRIES,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
+    if tile_rows_ptr is not None:
+        sums = of_what(sums, what)
+    y_row = (part * m_size + row).to(tl.int64) * n_size
+    tl.store(
+        y_ptr + y_row[None, :] + column[:, None], sums.to(y_ptr.dtype.element_ty),
+        mask=n_valid[:, None] & m_valid[None, :],
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows"])
 def packed_rows_kernel(
-    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, y_ptr, rows, n_size, k_size, tiles, groups,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PER_TENSOR: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
+    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, y_ptr,
+    rows, n_size, k_size, tiles, groups, factors,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr,
+    MINIMUM: tl.constexpr, PTX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y[i, :] = row ids[i] of W (row i without ids), one tile of BLOCK rows; NaN for an id outside [0, N)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -220,7 +290,10 @@ def packed_rows_kernel(
             first = load_plane(tiles16_ptr, tiles8_ptr, tile, BITS, 0, CHUNK // FIELDS)
         k = t * 256 + CHUNK * 32 + tl.arange(0, 32)
         code = chunk_codes(first, second, third, 0, BITS, CHUNK, PTX)
-        w = _value(code, scales_ptr, zeros_ptr, n[:, None], k[None, :], k_size, groups, BITS, GROUP_SIZE, PER_TENSOR)
+        w = _value(
+            code, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, n[:, None], k[None, :], k_size, groups,
+            factors, BITS, GROUP_SIZE, SCALE_BLOCK, PER_TENSOR, MINIMUM,
+        )  # fmt: skip
         w = tl.where(known[:, None], w, float("nan"))
         inside = (i < rows)[:, None] & (k < k_size)[None, :]
         tl.store(y_ptr + i[:, None] * k_size + k[None, :], w.to(y_ptr.dtype.element_ty), mask=inside)
@@ -228,23 +301,34 @@ def packed_rows_kernel(
 
 @triton.jit
 def _value(
-    code, scales_ptr, zeros_ptr, n, k, k_size, groups, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    PER_TENSOR: tl.constexpr,
+    code, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, n, k, k_size, groups, factors,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr,
+    MINIMUM: tl.constexpr,
 ):  # fmt: skip
-    """``(code - zero) * scale`` in float32."""
-    at = (n * 0 if PER_TENSOR else n * groups) + tl.minimum(k, k_size - 1) // GROUP_SIZE
+    """``(code - zero) * scale`` in float32, ``code * scale - minimum`` where MINIMUM; SCALE_BLOCK 0: of one level."""
+    group = tl.minimum(k, k_size - 1) // GROUP_SIZE
+    at = (n * 0 if PER_TENSOR else n * groups) + group
+    scale = tl.load(scales_ptr + at).to(tl.float32)
+    if SCALE_BLOCK > 0:
+        scale *= tl.load(scale_factors_ptr + n * factors + group // SCALE_BLOCK).to(tl.float32)
+    if MINIMUM:
+        minimum = tl.load(zeros_ptr + at).to(tl.float32)
+        if SCALE_BLOCK > 0:
+            minimum *= tl.load(zero_factors_ptr + n * factors + group // SCALE_BLOCK).to(tl.float32)
+        return code.to(tl.float32) * scale - minimum
     if zeros_ptr is None:
         centered = code.to(tl.float32) - (1 << (BITS - 1))
     else:
         centered = code.to(tl.float32) - tl.load(zeros_ptr + at).to(tl.float32)
-    return centered * tl.load(scales_ptr + at).to(tl.float32)
+    return centered * scale
 
 
 @triton.jit
 def packed_outlier_rows_kernel(
-    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, outlier_values_ptr, outlier_columns_ptr,
-    outlier_pointers_ptr, y_ptr, n_size, k_size, tiles, groups,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, PER_TENSOR: tl.constexpr, BLOCK: tl.constexpr,
+    ids_ptr, tiles16_ptr, tiles8_ptr, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, outlier_values_ptr,
+    outlier_columns_ptr, outlier_pointers_ptr, y_ptr, n_size, k_size, tiles, groups, factors,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALE_BLOCK: tl.constexpr, PER_TENSOR: tl.constexpr,
+    MINIMUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The elements of y of packed_rows_kernel that have an outlier: y[i, column] = W[n, column] + value."""
     i = tl.program_id(0).to(tl.int64)
@@ -261,7 +345,10 @@ def packed_outlier_rows_kernel(
         k = tl.load(outlier_columns_ptr + at, mask=inside, other=0).to(tl.int32)
         value = tl.load(outlier_values_ptr + at, mask=inside, other=0.0).to(tl.float32)
         code = element_code(tiles16_ptr, tiles8_ptr, n * tiles, k, BITS)
-        w = _value(code, scales_ptr, zeros_ptr, n, k, k_size, groups, BITS, GROUP_SIZE, PER_TENSOR) + value
+        w = value + _value(
+            code, scales_ptr, zeros_ptr, scale_factors_ptr, zero_factors_ptr, n, k, k_size, groups, factors,
+            BITS, GROUP_SIZE, SCALE_BLOCK, PER_TENSOR, MINIMUM,
+        )  # fmt: skip
         tl.store(y_ptr + i * k_size + k, w.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -280,9 +367,25 @@ def _prepared(
     check_tensors(
         device, packed=weight.packed, scales=weight.scales, zeros=zeros, bias=bias,
         outlier_values=weight.outlier_values, outlier_columns=weight.outlier_columns, outlier_rows=weight.outlier_rows,
+        scale_factors=weight.scale_factors, zero_factors=weight.zero_factors,
     )  # fmt: skip
     tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
     return replace(weight, packed=tiles, layout=TILES.number, outlier_columns=column_numbers(weight.outlier_columns))
+
+
+def _by_value(weight: PackedOperands, k: int) -> bool:
+    """Whether kernels make each weight in float32 before it meets x."""
+    return weight.minimum or weight.scale_block > 0 or scale_period(weight.group_size, k) < 0
+
+
+def _levels_arguments(weight: PackedOperands) -> dict[str, Any]:
+    first = weight.scale_factors
+    factors = 0 if first is None else first.shape[1]
+    return dict(scale_factors_ptr=first, zero_factors_ptr=weight.zero_factors, factors=factors)
+
+
+def _levels_constants(weight: PackedOperands) -> dict[str, Any]:
+    return dict(SCALE_BLOCK=weight.scale_block, MINIMUM=weight.minimum)
 
 
 def linear_launches(
@@ -307,7 +410,7 @@ def linear_launches(
     if int8:
         quantize, operand, inverse, x_sums = quantize_launch(x, x_scale)
         launches.append(quantize)
-    period = scale_period(group_size, k)
+    period = -1 if _by_value(weight, k) else scale_period(group_size, k)
     if period != 0 or zeros is None:
         x_sums = None
     elif zeros.is_floating_point() and not int8:
@@ -320,21 +423,26 @@ def linear_launches(
     words, octets = views(tiles)
     align, stride = row_stride(operand)
     values, columns, pointers = outliers
+    own: dict[str, Any] = dict(
+        FLUSH=period, ZEROS="none" if zeros is None else "float" if zeros.is_floating_point() else "int"
+    )
+    more: dict[str, Any] = dict(x_sums_ptr=x_sums)
+    if weight.minimum or weight.scale_block:
+        own, more = _levels_constants(weight), _levels_arguments(weight)
     launches.append(
         Launch(
-            packed_linear_kernel,
+            packed_values_kernel if weight.minimum or weight.scale_block else packed_linear_kernel,
             (-(-n // config.block_n), -(-m // config.block_m) if rows is None else len(rows.tiles), split),
             dict(
                 x_ptr=operand, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros,
-                bias_ptr=bias if split == 1 else None, inverse_ptr=inverse, x_sums_ptr=x_sums,
+                bias_ptr=bias if split == 1 else None, inverse_ptr=inverse, **more,
                 outlier_values_ptr=values, outlier_columns_ptr=columns, outlier_pointers_ptr=pointers,
                 outlier_x_ptr=None if values is None else x, y_ptr=out, m_size=m, n_size=n, k_size=k,
                 tiles=tiles.shape[1], groups=scales.shape[1], x_stride=stride, outlier_x_stride=x.stride(0),
                 **arguments_of(rows),
             ),
             dict(
-                BITS=bits, GROUP_SIZE=group_size, FLUSH=period, PER_TENSOR=scales.shape[0] == 1 and len(tiles) > 1,
-                ZEROS="none" if zeros is None else "float" if zeros.is_floating_point() else "int",
+                BITS=bits, GROUP_SIZE=group_size, PER_TENSOR=scales.shape[0] == 1 and len(tiles) > 1, **own,
                 EVEN_K=int8 or k % 256 == 0, X_ALIGN=align, SPLIT=split, PTX=target.inline_ptx,
                 BLOCK_N=config.block_n, BLOCK_M=config.block_m, ENTRIES=max(1, 32 // config.block_m),
             ),
@@ -356,9 +464,11 @@ def rows_launches(target: Target, ids: Tensor | None, weight: PackedOperands, y:
     words, octets = views(tiles)
     shared = dict(
         ids_ptr=ids, tiles16_ptr=words, tiles8_ptr=octets, scales_ptr=scales, zeros_ptr=zeros, y_ptr=y, n_size=n,
-        k_size=k, tiles=tiles.shape[1], groups=scales.shape[1],
+        k_size=k, tiles=tiles.shape[1], groups=scales.shape[1], **_levels_arguments(weight),
     )  # fmt: skip
-    constants = dict(BITS=bits, GROUP_SIZE=group_size, PER_TENSOR=scales.shape[0] == 1 and n > 1)
+    constants = dict(
+        BITS=bits, GROUP_SIZE=group_size, PER_TENSOR=scales.shape[0] == 1 and n > 1, **_levels_constants(weight)
+    )
     block = 16
     launches = [
         Launch(
@@ -389,7 +499,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     flat = aligned_rows(x.reshape(-1, k))
     m = flat.shape[0]
     target = target_of(x.device)
-    name = "packed_linear" if scale_period(weight.group_size, k) >= 0 else "packed_linear_odd_groups"
+    name = "packed_linear_odd_groups" if _by_value(weight, k) else "packed_linear"
     config = tuning.choose(target, name, torch.int8 if activation.int8 else x.dtype, weight.bits, m, n, k)
     if config.dense:
 
@@ -424,7 +534,7 @@ def experts(x: Tensor, ids: Tensor, *arguments: Any) -> Tensor:
     check_bias(bias, weight.out_features)
     check_x_scale(activation.x_scale, activation.int8)
     target = target_of(x.device)
-    name = "packed_experts" if scale_period(weight.group_size, k) >= 0 else "packed_experts_odd_groups"
+    name = "packed_experts_odd_groups" if _by_value(weight, k) else "packed_experts"
     kind = torch.int8 if activation.int8 else x.dtype
     config = choose(target, name, kind, weight.bits, s, n, k, num_experts)
     y = torch.empty(s, n, dtype=x.dtype, device=x.device)
@@ -437,13 +547,14 @@ def _in_groups(
     product: Callable[..., Tensor], x: Tensor, weight: PackedOperands, bias: Tensor | None, activation: PackedActivation
 ) -> Tensor:
     """``product`` with int8 activations in groups: what they stand for, by the kernel for float32. Outliers meet x as
-    it is, beside weights whose scales are 0."""
+    it is, beside weights of 0."""
     flat, x_group = x.reshape(-1, x.shape[-1]), activation.x_group
     rounded = dequantize_activations(*quantize_activations(flat, None, x_group), x_group).view(x.shape)
     coded = replace(weight, outlier_values=None, outlier_columns=None, outlier_rows=None)
     y = product(rounded, *coded, bias, *_FLOAT)
     if weight.outlier_values is not None:
-        outliers = replace(weight, scales=torch.zeros_like(weight.scales))
+        none = torch.zeros_like(weight.zeros) if weight.minimum and weight.zeros is not None else weight.zeros
+        outliers = replace(weight, scales=torch.zeros_like(weight.scales), zeros=none)
         y = y + product(x.float(), *outliers, None, *_FLOAT)
     return y.to(x.dtype)
 
@@ -491,6 +602,13 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
             bits=bits, group_size=group_size, layout=TILES.number,
         )  # fmt: skip
 
+    def levels(bits: int, group_size: int, block: int, n: int = n) -> PackedOperands:
+        codes, factors = empty((n, k // group_size), torch.uint8), empty((n, k // group_size // block), torch.float16)
+        return replace(
+            weight(bits, group_size, None, n=n), scales=codes, zeros=codes, scale_factors=factors,
+            zero_factors=factors, minimum=True, scale_block=block,
+        )  # fmt: skip
+
     def linears(
         name: str, bits: int, dtype: torch.dtype, group_size: int, zeros: torch.dtype | None, outliers: bool = False,
         kernel: str = "packed_linear",
@@ -534,6 +652,13 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
         yield from linears("group 128, float zeros", 4, dtype, 128, torch.float16)
         yield from linears("group 128, outliers", 4, dtype, 128, None, outliers=True)
         yield from linears("group 20", 4, dtype, 20, torch.uint8, kernel="packed_linear_odd_groups")
+    operands = levels(4, 32, 8)
+    for dtype in (torch.float16, torch.int8):
+        config = tuning.choose(target, "packed_linear_odd_groups", dtype, 4, 1, n, k)
+        x, name = empty((1, k), torch.float16), f"packed_linear 4-bit group 32, two levels {dtype_name(dtype)} M=1"
+        activation = PackedActivation(int8=dtype == torch.int8)
+        yield name, linear_launches(target, config, x, operands, None, activation, empty((1, n), x.dtype))
+    yield "packed_embedding 4-bit, two levels", rows_launches(target, ids, operands, y)
     for bits in range(2, 9):
         yield from experts("group 128", bits, torch.float16, 128, torch.uint8, regimes=9 if bits == 4 else 1)
     for dtype in (torch.bfloat16, torch.float32, torch.int8):

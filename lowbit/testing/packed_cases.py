@@ -46,6 +46,31 @@ def formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[Packe
                 )
 
 
+def more_formats(bits: int, n: int, k: int, group_size: int | None, *, turn: int = 0) -> Iterator[PackedFormat]:
+    """Minima, scales of two levels and both, with outliers and dtypes in rotation from ``turn`` on."""
+    groups = 1 if group_size is None else -(-k // group_size)
+    granularity = "row" if group_size is None else "group"
+    kinds: list[tuple[str, str | None]] = [
+        ("minimum", None), ("minimum", "uint8"), ("none", "int8"), ("int", "uint8"), ("minimum", "int8")
+    ]  # fmt: skip
+    for i, (zeros, codes) in enumerate(kinds, turn):
+        yield PackedFormat(
+            bits=bits,
+            out_features=n,
+            in_features=k,
+            group_size=group_size or k,
+            granularity=granularity,  # type: ignore[arg-type]
+            zeros=zeros,  # type: ignore[arg-type]
+            scale_dtype=tuple(FLOAT_DTYPES)[i % 3],
+            outliers=max(1, n * k // 50) if i % 2 else 0,
+            outlier_dtype=tuple(FLOAT_DTYPES)[(i + 1) % 3],
+            scale_codes=codes,  # type: ignore[arg-type]
+            scale_block=None if codes is None else min(groups, (1, 3, groups)[i % 3]),
+        )
+    if group_size is None:
+        yield PackedFormat(bits, n, k, k, "tensor", "minimum", tuple(FLOAT_DTYPES)[turn % 3])
+
+
 @dataclass
 class Weight:
     """Random tensors of a format, in the order in which the ops take them."""
@@ -56,6 +81,8 @@ class Weight:
     scales: Tensor
     zeros: Tensor | None
     outliers: tuple[Tensor | None, Tensor | None, Tensor | None]
+    scale_factors: Tensor | None = None
+    zero_factors: Tensor | None = None
     _dense: dict[bool, Tensor] = field(default_factory=dict)
 
     def linear(
@@ -90,7 +117,9 @@ class Weight:
         layout = layouts.fitting(self.packed, f.in_features, f.bits)
         return dict(
             packed=self.packed, outlier_values=values, outlier_columns=columns, outlier_rows=rows, scales=self.scales,
-            zeros=self.zeros, bits=f.bits, group_size=f.group_size, layout=0 if layout is None else layout.number,
+            zeros=self.zeros, scale_factors=self.scale_factors, zero_factors=self.zero_factors, bits=f.bits,
+            group_size=f.group_size, layout=0 if layout is None else layout.number, minimum=f.zeros == "minimum",
+            scale_block=f.scale_block or 0,
         )  # fmt: skip
 
     def dense(self, outliers: bool = True) -> Tensor:
@@ -99,12 +128,22 @@ class Weight:
         if outliers in self._dense:
             return self._dense[outliers]
         group = [k // f.group_size for k in range(f.in_features)]
-        scales = self.scales.float().expand(f.out_features, -1)[:, group]
+        block = [g // f.scale_block for g in group] if f.scale_block else []
+
+        def of_columns(values: Tensor, factors: Tensor | None) -> Tensor:
+            spread = values.float().expand(f.out_features, -1)[:, group]
+            return spread if factors is None else factors.float()[:, block] * spread
+
+        scales = of_columns(self.scales, self.scale_factors)
         if self.zeros is None:
             zeros = torch.full_like(scales, 2.0 ** (f.bits - 1))
         else:
-            zeros = self.zeros.float().expand(f.out_features, -1)[:, group]
-        weight = (self.codes.float() - zeros) * scales
+            zeros = of_columns(self.zeros, self.zero_factors)
+        if f.zeros == "minimum":
+            weight = self.codes.float() * scales
+            weight -= zeros
+        else:
+            weight = (self.codes.float() - zeros) * scales
         values, columns, rows = self.outliers
         if outliers and values is not None and columns is not None and rows is not None:
             row_of = torch.repeat_interleave(torch.arange(f.out_features), rows.diff().long())
@@ -130,6 +169,25 @@ def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = F
     elif format.zeros == "float":
         zeros = torch.rand(shape, generator=g) * (1 << format.bits)
         zeros = (zeros.round() if power_of_two else zeros).to(scale_dtype)
+    elif format.zeros == "minimum":
+        zeros = scales.to(scale_dtype).float() * torch.rand(shape, generator=g) * (1 << format.bits)
+        if power_of_two:
+            zeros = scales * torch.randint(0, 1 << format.bits, shape, generator=g)
+        zeros = zeros.to(scale_dtype)
+    factors: dict[str, Tensor] = {}
+    if format.scale_codes is not None:
+        low = -32 if format.scale_codes == "int8" else 0
+        codes_of_scales = torch.randint(low, 64, shape, generator=g)
+        held, float_dtype = spec["scale_factors"]
+        like = torch.exp2(torch.randint(-8, -4, held, generator=g).float())
+        drawn = like if power_of_two else like * (1 + torch.rand(held, generator=g))
+        if power_of_two:  # as many bits as the products of codes have room for
+            codes_of_scales //= 8
+        factors["scale_factors"] = drawn.to(float_dtype)
+        scales, scale_dtype = codes_of_scales.float(), torch.uint8 if low == 0 else torch.int8
+        if format.zeros == "minimum":
+            factors["zero_factors"] = (drawn * (4 if power_of_two else 0.3 * (1 << format.bits))).to(float_dtype)
+            zeros = torch.randint(0, 8 if power_of_two else 64, shape, generator=g, dtype=torch.uint8)
     values = columns = rows = None
     if format.outliers:
         flat = torch.randperm(n * k, generator=g)[: format.outliers].sort().values
@@ -140,7 +198,10 @@ def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = F
         values = (values if power_of_two else values + torch.rand(flat.shape, generator=g)).to(
             spec["outlier_values"][1]
         )
-    return Weight(format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows))
+    return Weight(
+        format, codes, pack(codes, format.bits), scales.to(scale_dtype), zeros, (values, columns, rows),
+        factors.get("scale_factors"), factors.get("zero_factors"),
+    )  # fmt: skip
 
 
 def byte_pairs(columns: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """``lowbit.export(..., format="gguf")``: what is read back is the same model, bit for bit."""
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,14 +107,19 @@ def test_every_type_that_can_be_written(tmp_path):
     from lowbit.checkpoint.exporters.gguf import encoded
 
     content = GgufFile(FIXTURES / "types.gguf")
-    for name in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"):
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"):
         weight = weight_of(name, content.read(name))
         found = encoded(layer_class(weight.family, "linear").from_weight(weight))
         assert found[0] == name and torch.equal(found[1], content.read(name))
+    for name in ("Q2_K", "Q3_K"):
+        why = encoded(lowbit.PackedLinear.from_weight(weight_of(name, content.read(name))))
+        assert "as Q4_K, Q5_K or Q6_K have them" in why
     weight = weight_of("Q4_1", content.read("Q4_1"))
-    assert "not exact in Q4_1" in encoded(lowbit.PackedLinear.from_weight(weight))
-    weight.zeros[:] = 4.0  # then nothing is rounded
-    plain = lowbit.PackedLinear.from_weight(weight)
+    floats = dict(minimum=False, scales=weight.scales.float())
+    odd = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 0.3).float(), **floats)
+    assert "not exact in Q4_1" in encoded(lowbit.PackedLinear.from_weight(odd))
+    whole = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 4.0).float(), **floats)
+    plain = lowbit.PackedLinear.from_weight(whole)  # nothing is rounded
     name, blocks = encoded(plain)
     again = lowbit.PackedLinear.from_weight(weight_of("Q4_1", blocks))
     assert name == "Q4_1" and torch.equal(again.dequantize(torch.float32), plain.dequantize(torch.float32))

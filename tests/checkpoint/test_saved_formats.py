@@ -17,6 +17,8 @@ import lowbit
 from lowbit import Codebook, Kronecker, Packed
 from lowbit.checkpoint.metadata import FORMAT_VERSION
 from lowbit.nn.layer import layers
+from lowbit.packed.format import PackedFormat, PackedWeight
+from lowbit.testing.packed_cases import random_weight
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 IDS = torch.arange(12).view(3, 4)
@@ -117,6 +119,47 @@ class ActOrder23(nn.Module):
         return self.head(torch.tanh(self.ordered(self.embed(ids))))
 
 
+class Levels24(nn.Module):
+    """What version 2.4 added: minima, and scales of two levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.minima = nn.Embedding(12, 64), nn.Linear(64, 24, bias=False)
+        self.signed = nn.Linear(24, 32, bias=False)
+        self.levels, self.head = nn.Linear(32, 64, bias=False), nn.Linear(64, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.levels(torch.tanh(self.signed(torch.tanh(self.minima(self.embed(ids)))))))
+
+
+def levels24():
+    model = Levels24()
+    for name, format in LEVELS24.items():
+        made = random_weight(format, seed=1)
+        weight = PackedWeight(
+            made.codes, made.scales, made.zeros, format.bits, format.group_size if format.groups > 1 else None,
+            *made.outliers, minimum=format.zeros == "minimum", scale_factors=made.scale_factors,
+            zero_factors=made.zero_factors, scale_block=format.scale_block,
+        )  # fmt: skip
+        if name == "embed":
+            model.embed = lowbit.PackedEmbedding.from_weight(weight)
+        else:
+            setattr(model, name, lowbit.PackedLinear.from_weight(weight, activations=format.activations))
+    model.head = lowbit.PackedLinear(format=model.embed.format)
+    model.head.share_weight(model.embed)
+    return model
+
+
+LEVELS24 = {
+    "embed": PackedFormat(4, 12, 64, 16, "group", "minimum", "float16", scale_codes="uint8", scale_block=2),
+    "minima": PackedFormat(5, 24, 64, 64, "row", "minimum", "bfloat16", outliers=12),
+    "signed": PackedFormat(6, 32, 24, 8, "group", "none", "float32", scale_codes="int8", scale_block=3),
+    "levels": PackedFormat(3, 64, 32, 8, "group", "int", "float16", scale_codes="uint8", scale_block=3, outliers=9,
+                           activations="int8"),
+}  # fmt: skip
+
+
 PACKED10 = {
     "embed": Packed(bits=8, granularity="row"),
     "grouped": Packed(bits=4, group_size=16),
@@ -161,6 +204,7 @@ VERSIONS = {
     "2.1": (Trained21, TRAINED21),
     "2.2": (mixtral22, MIXTRAL22),
     "2.3": (ActOrder23, ACT_ORDER23),
+    "2.4": (Levels24, {}),
 }
 
 
@@ -178,7 +222,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def write(folder: Path) -> None:
     torch.manual_seed(0)
     make, specs = VERSIONS[FORMAT_VERSION]
-    model = lowbit.convert(make(), specs, calibration=[IDS])
+    model = levels24() if make is Levels24 else lowbit.convert(make(), specs, calibration=[IDS])
     if specs is ACT_ORDER23:
         order = torch.randperm(40, dtype=torch.int32)
         model.ordered.become(
@@ -243,6 +287,18 @@ def test_what_version_23_added_is_only_in_files_that_use_it():
     fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
     assert fields["ordered"]["act_order"] is True
     assert "act_order" not in lowbit.convert(nn.Linear(40, 24), Packed(bits=4)).format.to_dict()
+
+
+def test_what_version_24_added_is_only_in_files_that_use_it():
+    description = json.loads((FIXTURES / "format-2.4" / "model" / "lowbit.json").read_text())
+    fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
+    assert {name: (f["zeros"], f.get("scale_codes"), f.get("scale_block")) for name, f in fields.items()} == {
+        "embed": ("minimum", "uint8", 2), "head": ("minimum", "uint8", 2), "minima": ("minimum", None, None),
+        "signed": ("none", "int8", 3), "levels": ("int", "uint8", 3),
+    }  # fmt: skip
+    assert lowbit.convert(nn.Linear(40, 24), Packed(bits=4)).format.to_dict().keys().isdisjoint(
+        {"scale_codes", "scale_block"}
+    )
 
 
 def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():

@@ -225,7 +225,7 @@ def test_a_layout_needs_a_name_a_number_and_shapes_of_its_own(backwards):
 def test_an_op_refuses_a_layout_that_it_does_not_know():
     layer = lowbit.PackedLinear.from_float(torch.randn(24, 64), lowbit.Packed(bits=4))
     arguments = [*layer.weight_arguments(layer.operands()), None, None, False, 0]
-    arguments[8] = 55
+    arguments[10] = 55
     for backend in ("auto", "reference"):
         with lowbit.use_backend(backend), pytest.raises(RuntimeError, match="layout must be .*: got layout=55"):
             torch.ops.lowbit.packed_linear(torch.randn(2, 64), *arguments)

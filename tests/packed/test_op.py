@@ -119,7 +119,7 @@ def test_gradients_of_scales_zeros_and_outliers(where, format):
     x, dy = activations(4, format.in_features, torch.float32), activations(4, format.out_features, torch.float32, 3)
     t = {**layer.named_tensors(), **trainable}
     weight = {name: t.get(name) for name in PackedOperands.tensor_names}
-    numbers = dict(bits=format.bits, group_size=format.group_size, layout=0)
+    numbers = dict(bits=format.bits, group_size=format.group_size, layout=0, minimum=False, scale_block=0)
     y = torch.ops.lowbit.packed_linear(x, **weight, **numbers, bias=None, x_scale=None, int8=False, x_group=0)
     grads = torch.autograd.grad(y, list(trainable.values()), dy)
 

@@ -10,8 +10,23 @@ namespace lowbit {
 namespace packed {
 namespace {
 
-// scale[g - g0], zero[g - g0] of row n for groups [g0, g1)
-inline void load_groups(const Weight& w, int64_t n, int64_t g0, int64_t g1, float* scale, float* zero) {
+// values[i] *= the factor of row n and group g0 + i, i < count
+inline void times_factors(const CpuWeight& w, const void* factors, int64_t n, int64_t g0, int64_t count, float* values) {
+  for (int64_t i = 0; i < count;) {
+    const int64_t block = (g0 + i) / w.scale_block, end = min64(count, (block + 1) * w.scale_block - g0);
+    float factor;
+    to_float(factors, w.factors_dtype, n * w.factors_row + block, 1, &factor);
+    for (; i < end; ++i) values[i] *= factor;
+  }
+}
+
+// int8 from uint8, as floats
+inline void with_signs(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = values[i] > 127.0f ? values[i] - 256.0f : values[i];
+}
+
+// scale[g - g0], zero[g - g0] of row n for groups [g0, g1); zeros may be minima
+inline void load_groups(const CpuWeight& w, int64_t n, int64_t g0, int64_t g1, float* scale, float* zero) {
   const int64_t row = w.per_tensor ? 0 : n, count = g1 - g0;
   to_floats(w.scales, w.scales_dtype, row * w.scales_row + g0 * w.scales_group, w.scales_group, count, scale);
   if (w.zeros) {
@@ -19,22 +34,33 @@ inline void load_groups(const Weight& w, int64_t n, int64_t g0, int64_t g1, floa
   } else {
     for (int64_t g = 0; g < count; ++g) zero[g] = float(1 << (w.bits - 1));
   }
+  if (!w.scale_block) return;
+  if (w.signed_scales) with_signs(scale, count);
+  times_factors(w, w.scale_factors, row, g0, count, scale);
+  if (w.zero_factors) times_factors(w, w.zero_factors, row, g0, count, zero);
 }
 
-// out[i] = (codes[i] - zero) * scale. The subtraction and the product round once each, in every variant.
-inline void dequantize_run(const uint8_t* codes, int64_t n, int bits, float zero, float scale, float* out) {
+// out[i] = (codes[i] - zero) * scale, or codes[i] * scale - zero of a minimum. The subtraction and the product round
+// once each, in every variant.
+inline void dequantize_run(const uint8_t* codes, int64_t n, int bits, bool minimum, float zero, float scale,
+                           float* out) {
   int64_t i = 0;
   if constexpr (kHasAvx2) {
-    const Float z = splat(zero), s = splat(scale), table = (to_float(iota()) - z) * s;
+    const Float z = splat(zero), s = splat(scale);
+    const auto value = [=](Float code) { return minimum ? code * s - z : (code - z) * s; };
+    const Float table = value(to_float(iota()));
     const bool in_table = 1 << bits <= kLanes;  // all the values a code can take fit one register
     const auto values = [&](const uint8_t* at) {
       const Int c = load_codes(at);
-      return in_table ? entry(table, c) : (to_float(c) - z) * s;
+      return in_table ? entry(table, c) : value(to_float(c));
     };
     for (; i + kLanes <= n; i += kLanes) store(out + i, values(codes + i));
     if (kHasAvx512 && i < n) return store_some(out + i, values(codes + i), n - i);
   }
-  for (; i < n; ++i) out[i] = (float(codes[i]) - zero) * scale;
+  for (; i < n; ++i) {
+    const float code = float(codes[i]);
+    out[i] = minimum ? code * scale - zero : (code - zero) * scale;
+  }
 }
 
 // The codes of a row as bytes, in either layout. k0 is a multiple of 32; up to kUnpackSlack codes behind k1 are written
@@ -44,9 +70,9 @@ inline void row_codes(const Weight& w, int64_t n, int64_t k0, int64_t k1, uint8_
 }
 
 // The same as dequantize_codes() for canonical codes whose groups are whole vectors: codes stay in registers. Where
-// kHasVnni.
+// kHasVnni; without minima, scales of one level.
 template <class Unpack>
-inline void dequantize_vectors(const Weight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+inline void dequantize_vectors(const CpuWeight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
   const Unpack unpack(w.bits);
   const uint8_t* src = w.packed + n * w.row_bytes + k0 / 8 * w.bits;
   const Float codes_in_order = to_float(iota());
@@ -74,9 +100,9 @@ inline void dequantize_vectors(const Weight& w, int64_t n, int64_t k0, int64_t k
 }
 
 // out[k - k0] = w[n, k] without its outliers, k0 <= k < k1; k0 is a multiple of 32, k1 - k0 at most kSlice
-inline void dequantize_codes(const Weight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+inline void dequantize_codes(const CpuWeight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
   if constexpr (kHasVnni)
-    if (!in_block(w, n) && (w.G == 1 || w.group_size % 64 == 0))
+    if (!in_block(w, n) && (w.G == 1 || w.group_size % 64 == 0) && !w.minimum && !w.scale_block)
       return dequantize_vectors<Unpack64>(w, n, k0, k1, out);
   uint8_t codes[kSlice + kUnpackSlack];
   row_codes(w, n, k0, k1, codes);
@@ -85,12 +111,12 @@ inline void dequantize_codes(const Weight& w, int64_t n, int64_t k0, int64_t k1,
   for (int64_t k = k0, g = g0; k < k1; ++g) {
     const int64_t end = min64((g + 1) * w.group_size, k1), i = (g - g0) % kGroupsAtOnce;
     if (i == 0) load_groups(w, n, g, min64(g + kGroupsAtOnce, w.G), scale, zero);
-    dequantize_run(codes + (k - k0), end - k, w.bits, zero[i], scale[i], out + (k - k0));
+    dequantize_run(codes + (k - k0), end - k, w.bits, w.minimum, zero[i], scale[i], out + (k - k0));
     k = end;
   }
 }
 
-void dequantize(const Weight& w, int64_t n, DType dtype, void* out) {
+void dequantize(const CpuWeight& w, int64_t n, DType dtype, void* out) {
   const Outliers& o = w.outliers;
   int64_t next = o ? o.rows[n] : 0;
   const int64_t end = o ? o.rows[n + 1] : 0;

@@ -32,7 +32,7 @@ template <class Dot>
 class PanelExpander {
  public:
   // needed: whether there is a panel that register tiles do not read as it is stored
-  PanelExpander(Arena& arena, const Weight& w, const Schedule& p, bool needed)
+  PanelExpander(Arena& arena, const CpuWeight& w, const Schedule& p, bool needed)
       : w_(w),
         p_(p),
         panel_(arena.take<uint8_t>(needed ? positions(p) / 4 * Dot::kSteps * kStepBytes : 0)),
@@ -94,7 +94,7 @@ class PanelExpander {
     }
   }
 
-  const Weight& w_;
+  const CpuWeight& w_;
   const Schedule& p_;
   uint8_t *panel_, *quads_, *codes_;
 };

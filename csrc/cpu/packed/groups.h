@@ -1,6 +1,12 @@
 // The scales and zeros of the rows of a panel, as register tiles read them.
+//
+// Beside minima a weight is `code * scale - minimum`. Lanes then have a center, an integer near minimum / scale, and
+// shift = minimum - center * scale, so that the weight is (code - center) * scale - shift and neither part is much larger
+// than it. That must be the same number: where center * scale, the difference, or a product of scale could be rounded, the
+// center is 0 and the shift the minimum.
 #pragma once
 #include "cpu/arena.h"
+#include "cpu/packed/dequantize.h"
 #include "cpu/packed/kernel.h"
 #include "cpu/packed/schedule.h"
 
@@ -10,28 +16,38 @@ namespace {
 
 class PanelGroups {
  public:
-  PanelGroups(Arena& arena, const Weight& w, const Schedule& p)
+  PanelGroups(Arena& arena, const CpuWeight& w, const Schedule& p)
       : w_(w),
         p_(p),
         scale_lanes_(arena.take<float>((p.slice + kGroupsAtOnce) * kPanelN)),
         zero_lanes_(arena.take<float>((p.slice + kGroupsAtOnce) * kPanelN)),
+        shift_lanes_(arena.take<float>(w.minimum ? (p.slice + kGroupsAtOnce) * kPanelN : 0)),
         middle_(arena.take<float>(kPanelN)),
         values_(arena.take<float>(kBlockRows * kGroupsAtOnce)) {
     if (arena.counting()) return;
     for (int64_t i = 0; i < kPanelN; ++i) middle_[i] = float(1 << (w.bits - 1));
   }
 
-  StoredLanes scale{}, zero{};
+  StoredLanes scale{}, zero{}, shift{};
 
   // Loads those of rows [n0, n1) for the groups of segments [s0, s1). in_place: a whole panel's that are stored group
-  // after group are not copied.
+  // after group, as kernels take them, are not copied.
   void load(int64_t n0, int64_t n1, int64_t s0, int64_t s1, bool in_place) {
     n0_ = n0;
     n1_ = n1;
+    in_place &= !w_.minimum && !w_.scale_block;
     const int64_t g0 = p_.group(s0), g1 = p_.group(s1 - 1) + 1;
     scale = lanes_of(w_.scales, w_.scales_dtype, w_.scales_row, w_.scales_group, g0, g1, in_place, scale_lanes_);
     zero = w_.zeros ? lanes_of(w_.zeros, w_.zeros_dtype, w_.zeros_row, w_.zeros_group, g0, g1, in_place, zero_lanes_)
                     : StoredLanes{middle_, DType::f32, 0};
+    if (w_.scale_block) {
+      if (w_.signed_scales) with_signs(scale_lanes_, (g1 - g0) * kPanelN);
+      times_factors(w_.scale_factors, g0, g1, scale_lanes_);
+      if (w_.zero_factors) times_factors(w_.zero_factors, g0, g1, zero_lanes_);
+    }
+    if (!w_.minimum) return;
+    split_minima((w_.per_tensor ? 1 : g1 - g0) * kPanelN);
+    shift = {shift_lanes_ + (static_cast<const float*>(zero.values) - zero_lanes_), DType::f32, zero.step};
   }
 
  private:
@@ -66,9 +82,34 @@ class PanelGroups {
     return {lanes - g0 * kPanelN, DType::f32, kPanelN};
   }
 
-  const Weight& w_;
+  // lanes [g1 - g0, kPanelN] of codes *= their factors
+  LOWBIT_SHARED void times_factors(const void* factors, int64_t g0, int64_t g1, float* lanes) {
+    float factor[kPanelN] = {};
+    for (int64_t g = g0; g < g1;) {
+      const int64_t block = g / w_.scale_block, end = min64(g1, (block + 1) * w_.scale_block);
+      to_floats(factors, w_.factors_dtype, n0_ * w_.factors_row + block, w_.factors_row, n1_ - n0_, factor);
+      for (; g < end; ++g)
+        for (int64_t i = 0; i < kPanelN; ++i) lanes[(g - g0) * kPanelN + i] *= factor[i];
+    }
+  }
+
+  // zero_lanes_, minima, become centers; shift_lanes_ what is left of them. All are finite, or of no row.
+  LOWBIT_SHARED void split_minima(int64_t count) {
+    const float top = float((1 << w_.bits) - 1), round = 0x1.8p23f;
+    const uint32_t low_bits = (1u << w_.bits) - 1;  // a scale without these: its products with codes are exact
+    for (int64_t i = 0; i < count; ++i) {
+      const float s = scale_lanes_[i], m = zero_lanes_[i], ratio = m / s;
+      const float inside = ratio > 0 ? (ratio < top ? ratio : top) : 0.0f;  // also where s is 0
+      const float center = (inside + round) - round, product = center * s, rest = m - product;
+      const bool same = rest + product == m && m - rest == product && ratio <= 2 * top && !(bits_of(s) & low_bits);
+      zero_lanes_[i] = same ? center : 0.0f;
+      shift_lanes_[i] = same ? rest : m;
+    }
+  }
+
+  const CpuWeight& w_;
   const Schedule& p_;
-  float *scale_lanes_, *zero_lanes_, *middle_, *values_;
+  float *scale_lanes_, *zero_lanes_, *shift_lanes_, *middle_, *values_;
   int64_t n0_ = 0, n1_ = 0;
 };
 

@@ -10,7 +10,7 @@ namespace lowbit {
 namespace packed {
 namespace {
 
-inline bool integer_zeros(const Weight& w) { return !w.zeros || w.zeros_dtype == DType::u8; }
+inline bool integer_zeros(const CpuWeight& w) { return !w.minimum && (!w.zeros || w.zeros_dtype == DType::u8); }
 inline Schedule schedule_of(const Linear& a) { return Schedule(a, integer_zeros(a.weight)); }
 
 // y = x @ w.T, a panel of output rows at a time.
@@ -85,6 +85,7 @@ class Multiplier {
     args.first_step = segments_[s0].begin;
     args.scale = groups_.scale;
     args.zero = groups_.zero;
+    args.shift = groups_.shift;
     args.exact = p_.exact;
     args.top = float((1 << w_.bits) - 1);
     args.float_zeros = !integer_zeros(w_);
@@ -216,7 +217,9 @@ class Multiplier {
                                             int(k % kChunkColumns))
                              : load(codes + part * kLanes);
         const int64_t row = n + part * kLanes;
-        store(column_ + row, (to_float(c) - groups_.zero.at(group, row)) * groups_.scale.at(group, row));
+        Float value = (to_float(c) - groups_.zero.at(group, row)) * groups_.scale.at(group, row);
+        if (w_.minimum) value = value - groups_.shift.at(group, row);
+        store(column_ + row, value);
       }
     }
   }
@@ -238,7 +241,7 @@ class Multiplier {
   }
 
   const Linear& a_;
-  const Weight& w_;
+  const CpuWeight& w_;
   const Schedule p_;
   const PreparedX x_;
   Segment* segments_;

@@ -1,13 +1,13 @@
 // CPU kernels of the family `packed`: raw pointers, no torch.
 #pragma once
-#include "common/packed.h"
 #include "cpu/kernel.h"
+#include "cpu/packed/weight.h"
 
 namespace lowbit {
 namespace packed {
 
-using Linear = lowbit::Linear<Weight>;
-using CpuKernel = lowbit::CpuKernel<Weight>;
+using Linear = lowbit::Linear<CpuWeight>;
+using CpuKernel = lowbit::CpuKernel<CpuWeight>;
 
 LOWBIT_DECLARE_KERNELS(CpuKernel)
 

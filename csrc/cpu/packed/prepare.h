@@ -21,7 +21,7 @@ struct PreparedX {
   // Of each register tile in turn:
   int32_t* words;     // [steps, rows * pieces]
   int32_t* lowest;    // pieces only: [steps, rows], the fourth, 0 in rows that do without it
-  float* sums;        // [segments, rows]: sums of x, for pieces four each
+  float* sums;        // [segments, rows]: sums of x, for pieces four each; of kind f32 beside minima only
   float* scale;       // [segments, rows]; only where segments have a scale
   float* doubt;       // pieces only: [segments, rows], by how much pieces may be off, in units of what is allowed
   // Of the call:
@@ -41,7 +41,7 @@ struct PreparedX {
     const int64_t rows = p.tall ? round_up(a.M, p.tile) : a.M;
     words = arena.take<int32_t>(rows * p.pieces * p.row_steps());
     lowest = arena.take<int32_t>(p.kind == Kind::pieces ? rows * p.row_steps() : 0);
-    sums = arena.take<float>(p.kind == Kind::f32 ? 0 : rows * p.sums * p.segments);
+    sums = arena.take<float>(p.kind == Kind::f32 && !a.weight.minimum ? 0 : rows * p.sums * p.segments);
     scale = arena.take<float>(p.scaled ? rows * p.segments : 0);
     doubt = arena.take<float>(p.kind == Kind::pieces ? rows * p.segments : 0);
     total = arena.take<int32_t>(p.exact ? a.M : 0);
@@ -132,7 +132,7 @@ class Lister {
 // A row of x in pieces. An element of a segment is off by half a unit at most, 2^-23 of the largest. That is more than
 // may be where it is much smaller than the largest. `doubt` has what the elements of a segment are off beyond what each
 // is allowed. What is allowed in all is allowed_units(K) units of rounding of sum |x w|; half is allowed each element,
-// the other half is the unit of `doubt`, here times the largest |code - zero| unless zeros are floats. end_segment
+// the other half is the unit of `doubt`, here times the largest |code - zero| unless zeros are floats or minima. end_segment
 // compares with the sums of the segments. An element of y that these leave in doubt is multiplied in float32
 // (kernel.cpp). So that these are few,
 // - elements much larger than the mean of such a segment are listed, where they are few;
@@ -147,7 +147,7 @@ void write_pieces(const Linear& a, const Schedule& p, const PreparedX& out, cons
   float *scale = out.scale + t * p.tile * p.segments + i, *doubt = out.doubt + t * p.tile * p.segments + i;
   const float share = 0x1p-25f * allowed_units(K);
   const auto& w = a.weight;
-  const bool integers = w.zeros && w.zeros_dtype == DType::u8;
+  const bool integers = w.zeros && w.zeros_dtype == DType::u8 && !w.minimum;
   const float largest_weight = !w.zeros ? float(1 << (w.bits - 1)) : integers ? float((1 << w.bits) - 1) : 1;
   const float average = surely(w.G > 1, integers) * largest_weight;
   Lister<Linear> list(a, p, out, b.x, m);
@@ -243,6 +243,8 @@ void prepare_row(const Linear& a, const Schedule& p, const PreparedX& out, const
   switch (p.kind) {
     case Kind::f32:
       std::memcpy(words, x, size_t(p.padded) * sizeof(float));
+      for (int64_t s = 0; w.minimum && s < p.segments; ++s)
+        sums[s * rows] = sum_of(x + p.begin(s), p.end(s) - p.begin(s));
       break;
     case Kind::int8: {
       int8_t* q = reinterpret_cast<int8_t*>(words);

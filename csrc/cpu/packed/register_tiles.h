@@ -2,7 +2,8 @@
 //
 // A *segment* is a run of steps with one scale per row of w. At its end a register tile adds to fp32 sums
 //   acc[m, n] += (sum - rest[n] * x_sum[m]) * scale[n] (* x_scale[m])
-// where `rest` is the zero, or what the weights of the sum do not have of it.
+// where `rest` is the zero, or what the weights of the sum do not have of it. Beside minima it adds
+//   acc[m, n] += ((sum - center[n] * x_sum[m]) * scale[n] - shift[n] * x_sum[m]) (* x_scale[m])    (groups.h)
 // so y[m, n] is the same sequence of operations whatever the register tile, M, or the split of N.
 //
 // The weights come from an expanded panel or, where rows of x are few, straight from blocks. Both hold the same words.
@@ -26,7 +27,7 @@ struct Segment {
 struct TileArguments {
   const int32_t* x;           // [steps, rows of x * pieces]
   const int32_t* x_lowest;    // [steps, rows of x]: the fourth piece
-  const float* x_sum;         // [segments, rows of x] sums of x, of four pieces each; only where Dot::kRest
+  const float* x_sum;         // [segments, rows of x] sums of x, of four pieces each; only where Dot::kRest, or beside minima
   const float* x_scale;       // [segments, rows of x]: of rows held in pieces or quantized in groups
   const float* x_doubt;       // [segments, rows of x]: of rows held in pieces (prepare.h)
   const Segment* segments;
@@ -34,7 +35,8 @@ struct TileArguments {
   int64_t first_step;         // the step at which `weights` begins
   const uint8_t* weights;     // an expanded panel; or one in blocks
   const uint8_t* ahead;       // of blocks only: what to fetch meanwhile, as many bytes as are read; or `weights`
-  StoredLanes scale, zero;
+  StoredLanes scale, zero;    // beside minima: the center, and
+  StoredLanes shift;          // only then; all three are fp32
   int64_t row;                // of the panel, at which the register tile begins
   float* acc;                 // [rows of x, kPanelN], from that row on
   float* sure;                // the same shape, of rows held in pieces: see end_segment
@@ -93,6 +95,55 @@ LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename
   }
 }
 
+// The same beside minima, for any number of rows of x and vectors: sums[row][vector].
+template <class Dot>
+LOWBIT_SHARED void end_beside_minima(const TileArguments& t, int64_t s, const typename Dot::Sum* sums, int rows,
+                                     int vectors, int pieces) {
+  const int64_t group = t.segments[s].group;
+  const float *x_sum = t.x_sum + s * rows * (pieces > 1 ? kFourPieces : 1), *x_scale = t.x_scale + s * rows;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t row = t.row + v * kLanes;
+    const Float scale = t.scale.at<true>(group, row), shift = t.shift.at<true>(group, row);
+    const Float center = t.zero.at<true>(group, row), rest = Dot::rest(center, t.top);
+    for (int m = 0; m < rows; ++m) {
+      float x = 0;  // its sum
+      Float total = splat(0.0f);
+      if (pieces == 1) {
+        x = x_sum[m];
+        total = Dot::lanes(sums[m * vectors + v]);
+        if (Dot::kRest) total = negated_fma(rest, splat(x), total);
+      } else {
+        const float* digits = x_sum + m * kFourPieces;
+        for (int p = kFourPieces - 1; p >= 0; --p) {
+          x = x * 256.0f + digits[p];
+          const int held = p - (kFourPieces - pieces);  // the lowest digit may not be
+          if (held < 0) continue;
+          const Float value = negated_fma(rest, splat(digits[p]), Dot::lanes(sums[(m * pieces + held) * vectors + v]));
+          total = fma(total, splat(256.0f), value);
+        }
+        x *= x_scale[m] * (1.0f / 256);
+        total = total * splat(pieces == kFourPieces ? x_scale[m] * (1.0f / 256) : x_scale[m]);
+      }
+      const Float part = negated_fma(shift, splat(x), total * scale);
+      float* to = t.acc + m * kPanelN + v * kLanes;
+      store(to, Dot::kScaled ? fma(part, splat(x_scale[m]), load(to)) : load(to) + part);
+      if (pieces == 1) continue;
+      float* sure = t.sure + m * kPanelN + v * kLanes;
+      const Float lowest = fma(center, scale, shift), highest = fma(splat(t.top) - center, scale, -shift);
+      const Float range = larger(magnitude(lowest), magnitude(highest));  // the largest |w|
+      store(sure, load(sure) + negated_fma(splat(t.x_doubt[s * rows + m]), range, magnitude(part)));
+    }
+  }
+}
+
+template <class Dot, int MR, int NB, int P>
+LOWBIT_INLINE void end_beside_minima(const TileArguments& t, int64_t s, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
+  typename Dot::Sum held[MR * NB * kParts];  // `sum` itself stays in registers
+  LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v)
+    held[m * NB * kParts + v] = sum[m][v];
+  end_beside_minima<Dot>(t, s, held, MR / P, NB * kParts, P);
+}
+
 template <class Dot, int MR, int NB>
 LOWBIT_INLINE void end_exact_segment(const TileArguments& t, const typename Dot::Sum (&sum)[MR][NB * kParts]) {
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v) {
@@ -120,6 +171,8 @@ LOWBIT_TILE void tile_panel(const TileArguments& t) {
     }
     if (t.exact)
       end_exact_segment<Dot, MR, NB>(t, sum);
+    else if (t.shift.values)
+      end_beside_minima<Dot, MR, NB, P>(t, s, sum);
     else
       end_segment<Dot, MR, NB, P, true>(t, s, sum);
   }
@@ -155,6 +208,10 @@ LOWBIT_TILE void tile_blocks(const TileArguments& t) {
     }
     if (t.exact) {
       end_exact_segment<Dot, MR, NB>(t, sum);
+      continue;
+    }
+    if (t.shift.values) {
+      end_beside_minima<Dot, MR, NB, P>(t, s, sum);
       continue;
     }
     end_segment<Dot, MR, NB, P, false>(t, s, sum);

@@ -69,6 +69,17 @@ Result answer(const Caller& op, const Op<Call>& kernels, Call& call, const Tenso
   }
 }
 
+// The answer where no kernel reads the arguments, whatever the library says.
+template <class Result>
+Result declined(const Caller& op, const char* reason) {
+  if constexpr (std::is_same_v<Result, std::string>) {
+    return reason;
+  } else {
+    LOWBIT_CHECK(false, op, ": the CUDA kernels decline this call: ", reason);
+    std::abort();
+  }
+}
+
 // Sets M, x and the dtype of a product; the shape of its result. Who only asks copies nothing.
 template <class Result, class Weight>
 std::vector<int64_t> set_x(Linear<Weight>& call, Tensor& x) {

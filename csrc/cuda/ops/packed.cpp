@@ -8,12 +8,20 @@ namespace lowbit {
 namespace cuda {
 namespace {
 
+// Why no kernel here reads a weight, or null.
+const char* why_not(bool minimum, const OptionalTensor& scale_factors, int64_t scale_block) {
+  if (minimum) return "they read no minima";
+  return scale_factors || scale_block ? "they read no scales of two levels" : nullptr;
+}
+
 // y[..., n] = sum_k x[..., k] * w[n, k] + bias[n]
 template <class Result>
 Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
-              OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
-              int64_t layout, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
+              OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, OptionalTensor scale_factors,
+              OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
+              OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const Caller op("packed_linear", x);
+  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const int64_t K = check_activations(op, x);
   const ActivationArguments activations{int8, x_scale, x_group};
   Linear<packed::Weight> call{};
@@ -30,10 +38,11 @@ Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTe
 // one NaN.
 template <class Result>
 Result experts(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
-               OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
-               int64_t layout, int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8,
-               int64_t x_group) {
+               OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, OptionalTensor scale_factors,
+               OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
+               int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const Caller op("packed_experts", x);
+  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const int64_t K = check_activations(op, x);
   const ActivationArguments activations{int8, x_scale, x_group};
   Experts<packed::Weight> call{};
@@ -50,9 +59,11 @@ Result experts(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_value
 // w, [N, K] of `dtype`
 template <class Result>
 Result dequantize(Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
-                  OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
-                  int64_t layout, int64_t in_features, ScalarType dtype) {
+                  OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, OptionalTensor scale_factors,
+                  OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
+                  int64_t in_features, ScalarType dtype) {
   const Caller op("packed_dequantize", packed);
+  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const packed::Weight w =
       packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
                                 group_size, layout, in_features});
@@ -62,9 +73,11 @@ Result dequantize(Tensor packed, OptionalTensor outlier_values, OptionalTensor o
 // w[ids], [..., K] of `dtype`; an id out of range gives a row of NaN.
 template <class Result>
 Result embedding(Tensor ids, Tensor packed, OptionalTensor outlier_values, OptionalTensor outlier_columns,
-                 OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, int64_t bits, int64_t group_size,
-                 int64_t layout, int64_t in_features, ScalarType dtype) {
+                 OptionalTensor outlier_rows, Tensor scales, OptionalTensor zeros, OptionalTensor scale_factors,
+                 OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
+                 int64_t in_features, ScalarType dtype) {
   const Caller op("packed_embedding", ids);
+  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const packed::Weight w =
       packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
                                 group_size, layout, in_features});

@@ -46,7 +46,7 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     scales = torch.rand(N, K // 64, generator=draw) + 0.5
     ids = torch.tensor([0, N - 1, 5])
     for bits in range(2, 9):
-        weight: tuple[Any, ...] = (words(bits), *none, scales, None, bits, 64, 0)
+        weight: tuple[Any, ...] = (words(bits), *none, scales, *none, bits, 64, 0, False, 0)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for rows in ROWS:
                 what = f"{bits} bits, {rows} rows of {str(dtype).removeprefix('torch.')}"

@@ -30,6 +30,10 @@ def integer_problem(layer: Layer) -> str | None:
         return f"must be of the family 'packed': it is {format.describe()}"
     if format.zeros == "float":
         return "must have integer zeros or none: it has float zeros"
+    if format.zeros == "minimum":
+        return "must have integer zeros or none: it has minima"
+    if format.scale_codes is not None:
+        return "must have scales of one level: it has codes of scales, and their factors"
     if format.outliers:
         return f"must have no outliers: it has {format.outliers}"
     if format.activations != "float":

@@ -5,8 +5,9 @@ Types and layouts are those of :mod:`lowbit.checkpoint.importers.gguf`. With ``e
     w = e * scale    Q4_0 where all e are in [-8, 7], Q5_0 in [-16, 15], Q8_0 in [-128, 127]
 
 so 2 and 3 bits become Q4_0, and 4 bits with whole zeros Q5_0. One scale for a row, or for more than 32 columns, is
-written for each 32. With float zeros, Q4_1 and Q5_1 hold ``scale * code + m`` where ``m = -zero * scale`` is a value of
-float16 and nothing is rounded.
+written for each 32. Q4_1 and Q5_1 hold minima, ``scale * code + m``; with float zeros they do where
+``m = -zero * scale`` is a value of float16 and nothing is rounded. Scales of two levels are those of Q4_K, Q5_K and
+Q6_K, in their groups and blocks; other blocks have no type.
 """
 
 from __future__ import annotations
@@ -52,14 +53,18 @@ def encoded(layer: Layer) -> tuple[str, Tensor] | str:
     if format.activations != "float":
         return f"must have float activations: it has {format.activations}"
     k, size = format.in_features, format.group_size
-    if k % GROUP or (size % GROUP and size != k):
+    if getattr(format, "scale_codes", None) is None and (k % GROUP or (size % GROUP and size != k)):
         return f"K and group_size must be multiples of {GROUP}: got K={k}, group_size={size}"
     codes = unpack(held["packed"], format.bits, k)
+    if isinstance(format, PackedFormat) and format.scale_codes is not None:
+        return _of_levels(format, codes, held)
     if isinstance(format, CodebookFormat):
         return _of_codebook(format, codes, held)
     scales = _by_group(held["scales"].float(), codes, size)
     if not exact_in(scales, torch.float16):
         return "its scales must be values of float16: some are not"
+    if format.zeros == "minimum":
+        return _of_minima(format, codes, scales, -_by_group(held["zeros"].float(), codes, size))
     if format.zeros == "float":
         return _of_float_zeros(format, codes, scales, _by_group(held["zeros"].float(), codes, size))
     zeros = held.get("zeros", torch.full_like(held["scales"], 1 << (format.bits - 1)))
@@ -105,6 +110,56 @@ def _of_float_zeros(format: PackedFormat, codes: Tensor, scales: Tensor, zeros: 
         return "must have whole zeros or none: its float zeros are not exact in Q4_1 or Q5_1"
     name = "Q4_1" if format.bits <= 4 else "Q5_1"
     return name, _blocks(name, codes, scales.half(), minimum.half())
+
+
+def _of_minima(format: PackedFormat, codes: Tensor, scales: Tensor, added: Tensor) -> tuple[str, Tensor] | str:
+    if format.bits > 5:
+        return f"must have at most 5 bits beside minima: it has {format.bits}"
+    if not exact_in(added, torch.float16):
+        return "its minima must be values of float16: some are not"
+    name = "Q4_1" if format.bits <= 4 else "Q5_1"
+    return name, _blocks(name, codes, scales.half(), added.half())
+
+
+# bits, group, zeros -> the type, and the largest code of a scale
+_LEVELS = {(4, 32, "minimum"): ("Q4_K", 63), (5, 32, "minimum"): ("Q5_K", 63), (6, 16, "none"): ("Q6_K", 127)}
+
+
+def _of_levels(format: PackedFormat, codes: Tensor, held: Mapping[str, Tensor]) -> tuple[str, Tensor] | str:
+    size, block = format.group_size, 256 // format.group_size
+    name, top = _LEVELS.get((format.bits, size, format.zeros), ("", 0))
+    n, k = codes.shape
+    if not name or format.scale_block != block or k % 256 or (format.scale_codes == "uint8") == (name == "Q6_K"):
+        return ("must have scales of two levels as Q4_K, Q5_K or Q6_K have them, in blocks of 256 columns: it is "
+                f"{format.describe()}, K={k}")  # fmt: skip
+    factors = [held[each] for each in ("scale_factors", "zero_factors") if each in held]
+    if not all(exact_in(each.float(), torch.float16) for each in factors):
+        return "the factors of its scales must be values of float16: some are not"
+    scales, minima = held["scales"].view(-1, block), held.get("zeros", held["scales"]).view(-1, block)
+    if max(int(scales.max()), int(minima.max())) > top:
+        return f"the codes of its scales and minima must be at most {top}: some are not"
+    heads = [each.half().contiguous().view(-1, 1).view(torch.uint8) for each in factors]
+    blocks = codes.view(-1, 256)
+    if name == "Q6_K":
+        parts = [_runs(blocks & 15, 64, 4), _runs(blocks >> 4, 32, 2), scales.view(torch.uint8), *heads]
+    else:
+        high = [_runs(blocks >> 4, 32, 1)] if name == "Q5_K" else []
+        parts = [*heads, _six_bits(scales, minima), *high, _runs(blocks & 15, 32, 4)]
+    return name, torch.cat(parts, 1).view(n, -1)
+
+
+def _runs(fields: Tensor, width: int, bits: int) -> Tensor:
+    """Fields of ``bits`` bits, ``[B, 256]``: of each run of ``width`` bytes as many runs of fields as fit."""
+    runs = fields.view(len(fields), -1, 8 // bits, width).int()
+    shifts = torch.arange(0, 8, bits).view(1, 1, -1, 1)
+    return (runs << shifts).sum(2).to(torch.uint8).flatten(1)
+
+
+def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """Twelve bytes of the scales and minima ``[B, 8]``, of six bits."""
+    low, high = (scales[:, :4], minima[:, :4]), (scales[:, 4:], minima[:, 4:])
+    first = [each | ((above >> 4) << 6) for each, above in zip(low, high, strict=True)]
+    return torch.cat([*first, (high[0] & 15) | ((high[1] & 15) << 4)], 1)
 
 
 def _blocks(name: str, codes: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:

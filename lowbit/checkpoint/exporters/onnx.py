@@ -101,7 +101,7 @@ def _module(layer: Layer) -> nn.Module:
 
 def _block(format: Any) -> int | None:
     """The block size of MatMulNBits that a format has, if so: a power of 2, at least 16."""
-    if not isinstance(format, PackedFormat) or format.outliers:
+    if not isinstance(format, PackedFormat) or format.outliers or format.zeros == "minimum":
         return None
     whole = 1 << max(4, (format.in_features - 1).bit_length())
     size = format.group_size if format.granularity == "group" else whole
@@ -155,7 +155,7 @@ class _NBits(nn.Module):
         codes = torch.zeros(self.n, blocks * block, dtype=torch.uint8)
         codes[:, : self.k] = unpack(held["packed"], f.bits, self.k)
         self.register_buffer("codes", _bytes(codes, self.bits).reshape(self.n, blocks, -1))
-        self.register_buffer("scales", held["scales"].float().expand(self.n, blocks).contiguous())
+        self.register_buffer("scales", _decoded(layer).scales.float().expand(self.n, blocks).contiguous())
         zeros = held.get("zeros", torch.full((1, 1), 1 << (f.bits - 1), dtype=torch.uint8)).expand(self.n, blocks)
         self.register_buffer("zeros", zeros.float() if zeros.is_floating_point() else _bytes(zeros, self.bits))
 
@@ -166,6 +166,12 @@ class _NBits(nn.Module):
             dtype=x.dtype, shape=(*x.shape[:-1], self.n), version=1,
         )  # fmt: skip
         return y
+
+
+def _decoded(layer: Layer) -> Any:
+    """The operands of a layer, with scales and zeros of one level."""
+    operands: Any = layer.operands_class.of(layer.weight_arguments(layer.operands()))
+    return operands.decoded()
 
 
 def _bytes(values: Tensor, bits: int) -> Tensor:
@@ -217,9 +223,10 @@ class _Weight(nn.Module):
         self.bits, n, k = f.bits, f.out_features, f.in_features
         self.register_buffer("codes", unpack(held["packed"], f.bits, k))
         scales, zeros, tables = held.get("scales"), held.get("zeros"), held.get("codebook")
-        if getattr(f, "scales", None) == "nested":
-            operands: Any = layer.operands_class.of(layer.weight_arguments(layer.operands()))
-            scales = operands.decoded().scales
+        if getattr(f, "scales", None) == "nested" or getattr(f, "scale_codes", None):
+            decoded = _decoded(layer)
+            scales, zeros = decoded.scales, getattr(decoded, "zeros", None)
+        self.has_minima = getattr(f, "zeros", None) == "minimum"
         self.register_buffer("scales", None if scales is None else scales.float().expand(n, -1).contiguous())
         self.register_buffer("zeros", None if zeros is None else zeros.float().expand(n, -1).contiguous())
         self.register_buffer("tables", None if tables is None else tables.float().expand(n, -1, -1).contiguous())
@@ -251,6 +258,8 @@ class _Weight(nn.Module):
         if self.tables is None:
             zeros = float(1 << (self.bits - 1)) if self.zeros is None else wide(of(self.zeros))
             assert self.scales is not None
+            if self.has_minima:
+                return codes.float() * wide(of(self.scales)) - zeros
             return (codes.float() - zeros) * wide(of(self.scales))
         entries, tables = self.tables.shape[-1], of(self.tables)
         index = codes.long()

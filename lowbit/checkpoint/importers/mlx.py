@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.importers.folder import Reader, Stored, unpack_rows
-from lowbit.checkpoint.importers.minima import as_zeros
 from lowbit.checkpoint.reader import Entry
-from lowbit.core.family import FLOAT_DTYPES
+from lowbit.core.family import FLOAT_DTYPES, dtype_name
 from lowbit.packed.format import PackedFormat, PackedWeight
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -57,10 +56,12 @@ class Mlx(Reader):
         layer.check("weight", (n, k * bits // 32), [torch.uint32], why)
         for leaf in ("scales", "biases"):
             layer.check(leaf, (n, k // size), list(FLOAT_DTYPES.values()), why)
-        return PackedFormat(bits, n, k, size, "row" if size == k else "group", "float", "float32")
+        dtype = torch.promote_types(layer.dtype("scales"), layer.dtype("biases"))
+        return PackedFormat(bits, n, k, size, "row" if size == k else "group", "minimum", dtype_name(dtype))
 
     def weight(self, layer: Stored) -> tuple[PackedWeight, str | None]:
         (bits, size), k = self._sizes(layer.name), layer.k
         codes = unpack_rows(layer.read("weight").view(torch.int32), bits, k)
-        codes, scales, zeros = as_zeros(codes, layer.read("scales").float(), -layer.read("biases").float())
-        return PackedWeight(codes, scales, zeros, bits, None if size == k else size), None
+        dtype = torch.promote_types(layer.dtype("scales"), layer.dtype("biases"))
+        scales, minima = layer.read("scales").to(dtype), -layer.read("biases").to(dtype)
+        return PackedWeight(codes, scales, minima, bits, None if size == k else size, minimum=True), None

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from lowbit.checkpoint.importers.folder import Reader, Stored
-from lowbit.checkpoint.importers.minima import as_zeros
 from lowbit.checkpoint.importers.small_floats import E4M3, e4m3_format, e4m3_weight, read_e4m3
 from lowbit.checkpoint.reader import Entry
 from lowbit.core.family import FLOAT_DTYPES, Format, Granularity, Weight, dtype_name
@@ -74,9 +73,14 @@ class Quanto(Reader):
         layer.check(_SCALE, (rows, 1), floats, why)
         layer.check(_SHIFT, (rows, 1), [*floats, torch.int8, torch.uint8], why)
         is_float = layer.dtype(_SHIFT).is_floating_point
-        scale_dtype = "float32" if is_float else dtype_name(layer.dtype(_SCALE))
+        scale_dtype = dtype_name(self._scale_dtype(layer))
         granularity: Granularity = "row" if size == k else "group"
-        return PackedFormat(_BITS[kind], n, k, size, granularity, "float" if is_float else "int", scale_dtype)
+        return PackedFormat(_BITS[kind], n, k, size, granularity, "minimum" if is_float else "int", scale_dtype)
+
+    def _scale_dtype(self, layer: Stored) -> torch.dtype:
+        """Of scales, and of float shifts, which are minima."""
+        scales, shifts = layer.dtype(_SCALE), layer.dtype(_SHIFT)
+        return torch.promote_types(scales, shifts) if shifts.is_floating_point else scales
 
     def weight(self, layer: Stored) -> tuple[Weight, str | None]:
         (kind, rounds), n, k = self._said(layer), layer.n, layer.k
@@ -93,9 +97,8 @@ class Quanto(Reader):
         scales, shifts = (layer.read(leaf).view(n, -1) for leaf in (_SCALE, _SHIFT))
         group = None if size == k else size
         if shifts.is_floating_point():
-            codes, scales, zeros = as_zeros(codes, scales.float(), shifts.float())
-        elif int(shifts.min()) < 0 or int(shifts.max()) >= 1 << bits:
+            dtype = self._scale_dtype(layer)
+            return PackedWeight(codes, scales.to(dtype), shifts.to(dtype), bits, group, minimum=True), note
+        if int(shifts.min()) < 0 or int(shifts.max()) >= 1 << bits:
             raise ValueError(f"{layer.where(_SHIFT)}: must be integers of 0 to {(1 << bits) - 1}")
-        else:
-            zeros = shifts.to(torch.uint8)
-        return PackedWeight(codes, scales, zeros, bits, group), note
+        return PackedWeight(codes, scales, shifts.to(torch.uint8), bits, group), note

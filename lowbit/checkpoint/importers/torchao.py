@@ -9,6 +9,10 @@ The tensors are ``_weight_qdata``, ``_weight_scale`` and ``_weight_zero_point``.
 JSON object with the class and ``block_size`` [rows, columns] of one scale, ``target_dtype`` of unpacked integers. What
 the classes do with x: int8, symmetric and per token, is done by lowbit's own rule; else x stays float.
 
+Int4Tensor becomes ``(qdata + 8) * scale - minimum`` with the float32 ``minimum = 8 * scale - zero_point``. That is the
+same number wherever the minimum is exact, as it is of bfloat16 unless ``0 < |zero_point| < scale / 8192``: the report
+says where it is not.
+
 Source: github.com/pytorch/ao (quantization/quantize_/workflows, prototype/safetensors);
 github.com/pytorch/FBGEMM (fbgemm_gpu/experimental/gen_ai: int4_row_quantize_zp, pack_int4).
 """
@@ -24,7 +28,6 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.folder import Reader, Stored
-from lowbit.checkpoint.importers.minima import as_zeros
 from lowbit.checkpoint.importers.small_floats import E4M3, e4m3_format, e4m3_weight, read_e4m3
 from lowbit.checkpoint.reader import Checkpoint, Entry
 from lowbit.core.activations import ActivationSpec
@@ -95,7 +98,7 @@ class TorchAo(Reader):
             layer.check(_CODES, (n, k // 2), [torch.int8, torch.uint8], why)
             layer.check(_SCALE, (groups, n), floats, why)
             layer.check(_ZERO, (groups, n), floats, why)
-            return PackedFormat(4, n, k, size, granularity, "float", "float32")
+            return PackedFormat(4, n, k, size, granularity, "minimum", "float32")
         shape = (1, 1) if granularity == "tensor" else (n, groups)
         others: tuple[tuple[int, ...], ...] = ((), (1,)) if granularity == "tensor" else ((n,),) * (groups == 1)
         layer.check(_CODES, (n, k), [E4M3 if kind == "Float8Tensor" else torch.int8], why)
@@ -136,8 +139,12 @@ class TorchAo(Reader):
             data = layer.read(_CODES).view(torch.uint8)
             codes = torch.stack([data & 15, data >> 4], 2).flatten(1) ^ 8  # two's complement, plus 8
             scale, zero = (layer.read(leaf).t().float().contiguous() for leaf in (_SCALE, _ZERO))
-            codes, scale, zero = as_zeros(codes, scale, 8 * scale - zero)
-            return PackedWeight(codes, scale, zero, 4, group), self._note(layer)
+            minimum, note = 8 * scale - zero, self._note(layer)
+            rounded = int((minimum.double() != 8 * scale.double() - zero.double()).sum())
+            if rounded:
+                said = f"the minima of {rounded} of {minimum.numel()} groups are rounded to float32"
+                note = f"{note}; {said}" if note else said
+            return PackedWeight(codes, scale, minimum, 4, group, minimum=True), note
         if kind == "Float8Tensor":
             scales = layer.read(_SCALE).reshape(shape).expand(n, -1)
             return e4m3_weight(read_e4m3(layer, _CODES), scales, size), self._note(layer)

@@ -18,7 +18,7 @@ from lowbit.testing import cuda_emulated, verdicts
 from lowbit.testing.cuda_int8 import assert_int8_close
 from lowbit.testing.cuda_planted.packed_decode import some_formats
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
-from lowbit.testing.packed_cases import activations, random_weight
+from lowbit.testing.packed_cases import activations, more_formats, random_weight
 
 pytestmark = [
     pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"),
@@ -75,9 +75,8 @@ def test_linear_by_its_op(emulated, bits, dtype):
             spread = torch.empty(2, 3, 2 * shape[1], dtype=dtype)[..., ::2].copy_(x.view(2, 3, -1))
             with lowbit.use_backend("cuda"):
                 y = torch.ops.lowbit.packed_linear(
-                    spread, weight.packed, *weight.outliers, weight.scales, weight.zeros, bits, format.group_size, 0,
-                    bias, None, False, 0,
-                )  # fmt: skip
+                    spread, *weight.operands, bias, None, False, 0
+                )
             assert y.shape == (2, 3, shape[0])
             assert_linear_close(y.view(6, -1), x, weight.dense(), bias)
 
@@ -96,6 +95,24 @@ def test_layers(emulated):
         torch.testing.assert_close(y, expected)
         (found,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(found, wanted)
+
+
+def test_what_they_do_not_read(emulated):
+    """Minima and scales of two levels, by name: another backend takes them."""
+    for format in list(more_formats(4, 9, 300, 64))[:3]:
+        weight, x = random_weight(format), torch.randn(3, 300)
+        word = "minima" if format.zeros == "minimum" else "scales of two levels"
+        ids = torch.tensor([2, 0])
+        ops, rest = torch.ops.lowbit, (None, None, False, 0)
+        calls = (
+            (ops.packed_linear, (x, *weight.operands, *rest)),
+            (ops.packed_embedding, (ids, *weight.operands, 300, x.dtype)),
+            (ops.packed_experts, (x, torch.arange(3), *weight.operands, 3, *rest)),
+            (ops.packed_dequantize, (*weight.operands, 300, x.dtype)),
+        )  # fmt: skip
+        for op, arguments in calls:
+            with lowbit.use_backend("cuda"), pytest.raises(RuntimeError, match=f"they read no {word}"):
+                op(*arguments)
 
 
 def test_embedding_and_dequantize(emulated):
@@ -118,7 +135,7 @@ def test_many_rows(emulated, dtype):
     weight, x = random_weight(format, 0), activations(83, 260, dtype)
     with lowbit.use_backend("cuda"):
         y = torch.ops.lowbit.packed_linear(
-            x, weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None, None, False, 0
+            x, *weight.operands, None, None, False, 0
         )
     assert_linear_close(y, x, weight.dense())
 
@@ -133,7 +150,7 @@ def test_int8_activations(emulated):
             torch.testing.assert_close(layer(x), expected)
             torch.testing.assert_close(layer(x.repeat(7, 1)), expected.repeat(7, 1))
     weight = random_weight(next(some_formats(4, 9, 300, 64)))
-    arguments = (weight.packed, *weight.outliers, weight.scales, weight.zeros, 4, 64, 0, None)
+    arguments = (*weight.operands, None)
     with lowbit.use_backend("cuda"):
         y = torch.ops.lowbit.packed_linear(x, *arguments, torch.tensor([0.02]), True, 0)
         assert_int8_close(y, x, weight, x_scale=torch.tensor([0.02]))
@@ -293,8 +310,8 @@ def test_experts(emulated, options):
 def test_arguments_that_do_not_fit(emulated, change, message):
     given = dict(
         packed=torch.zeros(40, 40, dtype=torch.int32), outlier_values=None, outlier_columns=None,
-        outlier_rows=None, scales=torch.ones(40, 5), zeros=None, bits=4, group_size=64, layout=0, bias=None,
-        x_scale=None, int8=False, x_group=0,
+        outlier_rows=None, scales=torch.ones(40, 5), zeros=None, scale_factors=None, zero_factors=None, bits=4,
+        group_size=64, layout=0, minimum=False, scale_block=0, bias=None, x_scale=None, int8=False, x_group=0,
     )  # fmt: skip
     with lowbit.use_backend("cuda"), pytest.raises(RuntimeError, match=message):
         torch.ops.lowbit.packed_linear(torch.randn(2, 300), **{**given, **change})

@@ -215,8 +215,8 @@ def test_tiles_of_a_wrong_shape_are_refused():
     tiles = layout.tile(layer.packed.data, 4, 300)
     with registry.use_backend("reference"), pytest.raises(RuntimeError, match=r"packed in tiles must be \[N, 2, 32\]"):
         torch.ops.lowbit.packed_dequantize(
-            tiles[:, :1].contiguous(), None, None, None, layer.scales, layer.zeros, 4, 300, TILES.number, 300,
-            torch.float32,
+            tiles[:, :1].contiguous(), None, None, None, layer.scales, layer.zeros, None, None, 4, 300, TILES.number,
+            False, 0, 300, torch.float32,
         )  # fmt: skip
 
 

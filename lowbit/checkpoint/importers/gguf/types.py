@@ -4,18 +4,17 @@ A row is a sequence of blocks of 32 or 256 weights. d, m and dmin are float16, a
 of weight k in its block.
 
     Q4_0, Q5_0, Q8_0   w = d * (q - 2**(b-1))             packed, groups of 32, symmetric
-    Q4_1, Q5_1         w = d * q + m                      packed, groups of 32: zero = -m / d
-    Q2_K               w = (d*sc[h]) * q - dmin*m[h]      packed, groups of 16: zero = (dmin*m) / (d*sc)
-    Q4_K, Q5_K         the same                           packed, groups of 32
-    Q3_K, Q6_K         w = (d*sc[h]) * (q - 2**(b-1))     packed, groups of 16, symmetric
+    Q4_1, Q5_1         w = d * q + m                      packed, groups of 32: minimum -m
+    Q2_K               w = (d*sc[h]) * q - dmin*m[h]      packed, groups of 16, scales and minima of two levels
+    Q4_K, Q5_K         the same                           packed, groups of 32, the same
+    Q3_K, Q6_K         w = (d*sc[h]) * (q - 2**(b-1))     packed, groups of 16, symmetric, scales of two levels
     IQ4_NL, IQ4_XS     w = (d*ls[h]) * table[q]           codebook, groups of 32; IQ4_NL has no ls
     MXFP4              w = 2**(e - 128) * table[q]        codebook, groups of 32
     TQ1_0, TQ2_0       w = d * (q - 1)                    packed, 2 bits, groups of 256, symmetric: code q + 1
 
-**Exact.** Every product above fits the 24 bits of float32. Where nothing is added to it, the packed weight equals
-``gguf.quants.dequantize`` bit for bit. Scales that are products of two numbers are kept in float32.
-
-**To the last bits.** The types with a minimum, m or dmin, are as :mod:`lowbit.checkpoint.importers.minima` says.
+**Exact.** Every product above fits the 24 bits of float32, and a difference is rounded once, there as here: the packed
+weight equals ``gguf.quants.dequantize`` bit for bit. sc and m are uint8 codes (int8 of Q3_K and Q6_K), and d and dmin
+float16 factors of a block; the scales of IQ4_XS are kept in float32.
 
 Source: github.com/ggml-org/llama.cpp (ggml/src/ggml-common.h, ggml-quants.c; gguf-py/gguf/quants.py).
 """
@@ -24,13 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.importers.gguf.container import TYPES
-from lowbit.checkpoint.importers.minima import as_zeros
 from lowbit.codebook.format import CodebookFormat, CodebookWeight
 from lowbit.core.family import Format, Weight, dtype_name
 from lowbit.packed.format import PackedFormat, PackedWeight
@@ -42,8 +40,15 @@ _SIZES = {name: (size, nbytes) for name, size, nbytes in TYPES.values()}
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 E2M1 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)  # doubled
 
-# codes [B, size], scales [B, size / group], minima of the same shape or None: of blocks, uint8 [B, bytes]
-Parts = tuple[Tensor, Tensor, Tensor | None]
+
+class Parts(NamedTuple):
+    """What blocks, ``uint8 [B, bytes]``, hold."""
+
+    codes: Tensor  # [B, size]
+    scales: Tensor  # [B, size / group]: floats, or codes
+    minima: Tensor | None = None  # the same shape
+    scale_factors: Tensor | None = None  # [B, 1], of codes of scales
+    zero_factors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,11 @@ class BlockType:
 
     Attributes:
         bits, group: of the weight that it becomes.
-        decode: blocks -> codes, scales, and what is subtracted of each group.
+        decode: blocks -> their parts.
         table: of a codebook.
-        scale_dtype: in which the scales are exact.
+        scale_dtype: in which the scales, or their factors, are exact.
         has_minimum: something is subtracted.
+        scale_codes: of scales of two levels.
     """
 
     bits: int
@@ -64,6 +70,7 @@ class BlockType:
     table: tuple[float, ...] | None = None
     scale_dtype: torch.dtype = torch.float32
     has_minimum: bool = False
+    scale_codes: torch.dtype | None = None
 
 
 def format_of(name: str, n: int, k: int) -> Format:
@@ -71,8 +78,11 @@ def format_of(name: str, n: int, k: int) -> Format:
     kind, scales = BLOCKS[name], dtype_name(BLOCKS[name].scale_dtype)
     if kind.table is not None:
         return CodebookFormat(kind.bits, n, k, kind.group, "tensor", scales=scales)
-    zeros: Literal["float", "none"] = "float" if kind.has_minimum else "none"
-    return PackedFormat(kind.bits, n, k, kind.group, "group", zeros, scales)
+    levels: dict[str, Any] = {}
+    if kind.scale_codes is not None:
+        levels = dict(scale_codes=dtype_name(kind.scale_codes), scale_block=_SIZES[name][0] // kind.group)
+    zeros: Any = "minimum" if kind.has_minimum else "none"
+    return PackedFormat(kind.bits, n, k, kind.group, "group", zeros, scales, **levels)
 
 
 def weight_of(name: str, rows: Tensor, order: Tensor | None = None) -> Weight:
@@ -85,20 +95,29 @@ def weight_of(name: str, rows: Tensor, order: Tensor | None = None) -> Weight:
     n, blocks = len(rows), rows.shape[1] // nbytes
     k, groups = blocks * size, blocks * size // kind.group
     codes = torch.empty(n, k, dtype=torch.uint8)
-    scales = torch.empty(n, groups, dtype=kind.scale_dtype)
-    zeros = torch.empty_like(scales) if kind.has_minimum else None
+    scales = torch.empty(n, groups, dtype=kind.scale_codes or kind.scale_dtype)
+    zeros = None
+    if kind.has_minimum:
+        zeros = torch.empty(n, groups, dtype=kind.scale_dtype if kind.scale_codes is None else torch.uint8)
+    scale_factors = None if kind.scale_codes is None else torch.empty(n, blocks, dtype=kind.scale_dtype)
+    zero_factors = scale_factors.clone() if scale_factors is not None and kind.has_minimum else None
     step = max(1, _WEIGHTS_AT_ONCE // max(k, 1))
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         own = rows[part] if order is None else rows[order[part]]
-        found, scale, minimum = kind.decode(own.reshape(-1, nbytes))
-        if minimum is not None and zeros is not None:
-            found, scale, zero = as_zeros(found, scale, minimum)
-            zeros[part] = zero.view(-1, groups)
-        codes[part], scales[part] = found.view(-1, k), scale.view(-1, groups)
+        found = kind.decode(own.reshape(-1, nbytes))
+        codes[part], scales[part] = found.codes.view(-1, k), found.scales.view(-1, groups)
+        others = (zeros, found.minima), (scale_factors, found.scale_factors), (zero_factors, found.zero_factors)
+        for held, values in others:
+            if held is not None and values is not None:
+                held[part] = values.view(-1, held.shape[1])
     if kind.table is not None:
         return CodebookWeight(codes, torch.tensor(kind.table, dtype=torch.float32)[None, None], scales, kind.group)
-    return PackedWeight(codes, scales, zeros, kind.bits, kind.group)
+    block = None if scale_factors is None else size // kind.group
+    return PackedWeight(
+        codes, scales, zeros, kind.bits, kind.group, minimum=kind.has_minimum, scale_factors=scale_factors,
+        zero_factors=zero_factors, scale_block=block,
+    )  # fmt: skip
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -120,11 +139,11 @@ _NIBBLES = range(0, 8, 4)
 
 
 def _q4_0(b: Tensor) -> Parts:
-    return _fields(b[:, 2:18], _NIBBLES, 15, 16), _half(b, 0), None
+    return Parts(_fields(b[:, 2:18], _NIBBLES, 15, 16), _half(b, 0))
 
 
 def _q4_1(b: Tensor) -> Parts:
-    return _fields(b[:, 4:20], _NIBBLES, 15, 16), _half(b, 0), -_half(b, 2)
+    return Parts(_fields(b[:, 4:20], _NIBBLES, 15, 16), _half(b, 0), -_half(b, 2))
 
 
 def _fifth_bits(words: Tensor) -> Tensor:
@@ -133,27 +152,28 @@ def _fifth_bits(words: Tensor) -> Tensor:
 
 
 def _q5_0(b: Tensor) -> Parts:
-    return _fields(b[:, 6:22], _NIBBLES, 15, 16) | _fifth_bits(b[:, 2:6]), _half(b, 0), None
+    return Parts(_fields(b[:, 6:22], _NIBBLES, 15, 16) | _fifth_bits(b[:, 2:6]), _half(b, 0))
 
 
 def _q5_1(b: Tensor) -> Parts:
-    return _fields(b[:, 8:24], _NIBBLES, 15, 16) | _fifth_bits(b[:, 4:8]), _half(b, 0), -_half(b, 2)
+    return Parts(_fields(b[:, 8:24], _NIBBLES, 15, 16) | _fifth_bits(b[:, 4:8]), _half(b, 0), -_half(b, 2))
 
 
 def _q8_0(b: Tensor) -> Parts:
-    return b[:, 2:34] ^ 128, _half(b, 0), None  # two's complement, plus 128
+    return Parts(b[:, 2:34] ^ 128, _half(b, 0))  # two's complement, plus 128
 
 
 def _q2_k(b: Tensor) -> Parts:
     scales = b[:, :16]
-    return _fields(b[:, 16:80], range(0, 8, 2), 3, 32), _half(b, 80) * (scales & 15), _half(b, 82) * (scales >> 4)
+    codes = _fields(b[:, 16:80], range(0, 8, 2), 3, 32)
+    return Parts(codes, scales & 15, scales >> 4, _half(b, 80), _half(b, 82))
 
 
 def _q3_k(b: Tensor) -> Parts:
     low, high = _fields(b[:, 96:104], _NIBBLES, 15, 8), _fields(b[:, 104:108], range(0, 8, 2), 3, 4)
-    scales = (low | (high << 4)).float() - 32
+    scales = (low | (high << 4)).to(torch.int8) - 32
     codes = _fields(b[:, 32:96], range(0, 8, 2), 3, 32) | (_fields(b[:, :32], range(8), 1, 32) << 2)
-    return codes, _half(b, 108) * scales, None
+    return Parts(codes, scales, None, _half(b, 108))
 
 
 def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,28 +186,28 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(b: Tensor) -> Parts:
     scales, minima = _six_bits(b[:, 4:16])
-    return _fields(b[:, 16:144], _NIBBLES, 15, 32), _half(b, 0) * scales, _half(b, 2) * minima
+    return Parts(_fields(b[:, 16:144], _NIBBLES, 15, 32), scales, minima, _half(b, 0), _half(b, 2))
 
 
 def _q5_k(b: Tensor) -> Parts:
     scales, minima = _six_bits(b[:, 4:16])
     codes = _fields(b[:, 48:176], _NIBBLES, 15, 32) | (_fields(b[:, 16:48], range(8), 1, 32) << 4)
-    return codes, _half(b, 0) * scales, _half(b, 2) * minima
+    return Parts(codes, scales, minima, _half(b, 0), _half(b, 2))
 
 
 def _q6_k(b: Tensor) -> Parts:
     codes = _fields(b[:, :128], _NIBBLES, 15, 64) | (_fields(b[:, 128:192], range(0, 8, 2), 3, 32) << 4)
-    return codes, _half(b, 208) * b[:, 192:208].contiguous().view(torch.int8), None
+    return Parts(codes, b[:, 192:208].contiguous().view(torch.int8), None, _half(b, 208))
 
 
 def _iq4_xs(b: Tensor) -> Parts:
     low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], 2).flatten(1)
     high = torch.stack([(b[:, 2:4] >> shift) & 3 for shift in range(0, 8, 2)], 2).flatten(1)
-    return _fields(b[:, 8:136], _NIBBLES, 15, 16), _half(b, 0) * ((low | (high << 4)).float() - 32), None
+    return Parts(_fields(b[:, 8:136], _NIBBLES, 15, 16), _half(b, 0) * ((low | (high << 4)).float() - 32))
 
 
 def _mxfp4(b: Tensor) -> Parts:
-    return _fields(b[:, 1:17], _NIBBLES, 15, 16), torch.ldexp(torch.ones(1), b[:, :1].float() - 128), None
+    return Parts(_fields(b[:, 1:17], _NIBBLES, 15, 16), torch.ldexp(torch.ones(1), b[:, :1].float() - 128))
 
 
 def _tq1_0(b: Tensor) -> Parts:
@@ -197,24 +217,29 @@ def _tq1_0(b: Tensor) -> Parts:
         runs = b[:, first:last].reshape(len(b), -1, 1, width)
         shifted = torch.cat([runs * 3**digit for digit in range(digits)], 2)  # modulo 256
         parts.append(((shifted.short() * 3) >> 8).to(torch.uint8).flatten(1))
-    return torch.cat(parts, 1) + 1, _half(b, 52), None
+    return Parts(torch.cat(parts, 1) + 1, _half(b, 52))
 
 
 def _tq2_0(b: Tensor) -> Parts:
-    return _fields(b[:, :64], range(0, 8, 2), 3, 32) + 1, _half(b, 64), None
+    return Parts(_fields(b[:, :64], range(0, 8, 2), 3, 32) + 1, _half(b, 64))
+
+
+def _levels(bits: int, group: int, decode: Callable[[Tensor], Parts], has_minimum: bool = False) -> BlockType:
+    codes = torch.uint8 if has_minimum else torch.int8
+    return BlockType(bits, group, decode, None, torch.float16, has_minimum, codes)
 
 
 BLOCKS = {
     "Q4_0": BlockType(4, 32, _q4_0, scale_dtype=torch.float16),
-    "Q4_1": BlockType(4, 32, _q4_1, has_minimum=True),
+    "Q4_1": BlockType(4, 32, _q4_1, scale_dtype=torch.float16, has_minimum=True),
     "Q5_0": BlockType(5, 32, _q5_0, scale_dtype=torch.float16),
-    "Q5_1": BlockType(5, 32, _q5_1, has_minimum=True),
+    "Q5_1": BlockType(5, 32, _q5_1, scale_dtype=torch.float16, has_minimum=True),
     "Q8_0": BlockType(8, 32, _q8_0, scale_dtype=torch.float16),
-    "Q2_K": BlockType(2, 16, _q2_k, has_minimum=True),
-    "Q3_K": BlockType(3, 16, _q3_k),
-    "Q4_K": BlockType(4, 32, _q4_k, has_minimum=True),
-    "Q5_K": BlockType(5, 32, _q5_k, has_minimum=True),
-    "Q6_K": BlockType(6, 16, _q6_k),
+    "Q2_K": _levels(2, 16, _q2_k, has_minimum=True),
+    "Q3_K": _levels(3, 16, _q3_k),
+    "Q4_K": _levels(4, 32, _q4_k, has_minimum=True),
+    "Q5_K": _levels(5, 32, _q5_k, has_minimum=True),
+    "Q6_K": _levels(6, 16, _q6_k),
     "IQ4_NL": BlockType(4, 32, _q4_0, IQ4, torch.float16),
     "IQ4_XS": BlockType(4, 32, _iq4_xs, IQ4),
     "MXFP4": BlockType(4, 32, _mxfp4, E2M1, torch.bfloat16),
