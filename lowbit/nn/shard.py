@@ -33,19 +33,7 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
     size = (format.out_features, format.in_features)[dim]
     step = -(-size // count)
     share = slice(index * step, min((index + 1) * step, size))
-    problem = None
-    if not isinstance(layer, CodedLayer) or getattr(format, "scales", None) == "nested":
-        problem = f"{format.describe()} cannot be cut"
-    elif share.start >= size:
-        problem = f"{size} features leave nothing for share {index} of {count}"
-    elif dim == INPUT and getattr(format, "act_order", False):
-        problem = "with act-order its columns are not in the order of the input features"
-    elif dim == INPUT and format.group_size < size and step % format.group_size:
-        problem = f"group_size={format.group_size} must divide the {step} input features of a share"
-    elif dim == INPUT and getattr(format, "scale_block", None) and format.group_size < size:
-        columns = format.scale_block * format.group_size  # that share a factor
-        if step % columns and step < size:
-            problem = f"{columns} columns that share a factor of their scales must divide the {step} input features"
+    problem = shard_problem(format, isinstance(layer, CodedLayer), dim, index, count)
     if problem is not None:
         raise ValueError(f"{layer.title()}: cannot be split over {count} devices: {problem}")
     whole = layer.out_features, layer.in_features
@@ -58,6 +46,26 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
         fields["scale_block"] = min(format.scale_block, -(-(share.stop - share.start) // format.group_size))
     layer.become(replace(format, **fields, outliers=len(cut.get("outlier_values", ()))), cut)
     layer.whole = whole
+
+
+def shard_problem(format: Any, coded: bool, dim: int, index: int, count: int) -> str | None:
+    """Why :func:`shard` cannot cut a layer of this format, whose class is a :class:`CodedLayer` where ``coded``;
+    ``None``: it can."""
+    size = (format.out_features, format.in_features)[dim]
+    step = -(-size // count)
+    if not coded or getattr(format, "scales", None) == "nested":
+        return f"{format.describe()} cannot be cut"
+    if index * step >= size:
+        return f"{size} features leave nothing for share {index} of {count}"
+    if dim == INPUT and getattr(format, "act_order", False):
+        return "with act-order its columns are not in the order of the input features"
+    if dim == INPUT and format.group_size < size and step % format.group_size:
+        return f"group_size={format.group_size} must divide the {step} input features of a share"
+    if dim == INPUT and getattr(format, "scale_block", None) and format.group_size < size:
+        columns = format.scale_block * format.group_size  # that share a factor
+        if step % columns and step < size:
+            return f"{columns} columns that share a factor of their scales must divide the {step} input features"
+    return None
 
 
 def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str, Tensor]:

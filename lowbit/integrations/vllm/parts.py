@@ -15,13 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.metadata import Metadata
+from lowbit.integrations.matching import NOTICE_PATTERN
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.layer import Layer, LayerConfig, layer_class
 from lowbit.nn.linear import LinearLayer
 from lowbit.nn.rows import cut_rows, join_rows
-from lowbit.nn.shard import INPUT, shard
+from lowbit.nn.shard import INPUT, shard, shard_problem
 
 Tensors = dict[str, Tensor]
+# Stacks of experts; what they are called in files; and how vLLM's loaders are to call their tensors: these look for
+# parts of names, and take none of them for a single expert, or for a layer that is to be fused.
+STACKS = ("gate_up_proj", "down_proj")
+_FILES = {
+    "gate_up_proj": r"experts\.gate_up_proj|(?<=moe\.)input_linear\.weight",
+    "down_proj": r"experts\.down_proj|(?<=moe\.)output_linear\.weight",
+}
+PLACES = {"gate_up_proj": "lowbit_first", "down_proj": "lowbit_second"}
 
 
 class Description:
@@ -33,10 +42,16 @@ class Description:
 
     def rename(self, renamed: Callable[[str], str | None]) -> None:
         """Call every layer what ``renamed`` makes of its name; one without a name there keeps its own."""
-        names = {name: renamed(f"{name}.weight") for name in self.layers}
-        new = {name: (to or name).removesuffix(".weight") for name, to in names.items()}
+        new = {name: self._renamed(name, renamed) for name in self.layers}
         self.layers = {new[name]: config for name, config in self.layers.items()}
         self.tied = tuple(tuple(new.get(name, name) for name in group) for group in self.tied)
+
+    def _renamed(self, name: str, renamed: Callable[[str], str | None]) -> str:
+        head, _, stack = name.rpartition(".")
+        if self.layers[name].layer_class.kind != "experts":
+            return (renamed(f"{name}.weight") or name).removesuffix(".weight")
+        # what it has of experts are names of single ones
+        return (renamed(f"{head}.stack.weight") or f"{head}.stack.weight").removesuffix("stack.weight") + stack
 
     def find(self, name: str) -> str | None:
         """The layer that vLLM calls ``name``: its name, with or without that of the base model in front."""
@@ -47,6 +62,19 @@ class Description:
         shorter = name.partition(".")[2]
         found = [n for n in self.layers if n == shorter or n.partition(".")[2] == name]
         return found[0] if name and len(found) == 1 else None
+
+    @property
+    def stacks(self) -> list[str]:
+        """The stacks of experts."""
+        return [name for name, config in self.layers.items() if config.layer_class.kind == "experts"]
+
+    def stack_of(self, experts: str, stack: str) -> str | None:
+        """The stack of the experts that vLLM calls ``experts``, whatever stands before ``experts`` in the folder."""
+        found = self.find(f"{experts}.{stack}")
+        if found is not None:
+            return found
+        same = [name for name in self.stacks if name.endswith(f".{stack}") and block_of(name) == block_of(experts)]
+        return same[0] if len(same) == 1 and block_of(experts) is not None else None
 
     def of_shape(self, kind: str, rows: int, columns: int, taken: Container[str] = ()) -> str | None:
         """The layer of this kind and shape, for a layer that vLLM gives no name; not one that is ``taken``.
@@ -63,6 +91,37 @@ class Description:
     def others(self, name: str) -> list[str]:
         """The layers that share the weight of ``name``."""
         return [other for group in self.tied if name in group for other in group if other != name]
+
+
+def block_of(name: str) -> str | None:
+    """The number of a block of the model, which is the first in the names of its layers."""
+    found = re.search(r"\.(\d+)\.", name)
+    return None if found is None else found[1]
+
+
+def file_patterns(description: Description) -> dict[re.Pattern[str], str | None]:
+    """What names of tensors in files become before vLLM's loaders see them; ``None``: they do not.
+
+    Loaders do not see what is in the files to stop a transformers without lowbit.
+    """
+    found: dict[re.Pattern[str], str | None] = {re.compile(NOTICE_PATTERN): None}
+    for stack, files in _FILES.items():
+        own = {name: block_of(name) for name in description.stacks if name.endswith(f".{stack}")}
+        tensors = {tensor for name in own for tensor in description.layers[name].format.tensors()}
+        blocks = {block for block in own.values() if block is not None}
+        if blocks:
+            start = rf"(\.(?:{'|'.join(blocks)})\.(?:\w+\.)*?)(?:{files})"
+            found[re.compile(rf"{start}\.({'|'.join(tensors)})$")] = rf"\1experts.routed_experts.{PLACES[stack]}_\2"
+            found[re.compile(f"{start}$")] = None
+    return found
+
+
+def cut_problem(config: Any, rows: bool, count: int) -> str | None:
+    """Why a layer cannot be cut to a share of its rows, or of its columns where ``count`` > 1; ``None``: it can."""
+    coded = issubclass(config.layer_class, CodedLayer)
+    if (rows or count > 1) and (not coded or getattr(config.format, "scales", None) == "nested"):
+        return f"{config.format.describe()} cannot be cut into shares"
+    return shard_problem(config.format, coded, INPUT, 0, count) if count > 1 else None
 
 
 def rows_of(whole: Sequence[int], here: Sequence[int], rank: int, world: int) -> list[slice]:
@@ -125,9 +184,8 @@ class Part:
             return replace(self, tensors={"weight": torch.cat(kept)})
         if whole_rows and count == 1:
             return self
-        if not self._can_be_cut:
-            raise ValueError(f"{self.name}: {self.format.describe()} cannot be cut into shares: "
-                             "serve it with tensor_parallel_size=1")  # fmt: skip
+        if problem := cut_problem(self.config, not whole_rows, count):
+            raise ValueError(f"{self.name}: {problem}: serve it with tensor_parallel_size=1")
         part = self
         if not whole_rows:
             cut = [_rows(part, r) for r in rows]
@@ -139,11 +197,6 @@ class Part:
             part = replace(part, tensors=layer.canonical(), format=layer.format)
         return part
 
-    @property
-    def _can_be_cut(self) -> bool:
-        assert self.config is not None
-        return issubclass(self.config.layer_class, CodedLayer) and getattr(self.format, "scales", None) != "nested"
-
     def _of_input(self) -> Tensors:
         """The tensors that say how x is held."""
         weight = self.format.weight_tensors()
@@ -152,8 +205,9 @@ class Part:
     def module(self, kind: str, dtype: torch.dtype) -> Any:
         """A layer that holds it, not prepared yet; of embeddings without ``output_scale``: vLLM's model multiplies."""
         assert self.config is not None
-        extras = {"padding_idx": self.config.extras.get("padding_idx")} if kind == "embedding" else {}
-        layer = layer_class(self.config.layer_class.family, kind)(self.format, False, dtype, "meta", **extras)
+        extras = {"embedding": ("padding_idx",), "experts": ("num_experts",)}.get(kind, ())
+        given = {name: self.config.extras.get(name) for name in extras}
+        layer = layer_class(self.config.layer_class.family, kind)(self.format, False, dtype, "meta", **given)
         layer.name = self.name
         layer.store(self.tensors)
         layer.validate(self.name)
@@ -175,7 +229,7 @@ def joined(parts: Sequence[Part]) -> Part | None:
         if all(part.config is None for part in parts):
             return replace(first, tensors={"weight": torch.cat([part.tensors["weight"] for part in parts])})
         return None
-    if not all(part._can_be_cut and type(part.format) is type(first.format) for part in parts):
+    if any(type(part.format) is not type(first.format) or cut_problem(part.config, True, 1) for part in parts):
         return None
     of_input = [part._of_input() for part in parts]
     if any(own.keys() != of_input[0].keys() or any(not torch.equal(own[n], of_input[0][n]) for n in own)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +29,23 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
 from lowbit.checkpoint.metadata import parse
-from lowbit.integrations.matching import NOTICE_PATTERN
-from lowbit.integrations.vllm.parts import Description, FusedLinear, Part, rows_of
-from lowbit.nn.layer import layer_class
+from lowbit.integrations.vllm.parts import (
+    PLACES,
+    STACKS,
+    Description,
+    FusedLinear,
+    Part,
+    block_of,
+    cut_problem,
+    file_patterns,
+    rows_of,
+)
+from lowbit.nn.layer import LayerConfig, layer_class
 
 METHOD = "lowbit"
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -63,6 +72,7 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         self.description = Description(parse(fields))
         self.methods: dict[str, Any] = {}  # by the name of a layer of the folder
         self._checked = False
+        self._patterns = file_patterns(self.description)
 
     def get_name(self) -> str:
         return METHOD
@@ -86,8 +96,8 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         self.description.rename(hf_to_vllm_mapper.map_name)
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Without what is in the files to stop a transformers without lowbit."""
-        return WeightsMapper(orig_to_new_regex={re.compile(NOTICE_PATTERN): None})
+        """What :func:`file_patterns` says."""
+        return WeightsMapper(orig_to_new_regex=self._patterns)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
@@ -108,17 +118,17 @@ class LowbitConfig(QuantizationConfig):  # type: ignore[misc]
         return LowbitMethod(self, prefix, [found or name for found, name in zip(found_names, names, strict=True)])
 
     def _experts_method(self, layer: Any, prefix: str) -> Any:
-        stacks = [name for name, config in self.description.layers.items() if config.layer_class.kind == "experts"]
-        if not stacks:
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+        stacks = self.description.stacks
         prefix = prefix.removesuffix(".routed_experts")
-        found = [self.description.find(f"{prefix}.{stack}") for stack in LowbitExperts.stacks]
-        if not any(found) and _block(prefix) not in map(_block, stacks):
+        found = [self.description.stack_of(prefix, stack) for stack in STACKS]
+        if not any(found) and block_of(prefix) not in map(block_of, stacks):
             return UnquantizedFusedMoEMethod(layer.moe_config)  # those of this block are float
-        if problem := LowbitExperts.problem(layer, found):
+        held = [None if name is None else self.description.layers[name] for name in found]
+        problem = LowbitExperts.problem(layer, held)
+        if problem is not None:
             raise ValueError(f"{found[0] or stacks[0]}: vLLM cannot run packed experts {problem}: "
                              "convert with skip=['*.experts*']")  # fmt: skip
-        return LowbitExperts(self, layer.moe_config, dict(zip(LowbitExperts.stacks, map(str, found), strict=True)))
+        return LowbitExperts(self, layer.moe_config, dict(zip(STACKS, map(str, found), strict=True)))
 
     def _parts(self, layer: nn.Module, prefix: str) -> list[str]:
         """The names of the layers that ``layer`` consists of."""
@@ -182,6 +192,7 @@ class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
                              f"convert with skip={self.names}")  # fmt: skip
         count = input_size // input_size_per_partition
         self.columns = (layer.tp_rank, count) if count > 1 else (0, 1)
+        self._refuse_uncut(layer)
         types: dict[str, torch.dtype] = {"weight": params_dtype}  # of float parts; files have an empty one of others
         for name in self.names:
             config = self.config.description.layers.get(name)
@@ -192,6 +203,15 @@ class LowbitMethod(LinearMethodBase):  # type: ignore[misc]
             set_weight_attrs(place, {"weight_loader": self._loader(name)})
             layer.register_parameter(name, place)
         self.places = tuple(types)
+
+    def _refuse_uncut(self, layer: Any) -> None:
+        """Raise ``ValueError`` naming a part of which this process cannot hold its share."""
+        for i, name in enumerate(self.names):
+            config = self.config.description.layers.get(name)
+            here = sum(self.here) if len(self.names) == 1 else self.here[i]
+            if config is not None and (why := cut_problem(config, here < config.rows, self.columns[1])):
+                raise ValueError(f"{name}: with tensor_parallel_size={layer.tp_size}, {why}: "
+                                 f"serve it with tensor_parallel_size=1, or convert with skip=[{name!r}]")  # fmt: skip
 
     def _loader(self, tensor_name: str) -> Callable[..., None]:
         def load(param: Any, loaded: Tensor, shard_id: Any = None) -> None:
@@ -324,9 +344,10 @@ class LowbitExperts(FusedMoEMethodBase):  # type: ignore[misc]
     """Holds and runs the packed experts of a layer; ``names``: of its stacks in the folder.
 
         y = sum_j w[:, j] * down(act(gate(x)) * up(x)),    gate and up one below the other in ``gate_up_proj``
+
+    Processes share the features between ``gate_up_proj`` and ``down_proj``: each gives a summand of y.
     """
 
-    stacks = ("gate_up_proj", "down_proj")
     activations: ClassVar[dict[Any, Callable[[Tensor], Tensor]]] = {
         MoEActivation.SILU: nn.functional.silu,
         MoEActivation.GELU: nn.functional.gelu,
@@ -334,52 +355,101 @@ class LowbitExperts(FusedMoEMethodBase):  # type: ignore[misc]
     }
 
     @classmethod
-    def problem(cls, layer: Any, found: list[str | None]) -> str | None:
+    def problem(cls, layer: Any, found: Sequence[LayerConfig | None]) -> str | None:
         """Why such a layer cannot be run; ``None``: it can."""
-        if None in found:
-            return f"that are not {' and '.join(cls.stacks)} of {layer.layer_name.removesuffix('.routed_experts')}"
-        parallel = layer.moe_config.moe_parallel_config
-        if layer.local_num_experts != layer.global_num_experts or parallel.tp_size > 1 or parallel.use_ep:
-            return "in several processes"
+        up, down = found
+        if up is None or down is None:
+            return f"that are not {' and '.join(STACKS)} of {layer.layer_name.removesuffix('.routed_experts')}"
+        moe = layer.moe_config
+        parallel = moe.moe_parallel_config
+        if layer.local_num_experts != layer.global_num_experts or parallel.use_ep or parallel.dp_size > 1:
+            return "divided by experts or by requests: use tensor_parallel_size"
         if layer.activation not in cls.activations:
             return f"with the activation {layer.activation.value}"
-        if layer.moe_config.has_bias:
+        if moe.has_bias:
             return "with biases"
         limits = layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
         if layer.apply_router_weight_on_input or any(limit is not None for limit in limits):
             return "of this class"
+        if type(layer).__name__ == "TransformersRoutedExperts" and _hidden_activation() not in ("silu", "swish", None):
+            return f"with the activation {_hidden_activation()} in transformers' own code, which it runs with silu"
+        world, rows = parallel.tp_size, parallel.tp_size > 1
+        inner, hidden = moe.intermediate_size_per_partition * world, moe.hidden_dim
+        for stack, config, n, k in zip(STACKS, (up, down), (2 * inner, hidden), (hidden, inner), strict=True):
+            count, format = config.extras["num_experts"], cast(Any, config.format)
+            if (count, config.rows // count, format.in_features) != (moe.num_experts, n, k):
+                return (f"of other sizes than its own: {stack} is {[count, config.rows // count, format.in_features]}, "
+                        f"must be {[moe.num_experts, n, k]}")  # fmt: skip
+            why = cut_problem(config, rows, 1) if stack == "gate_up_proj" else cut_problem(config, False, world)
+            if why is not None:
+                return f"with tensor_parallel_size={world}: of {stack}, {why}"
         return None
 
     def __init__(self, config: LowbitConfig, moe: Any, names: dict[str, str]) -> None:
         super().__init__(moe)
         self.config, self.names = config, names
         self.loaded: dict[str, dict[str, Tensor]] = {stack: {} for stack in names}
+        self.parts: dict[str, Part] = {}
         config.methods.update(dict.fromkeys(names.values(), self))
 
     def create_weights(self, layer: Any, params_dtype: torch.dtype, **extra: Any) -> None:
         self.dtype = params_dtype
         layer.load_weights = self._load
         layer.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False))
+        for place, (stack, tensor_name) in self._places().items():
+            dtype = self._tensors(stack)[tensor_name][1]
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            set_weight_attrs(parameter, {"weight_loader": functools.partial(self._store, stack, tensor_name)})
+            layer.register_parameter(place, parameter)
+
+    def _tensors(self, stack: str) -> dict[str, Any]:
+        """Shape and dtype of the tensors of a stack, by name."""
+        found: dict[str, Any] = self.config.description.layers[self.names[stack]].format.tensors()
+        return found
+
+    def _places(self) -> dict[str, tuple[str, str]]:
+        """Stack and name of each tensor, by what vLLM's loaders call it."""
+        return {f"{PLACES[stack]}_{name}": (stack, name) for stack in self.names for name in self._tensors(stack)}
 
     def _load(self, weights: Any) -> Any:
+        """For loaders that leave the tensors of experts to their layer."""
+        places = self._places()
         for name, loaded in weights:
-            stack, _, tensor_name = name.partition(".")
-            known = self.config.description.layers[self.names[stack]].format.tensors() if stack in self.names else {}
-            if stack not in self.names or (tensor_name not in known and (tensor_name or loaded.numel())):
+            place = places.get(name.removeprefix("routed_experts."))
+            if place is None:
                 raise ValueError(f"{name}: the packed experts {', '.join(self.names.values())} have no such tensor")
-            if tensor_name:  # else what stands for the float weight
-                self.loaded[stack][tensor_name] = loaded.detach().clone()
+            self._store(*place, None, loaded)
             yield name
+
+    def _store(self, stack: str, tensor_name: str, param: Any, loaded: Tensor) -> None:
+        held = self.loaded[stack]
+        held[tensor_name] = loaded.detach().clone()
+        if held.keys() == self._tensors(stack).keys():
+            name = self.names[stack]
+            self.parts[stack] = self._share(stack, Part(name, self.config.description.layers[name], held))
+            self.loaded[stack] = {}
+
+    def _share(self, stack: str, part: Part) -> Part:
+        """What this process holds of a stack."""
+        rank, world = self.moe.moe_parallel_config.tp_rank, self.moe.moe_parallel_config.tp_size
+        if world == 1:
+            return part
+        if stack == "down_proj":
+            return part.share([slice(0, part.rows)], (rank, world))
+        blocks = 2 * self.moe.num_experts  # gate and up of each expert
+        n = part.rows // blocks // world
+        return part.share([slice((i * world + rank) * n, (i * world + rank + 1) * n) for i in range(blocks)])
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.config.check_all_served()
         for stack, name in self.names.items():
-            config = self.config.description.layers[name]
-            held = Part(name, config, self.loaded.pop(stack)).tensors
-            made = config.build(self.dtype)
-            made.store(held)
-            made.validate(name)
+            if stack not in self.parts:
+                missing = sorted(self._tensors(stack).keys() - self.loaded[stack].keys())
+                raise ValueError(f"{name}.{missing[0]} is missing: the folder has no such tensor")
+            made = self.parts.pop(stack).module("experts", self.dtype)
             setattr(layer, stack, made.prepare().to(layer.weight.device))
+        for place in self._places():
+            delattr(layer, place)
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         return FusedMoEQuantConfig.make()
@@ -401,10 +471,10 @@ class LowbitExperts(FusedMoEMethodBase):  # type: ignore[misc]
         return result
 
 
-def _block(name: str) -> str | None:
-    """The number of a block of the model, which is the first in the names of its layers."""
-    found = re.search(r"\.(\d+)\.", name)
-    return None if found is None else found[1]
+def _hidden_activation() -> str | None:
+    config = get_current_vllm_config_or_none()
+    text = None if config is None else config.model_config.hf_text_config
+    return getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
 
 
 def _sharing(source: Any, kind: str, format: Any, dtype: torch.dtype) -> Any:
@@ -439,4 +509,22 @@ def _offer_embeddings() -> None:
     VocabParallelEmbedding.__init__ = init
 
 
+def _rename_in_files() -> None:
+    """Let models with loaders of their own, as DeepSeek's, have the names of :func:`file_patterns`."""
+    original: Any = DefaultModelLoader.get_all_weights
+    if getattr(original, "_lowbit", False):
+        return
+
+    @functools.wraps(original)
+    def get_all_weights(self: Any, model_config: Any, model: nn.Module) -> Any:
+        weights = original(self, model_config, model)
+        configs = (getattr(module, "quant_config", None) for module in model.modules())
+        ours = next((config for config in configs if isinstance(config, LowbitConfig)), None)
+        return weights if ours is None else ours.get_checkpoint_weight_mapper().apply(weights)
+
+    get_all_weights._lowbit = True  # type: ignore[attr-defined]
+    DefaultModelLoader.get_all_weights = get_all_weights
+
+
+_rename_in_files()
 _offer_embeddings()  # here, as workers of vLLM unpickle a config that another process made

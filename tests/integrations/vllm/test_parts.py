@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lowbit
 from lowbit.checkpoint.metadata import Metadata
-from lowbit.integrations.vllm.parts import Description, FusedLinear, Part, joined, rows_of
+from lowbit.integrations.vllm.parts import Description, FusedLinear, Part, cut_problem, file_patterns, joined, rows_of
 from lowbit.nn.layer import LayerConfig, layer_class
 
 SPECS = [
@@ -59,13 +61,51 @@ def test_a_share_has_the_rows_and_columns_of_the_weight(spec: lowbit.Spec) -> No
 
 
 def test_what_cannot_be_cut_is_named() -> None:
-    for spec, words in (
-        (lowbit.Kronecker(), r"q_proj: Kronecker .* cannot be cut into shares: serve it with tensor_parallel_size=1"),
-        (lowbit.Packed(bits=4, group_size=64), r"q_proj .*group_size=64 must divide the 48 input features of a share"),
-    ):
+    for spec, columns, words in (
+        (lowbit.Kronecker(), 2, r"Kronecker .* cannot be cut into shares"),
+        (lowbit.Kronecker(), 1, r"Kronecker .* cannot be cut into shares"),
+        (lowbit.Packed(bits=4, group_size=64), 2, r"group_size=64 must divide the 48 input features of a share"),
+    ):  # fmt: skip
         part, _ = part_of(spec, 48, 96)
-        with pytest.raises(ValueError, match=words):
-            part.share([slice(0, 48)], (0, 2))
+        rows = slice(0, 48 if columns > 1 else 24)
+        with pytest.raises(ValueError, match=rf"q_proj: {words}: serve it with tensor_parallel_size=1"):
+            part.share([rows], (0, columns))
+        assert cut_problem(part.config, False, 1) is None
+    config = part_of(lowbit.Codebook(table="nf4", group_size=16), 48, 96)[0].config
+    assert config is not None and cut_problem(config, True, 2) is None
+    nested = replace(config, format=replace(config.format, scales="nested"))  # type: ignore[type-var]
+    for rows, columns in ((True, 1), (False, 2)):
+        assert "(nested) cannot be cut into shares" in str(cut_problem(nested, rows, columns))
+
+
+def test_act_order_is_cut_along_its_rows_alone() -> None:
+    torch.manual_seed(0)
+    weight = lowbit.Packed(bits=4, group_size=32).quantize(torch.randn(48, 64))
+    layer = lowbit.PackedLinear.from_weight(replace(weight, order=torch.randperm(64).to(torch.int32)))
+    part, x = Part("o_proj", LayerConfig.of(layer), layer.canonical()), torch.randn(3, 64)
+    share = part.share([slice(8, 24), slice(40, 44)]).module("linear", torch.float32).prepare()
+    assert torch.equal(share(x), layer(x)[:, [*range(8, 24), *range(40, 44)]])
+    with pytest.raises(ValueError, match=r"o_proj: with act-order its columns .* tensor_parallel_size=1"):
+        part.share([slice(0, 48)], (0, 2))
+
+
+def test_shares_of_experts_add_up() -> None:
+    torch.manual_seed(0)
+    up, down, ids = torch.randn(3, 64, 32), torch.randn(3, 48, 32), torch.tensor([2, 0, 0, 1])
+    spec = lowbit.Packed(bits=4, group_size=16, outliers=0.02)
+    stacks = [lowbit.nn.layer.layer_class("packed", "experts").from_float(weight, spec) for weight in (up, down)]
+    parts = [Part(name, LayerConfig.of(stack), stack.canonical()) for name, stack in zip("ab", stacks, strict=True)]
+
+    def run(first: Any, second: Any) -> torch.Tensor:
+        gate, up = first(x, ids).chunk(2, -1)
+        return second(gate.relu() * up, ids)
+
+    x, made = torch.randn(4, 32), []
+    for rank in range(2):
+        rows = [slice(start + 16 * rank, start + 16 * rank + 16) for start in range(0, 192, 32)]
+        shares = parts[0].share(rows), parts[1].share([slice(0, 144)], (rank, 2))
+        made.append(run(*(share.module("experts", torch.float32).prepare() for share in shares)))
+    torch.testing.assert_close(made[0] + made[1], run(*stacks), rtol=1e-5, atol=1e-4)
 
 
 def test_a_folder_that_lacks_a_tensor_is_refused() -> None:
@@ -134,6 +174,41 @@ def test_names() -> None:
     found.layers["other"] = found.layers["language_model.embed"]
     with pytest.raises(ValueError, match=r"embedding of shape \[40, 32\].*language_model.embed, other"):
         found.of_shape("embedding", 40, 32)
+
+
+def test_names_of_experts() -> None:
+    stack = lowbit.nn.layer.layer_class("packed", "experts").from_float(torch.randn(2, 64, 32), lowbit.Packed(bits=4))
+    config = LayerConfig.of(stack)
+    names = [f"model.layers.{i}.mlp.experts.{name}" for i in (1, 10) for name in ("gate_up_proj", "down_proj")]
+    found = Description(Metadata(layers=dict.fromkeys(names, config), tied=()))
+    found.rename(lambda name: name.replace(".down_proj.", ".w2.").replace(".gate_up_proj.", ".w13."))
+    assert found.stacks == names
+    assert found.stack_of("model.layers.1.mlp.experts", "down_proj") == names[1]
+    assert found.stack_of("layers.10.block_sparse_moe.experts", "gate_up_proj") == names[2]
+    assert found.stack_of("model.layers.0.mlp.experts", "down_proj") is None
+    found.layers["vision.layers.1.mlp.experts.down_proj"] = config
+    assert found.stack_of("text.layers.1.moe.experts", "down_proj") is None  # which one?
+
+    def seen(name: str) -> str | None:
+        for pattern, new in file_patterns(found).items():
+            if pattern.search(name):
+                return None if new is None else pattern.sub(new, name)
+        return name
+
+    moe = "model.layers.1.block_sparse_moe."
+    for name, expected in (
+        (moe + "experts.gate_up_proj.packed", moe + "experts.routed_experts.lowbit_first_packed"),
+        (moe + "input_linear.weight.scales", moe + "experts.routed_experts.lowbit_first_scales"),
+        (moe + "output_linear.weight.zeros", moe + "experts.routed_experts.lowbit_second_zeros"),
+        (moe + "experts.down_proj", None), (moe + "input_linear.weight", None),
+    ):  # fmt: skip
+        assert seen(name) == expected
+    for name in (
+        "model.layers.1.shared_mlp.input_linear.weight", "model.layers.1.shared_mlp.input_linear.packed",
+        "model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.shared_experts.down_proj.packed",
+        "model.layers.1.mlp.experts.0.down_proj.weight", "model.layers.1.mlp.experts.down_proj_bias",
+    ):  # fmt: skip
+        assert seen(name) == name
 
 
 REGISTER = """

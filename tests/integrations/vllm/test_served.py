@@ -9,8 +9,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.nn.layer import layers
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm is not installed: `make test-vllm` tests it", allow_module_level=True)
@@ -49,6 +52,19 @@ def model_of(name: str, tie: bool, **sizes: Any) -> Any:
     return model
 
 
+def nested(model: Any) -> Any:
+    """With NF4 layers, whose scales are uint8 codes, as bitsandbytes stores them."""
+    for layer in layers(lowbit.convert(model, lowbit.Codebook(table="nf4", group_size=32))).values():
+        tensors, format = layer.canonical(), replace(layer.format, scales="nested")  # type: ignore[type-var]
+        scales = tensors["scales"].float()
+        tensors |= {
+            "scales": (scales / scales.max() * 255).round().to(torch.uint8), "scale_offset": torch.zeros(1),
+            "scale_codebook": torch.linspace(0, 1, 256), "scale_absmax": scales.max().expand(-(-scales.numel() // 256)),
+        }  # fmt: skip
+        layer.become(format, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    return model
+
+
 # name -> (the float model, what lowbit.convert is called with, how it is served)
 MODES = [{"enforce_eager": True}, {}, {"enforce_eager": True, "tensor_parallel_size": 2}]
 FOLDERS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
@@ -60,6 +76,9 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "an embedding that vLLM makes without a method": (
         lambda: model_of("Gemma2", True, head_dim=32, query_pre_attn_scalar=32), dict(spec=GROUPS), MODES[2:],
+    ),
+    "packed experts by other names": (
+        lambda: model_of("Mixtral", False, num_local_experts=4), dict(spec=GROUPS), MODES[2:],
     ),
     "one layer for q, k and v": (lambda: model_of("Phi3", False), dict(spec=GROUPS), MODES[2:]),
 }  # fmt: skip
@@ -111,7 +130,7 @@ EAGER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         dict(spec=lowbit.Packed(bits=4, group_size=32, activations="int8_static"),
              calibration=[torch.arange(1, 25).view(2, 12)]),
     ),
-    "scales that are quantized again": ("Llama", {}, dict(spec=lowbit.Codebook(table="nf4", group_size=32))),
+    "NF4": ("Llama", {}, dict(spec=lowbit.Codebook(table="nf4", group_size=32))),
     "a table for all rows": ("Qwen3", dict(head_dim=32), dict(spec=lowbit.Codebook(bits=4, granularity="tensor"))),
     "an embedding that vLLM makes without a method": (
         "Gemma2", dict(tie=True, head_dim=32, query_pre_attn_scalar=32), dict(spec=lowbit.Packed(bits=8)),
@@ -127,12 +146,23 @@ EAGER: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "Qwen2Moe", dict(**MOE, moe_intermediate_size=64, shared_expert_intermediate_size=64),
         dict(spec={"*": GROUPS, "*.experts*": lowbit.Codebook(bits=4, outliers=0.01)}, skip=["*.shared_expert_gate"]),
     ),
+    "experts by other names in the files": (
+        "GraniteMoeShared", dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64),
+        dict(spec=GROUPS),
+    ),
+    "experts in some blocks": (
+        "Dots1", dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=64,
+                      n_group=1, topk_group=1, head_dim=32, first_k_dense_replace=1), dict(spec=GROUPS),
+    ),
     "experts of Kronecker products": ("Olmoe", MOE, dict(spec={"*.experts*": lowbit.Kronecker()})),
     "Conv1D": ("GPT2", {}, dict(spec=GROUPS, skip=["*.wpe"])),
     "transformers' own code": ("GPTNeoX", dict(num_key_value_heads=4), dict(spec=GROUPS)),
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "experts by other names": ("Mixtral", dict(num_local_experts=4), "vLLM cannot run packed experts that are not"),
+    "experts of another kind": (
+        "GptOss", dict(num_local_experts=4, num_experts_per_tok=2, head_dim=32, layer_types=["full_attention"] * 2),
+        "layers.0.mlp.experts.gate_up_proj: vLLM cannot run packed experts with the activation swigluoai",
+    ),
     "rows in another order": ("Bloom", {}, "query_key_value: vLLM puts the rows of this layer of a bloom into another"),
     "position embeddings": ("GPT2", {}, "no module or parameter named 'wpe.packed'"),
 }
@@ -147,14 +177,35 @@ def test_formats_and_models_in_one_process(tmp_path: Path) -> None:
         made = model_of(model, **{"tie": False, **sizes})
         lowbit.convert(made, **arguments).save_pretrained(tmp_path / name)
         expected[name] = greedy(tmp_path / name)
+    name = "scales that are quantized again"
+    nested(model_of("Llama", tie=False)).save_pretrained(tmp_path / name)
+    expected[name] = greedy(tmp_path / name)
     for name, (model, sizes, _) in REFUSED.items():
         lowbit.convert(model_of(model, tie=False, **sizes), GROUPS).save_pretrained(tmp_path / name)
-    runs = [(str(tmp_path / name), {"enforce_eager": True}) for name in (*EAGER, *REFUSED)]
+    runs = [(str(tmp_path / name), {"enforce_eager": True}) for name in (*expected, *REFUSED)]
     done = run_vllm(runs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    found = dict(zip((*EAGER, *REFUSED), answers(done), strict=True))
-    assert {name: found[name] for name in EAGER} == expected
+    found = dict(zip((*expected, *REFUSED), answers(done), strict=True))
+    assert {name: found[name] for name in expected} == expected
     for name, (_, _, words) in REFUSED.items():
         assert words in str(found[name]), f"{name}: {found[name]}"
+
+
+@pytest.mark.slow
+def test_what_cannot_be_divided_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    moe = dict(tie=False, **MOE, head_dim=32, moe_intermediate_size=64)
+    refused: dict[str, tuple[Any, str]] = {
+        "kronecker": (lowbit.convert(model_of("Llama", False), lowbit.Kronecker()), r"Kronecker.* cannot be cut"),
+        "nested": (nested(model_of("Llama", False)), r"\(nested\).* cannot be cut into shares"),
+        "experts": (lowbit.convert(model_of("Qwen3Moe", **moe), {"*.experts*": lowbit.Kronecker()}),
+                    r"vLLM cannot run packed experts with tensor_parallel_size=2: of gate_up_proj, Kronecker"),
+    }  # fmt: skip
+    for name, (model, words) in refused.items():
+        model.save_pretrained(tmp_path / name)
+        for file in (tmp_path / name).glob("*.safetensors"):
+            file.write_bytes(b"not read")
+        done = run_vllm([(str(tmp_path / name), {"enforce_eager": True, "tensor_parallel_size": 2})])
+        said = done.stdout + done.stderr
+        assert done.returncode != 0 and re.search(rf"ValueError: .*{words}", said), f"{name}: {said[-6000:]}"
 
 
 BFLOAT16: dict[str, tuple[str, dict[str, Any], Any, list[dict[str, Any]]]] = {
