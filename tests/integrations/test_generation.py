@@ -44,6 +44,17 @@ def test_ways_of_generating(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_compiled_step() -> None:
+    """As docs/serving.md recommends it for a CPU."""
+    model = make(1)
+    options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compiling = transformers.CompileConfig(fullgraph=True, dynamic=False, mode=None, options=options)
+    compiling._compile_all_devices = True
+    assert tokens(model, cache_implementation="static", compile_config=compiling) == tokens(model)
+    assert hasattr(model, "_compiled_call")  # it was not skipped
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_continuous_batching(model: Any) -> None:
     pytest.importorskip("transformers", minversion="5.24")  # names in its configuration
     config = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
