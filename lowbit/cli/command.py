@@ -456,7 +456,7 @@ def parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     export.add_argument("source", type=Path, metavar="SRC", help="packed folder")
     export.add_argument("target", type=Path, metavar="DST", help="folder or file to write")
-    export.add_argument("--format", required=True, help="float, compressed-tensors, gptq, gguf, onnx")
+    export.add_argument("--format", required=True, help="float, compressed-tensors, gptq, gguf, onnx, pt2")
     export.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers to write as floats")
 
     inspect = commands.add_parser("inspect", help="describe a packed folder from its headers alone")

@@ -19,4 +19,11 @@ def _onnx() -> Exporter:
     return Onnx()
 
 
+def _pt2() -> Exporter:
+    from lowbit.checkpoint.exporters.pt2 import Pt2
+
+    return Pt2()
+
+
 register_later("onnx", _onnx)
+register_later("pt2", _pt2)

@@ -76,9 +76,10 @@ def export(
     """Write a packed transformers model in another library's format; the model stays as it is.
 
     Args:
-        path: a folder that does not exist yet, or is empty; of GGUF and ONNX a file that does not exist yet.
-        format: ``"float"``, ``"compressed-tensors"``, ``"gptq"``, ``"gguf"`` or ``"onnx"`` (docs/interoperability.md
-            says what each can hold).
+        path: a folder that does not exist yet, or is empty; of GGUF, ONNX and ``pt2`` a file that does not exist
+            yet.
+        format: ``"float"``, ``"compressed-tensors"``, ``"gptq"``, ``"gguf"``, ``"onnx"`` or ``"pt2"``
+            (docs/interoperability.md says what each can hold).
         skip: patterns of layers that are written as floats.
         tokenizer: goes into the folder too; of GGUF the path of a file whose tokenizer is taken over.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowbit.backends.reference import csr_row_indices, dequantize_activations, quantize_activations
 from lowbit.checkpoint.exporters.exporter import Exporter
+from lowbit.checkpoint.exporters.graph import Graph, dynamic_inputs, require_input_ids
 from lowbit.codebook.format import CodebookFormat
 from lowbit.core.bitpack import pack, unpack
 from lowbit.core.outliers import column_indices
@@ -45,9 +46,7 @@ class Onnx(Exporter):
 
     def check(self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], tokenizer: Any) -> None:
         super().check(model, kept, floats, tokenizer)
-        if getattr(model, "main_input_name", None) != "input_ids":
-            raise ValueError("model must take input_ids to be exported as 'onnx': its main input is "
-                             f"{getattr(model, 'main_input_name', None)!r}")  # fmt: skip
+        require_input_ids(model, self.format)
         try:
             for name in ("onnx", "onnxscript"):
                 importlib.import_module(name)
@@ -64,32 +63,14 @@ class Onnx(Exporter):
             put(twin, name, module)
         for name, layer in kept.items():
             put(twin, name, _module(layer))
-        ids = torch.ones(2, 8, dtype=torch.int64)
-        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-        sizes = {0: batch, 1: length}
-        graph = _Graph(twin.float()).eval()
+        inputs, sizes = dynamic_inputs()
         with torch.no_grad():
             program = torch.onnx.export(
-                graph, (ids, torch.ones_like(ids)), dynamo=True, verbose=False, opset_version=_OPSET,
-                input_names=["input_ids", "attention_mask"], output_names=["output"],
-                dynamic_shapes=({**sizes}, {**sizes}),
+                Graph(twin.float()).eval(), inputs, dynamo=True, verbose=False, opset_version=_OPSET,
+                input_names=["input_ids", "attention_mask"], output_names=["output"], dynamic_shapes=sizes,
             )  # fmt: skip
         assert program is not None
         program.save(str(target))
-
-
-class _Graph(nn.Module):
-    """What is exported: logits, or the last hidden state."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        cached = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-        output = self.model(input_ids=ids, attention_mask=mask, **cached)
-        found: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-        return found
 
 
 def _module(layer: Layer) -> nn.Module:
