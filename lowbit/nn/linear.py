@@ -124,7 +124,9 @@ class LinearLayer(Layer):
         """``x`` with its features in the order of the columns of W."""
         if not self._gathers or self.order is None:
             return x
-        if isinstance(x, Tensor) and x.is_cpu and x.dtype.itemsize == 2:  # where it takes less than half the time
+        if isinstance(x, Tensor) and x.is_cpu and x.dtype.itemsize == 2:  # each where it takes the least time
+            if not torch.compiler.is_compiling() and x.numel() == self._in_features:
+                return x.reshape(-1).index_select(0, self.order).view(x.shape)
             return x.gather(-1, self.order.long().expand(x.shape))
         return x.index_select(-1, self.order)
 
