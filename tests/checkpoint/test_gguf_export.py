@@ -1,6 +1,5 @@
 """``lowbit.export(..., format="gguf")``: what is read back is the same model, bit for bit."""
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from safetensors.torch import load_file
 
 import lowbit
 from lowbit.checkpoint.importers.gguf.container import GgufFile
-from lowbit.checkpoint.importers.gguf.types import weight_of
+from lowbit.checkpoint.importers.gguf.types import format_of, weight_of
 from lowbit.cli.command import main
 from lowbit.nn.layer import layer_class, layers
+from lowbit.testing.packed_cases import random_weight
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -116,13 +116,37 @@ def test_every_type_that_can_be_written(tmp_path):
         assert "as Q4_K, Q5_K or Q6_K have them" in why
     weight = weight_of("Q4_1", content.read("Q4_1"))
     floats = dict(minimum=False, scales=weight.scales.float())
-    odd = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 0.3).float(), **floats)
+    odd = replace(weight, zeros=torch.full_like(weight.zeros, 0.3).float(), **floats)
     assert "not exact in Q4_1" in encoded(lowbit.PackedLinear.from_weight(odd))
-    whole = dataclasses.replace(weight, zeros=torch.full_like(weight.zeros, 4.0).float(), **floats)
+    whole = replace(weight, zeros=torch.full_like(weight.zeros, 4.0).float(), **floats)
     plain = lowbit.PackedLinear.from_weight(whole)  # nothing is rounded
     name, blocks = encoded(plain)
     again = lowbit.PackedLinear.from_weight(weight_of("Q4_1", blocks))
     assert name == "Q4_1" and torch.equal(again.dequantize(torch.float32), plain.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_minima_and_scales_of_two_levels(name, tmp_path):
+    """Of a tied embedding and of rows in llama.cpp's order, through a file; as the package gguf reads them."""
+    model = lowbit.convert(llama(hidden_size=256, intermediate_size=256, tie_word_embeddings=True), SPECS["Q4_0"])
+    for seed, layer in enumerate(layers(model).values()):
+        if layer is model.lm_head:
+            continue
+        made = random_weight(format_of(name, *layer.dequantize().shape), seed)
+        held = dict(packed=made.packed, scales=made.scales, zeros=made.zeros, scale_factors=made.scale_factors,
+                    zero_factors=made.zero_factors)  # fmt: skip
+        layer.become(made.format, {leaf: tensor for leaf, tensor in held.items() if tensor is not None})
+    model.lm_head = lowbit.PackedLinear(model.model.embed_tokens.format)
+    model.lm_head.share_weight(model.model.embed_tokens)
+    lowbit.export(model, tmp_path / "x.gguf", format="gguf")
+    content, again = GgufFile(tmp_path / "x.gguf"), lowbit.load(tmp_path / "x.gguf")
+    assert {info.type for info in content.tensors.values() if len(info.shape) == 2} == {name}
+    assert same(again, model) and torch.equal(again(IDS).logits, model(IDS).logits)
+    gguf = pytest.importorskip("gguf")
+    for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
+        if tensor.name == "blk.0.ffn_up.weight":
+            theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            assert torch.equal(theirs, weights(model)[UP])
 
 
 def test_floats_beside_them_and_a_tokenizer(tmp_path):

@@ -8,6 +8,8 @@ import torch
 
 import lowbit
 from lowbit.nn.layer import layers
+from lowbit.packed.format import PackedFormat
+from lowbit.testing.packed_cases import random_weight
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -72,15 +74,27 @@ def packed_bert(specs):
     return model
 
 
+def with_levels(layer, format):
+    """Make a layer one of scales of two levels."""
+    made = random_weight(replace(format, in_features=layer.in_features, out_features=layer.out_features))
+    made.scale_factors /= 256
+    held = dict(packed=made.packed, scales=made.scales, scale_factors=made.scale_factors)
+    if made.zeros is not None:
+        held |= dict(zeros=made.zeros, zero_factors=made.zero_factors / 256)
+    layer.become(made.format, held)
+
+
 def test_by_the_kernel_of_onnxruntime(onnx, tmp_path):
     model = packed_bert(KERNEL)
+    signed = PackedFormat(3, 1, 64, 16, "group", "none", "float16", scale_codes="int8", scale_block=3)
+    with_levels(model.encoder.layer[0].attention.output.dense, signed)
     lowbit.export(model, tmp_path / "model.onnx", format="onnx", skip=["*.position_embeddings"])
     assert isinstance(model.embeddings.position_embeddings, lowbit.PackedEmbedding)  # the model is as it was
     assert assert_same(model, tmp_path / "model.onnx").count("MatMulNBits") == 6
 
 
 def test_by_operators(onnx, tmp_path):
-    """The last layer has nested scales, as NF4 of bitsandbytes has."""
+    """The last layer has nested scales, as NF4 of bitsandbytes has; another minima, and scales of two levels."""
     model = packed_bert(OPERATORS)
     layer = model.encoder.layer[0].output.dense
     held = layer.canonical()
@@ -88,6 +102,8 @@ def test_by_operators(onnx, tmp_path):
     nested = {"scales": torch.randint(0, 256, held["scales"].shape, dtype=torch.uint8), "scale_absmax": absmax,
               "scale_codebook": torch.rand(256) / 4, "scale_offset": torch.tensor([0.02])}  # fmt: skip
     layer.become(replace(layer.format, scales="nested"), held | nested)
+    minima = PackedFormat(5, 1, 64, 16, "group", "minimum", "float16", scale_codes="uint8", scale_block=3)
+    with_levels(model.encoder.layer[0].attention.self.value, minima)
     lowbit.export(model, tmp_path / "model.onnx", format="onnx")
     assert assert_same(model, tmp_path / "model.onnx").count("MatMulNBits") == 0
 
