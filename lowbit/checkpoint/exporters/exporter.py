@@ -33,11 +33,13 @@ class Exporter(ABC):
         format: its name.
         suffix: of a format that is one file.
         can_share: whether layers may share one weight.
+        round_trip: what is read back, for docs/interoperability.md.
     """
 
     format: ClassVar[str]
     suffix: ClassVar[str] = ""
     can_share: ClassVar[bool] = False
+    round_trip: ClassVar[str] = "bit for bit"
 
     @abstractmethod
     def problem(self, name: str, layer: Layer) -> str | None:

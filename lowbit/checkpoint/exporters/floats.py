@@ -14,6 +14,7 @@ from lowbit.nn.layer import Layer
 class Floats(Exporter):
     format = "float"
     can_share = True
+    round_trip = "floats, as a float folder"
 
     def problem(self, name: str, layer: Layer) -> str | None:
         return None

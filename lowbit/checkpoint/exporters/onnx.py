@@ -36,6 +36,7 @@ class Onnx(Exporter):
     format = "onnx"
     suffix = ".onnx"
     can_share = True  # each layer has its own copy in the file
+    round_trip = "not read; outputs to 1e-5"
 
     def problem(self, name: str, layer: Layer) -> str | None:
         if layer.kind == "experts":

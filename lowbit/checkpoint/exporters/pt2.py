@@ -32,6 +32,7 @@ class Pt2(Exporter):
     format = "pt2"
     suffix = ".pt2"
     can_share = True  # the package has each tensor once
+    round_trip = "not read; outputs to 1e-5"
 
     def problem(self, name: str, layer: Layer) -> str | None:
         if layer.device.type == "meta":

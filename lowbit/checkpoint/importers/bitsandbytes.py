@@ -40,6 +40,7 @@ _INT8_NOTE = "x stays float: bitsandbytes rounds it to int8, but for outlying co
 class BitsAndBytes(Reader):
     format = "bitsandbytes"
     signs = ("weight.quant_map", "SCB")
+    exact = "NF4 and FP4 bit for bit; LLM.int8() to 3 · 2⁻²⁴ of the weight"
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)

@@ -129,6 +129,7 @@ class Reader(ABC):
             experts, whose tensors are each one for all, and is known by the name of its Parameter.
         sizes: how many sizes the shape of the codes has.
         unused: leaves of tensors that belong to no layer and are not read, such as the scales of a cache.
+        exact: how near the weight is to the project's own, for docs/interoperability.md.
     """
 
     format: ClassVar[str]
@@ -138,6 +139,7 @@ class Reader(ABC):
     separator: ClassVar[str] = "."
     sizes: ClassVar[int] = 2
     unused: tuple[str, ...] = ()
+    exact: ClassVar[str] = "bit for bit"
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         self.section, self.file = section, file

@@ -43,6 +43,7 @@ class TorchAo(Reader):
     signs = (_CODES,)
     required = (_CODES, _SCALE)
     optional = (_ZERO, "_weight_act_pre_scale")
+    exact = "bit for bit; `Int4Tensor` but for the smallest zero points"
 
     def __init__(self, section: dict[str, Any], file: Path) -> None:
         super().__init__(section, file)
