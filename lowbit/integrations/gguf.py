@@ -22,6 +22,7 @@ from lowbit.checkpoint import stream
 from lowbit.checkpoint.convert_folder import fill_converted, return_freed_memory
 from lowbit.checkpoint.importers.folder import plan_rest
 from lowbit.checkpoint.importers.gguf.container import GgufFile
+from lowbit.checkpoint.importers.gguf.split import first_of, open_gguf
 from lowbit.checkpoint.importers.gguf.types import BLOCKS, FLOATS, format_of, weight_of
 from lowbit.checkpoint.reader import Checkpoint, Entry
 from lowbit.integrations.gguf_config import ROPE_TENSORS, architecture_of, config_of
@@ -48,7 +49,7 @@ class GgufView(Checkpoint):
         shape = info.shape[::-1] if change.transposed else info.shape
         if len(shape) == 1 and "shexp" in name:  # a matrix of one row, as some versions wrote it
             shape = (1, *shape)
-        return Entry(self.content.file, FLOATS.get(info.type, torch.float32), shape, info.offset, info.nbytes)
+        return Entry(self.content.file_of(name), FLOATS.get(info.type, torch.float32), shape, info.offset, info.nbytes)
 
     def read(self, name: str) -> Tensor:
         info, change = self.content.tensors[name], self.changes[name]
@@ -76,7 +77,7 @@ class GgufView(Checkpoint):
             with registry.as_stored():
                 made: Layer = layer_class(weight.family, kind).from_weight(weight, **arguments)
         except ValueError as error:
-            raise ValueError(f"{self.content.file}: tensor {names[0]!r} ({info.type}): {error}") from None
+            raise ValueError(f"{self.content.file_of(names[0])}: tensor {names[0]!r} ({info.type}): {error}") from None
         del weight  # its codes are a byte each
         return made.prepare(owned=True)
 
@@ -103,7 +104,7 @@ def read(path: Path, spec: Any, skip: Sequence[str]) -> nn.Module:
     skip = check_arguments(spec, skip)
     if spec is None and skip:
         raise ValueError(f"skip leaves layers float that spec would pack: without a spec, got skip={list(skip)!r}")
-    content = GgufFile(file_of(path))
+    content = open_gguf(file_of(path))
     config = config_of(content)
     config.dtype = _dtype(content)
     model = _skeleton(config)
@@ -127,10 +128,12 @@ def read(path: Path, spec: Any, skip: Sequence[str]) -> nn.Module:
 
 
 def file_of(path: Path) -> Path:
-    """The GGUF file at ``path``; raises ``ValueError`` for a folder that has several."""
+    """The GGUF file at ``path``, or the first of its parts; raises ``ValueError`` for a folder that has several."""
     if not path.is_dir():
         return path
     files = sorted(path.glob("*.gguf"))
+    if len(files) != 1 and (first := first_of(files)) is not None:
+        return first
     if len(files) != 1:
         raise ValueError(f"{path} must have one GGUF file, or give the file itself: got "
                          f"{', '.join(file.name for file in files[:5]) or 'none'}")  # fmt: skip
@@ -159,11 +162,11 @@ def _names(content: GgufFile, model: Any) -> tuple[dict[str, str], dict[str, lis
     for tensor, info in content.tensors.items():
         if tensor in ROPE_TENSORS:
             continue
-        name = name_in_model(model.config.model_type, tensor)
+        name, where = name_in_model(model.config.model_type, tensor), f"{content.file_of(tensor)}: tensor {tensor!r}"
         if name is None:
-            raise ValueError(f"{content.file}: tensor {tensor!r} belongs to no module of {type(model).__name__}")
+            raise ValueError(f"{where} belongs to no module of {type(model).__name__}")
         if info.type not in BLOCKS and info.type not in FLOATS:
-            raise ValueError(f"{content.file}: tensor {tensor!r}: type {info.type} is not read: lowbit reads "
+            raise ValueError(f"{where}: type {info.type} is not read: lowbit reads "
                              f"{', '.join([*FLOATS, *BLOCKS])}. Give another file, or the float model")  # fmt: skip
         if name.endswith(".experts.gate_up_proj"):
             stacks.setdefault(name, []).append(tensor)
@@ -173,7 +176,8 @@ def _names(content: GgufFile, model: Any) -> tuple[dict[str, str], dict[str, lis
     for name in (*names, *stacks):
         if name not in state:
             tensor = names.get(name) or stacks[name][0]
-            raise ValueError(f"{content.file}: tensor {tensor!r} belongs to no module of {type(model).__name__}")
+            where = f"{content.file_of(tensor)}: tensor {tensor!r}"
+            raise ValueError(f"{where} belongs to no module of {type(model).__name__}")
     for name, several in stacks.items():
         kinds = sorted(tensor.split(".")[-2] for tensor in several)
         if kinds not in (["ffn_gate_exps", "ffn_up_exps"], ["ffn_gate_up_exps"]):
@@ -218,8 +222,8 @@ def _in_blocks(folder: Any, view: GgufView, stacks: dict[str, list[str]]) -> dic
         if not held or tensors[held[0]].type not in BLOCKS or name in tied or not all(n in swaps for n in group):
             continue
         if swap.kind == "experts" and swap.transposed:
-            raise ValueError(f"{view.content.file}: tensor {held[0]!r}: {type(model).__name__} holds the experts "
-                             f"{name!r} transposed, and blocks cannot be")  # fmt: skip
+            raise ValueError(f"{view.content.file_of(held[0])}: tensor {held[0]!r}: {type(model).__name__} holds the "
+                             f"experts {name!r} transposed, and blocks cannot be")  # fmt: skip
         own = [swap, *(swaps[n] for n in group)]
         empty = [_empty(folder, each, tensors[held[0]].type) for each in own]
         found[swap.name] = _Found(swap, held, empty[0], own[1:])
@@ -271,7 +275,7 @@ def write_tokenizer(path: Path, target: Path) -> None:
     """The tokenizer that the file describes, unless the folder has one; a warning where transformers makes none."""
     from transformers import PreTrainedTokenizerFast
 
-    file = file_of(path)
+    file = open_gguf(file_of(path)).file  # of several the first, which has the fields
     if any((target / name).is_file() for name in TOKENIZER_FILES):
         return
     try:

@@ -92,9 +92,6 @@ def config_of(content: GgufFile) -> Any:
     from transformers import CONFIG_MAPPING
 
     file, architecture = content.file, architecture_of(content)
-    if content.fields.get("split.count", 0) > 1:
-        raise ValueError(f"{file} is one of {content.fields['split.count']} files: join them with llama.cpp's "
-                         "gguf-split --merge")  # fmt: skip
     fields = _Fields(content, architecture)
     model_type = ARCHITECTURES[architecture]
     if architecture == "llama" and "expert_count" in fields.left:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint.exporters.exporter import Exporter
 from lowbit.checkpoint.exporters.gguf import Planned, encoded, write
-from lowbit.checkpoint.importers.gguf.container import GgufFile
+from lowbit.checkpoint.importers.gguf.split import open_gguf
 from lowbit.checkpoint.importers.gguf.types import FLOATS
 from lowbit.integrations.gguf_config import ARCHITECTURES, config_of
 from lowbit.integrations.gguf_config import FIELDS as NAMES
@@ -234,7 +234,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     file = Path(tokenizer) if isinstance(tokenizer, (str, Path)) else None
     if file is None or not file.is_file():
         raise ValueError(f"tokenizer must be the path of a GGUF file that has it: got {tokenizer!r:.100}")
-    found = {key: value for key, value in GgufFile(file).fields.items() if key.startswith("tokenizer.")}
+    found = {key: value for key, value in open_gguf(file).fields.items() if key.startswith("tokenizer.")}
     if not found:
         raise ValueError(f"{file} has no tokenizer")
     return found

@@ -407,6 +407,57 @@ CHANGES = {
 }  # fmt: skip
 
 
+def split(folder, change=lambda i, fields, tensors: None, first=0):
+    """llama.gguf in three files; of those ``first`` of the tensors are in the first one."""
+    fields, tensors = parts_of(FIXTURES / "llama.gguf")
+    own, folder = list(tensors), Path(folder)
+    cuts = [own[:first], own[first:7], own[7:]]
+    folder.mkdir()
+    for i, names in enumerate(cuts):
+        held, numbers = {name: tensors[name] for name in names}, dict(fields) if i == 0 else {}
+        numbers |= {"split.no": i, "split.count": 3, "split.tensors.count": len(tensors)}
+        change(i, numbers, held)
+        gguf_file(folder / f"llama-{i + 1:05}-of-00003.gguf", numbers, held)
+    return folder
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_models_in_several_files(first, tmp_path):
+    folder = split(tmp_path / "parts", first=first)
+    expected = lowbit.load(FIXTURES / "llama.gguf")(IDS).logits
+    for path in (folder, *sorted(folder.iterdir())):
+        assert torch.equal(lowbit.load(path)(IDS).logits, expected)
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        lowbit.convert_folder(folder / "llama-00002-of-00003.gguf", tmp_path / "packed")
+    assert torch.equal(lowbit.load(tmp_path / "packed")(IDS).logits, expected)
+    (folder / "llama-00002-of-00003.gguf").unlink()
+    with pytest.raises(FileNotFoundError, match=r"llama-00002-of-00003.gguf does not exist: .*one of 3"):
+        lowbit.load(folder / "llama-00003-of-00003.gguf")
+    refused(folder, "must have one GGUF file", "llama-00003-of-00003.gguf", target="../never")
+
+
+def in_second(change):
+    return lambda i, fields, tensors: change(fields, tensors) if i == 1 else None
+
+
+SPLITS = {
+    "another place": (in_second(lambda f, t: f.update({"split.no": 2})), ("'split.no' must be 1", "got 2")),
+    "no place": (in_second(lambda f, t: f.pop("split.no")), ("'split.no' must be 1", "got None")),
+    "another count": (in_second(lambda f, t: f.update({"split.count": 4})), ("'split.count' must be 3", "got 4")),
+    "a tensor less": (in_second(lambda f, t: t.pop(list(t)[1])), ("'split.tensors.count' must be", "00001-of")),
+    "a tensor of another": (in_second(lambda f, t: t.update({"output_norm.weight": t.popitem()[1]})), ("is also in",)),
+    "another field": (in_second(lambda f, t: f.update({"llama.block_count": 2})), ("'llama.block_count' must be as",)),
+    "a tensor that is wrong": (in_second(lambda f, t: t.update({t.popitem()[0]: (F32, (3,), bytes(12))})), ("shape",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPLITS)
+def test_files_that_are_not_the_parts_of_one(what, tmp_path):
+    change, words = SPLITS[what]
+    folder = split(tmp_path / "parts", change, first=3)
+    refused(folder, *words, *(() if "tensor less" in what else ("00002-of-00003.gguf",)), target="../never")
+
+
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_is_refused(what, tmp_path):
     change, words = CHANGES[what]

@@ -92,6 +92,10 @@ class GgufFile:
         start = -(-cursor.position // alignment) * alignment
         self.tensors = _placed(file, entries, start, alignment, size)
 
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self.file
+
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """``uint8 [rows, row_bytes]``: the bytes of a tensor, or of ``count`` of its rows."""
         info = self.tensors[name]
