@@ -22,6 +22,7 @@ class PanelGroups {
         scale_lanes_(arena.take<float>((p.slice + kGroupsAtOnce) * kPanelN)),
         zero_lanes_(arena.take<float>((p.slice + kGroupsAtOnce) * kPanelN)),
         shift_lanes_(arena.take<float>(w.minimum ? (p.slice + kGroupsAtOnce) * kPanelN : 0)),
+        factor_lanes_(arena.take<float>(w.scale_block ? (p.slice + 1 + kGroupsAtOnce) * kPanelN : 0)),
         middle_(arena.take<float>(kPanelN)),
         values_(arena.take<float>(kBlockRows * kGroupsAtOnce)) {
     if (arena.counting()) return;
@@ -84,32 +85,35 @@ class PanelGroups {
 
   // lanes [g1 - g0, kPanelN] of codes *= their factors
   LOWBIT_SHARED void times_factors(const void* factors, int64_t g0, int64_t g1, float* lanes) {
-    float factor[kPanelN] = {};
-    for (int64_t g = g0; g < g1;) {
-      const int64_t block = g / w_.scale_block, end = min64(g1, (block + 1) * w_.scale_block);
-      to_floats(factors, w_.factors_dtype, n0_ * w_.factors_row + block, w_.factors_row, n1_ - n0_, factor);
-      for (; g < end; ++g)
-        for (int64_t i = 0; i < kPanelN; ++i) lanes[(g - g0) * kPanelN + i] *= factor[i];
-    }
+    const int64_t first = g0 / w_.scale_block, last = (g1 - 1) / w_.scale_block;
+    const StoredLanes held =
+        lanes_of(factors, w_.factors_dtype, w_.factors_row, 1, first, last + 1, false, factor_lanes_);
+    for (int64_t block = first, g = g0; block <= last; ++block)
+      for (; g < min64(g1, (block + 1) * w_.scale_block); ++g)
+        for (int64_t i = 0; i < kPanelN; i += kLanes) {
+          float* to = lanes + (g - g0) * kPanelN + i;
+          store(to, lowbit::load(to) * held.at<true>(block, i));
+        }
   }
 
   // zero_lanes_, minima, become centers; shift_lanes_ what is left of them. All are finite, or of no row.
   LOWBIT_SHARED void split_minima(int64_t count) {
-    const float top = float((1 << w_.bits) - 1), round = 0x1.8p23f;
+    const float top = float((1 << w_.bits) - 1), twice = 2 * top, round = 0x1.8p23f;
     const uint32_t low_bits = (1u << w_.bits) - 1;  // a scale without these: its products with codes are exact
     for (int64_t i = 0; i < count; ++i) {
       const float s = scale_lanes_[i], m = zero_lanes_[i], ratio = m / s;
-      const float inside = ratio > 0 ? (ratio < top ? ratio : top) : 0.0f;  // also where s is 0
+      const float above = ratio > 0.0f ? ratio : 0.0f, inside = above < top ? above : top;  // also where s is 0
       const float center = (inside + round) - round, product = center * s, rest = m - product;
-      const bool same = rest + product == m && m - rest == product && ratio <= 2 * top && !(bits_of(s) & low_bits);
-      zero_lanes_[i] = same ? center : 0.0f;
-      shift_lanes_[i] = same ? rest : m;
+      const uint32_t same = -(uint32_t(rest + product == m) & uint32_t(m - rest == product) &
+                              uint32_t(ratio <= twice) & uint32_t((bits_of(s) & low_bits) == 0));  // all bits, or none
+      zero_lanes_[i] = float_of(bits_of(center) & same);
+      shift_lanes_[i] = float_of((bits_of(rest) & same) | (bits_of(m) & ~same));
     }
   }
 
   const CpuWeight& w_;
   const Schedule& p_;
-  float *scale_lanes_, *zero_lanes_, *shift_lanes_, *middle_, *values_;
+  float *scale_lanes_, *zero_lanes_, *shift_lanes_, *factor_lanes_, *middle_, *values_;
   int64_t n0_ = 0, n1_ = 0;
 };
 

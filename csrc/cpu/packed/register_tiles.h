@@ -95,43 +95,38 @@ LOWBIT_INLINE void end_segment(const TileArguments& t, int64_t s, const typename
   }
 }
 
-// The same beside minima, for any number of rows of x and vectors: sums[row][vector].
-template <class Dot>
+// The same beside minima, for any number of rows of x and vectors: sums[row * P + piece][vector].
+template <class Dot, int P>
 LOWBIT_SHARED void end_beside_minima(const TileArguments& t, int64_t s, const typename Dot::Sum* sums, int rows,
-                                     int vectors, int pieces) {
+                                     int vectors) {
   const int64_t group = t.segments[s].group;
-  const float *x_sum = t.x_sum + s * rows * (pieces > 1 ? kFourPieces : 1), *x_scale = t.x_scale + s * rows;
-  for (int v = 0; v < vectors; ++v) {
-    const int64_t row = t.row + v * kLanes;
-    const Float scale = t.scale.at<true>(group, row), shift = t.shift.at<true>(group, row);
-    const Float center = t.zero.at<true>(group, row), rest = Dot::rest(center, t.top);
-    for (int m = 0; m < rows; ++m) {
-      float x = 0;  // its sum
+  for (int m = 0; m < rows; ++m) {
+    const float* x_sum = t.x_sum + (s * rows + m) * (P > 1 ? kFourPieces : 1);
+    const float x_scale = P > 1 || Dot::kScaled ? t.x_scale[s * rows + m] : 1.0f;
+    const float unit = P == kFourPieces ? x_scale * (1.0f / 256) : x_scale;  // of the lowest digit
+    float x = P > 1 ? x_sum[kFourPieces - 1] : x_sum[0];  // the sum of x
+    LOWBIT_UNROLL for (int p = kFourPieces - 2; P > 1 && p >= kFourPieces - P; --p) x = x * 256.0f + x_sum[p];
+    if (P > 1) x *= unit;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t row = t.row + v * kLanes;
+      const Float scale = t.scale.at<true>(group, row), shift = t.shift.at<true>(group, row);
+      const Float center = t.zero.at<true>(group, row), rest = Dot::rest(center, t.top);
       Float total = splat(0.0f);
-      if (pieces == 1) {
-        x = x_sum[m];
-        total = Dot::lanes(sums[m * vectors + v]);
-        if (Dot::kRest) total = negated_fma(rest, splat(x), total);
-      } else {
-        const float* digits = x_sum + m * kFourPieces;
-        for (int p = kFourPieces - 1; p >= 0; --p) {
-          x = x * 256.0f + digits[p];
-          const int held = p - (kFourPieces - pieces);  // the lowest digit may not be
-          if (held < 0) continue;
-          const Float value = negated_fma(rest, splat(digits[p]), Dot::lanes(sums[(m * pieces + held) * vectors + v]));
-          total = fma(total, splat(256.0f), value);
-        }
-        x *= x_scale[m] * (1.0f / 256);
-        total = total * splat(pieces == kFourPieces ? x_scale[m] * (1.0f / 256) : x_scale[m]);
+      LOWBIT_UNROLL for (int p = P - 1; p >= 0; --p) {
+        Float value = Dot::lanes(sums[(m * P + p) * vectors + v]);
+        if (Dot::kRest) value = negated_fma(rest, splat(x_sum[P > 1 ? kFourPieces - P + p : 0]), value);
+        total = p == P - 1 ? value : fma(total, splat(256.0f), value);
       }
+      if (P > 1) total = total * splat(unit);
       const Float part = negated_fma(shift, splat(x), total * scale);
       float* to = t.acc + m * kPanelN + v * kLanes;
-      store(to, Dot::kScaled ? fma(part, splat(x_scale[m]), load(to)) : load(to) + part);
-      if (pieces == 1) continue;
-      float* sure = t.sure + m * kPanelN + v * kLanes;
-      const Float lowest = fma(center, scale, shift), highest = fma(splat(t.top) - center, scale, -shift);
-      const Float range = larger(magnitude(lowest), magnitude(highest));  // the largest |w|
-      store(sure, load(sure) + negated_fma(splat(t.x_doubt[s * rows + m]), range, magnitude(part)));
+      store(to, Dot::kScaled ? fma(part, splat(x_scale), load(to)) : load(to) + part);
+      if constexpr (P > 1) {
+        float* sure = t.sure + m * kPanelN + v * kLanes;
+        const Float lowest = fma(center, scale, shift), highest = fma(splat(t.top) - center, scale, -shift);
+        const Float range = larger(magnitude(lowest), magnitude(highest));  // the largest |w|
+        store(sure, load(sure) + negated_fma(splat(t.x_doubt[s * rows + m]), range, magnitude(part)));
+      }
     }
   }
 }
@@ -141,7 +136,7 @@ LOWBIT_INLINE void end_beside_minima(const TileArguments& t, int64_t s, const ty
   typename Dot::Sum held[MR * NB * kParts];  // `sum` itself stays in registers
   LOWBIT_UNROLL for (int m = 0; m < MR; ++m) LOWBIT_UNROLL for (int v = 0; v < NB * kParts; ++v)
     held[m * NB * kParts + v] = sum[m][v];
-  end_beside_minima<Dot>(t, s, held, MR / P, NB * kParts, P);
+  end_beside_minima<Dot, P>(t, s, held, MR / P, NB * kParts);
 }
 
 template <class Dot, int MR, int NB>
