@@ -222,10 +222,30 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path) -> No
     for name, (model, sizes, spec, options) in BFLOAT16.items():
         lowbit.convert(model_of(model, **sizes).to(torch.bfloat16), spec).save_pretrained(tmp_path / name)
         runs += [(str(tmp_path / name), {"dtype": "bfloat16", "max_logprobs": -1, **option}) for option in options]
-    for (folder, option), (tokens, found) in zip(runs, answers(run_vllm(runs)), strict=True):
-        exact, usual = (logprobs(folder, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
-        error, allowed = ((made - exact).norm() for made in (torch.tensor(found), usual))
-        assert 0 < error <= 1.25 * allowed, f"{folder}, {option}: {error:.3}, of transformers {allowed:.3}"
+    for (folder, option), found in zip(runs, answers(run_vllm(runs)), strict=True):
+        require_near(folder, found, f"{folder}, {option}")
+
+
+@pytest.mark.slow
+def test_exported_folders_need_no_plugin(tmp_path: Path) -> None:
+    runs = []
+    for name, symmetric in (("symmetric", True), ("with zeros", False)):
+        spec = lowbit.Packed(bits=4, group_size=32, symmetric=symmetric, zeros=None if symmetric else "int")
+        model = lowbit.convert(model_of("Llama", False), {"*_proj": spec})
+        model.save_pretrained(tmp_path / name)
+        lowbit.export(model, str(tmp_path / name / "exported"), format="compressed-tensors")
+        runs.append((str(tmp_path / name / "exported"), {"dtype": "bfloat16", "max_logprobs": -1, **MODES[0]}))
+    done = run_vllm(runs, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="")
+    for (folder, _), found in zip(runs, answers(done), strict=True):
+        require_near(str(Path(folder).parent), found, folder, 1.5)  # vLLM's own kernels
+
+
+def require_near(folder: str, found: Any, what: str, factor: float = 1.25) -> None:
+    """``found``: tokens and log-probabilities in bfloat16, whose error is at most so many times transformers'."""
+    tokens, made = found
+    exact, usual = (logprobs(folder, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    error, allowed = (torch.tensor(made) - exact).norm(), (usual - exact).norm()
+    assert 0 < error <= factor * allowed, f"{what}: {error:.3}, of transformers {allowed:.3}"
 
 
 def logprobs(folder: str, tokens: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
