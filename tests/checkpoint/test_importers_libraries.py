@@ -169,8 +169,66 @@ def test_squeezellm(bits, tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps(saved))
     (tmp_path / "a" / "quant_config.json").write_text(json.dumps({"wbits": bits}))
     assert torch.equal(up_of(tmp_path / "a").dequantize(torch.float32), table.float().gather(1, codes))
-    rewrite(tmp_path / "a", lambda t: t.update({f"{UP}.vals": torch.ones(3)}))
-    refused(tmp_path / "a", f"'{UP}.vals'", "sparse part")
+
+
+SPARSE = {"rows": torch.tensor([0, 2, 2, 3, 3, 3, 3, 4, 4], dtype=torch.int32),
+          "cols": torch.tensor([5, 63, 0, 31], dtype=torch.int32), "vals": torch.tensor([1.5, -2.25, 3.1, 0.7]),
+          "startrows": torch.zeros(128, dtype=torch.int32)}  # fmt: skip
+FULL = {"full_rows": torch.arange(128.0).view(64, 2) * (torch.arange(128).view(64, 2) % 3 > 0),
+        "full_row_indices": torch.tensor([7, 3], dtype=torch.int32)}  # fmt: skip
+
+
+def squeezed(path, sparse):
+    """A folder of 4 bits with a sparse part, and the weight of its layer, by loops."""
+    torch.manual_seed(0)
+    codes, table = torch.randint(0, 16, (8, 64)), torch.randn(8, 16)
+    words = [[sum(int(codes[n, 8 * i + j]) << (4 * j) for j in range(8)) for n in range(8)] for i in range(8)]
+    leaves = {"qweight": torch.tensor(words).to(torch.uint32).view(torch.int32), "lookup_table": table, **sparse}
+    only_up(path, {"quant_method": "squeezellm", "wbits": 4}, leaves)
+    weight = table.gather(1, codes)
+    for n in range(8 if "rows" in sparse else 0):
+        for i in range(sparse["rows"][n], sparse["rows"][n + 1]):
+            weight[n, sparse["cols"][i]] += sparse["vals"][i]
+    for x, n in enumerate(sparse.get("full_row_indices", torch.zeros(0)).int().tolist()):
+        weight[n] += sparse["full_rows"][:, x]
+    return weight
+
+
+@pytest.mark.parametrize(("sparse", "count"), [(SPARSE, 4), (FULL, 85), (SPARSE | FULL, 89), (
+    {"rows": torch.zeros(9).int(), "cols": torch.zeros(0).int(), "vals": torch.zeros(0)}, 0)])  # fmt: skip
+def test_the_sparse_part_of_squeezellm(sparse, count, tmp_path):
+    weight = squeezed(tmp_path / "a", sparse)
+    layer = up_of(tmp_path / "a")
+    assert torch.equal(layer.dequantize(torch.float32), weight) and layer.format.outliers == count
+    lowbit.convert_folder(tmp_path / "a", tmp_path / "packed")
+    assert torch.equal(up_of(tmp_path / "packed").dequantize(torch.float32), weight)
+
+
+NOT_SPARSE = {
+    "rows that fall": ({"rows": torch.tensor([0, 2, 1, 3, 3, 3, 3, 4, 4]).int()}, "values must rise from 0 to 4"),
+    "other rows": ({"rows": torch.tensor([0, 2, 2, 3, 3, 3, 3, 3, 3]).int()}, "values must rise from 0 to 4"),
+    "a row less": ({"rows": torch.zeros(8).int()}, "shape must be (9,)"),
+    "a column too many": ({"cols": torch.tensor([5, 64, 0, 31]).int()}, "must be in [0, 64)"),
+    "a negative column": ({"cols": torch.tensor([5, -1, 0, 31]).int()}, "must be in [0, 64)"),
+    "wide columns": ({"cols": torch.tensor([5, 63, 0, 31])}, "dtype must be torch.int32"),
+    "a value more": ({"vals": torch.ones(5)}, "shape must be (5,)"),
+    "one twice": ({"cols": torch.tensor([5, 5, 0, 31]).int()}, "row 0, column 5 twice"),
+    "in both parts": ({**FULL, "full_row_indices": torch.tensor([0, 3]).int()}, "twice"),
+    "a full row elsewhere": ({**FULL, "full_row_indices": torch.tensor([8, 3]).int()}, "must be in [0, 8)"),
+    "full rows of another width": ({**FULL, "full_rows": torch.ones(2, 64)}, "shape must be (64, 2)"),
+    "a number": ({"vals": torch.tensor(1.0)}, "shape must be"),
+    "no number": ({"vals": torch.tensor([1.0, float("nan"), 2.0, 3.0])}, "finite"),
+    "no columns": ({"cols": None}, "'model.layers.0.mlp.up_proj.cols' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_SPARSE)
+def test_what_is_no_sparse_part(what, tmp_path):
+    change, words = NOT_SPARSE[what]
+    squeezed(tmp_path / "a", SPARSE)
+    held = {f"{UP}.{leaf}": tensor for leaf, tensor in change.items()}
+    rewrite(tmp_path / "a", lambda t: t.pop(f"{UP}.cols") if None in held.values() else t.update(held))
+    refused(tmp_path / "a", f"{UP}", words)
 
 
 # ----------------------------------------------------------------------------------------------------- bitsandbytes
