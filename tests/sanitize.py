@@ -87,7 +87,8 @@ def run_emulated(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    files = sorted(str(file) for file in (ROOT / "tests").glob("*/test_kernels.py"))
+    tests = ROOT / "tests"
+    files = sorted(str(file) for file in (*tests.glob("*/test_kernels.py"), tests / "packed" / "test_levels.py"))
     failed = run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
     return failed or run_emulated(arguments)
 
