@@ -26,6 +26,7 @@ from lowbit.testing.packed_cases import (
     activations,
     byte_pairs,
     formats,
+    hard_rows,
     random_weight,
 )
 from lowbit.testing.verdicts import where_params
@@ -468,30 +469,6 @@ def test_large_magnitudes_and_subnormals_round_like_torch(where):
         narrow = x.to(dtype)
         finite = torch.isfinite(narrow).all(1)
         assert_bitwise_equal(weight.linear(narrow[finite])[:, 0], narrow[finite][:, 0])
-
-
-def hard_rows(k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Rows of x whose elements differ much: what small ones add must not drown in what large ones leave."""
-    g = torch.Generator().manual_seed(seed)
-    normal = torch.randn(9, k, generator=g)
-    uniform = torch.rand(9, k, generator=g)
-    one = torch.arange(k) == k // 3
-    rows = torch.stack(
-        [
-            normal[0],
-            torch.where(one, 1e4, normal[1]),  # one large column, as models have
-            torch.where(one, -300.0, normal[2]),
-            torch.where(one, 1e-3, 1000 * normal[3] + 3000),  # one small element
-            torch.where(one, 0.004, torch.full((k,), 0.3)),
-            normal[4].sign() * torch.exp2(20 * uniform[4] - 13),  # few of one size
-            normal[5].sign() * torch.exp2((34 if dtype == torch.float16 else 140) * uniform[5] - 24),
-            torch.where(uniform[6] < 0.3, 1e-6 * normal[6], normal[6]) * 1e-2,
-            torch.where(uniform[7] < 0.9, 0.0, normal[7]),
-            torch.where(uniform[8] < 0.5, 1e-40, normal[8]),  # subnormal numbers
-            torch.where(one, -0.0, 1e-30 * normal[8]),
-        ]
-    )  # fmt: skip
-    return (rows / 64 if dtype == torch.float16 else rows).to(dtype)  # so that y is finite
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,7 +17,7 @@ from lowbit.nn.shard import INPUT, OUTPUT, shard
 from lowbit.packed.format import PackedFormat, PackedWeight
 from lowbit.packed.module import PackedLinear
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
-from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, Weight, activations, more_formats, random_weight
+from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, Weight, activations, hard_rows, more_formats, random_weight
 from lowbit.testing.transforms import opcheck
 from lowbit.testing.verdicts import where_params
 from lowbit.testing.where import Where, everywhere, running, share
@@ -162,6 +162,28 @@ def test_extreme_activations(where, dtype):
         x[0], x[1, 0] = x[0] * 1e30, float("nan")
         y = weight.linear(x)
         assert y[1].isnan().all() and y[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_element_of_x_counts_whatever_its_weights_are(where, bits, dtype):
+    """A row of W with one weight that is not close to 0."""
+    if where.backend != "cpu":
+        pytest.skip("said of the compiled kernels: the reference is torch's matmul")
+    for i, (n, k, group_size) in enumerate([(66, 700, 64), (16, 1100, None), (35, 130, 7)]):
+        form = next(more_formats(bits, n, k, group_size, turn=1 + i % 2))
+        weight = random_weight(replace(form, outliers=0), i)
+        group = torch.arange(k) // weight.format.group_size
+        g = torch.Generator().manual_seed(i)
+        base = torch.randint(0, 1 << bits, weight.scales.shape, generator=g)
+        weight.zeros = (weight.scales.float() * base).to(weight.scales.dtype)
+        single = torch.nn.functional.one_hot(torch.randint(k, (n,), generator=g), k).bool()
+        single[::3, k // 3] = True
+        weight.codes[...] = torch.where(single, weight.codes, base[:, group].byte())
+        weight.packed = pack(weight.codes, bits)
+        x = hard_rows(k, dtype, i)
+        in_pieces = where.isa in ("avx512vnni", "avx512bf16") and dtype == torch.float32
+        assert_linear_close(weight.linear(x), x, weight.dense(), any_x=in_pieces)
 
 
 @pytest.mark.parametrize("mode", ["float", "int8"])
