@@ -86,7 +86,7 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
         lambda: model_of("Gemma2", True, head_dim=32, query_pre_attn_scalar=32), dict(spec=GROUPS), MODES[2:],
     ),
     "packed experts by other names": (
-        lambda: model_of("Mixtral", False, num_local_experts=4), dict(spec=GROUPS), MODES[2:],
+        lambda: model_of("Mixtral", False, num_local_experts=4), dict(spec=GROUPS), MODES[1:],
     ),
     "one layer for q, k and v": (lambda: model_of("Phi3", False), dict(spec=GROUPS), MODES[2:]),
 }  # fmt: skip
