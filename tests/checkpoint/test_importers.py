@@ -975,5 +975,5 @@ def test_gptqmodels_own_packers(tmp_path):
 
 def test_the_document_names_what_is_read():
     text = (Path(__file__).resolve().parents[2] / "docs" / "interoperability.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "tests/checkpoint/" in line]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert [format for format in IMPORTED if sum(f"(`{format}`)" in row for row in rows) != 1] == []
