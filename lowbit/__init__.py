@@ -6,7 +6,7 @@
     lowbit.save(model, "folder"); model = lowbit.load("folder")
 """
 
-from lowbit import compat
+from lowbit import compat, train
 from lowbit.backends import registry
 from lowbit.backends.invariance import batch_invariant
 from lowbit.backends.registry import backends, use_backend
@@ -43,7 +43,7 @@ __all__ = [
     "Quantizer", "Report",
     "Source", "Statistics", "backends", "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize",
     "export", "freeze", "load", "make_trainable", "register_experts", "register_quantizer", "register_source", "report",
-    "save", "tune", "use_backend", "warmup",
+    "save", "train", "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

@@ -129,8 +129,11 @@ def build_group(
     """The replacements of swaps that share one weight: quantized once, the tensors shared."""
     first = group[0]
     if first.source is not None:
-        wrapped = sources.wrap(first.module, layer_from_source(first))
-        return {first.name: carry_over(first.module, wrapped)}
+        made_of = [(swap, layer_from_source(swap)) for swap in group]
+        for _, layer in made_of[1:]:
+            layer.share_weight(made_of[0][1])
+            layer.prepare()
+        return {s.name: carry_over(s.module, sources.wrap(s.module, layer)) for s, layer in made_of}
     assert first.spec is not None
     weight = first.weight()
     if weight.device.type == "meta" and first.read is None:
@@ -262,11 +265,12 @@ def layer_from_source(swap: Swap) -> Layer:
     layer: Layer
     try:
         if source.kind == "embedding":
-            layer = cls.from_weight(source.stored, dtype=dtype, padding_idx=source.padding_idx)
+            layer = cls.from_weight(source.stored, dtype=dtype, **{"padding_idx": source.padding_idx, **source.extras})
         else:
             layer = cls.from_weight(
-                source.stored, source.bias, activations=source.activations, x_scale=source.x_scale, dtype=dtype
-            )
+                source.stored, source.bias, x_scale=source.x_scale, dtype=dtype, activations=source.activations,
+                activation_group_size=source.activation_group_size,
+            )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{swap.name}: {error}") from error
     layer.note = "; ".join(note for note in (source.note, swap.note) if note) or None

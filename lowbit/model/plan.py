@@ -233,7 +233,12 @@ def _tied(swaps: list[Swap]) -> list[list[Swap]]:
     """Group swaps that share one weight."""
     groups: dict[tuple[Any, ...], list[Swap]] = {}
     for swap in swaps:
-        values = (id(swap.module),) if sources.is_source(swap.module) else place(swap.module.get_parameter("weight"))
+        if swap.source is not None:
+            values: tuple[Any, ...] = (id(swap.source.stored),)
+        elif sources.is_source(swap.module):
+            values = (id(swap.module),)
+        else:
+            values = place(swap.module.get_parameter("weight"))
         groups.setdefault((swap.transposed, *values), []).append(swap)
     return list(groups.values())
 
@@ -314,8 +319,13 @@ def _assign(
             problems.append(f"skip pattern {pattern!r} matches no layer{_instead(model, pattern, known)}")
     for pattern in spec if isinstance(spec, Mapping) else ():
         if pattern not in matched:
-            why = "every layer it matches is skipped" if _matching([pattern], names) else (
-                "matches no layer" + _instead(model, pattern, known))  # fmt: skip
+            stays = next((name for name in skipped if _matching([pattern], [name])), None)
+            if _matching([pattern], names):
+                why = "every layer it matches is skipped"
+            elif stays is not None:
+                why = f"what it matches stays float anyway: {stays}: {skipped[stays]}"
+            else:
+                why = "matches no layer" + _instead(model, pattern, known)
             problems.append(f"spec pattern {pattern!r}: {why}")
         elif pattern not in decided:
             problems.append(f"spec pattern {pattern!r}: a later pattern takes every layer it matches; put it last")

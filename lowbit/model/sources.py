@@ -6,8 +6,9 @@ why it leaves this one alone. ``lowbit.convert(model)`` swaps every recognised m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ class Source:
 
     Attributes:
         stored: a :class:`PackedWeight`, :class:`CodebookWeight` or :class:`KroneckerWeight` with the trained values.
+            Modules whose sources have the very same one (tied weights) share one packed storage.
         kind: ``"linear"`` or ``"embedding"``.
         bias: kept as it is.
         activations: ``"float"``, ``"int8"`` (dynamic, per token) or ``"int8_static"`` with ``x_scale``.
@@ -27,6 +29,8 @@ class Source:
         weight: the float weight ``[N, K]`` the module multiplies by, if it has one, or a function that computes it:
             conversion then checks that the stored form reproduces it, and refuses when it does not.
         padding_idx: of an embedding.
+        activation_group_size: of ``"int8"``: columns of a token that share one scale; None: all of them.
+        extras: of an embedding: what its packed layer is given besides, such as ``output_scale``.
         note: what the packed layer does not do that the trained module did; it is shown in the report.
     """
 
@@ -38,6 +42,8 @@ class Source:
     weight: Tensor | Callable[[], Tensor] | None = None
     padding_idx: int | None = None
     note: str | None = None
+    activation_group_size: int | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 Recogniser = Callable[[nn.Module], Source | str | None]

@@ -1,0 +1,145 @@
+"""``prepare``: layers become ones that are trained as they will be deployed; ``lowbit.convert`` ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.core.family import dtype_name
+from lowbit.core.outliers import float16_holds
+from lowbit.model import hooks
+from lowbit.model.candidates import Swap
+from lowbit.model.plan import Specs, make_plan, require_model
+from lowbit.model.sources import Source, register_source
+from lowbit.model.surgery import carry_over, put
+from lowbit.nn.layer import layer_class
+from lowbit.packed.format import Packed, PackedFormat
+from lowbit.train.fake_quant import FakeQuant, FakeQuantEmbedding, FakeQuantLinear, WeightFakeQuant
+from lowbit.train.scaling import Scaling
+
+
+def prepare(
+    model: nn.Module, specs: Specs, quantizer: Scaling, *, skip: Sequence[str] | None = None
+) -> Any:
+    """Let every layer that ``specs`` name round its weight, and its input where the spec says so, in each call; in
+    place; returns the model.
+
+    The float weights stay the Parameters that are trained, under their names. What the quantizer learns is added:
+    ``<layer>.fake_quant.learned``. Make the optimizer afterwards. Layers that share a weight share it, and its scales.
+    ``lowbit.convert(model)`` makes the packed layers: the model's outputs stay the same bits.
+
+    Args:
+        model: a float model, as for :func:`lowbit.convert`.
+        specs: a :class:`~lowbit.Packed` with ``symmetric=True``, or a mapping of name patterns to them, as for
+            :func:`lowbit.convert`. ``activations`` may be ``"float"`` or ``"int8"``.
+        quantizer: how scales are found: :class:`Dynamic`, :class:`LSQ`, :class:`PACT` or :class:`MinMax`.
+        skip: patterns of layers to leave alone.
+
+    Raises:
+        ValueError: listing every problem by layer name; the model is then as before.
+        TypeError: ``quantizer`` is none of these.
+    """
+    require_model(model)
+    if not isinstance(quantizer, Scaling):
+        hint = f": write {quantizer.__name__}()" if isinstance(quantizer, type) else ""
+        raise TypeError(f"quantizer must be a Dynamic, LSQ, PACT or MinMax: got {quantizer!r}{hint}")
+    hooks.before_convert(model)
+    plan = make_plan(model, specs, skip)
+    problems = [f"{swap.name}: {problem}" for swap in plan.swaps() if (problem := _problem(swap))]
+    if problems:
+        raise ValueError("cannot prepare, nothing was changed:\n  " + "\n  ".join(problems))
+    made = {name: module for group in plan.groups for name, module in _group(group, quantizer).items()}
+    for swap in plan.swaps():
+        for name in swap.names:
+            model = put(model, name, made[swap.name])
+    return model
+
+
+def _problem(swap: Swap) -> str | None:
+    """Why a layer cannot be trained so."""
+    spec = swap.spec
+    if spec is None:
+        return "it was trained quantized already: lowbit.convert(model) first"
+    if swap.kind == "experts":
+        return "stacks of experts have no fake-quant layer: leave them alone by skip="
+    if not isinstance(spec, Packed):
+        return f"a quantizer rounds to the levels of a Packed: got {spec}"
+    if not spec.symmetric:
+        return f"the levels of a quantizer are symmetric: Packed(symmetric=True) is required, got {spec}"
+    if spec.outliers:
+        return f"weights that are trained have no outliers: got outliers={spec.outliers}"
+    if spec.activations == "int8_static":
+        return "activations='int8_static' needs a calibrated scale: choose 'int8', one scale per token"
+    if swap.weight().device.type == "meta":
+        return "its weight has no values (it is on the meta device)"
+    return None
+
+
+def _group(group: list[Swap], quantizer: Scaling) -> dict[str, nn.Module]:
+    """The fake-quant layers of swaps that share one weight."""
+    first = group[0]
+    weight: Any = first.module.get_parameter("weight")
+    if first.transposed:
+        weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+    plain = _plain(first.format())
+    fake_quant = WeightFakeQuant(quantizer, plain, weight, first.name)
+    if plain.scale_dtype == "float16" and not float16_holds(fake_quant.scale(weight.detach()).detach()):
+        plain = replace(plain, scale_dtype=dtype_name(torch.float32))
+        fake_quant = WeightFakeQuant(quantizer, plain, weight, first.name)
+    made: dict[str, nn.Module] = {}
+    for swap in group:
+        assert swap.spec is not None
+        cls = layer_class("packed", swap.kind)
+        layer: nn.Module
+        if swap.kind == "embedding":
+            packed = cls(fake_quant.format, False, weight.dtype, "meta", **swap.extras)
+            layer = FakeQuantEmbedding(weight, fake_quant, packed, swap is first)
+        else:
+            format = fake_quant.format.with_activation(swap.spec.activation)
+            bias = swap.bias()
+            packed = cls(format, bias is not None, weight.dtype, "meta")
+            layer = FakeQuantLinear(weight, bias, fake_quant, packed, swap is first)
+        made[swap.name] = carry_over(swap.module, layer)
+    return made
+
+
+def _plain(format: Any) -> PackedFormat:
+    """Of the weight alone, without what x is held as."""
+    assert isinstance(format, PackedFormat)
+    return replace(format, activations="float", activation_group_size=None)
+
+
+def read_fake_quant(layer: nn.Module) -> Source:
+    """What :func:`lowbit.convert` makes of a fake-quant layer."""
+    assert isinstance(layer, FakeQuant)
+    if isinstance(layer, FakeQuantEmbedding):
+        return Source(layer.stored(), "embedding", weight=layer.dequantize, extras=layer.packed.extras())
+    activation = layer.packed.format.activation
+    return Source(layer.stored(), bias=layer.bias, **asdict(activation), weight=layer.dequantize)
+
+
+register_source(FakeQuantLinear, read_fake_quant)
+register_source(FakeQuantEmbedding, read_fake_quant)
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, *, scales: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: what quantizers learn, with a rate of its own (``scales``, default ``10 * lr``) and
+    without decay, beside everything else that is trained.
+
+    Raises ``ValueError`` where the model has nothing to train.
+    """
+    learned = [module.learned for module in model.modules()
+               if isinstance(module, WeightFakeQuant) and module.learned is not None and module.learned.requires_grad]
+    known = {id(parameter) for parameter in learned}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    if not learned and not rest:
+        raise ValueError("the model has no Parameter that requires a gradient: nothing to train")
+    groups = [{"params": rest, "lr": lr, "weight_decay": weight_decay},
+              {"params": learned, "lr": 10 * lr if scales is None else scales, "weight_decay": 0.0}]  # fmt: skip
+    return [group for group in groups if group["params"]]
