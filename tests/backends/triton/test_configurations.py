@@ -46,6 +46,8 @@ def check_rows_alone(family: str, bits: int, kind: torch.dtype, scales: str, *, 
 
 
 PACKED, CODEBOOK, KRON = (f"lowbit.{family}.triton" for family in ("packed", "codebook", "kron"))
+# of the kernel that multiplies codes: another one makes each weight first
+BOUNDS = "DTYPE)\n\n    begin = (part * tiles) // SPLIT\n    end = ((part + 1) * tiles) // SPLIT"
 OPS = ("lowbit.packed.op", "lowbit.codebook.op", "lowbit.kron.op")
 pytestmark = pytest.mark.recorded("lowbit.backends", PACKED, CODEBOOK, KRON, *OPS)
 needs_triton = pytest.mark.skipif(not WHERE, reason="the backend triton runs neither here nor in its interpreter")
@@ -105,11 +107,11 @@ MISTAKES = {
         of("packed", lambda case: case.scales == "per row, float zeros" and not case.config.dense),
     ),
     "parts of K that begin a tile late": Mistake(
-        PACKED, "begin = (part * tiles) // SPLIT", "begin = (part * tiles) // SPLIT + 1",
+        PACKED, BOUNDS, BOUNDS.replace("begin = (part * tiles) // SPLIT", "begin = (part * tiles) // SPLIT + 1"),
         of("packed", lambda case: case.config.split > 1),
     ),
     "bounds of a part exchanged": Mistake(
-        PACKED, "for t in range(begin, end):", "for t in range(end, begin):",
+        PACKED, BOUNDS, BOUNDS.replace("begin =", "last =").replace("end =", "begin =").replace("last =", "end ="),
         of("packed", lambda case: not case.config.dense),
     ),
     "a last group with the scale of the one before": Mistake(
@@ -131,7 +133,7 @@ MISTAKES = {
         ROWS, "* 127.0\n", "* 127.5\n", of("packed", lambda case: is_int8(case.kind))
     ),
     "a dense weight with the scale of its first group": Mistake(
-        PACKED, "return centered * tl.load(scales_ptr + at)", "return centered * tl.load(scales_ptr)",
+        PACKED, "+ group\n    scale = tl.load(scales_ptr + at)", "+ group\n    scale = tl.load(scales_ptr)",
         of("packed", lambda case: case.config.dense),
     ),
     "one table for all rows": Mistake(
