@@ -114,6 +114,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return True  # Trainer refuses it otherwise: norms, biases and what make_trainable chose have gradients
+
+    @property
     def is_compileable(self) -> bool:
         return True
 

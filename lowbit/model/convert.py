@@ -16,8 +16,9 @@ from lowbit.model.calibrated import Loss, build_calibrated
 from lowbit.model.kept import with_earlier
 from lowbit.model.plan import Specs, check_calibration, make_plan, require_model, unused_arguments
 from lowbit.model.report import warn_if_larger
+from lowbit.model.sources import is_source
 from lowbit.model.surgery import float_modules, put
-from lowbit.nn.layer import layers
+from lowbit.nn.layer import freeze, layers
 
 
 @torch.inference_mode(False)  # what is made here must be usable, and trainable, outside inference mode
@@ -44,7 +45,8 @@ def convert(
             ``*.experts.gate_up_proj`` and ``*.experts.down_proj``; linear layers that choose the experts stay float
             unless ``spec`` has their very name. PEFT's adapters, and what is being trained while most of the model is
             frozen, are left alone; the report lists them. accelerate's hooks stay on their layers.
-        spec: ``None`` swaps what was trained compressed, without loss. A :class:`Packed`, :class:`Codebook` or
+        spec: ``None`` swaps what was trained compressed, without loss, and ends the training of packed layers as
+            :func:`lowbit.freeze` does. A :class:`Packed`, :class:`Codebook` or
             :class:`Kronecker` compresses every layer. A mapping of name patterns to specs (``None`` as a spec: stay
             float) compresses the layers that match; where several patterns match a layer the last one counts.
         skip: patterns of layers to leave alone. A pattern is a dotted name with ``*`` wildcards, or the name of a
@@ -67,6 +69,10 @@ def convert(
     """
     require_model(model)
     hooks.before_convert(model)
+    if spec is None and not dry_run and any(layer.trained() for layer in layers(model).values()):
+        freeze(model)
+        if not any(map(is_source, model.modules())):
+            return model
     plan = make_plan(model, spec, skip)
     batches = None if calibration is None else batches_of(calibration)
     check_calibration(plan, batches, loss)

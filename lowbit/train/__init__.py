@@ -7,7 +7,22 @@
     model = lowbit.convert(model)  # packed: the same logits, bit for bit
 """
 
+from typing import Any
+
+from lowbit.train.distillation import Contrastive, Distillation, Intermediate, Logits, Task
 from lowbit.train.prepare import parameter_groups, prepare
 from lowbit.train.scaling import LSQ, PACT, Dynamic, MinMax
+from lowbit.train.trainable import trainable
 
-__all__ = ["LSQ", "PACT", "Dynamic", "MinMax", "parameter_groups", "prepare"]
+__all__ = [
+    "LSQ", "PACT", "Contrastive", "DistillTrainer", "Distillation", "Dynamic", "Intermediate", "Logits", "MinMax",
+    "Task", "parameter_groups", "prepare", "trainable",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistillTrainer":  # it needs transformers
+        from lowbit.train.trainer import DistillTrainer
+
+        return DistillTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

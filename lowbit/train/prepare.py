@@ -126,6 +126,12 @@ register_source(FakeQuantLinear, read_fake_quant)
 register_source(FakeQuantEmbedding, read_fake_quant)
 
 
+def learned_scales(model: nn.Module) -> list[nn.Parameter]:
+    """What the quantizers of ``model`` learn, as far as it is trained."""
+    found = [module.learned for module in model.modules() if isinstance(module, WeightFakeQuant)]
+    return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
+
+
 def parameter_groups(
     model: nn.Module, lr: float, *, scales: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
@@ -134,8 +140,7 @@ def parameter_groups(
 
     Raises ``ValueError`` where the model has nothing to train.
     """
-    learned = [module.learned for module in model.modules()
-               if isinstance(module, WeightFakeQuant) and module.learned is not None and module.learned.requires_grad]
+    learned = learned_scales(model)
     known = {id(parameter) for parameter in learned}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     if not learned and not rest:
