@@ -253,7 +253,7 @@ def test_a_call_that_it_declines_raises_with_the_reason(emulated, monkeypatch):
             with pytest.raises(RuntimeError, match="LOWBIT_BACKEND=cuda cannot run: it has no packed_linear"):
                 layer(torch.randn(1, 300))
         wide, x = torch.zeros(1, (1 << 20) // 32 * 4 + 4, dtype=torch.int32), torch.zeros(1, (1 << 20) + 1)
-        args = (wide, None, None, None, torch.ones(1, 1), None, 4, x.shape[1], 0, None, None, False, 0)
+        args = (wide, *[None] * 3, torch.ones(1, 1), *[None] * 3, 4, x.shape[1], 0, False, 0, None, None, False, 0)
         with pytest.raises(RuntimeError, match=r"LOWBIT_BACKEND=cuda cannot run: .*2\^20 columns"):
             torch.ops.lowbit.packed_linear(x, *args)
 

@@ -321,8 +321,8 @@ except RuntimeError as error:
     ]
     forced = {**environment, "LOWBIT_BACKEND": "triton"}
     code = "import sys, torch, lowbit; print('triton' in sys.modules, flush=True); torch.ops.lowbit.packed_dequantize("
-    code += "torch.zeros(8, 8, dtype=torch.int32), None, None, None, torch.ones(8, 1), None, 4, 64, 0, 64, "
-    code += "torch.float32)"
+    code += "torch.zeros(8, 8, dtype=torch.int32), None, None, None, torch.ones(8, 1), None, None, None, "
+    code += "4, 64, 0, False, 0, 64, torch.float32)"
     done = subprocess.run([sys.executable, "-c", code], env=forced, capture_output=True, text=True)
     assert done.stdout.strip() == "False", "importing lowbit imports no triton"
     assert "LOWBIT_BACKEND=triton cannot run: torch finds no GPU" in done.stderr
