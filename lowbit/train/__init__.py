@@ -9,14 +9,14 @@
 
 from typing import Any
 
-from lowbit.train.distillation import Contrastive, Distillation, Intermediate, Logits, Task
+from lowbit.train.distillation import Contrastive, Distillation, Intermediate, Logits, Task, Term
 from lowbit.train.prepare import parameter_groups, prepare
 from lowbit.train.scaling import LSQ, PACT, Dynamic, MinMax
 from lowbit.train.trainable import trainable
 
 __all__ = [
     "LSQ", "PACT", "Contrastive", "DistillTrainer", "Distillation", "Dynamic", "Intermediate", "Logits", "MinMax",
-    "Task", "parameter_groups", "prepare", "trainable",
+    "Task", "Term", "parameter_groups", "prepare", "trainable",
 ]  # fmt: skip
 
 
