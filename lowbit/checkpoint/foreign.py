@@ -91,6 +91,9 @@ def named_sections(folder: Path) -> Iterator[tuple[dict[str, Any], Path, str]]:
         mlx = content.get("quantization")
         if isinstance(mlx, dict) and {"bits", "group_size"} <= mlx.keys():
             yield {**mlx, "quant_method": "mlx"}, config, "mlx"
+        anyprec = content.get("anyprec")
+        if isinstance(anyprec, dict):
+            yield {**anyprec, "quant_method": "any-precision"}, config, "any-precision"
         for section in sections(content):
             if section.get("quant_method") != "lowbit":
                 yield section, config, "unknown"

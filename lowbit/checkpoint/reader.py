@@ -164,7 +164,9 @@ class Checkpoint:
                 raise ValueError(f"{folder} has both {SINGLE_FILE} and {INDEX_FILE}: remove the one that is left over")
             return cls([folder / SINGLE_FILE])
         if not index_file.is_file():
-            raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+            hint = f"; {pickled.name} is pickled: save its tensors with safetensors" if pickled else ""
+            raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index_file}: weight_map must map tensor names to file names")

@@ -162,7 +162,7 @@ def open_float(folder: Path, checkpoint: Checkpoint) -> FloatFolder | None:
 
 def _forget_format(config: Any) -> None:
     """Take away what a config, or one inside, says of a format that its folder was in: the model is not in it."""
-    for name in ("quantization_config", "compression_config", "quantization"):
+    for name in ("quantization_config", "compression_config", "quantization", "anyprec"):
         config.__dict__.pop(name, None)
     for inner in list(config.__dict__.values()):
         if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):

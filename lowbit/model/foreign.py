@@ -23,7 +23,7 @@ _WEIGHT = re.compile(r"(.*_)?(weight|proj|qweight|W_q)(_.*)?")
 # Formats, as configs call them, whose folders are read: lowbit/checkpoint/importers has a file for each.
 IMPORTED = (
     "gptq", "awq", "compressed-tensors", "fp8", "mxfp4", "modelopt", "auto-round", "gguf", "bitsandbytes", "hqq",
-    "torchao", "bitnet", "quanto", "mlx", "squeezellm",
+    "torchao", "bitnet", "quanto", "mlx", "squeezellm", "any-precision",
 )  # fmt: skip
 QUANTIZED = "quantized by another library"  # how the reason starts
 _SIZES = ("in_features", "infeatures", "num_embeddings")

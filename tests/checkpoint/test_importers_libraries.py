@@ -231,6 +231,69 @@ def test_what_is_no_sparse_part(what, tmp_path):
     refused(tmp_path / "a", f"{UP}", words)
 
 
+# ---------------------------------------------------------------------------------------------------- any-precision
+
+
+def any_precision(path, hidden, change=lambda leaves: None, **section):
+    """A folder of 3 to 5 bits, its codes and tables; bits are put by loops, as the packer's kernels read them."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 32, (8, hidden))
+    planes = torch.zeros(5, 8, hidden // 8, dtype=torch.uint8)
+    for b in range(5):
+        for n in range(8):
+            for k in range(hidden):
+                i, begin = k // 8, k // 8 // 128 * 128
+                threads = 32 if begin + 128 <= hidden // 8 else (hidden // 8 - begin) // 4
+                place = begin + (i - begin) % threads * 4 + ((i - begin) // threads ^ 3)
+                planes[b, n, place] |= (int(codes[n, k]) >> (4 - b) & 1) << (7 - k % 8)
+    tables = {f"lut{bits}": torch.randn(8, 2**bits).half() for bits in (3, 4, 5)}
+    leaves = {"qweight": planes.view(torch.int32), **tables}
+    change(leaves)
+    only_up(path, None, leaves, hidden_size=hidden, head_dim=hidden // 2)
+    saved = json.loads((path / "config.json").read_text())
+    del saved["quantization_config"]
+    saved["anyprec"] = {"seed_precision": 3, "parent_precision": 5, "group_count": 1, "arch_config": {}, **section}
+    (path / "config.json").write_text(json.dumps(saved))
+    return codes, tables
+
+
+@pytest.mark.parametrize("hidden", [64, 1024, 1120])
+def test_any_precision(hidden, tmp_path):
+    codes, tables = any_precision(tmp_path / "a", hidden)
+    expected = tables["lut5"].float().gather(1, codes)
+    assert torch.equal(up_of(tmp_path / "a").dequantize(torch.float32), expected)
+    lowbit.convert_folder(tmp_path / "a", tmp_path / "packed")
+    layer = up_of(tmp_path / "packed")
+    assert torch.equal(layer.dequantize(torch.float32), expected) and layer.format.bits == 5
+
+
+def test_any_precision_as_its_project_saves_it(tmp_path):
+    any_precision(tmp_path / "a", 64)
+    torch.save(load_file(tmp_path / "a" / "model.safetensors"), tmp_path / "a" / "pytorch_model.bin")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model.bin is pickled: save its tensors with safetensors"):
+        lowbit.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "section", "words"),
+    [
+        (lambda t: t.pop("lut5"), {}, "lut5"),
+        (lambda t: t.update(lut5=t["lut4"]), {}, "shape must be (8, 32)"),
+        (lambda t: t.update(qweight=t["qweight"][:4]), {}, "shape must be (5, 8, 2)"),
+        (lambda t: t.update(qweight=t["qweight"].long()), {}, "dtype must be torch.int32"),
+        (lambda t: None, {"parent_precision": 9}, "parent_precision must be 2 to 8: got 9"),
+        (lambda t: None, {"seed_precision": 6}, "seed_precision must be 2 to 5: got 6"),
+        (lambda t: None, {"group_count": 4}, "group_count must be 1"),
+    ],
+)
+def test_what_is_no_any_precision(change, section, words, tmp_path):
+    any_precision(tmp_path / "a", 64, change, **section)
+    with pytest.raises(ValueError) as error:
+        lowbit.load(tmp_path / "a")
+    assert words in str(error.value)
+
+
 # ----------------------------------------------------------------------------------------------------- bitsandbytes
 
 

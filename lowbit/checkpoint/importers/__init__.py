@@ -8,6 +8,7 @@ from functools import partial
 
 from lowbit.checkpoint import foreign
 from lowbit.checkpoint.importers import auto_round
+from lowbit.checkpoint.importers.any_precision import AnyPrecision
 from lowbit.checkpoint.importers.awq import Awq
 from lowbit.checkpoint.importers.bitnet import BitNet
 from lowbit.checkpoint.importers.bitsandbytes import BitsAndBytes
@@ -25,6 +26,7 @@ from lowbit.checkpoint.importers.torchao import TorchAo
 
 READERS = (
     Gptq, Awq, CompressedTensors, Fp8, Mxfp4, Modelopt, BitsAndBytes, Hqq, TorchAo, BitNet, Quanto, Mlx, SqueezeLlm,
+    AnyPrecision,
 )  # fmt: skip
 
 foreign.importers.update({reader.format: partial(read_folder, reader) for reader in READERS})
