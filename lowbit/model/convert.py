@@ -69,10 +69,10 @@ def convert(
     """
     require_model(model)
     hooks.before_convert(model)
-    if spec is None and not dry_run and any(layer.trained() for layer in layers(model).values()):
+    trained = spec is None and not dry_run and any(layer.trained() for layer in layers(model).values())
+    if trained and not any(map(is_source, model.modules())):
         freeze(model)
-        if not any(map(is_source, model.modules())):
-            return model
+        return model
     plan = make_plan(model, spec, skip)
     batches = None if calibration is None else batches_of(calibration)
     check_calibration(plan, batches, loss)
@@ -85,6 +85,8 @@ def convert(
     for swap in plan.swaps():
         for name in swap.names:
             model = put(model, name, replacements[swap.name])
+    if trained:  # only now: what was refused above has changed nothing
+        freeze(model)
     model.lowbit_skipped = with_earlier(model, plan.skipped)  # type: ignore[assignment]
     hooks.after_convert(model)
     if not any(swap.source for swap in plan.swaps()):  # what others hold beside their Parameters is not counted

@@ -300,3 +300,18 @@ def test_a_row_of_zeros_stays_one():
     layer(x).sum().backward()
     assert torch.isfinite(layer.weight.grad).all() and torch.isfinite(layer.fake_quant.learned.grad).all()
     assert F.mse_loss(lowbit.convert(layer)(x), layer(x)) == 0
+
+
+def test_a_refused_end_leaves_packed_layers_in_training():
+    packed = lowbit.convert(plain(), {"0": lowbit.Packed(bits=4)})
+    model = train.prepare(packed, {"2": spec_of(4)}, train.Dynamic())
+    lowbit.make_trainable(model, "scales")
+    weight = model[2].weight.detach().clone()
+    with torch.no_grad():
+        model[2].weight[3, 4] = float("nan")
+    with pytest.raises(Exception, match="2: a weight or a scale is NaN"):
+        lowbit.convert(model)
+    assert model[0].trained() == ["scales"]
+    model[2].weight.data.copy_(weight)
+    model = lowbit.convert(model)
+    assert not model[0].trained() and len(layers(model)) == 2
