@@ -7,7 +7,6 @@ The model is karpathy/tinyllamas' ``stories260k`` (in transformers' form) and th
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -100,7 +99,3 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     return parser
-
-
-def copy_of(model: Any) -> Any:
-    return copy.deepcopy(model)

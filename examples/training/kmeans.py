@@ -9,6 +9,8 @@ trained, on the float model's logits. Beside it: as many linear levels, with the
 
 from __future__ import annotations
 
+import copy
+
 import common
 
 import lowbit
@@ -27,9 +29,9 @@ def main() -> None:
 
     def run(seed: int) -> dict[str, float]:
         linear = lowbit.Packed(bits=given.bits, granularity=given.granularity, zeros="int", quantizer="mse")
-        levels = common.perplexity(lowbit.convert(common.copy_of(teacher), linear), held_out)
+        levels = common.perplexity(lowbit.convert(copy.deepcopy(teacher), linear), held_out)
         spec = lowbit.Codebook(bits=given.bits, granularity=given.granularity, quantizer="kmeans", seed=seed)
-        student = lowbit.convert(common.copy_of(teacher), spec)
+        student = lowbit.convert(copy.deepcopy(teacher), spec)
         untuned = common.perplexity(student, held_out)
         groups = [{"params": train.trainable(student, "centroids"), "lr": given.lr}]
         common.distil(student, teacher, chunks, given.steps, groups)

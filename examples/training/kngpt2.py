@@ -10,6 +10,8 @@ attention and outputs of feed-forward layers besides.
 
 from __future__ import annotations
 
+import copy
+
 import common
 import torch
 
@@ -31,7 +33,7 @@ def main() -> None:
 
     def run(seed: int) -> dict[str, float]:
         specs = {f"model.layers.{i}.*": lowbit.Kronecker(compression=2) for i in range(1, 5)}
-        student = lowbit.convert(common.copy_of(teacher), specs)
+        student = lowbit.convert(copy.deepcopy(teacher), specs)
         factors = lowbit.make_trainable(student, "a", "b")
         if given.start == "random":
             with torch.no_grad():

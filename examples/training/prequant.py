@@ -8,6 +8,8 @@ beside the codes and trained; nothing else is.
 
 from __future__ import annotations
 
+import copy
+
 import common
 import torch
 
@@ -27,7 +29,7 @@ def main() -> None:
 
     def run(seed: int) -> dict[str, float]:
         spec = lowbit.Packed(bits=given.bits, granularity="row", outliers=given.outliers)
-        student = lowbit.convert(common.copy_of(pretrained), spec)
+        student = lowbit.convert(copy.deepcopy(pretrained), spec)
         untuned = common.perplexity(student, held_out)
         parameters = train.trainable(student, "outliers")
         common.distil(student, pretrained, chunks, given.steps, [{"params": parameters, "lr": given.lr}], train.Task())

@@ -10,6 +10,7 @@ its logits must be the same bits.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def main() -> None:
             "*": lowbit.Packed(bits=weights, granularity="tensor", symmetric=True, activations="int8"),
             "*embed_tokens": lowbit.Packed(bits=embeddings, granularity="row", symmetric=True, activations="int8"),
         }
-        student = train.prepare(common.copy_of(teacher), specs, QUANTIZERS[given.quantizer]())
+        student = train.prepare(copy.deepcopy(teacher), specs, QUANTIZERS[given.quantizer]())
         untrained = common.perplexity(student, held_out)
         terms = [train.Logits(), *([given.contrastive * train.Contrastive()] if given.contrastive else [])]
         groups = train.parameter_groups(student, given.lr, scales=given.scales)
