@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowbit.codebook.format import Codebook
 from lowbit.core.family import dtype_name
 from lowbit.core.outliers import float16_holds
 from lowbit.model import hooks
+from lowbit.model.calibrated import Loss
 from lowbit.model.candidates import Swap
+from lowbit.model.convert import convert
 from lowbit.model.plan import Specs, make_plan, require_model
 from lowbit.model.sources import Source, register_source
 from lowbit.model.surgery import carry_over, put
-from lowbit.nn.layer import layer_class
+from lowbit.nn.layer import layer_class, layers, make_trainable
 from lowbit.packed.format import Packed, PackedFormat
 from lowbit.train.fake_quant import FakeQuant, FakeQuantEmbedding, FakeQuantLinear, WeightFakeQuant
 from lowbit.train.scaling import Scaling
+from lowbit.train.trainable import PARTS
 
 
 def prepare(
-    model: nn.Module, specs: Specs, quantizer: Scaling, *, skip: Sequence[str] | None = None
-) -> Any:
-    """Let every layer that ``specs`` name round its weight, and its input where the spec says so, in each call; in
-    place; returns the model.
+    model: nn.Module, specs: Specs, quantizer: Scaling | None = None, *, skip: Sequence[str] | None = None,
+    calibration: Iterable[Any] | None = None, loss: Loss | None = None,
+) -> Any:  # fmt: skip
+    """Let every layer that ``specs`` name compute in each call what its packed form will; in place; returns the model.
 
-    The float weights stay the Parameters that are trained, under their names. What the quantizer learns is added:
-    ``<layer>.fake_quant.learned``. Make the optimizer afterwards. Layers that share a weight share it, and its scales.
-    ``lowbit.convert(model)`` makes the packed layers: the model's outputs stay the same bits.
+    With a quantizer each call rounds the weight, and the input where the spec says so. The float weights stay the
+    Parameters that are trained, under their names. What the quantizer learns is added: ``<layer>.fake_quant.learned``.
+    Layers that share a weight share it, and its scales.
+
+    Without one the layers are packed now, as :func:`lowbit.convert` does, and their codes stay. What else they hold is
+    trained: centroids, scales, factors and outliers (a fixed table is not). They are float32 masters, used as they will
+    be stored; the gradient goes straight through that rounding. :func:`trainable` chooses among them afterwards.
+
+    Make the optimizer afterwards. ``lowbit.convert(model)`` ends either: the model's outputs stay the same bits.
 
     Args:
         model: a float model, as for :func:`lowbit.convert`.
-        specs: a :class:`~lowbit.Packed` with ``symmetric=True``, or a mapping of name patterns to them, as for
-            :func:`lowbit.convert`. ``activations`` may be ``"float"`` or ``"int8"``.
-        quantizer: how scales are found: :class:`Dynamic`, :class:`LSQ`, :class:`PACT` or :class:`MinMax`.
+        specs: as for :func:`lowbit.convert`. With a quantizer: a :class:`~lowbit.Packed` with ``symmetric=True`` and
+            ``activations`` of ``"float"`` or ``"int8"``, or a mapping of name patterns to them.
+        quantizer: how scales are found: :class:`Dynamic`, :class:`LSQ`, :class:`PACT` or :class:`MinMax`; or None.
         skip: patterns of layers to leave alone.
+        calibration, loss: without a quantizer, as for :func:`lowbit.convert`.
 
     Raises:
-        ValueError: listing every problem by layer name; the model is then as before.
+        ValueError: listing every problem by layer name, or that nothing could be trained; the model is then as before.
         TypeError: ``quantizer`` is none of these.
     """
     require_model(model)
+    if quantizer is None:
+        return _prepare_packed(model, specs, skip, calibration, loss)
+    if calibration is not None or loss is not None:
+        raise ValueError("calibration and loss are of quantizer=None: a quantizer finds its scales in each step")
     if not isinstance(quantizer, Scaling):
         hint = f": write {quantizer.__name__}()" if isinstance(quantizer, type) else ""
         raise TypeError(f"quantizer must be a Dynamic, LSQ, PACT or MinMax: got {quantizer!r}{hint}")
@@ -57,6 +72,31 @@ def prepare(
         for name in swap.names:
             model = put(model, name, made[swap.name])
     return model
+
+
+def _prepare_packed(
+    model: nn.Module, specs: Specs, skip: Sequence[str] | None, calibration: Iterable[Any] | None, loss: Loss | None
+) -> Any:
+    """Pack the layers, and train what is not codes."""
+    plan = make_plan(model, specs, skip)
+    names = {name: _trained_parts(swap) for swap in plan.swaps() for name in swap.names}
+    if not any(names.values()):
+        first = plan.swaps()[0]
+        raise ValueError("cannot prepare, nothing was changed: no layer would have centroids, scales, factors or "
+                         f"outliers to be trained: {first.name} has {first.spec}")  # fmt: skip
+    model = convert(model, specs, skip=skip, calibration=calibration, loss=loss)
+    packed = layers(model, duplicates=True)
+    for parts in dict.fromkeys(filter(None, names.values())):  # together: tied layers share their masters
+        make_trainable(nn.ModuleList(packed[name] for name in names if names[name] == parts and name in packed), *parts)
+    return model
+
+
+def _trained_parts(swap: Swap) -> tuple[str, ...]:
+    """The stored tensors of a layer that are trained unless somebody says which."""
+    fixed = ("codebook",) if isinstance(swap.spec, Codebook) and swap.spec.values is not None else ()
+    held = swap.format() if swap.source is None else swap.source.stored.format()
+    floats = {name for name, (_, dtype) in held.weight_tensors().items() if dtype.is_floating_point}
+    return tuple(name for part in PARTS.values() for name in part if name in floats and name not in fixed)
 
 
 def _problem(swap: Swap) -> str | None:
