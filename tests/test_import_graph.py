@@ -22,7 +22,7 @@ ROOMS = (
     ("packed",),
     ("codebook", "kron"),  # neither knows the other
     ("model",),
-    ("checkpoint", "train"),
+    ("checkpoint", "quality", "train"),
     ("integrations",),
     ("", "cli", "compat", "demo", "testing"),  # "": lowbit/__init__.py
 )

@@ -1,4 +1,4 @@
-"""The command ``lowbit``: ``convert``, ``export``, ``inspect``, ``serve``, ``bench`` and ``doctor``.
+"""The command ``lowbit``: ``convert``, ``export``, ``inspect``, ``eval``, ``serve``, ``bench`` and ``doctor``.
 
 Exit status: 0, 2 for a usage error or bad input, 1 for any other failure. An error is one line on stderr;
 ``LOWBIT_DEBUG=1`` shows the traceback as well.
@@ -34,6 +34,7 @@ from lowbit.checkpoint.convert_folder import copy_small_files
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
+from lowbit.cli import evaluate
 from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean, written_spec
 from lowbit.core.quantizer import names
 from lowbit.model.kept import SHARE, Kept, with_float_copies
@@ -265,6 +266,13 @@ def _inspect(options: argparse.Namespace) -> None:
     print(describe_folder(options.folder))
 
 
+# --------------------------------------------------------------------------------------------- eval
+
+
+def _eval(options: argparse.Namespace) -> None:
+    evaluate.run(options, parse_spec, calibration_batches)
+
+
 # -------------------------------------------------------------------------------------------- serve
 
 
@@ -462,6 +470,8 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="describe a packed folder from its headers alone")
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("folder", type=Path, metavar="FOLDER")
+
+    evaluate.add_to(commands).set_defaults(run=_eval)
 
     what = "serve folders with transformers' server (OpenAI's protocol)"
     serve = commands.add_parser("serve", add_help=False, help=what)

@@ -114,7 +114,7 @@ def collect_sensitivities(
     sums: dict[str, _SumOfSquares] = {}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     count = 0
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         try:
             for parameter in required:
                 parameter.requires_grad_(False)
@@ -172,21 +172,21 @@ def calibrate_sequential(
             quantize_layer(name, layers[name], hessians.get(name))
 
 
-def batches_of(calibration: Any) -> list[Any]:
-    """The batches of ``calibration`` as a list; raises ``TypeError`` for what is one batch, or text."""
-    what = type(calibration).__name__
-    if isinstance(calibration, (str, bytes)):
-        raise TypeError(f"calibration must be a list of batches for the model: got a text, {calibration!r:.60}")
-    if isinstance(calibration, (Tensor, Mapping)) or hasattr(calibration, "__array__"):
-        described = describe_batch(calibration)
-        raise TypeError(f"calibration must be a list of batches: got one batch, {described}; wrap it in a list")
-    if isinstance(calibration, nn.Module) or not hasattr(calibration, "__iter__"):
-        raise TypeError(f"calibration must be a list of batches for the model: got {what}")
-    batches = list(calibration)
+def batches_of(given: Any, argument: str = "calibration") -> list[Any]:
+    """The batches of an argument as a list; raises ``TypeError`` for what is one batch, or text."""
+    what = type(given).__name__
+    if isinstance(given, (str, bytes)):
+        raise TypeError(f"{argument} must be a list of batches for the model: got a text, {given!r:.60}")
+    if isinstance(given, (Tensor, Mapping)) or hasattr(given, "__array__"):
+        described = describe_batch(given)
+        raise TypeError(f"{argument} must be a list of batches: got one batch, {described}; wrap it in a list")
+    if isinstance(given, nn.Module) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{argument} must be a list of batches for the model: got {what}")
+    batches = list(given)
     for i, batch in enumerate(batches):
         if isinstance(batch, (str, bytes)) or (isinstance(batch, (list, tuple)) and batch
                                                and all(isinstance(part, str) for part in batch)):  # fmt: skip
-            raise TypeError(f"calibration must hold batches for the model, not texts: batch {i} is {batch!r:.60}; "
+            raise TypeError(f"{argument} must hold batches for the model, not texts: batch {i} is {batch!r:.60}; "
                             "give what the tokenizer makes of it")  # fmt: skip
     return batches
 
@@ -379,7 +379,7 @@ def _observe(
     try:
         for module, names in called.items():
             handles.append(module.register_forward_pre_hook(partial(see, names), with_kwargs=True))
-        with _evaluating(model):
+        with evaluating(model):
             for i, batch in enumerate(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
                 with suppress(_Reached), _naming(model, i, batch):
@@ -416,11 +416,12 @@ def _width(layer: nn.Module) -> int | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode inside the block."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for model in models for module in model.modules() if module.training]
     try:
-        model.eval()
+        for model in models:
+            model.eval()
         yield
     finally:
         for module in training:

@@ -1,0 +1,1 @@
+"""What a compressed model is worth: how good it is (:mod:`lowbit.quality.evaluate`)."""
