@@ -35,7 +35,16 @@ from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
 from lowbit.cli import evaluate
-from lowbit.core.family import ACTIVATIONS, FLOAT_DTYPES, GRANULARITIES, Format, Spec, did_you_mean, written_spec
+from lowbit.core.family import (
+    ACTIVATIONS,
+    FLOAT_DTYPES,
+    GRANULARITIES,
+    OUTLIERS_BY,
+    Format,
+    Spec,
+    did_you_mean,
+    written_spec,
+)
 from lowbit.core.quantizer import names
 from lowbit.model.kept import SHARE, Kept, with_float_copies
 from lowbit.model.report import Report, Row
@@ -163,7 +172,7 @@ def _convert(options: argparse.Namespace) -> None:
             need = "--" + need.replace("='", " ").rstrip("'")
         raise ValueError(f"{need} needs --calibration-text FILE, a text file with one sample per line")
     calibration = None
-    if need is not None:
+    if options.calibration_text is not None:
         calibration = calibration_batches(options.source, options.calibration_text)
     start = time.perf_counter()
     lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration)
@@ -424,7 +433,7 @@ _counts.__name__ = "comma-separated list of positive numbers"  # what argparse c
 
 _PACKED_OPTIONS = (
     "bits", "group_size", "granularity", "symmetric", "zeros", "quantizer", "gamma", "activations",
-    "activation_group_size", "outliers", "scale_dtype",
+    "activation_group_size", "outliers", "outliers_by", "scale_dtype",
 )  # fmt: skip
 _SPEC_HELP = (
     "instead of the options below, the spec as in Python: 'Codebook(bits=3, outliers=0.005)', "
@@ -456,6 +465,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--activations", choices=ACTIVATIONS, help="(default: float)")
     convert.add_argument("--activation-group-size", type=int, help="of --activations int8 (default: the whole token)")
     convert.add_argument("--outliers", type=float, help="fraction of weights kept sparse in float")
+    convert.add_argument("--outliers-by", choices=OUTLIERS_BY, help="which weights these are (default: magnitude)")
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")

@@ -23,14 +23,14 @@ from lowbit.core.family import (
     Activations,
     Format,
     Granularity,
+    OutliersBy,
     Spec,
     TensorSpec,
     Weight,
     as_integer,
     check_coded_format,
     check_float_dtype,
-    check_outlier_fraction,
-    check_seed,
+    check_outliers,
     check_size,
     choice,
     describe_extras,
@@ -75,9 +75,11 @@ class Codebook(Spec):
         sensitivity: weigh each weight's squared error by how much its input matters on calibration data; where
             ``convert`` is given a ``loss``, by the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629).
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix (arXiv 2306.00014, 2306.07629).
+        outliers_by: which: ``"magnitude"`` the largest; ``"sensitivity"`` those whose rounding costs most, weighed as
+            by ``sensitivity`` where there is calibration data; ``"random"`` by ``seed``.
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one calibrated
             scale per layer.
-        seed: of the k-means++ start; the same seed gives the same result.
+        seed: of the k-means++ start, and of random outliers; the same seed gives the same result.
         codebook_dtype, scale_dtype: of the stored tables and scales; default float32 for a table per tensor, float16
             otherwise (where the values fit).
 
@@ -100,6 +102,7 @@ class Codebook(Spec):
     seed: int = 0
     codebook_dtype: torch.dtype | None = None
     scale_dtype: torch.dtype | None = None
+    outliers_by: OutliersBy = "magnitude"
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size", "iterations", "seed"):
@@ -108,7 +111,7 @@ class Codebook(Spec):
             raise ValueError(f"bits must be an integer between 1 and 8: got bits={self.bits!r}")
         self.activation.check(None)
         check_size("iterations", self.iterations)
-        check_seed(self.seed)
+        check_outliers(self)
         if self.table is not None:
             self._check_table()
         if self.group_size is not None:
@@ -123,7 +126,8 @@ class Codebook(Spec):
             object.__setattr__(self, "granularity", own)
         choice("granularity", self.granularity, GRANULARITIES)
         if self.quantizer is None:
-            asked_for = (self.iterations, self.seed) != (Codebook.iterations, Codebook.seed)
+            seeded = self.seed != Codebook.seed and self.outliers_by != "random"
+            asked_for = seeded or self.iterations != Codebook.iterations
             kmeans = asked_for or self.granularity == "tensor"
             object.__setattr__(self, "quantizer", "kmeans" if kmeans else "optimal")
         choice("quantizer", self.quantizer, names("codebook"))
@@ -139,7 +143,6 @@ class Codebook(Spec):
             )
         if self.table is not None and self.granularity != "tensor":
             raise ValueError(f"a fixed table serves the whole tensor: got granularity={self.granularity!r}")
-        check_outlier_fraction(self.outliers)
         check_float_dtype("codebook_dtype", self.codebook_dtype)
         check_float_dtype("scale_dtype", self.scale_dtype)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from lowbit.codebook.format import Codebook, CodebookWeight
 from lowbit.codebook.kmeans import kmeans, optimal
 from lowbit.codebook.tables import TableFit
-from lowbit.core.hessian import check_hessian, damped
-from lowbit.core.outliers import sparse_rest
+from lowbit.core.hessian import check_hessian, check_importance, damped
+from lowbit.core.outliers import costliest, measured_for, sparse_rest
 from lowbit.core.quantizer import Quantizer, Statistics, register
 
 __all__ = ["TableQuantizer", "quantize"]
@@ -40,9 +40,10 @@ def quantize(
     feedback, arXiv 2210.17323), else every weight takes the nearest value; of two equally near ones the lower.
 
     ``spec.scales``: a group's scale is max|w| over max|table| (1 for a learned table), so 0 where all its weights are;
-    the table is learned on the scaled weights, each counting scale**2. ``spec.outliers`` = f keeps the round(f*N*K)
-    weights of largest magnitude in the sparse part; scales and tables are fitted without them. float16 tables or
-    scales become float32 in a layer where one would overflow or lose precision.
+    the table is learned on the scaled weights, each counting scale**2. ``spec.outliers`` = f keeps round(f*N*K)
+    weights in the sparse part: those of largest magnitude, which scales and tables are not fitted to, or random ones,
+    or with ``outliers_by="sensitivity"`` those that cost most, rounded to what is fitted without the largest. float16
+    tables or scales become float32 in a layer where one would overflow or lose precision.
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; with
@@ -65,7 +66,7 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
         return self.needs | ({"hessian"} if spec.sensitivity else set())
 
     def uses_for(self, spec: Codebook) -> frozenset[str]:
-        return self.uses | ({"sensitivity"} if spec.sensitivity else set())
+        return self.uses | ({"sensitivity"} if spec.sensitivity else set()) | measured_for(spec)
 
     def argument(self, spec: Codebook) -> str:
         return "sensitivity=True" if spec.sensitivity else super().argument(spec)
@@ -81,6 +82,8 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
         fit = TableFit(weight, spec, importance, partial(self.learn, spec))
         fit.fit_scales()
         fit.fit_tables()
+        if fit.outliers is not None and spec.outliers_by == "sensitivity":
+            fit.outliers = costliest(spec, partial(fit.rest, fit.nearest_codes()), statistics, fit.n, fit.k)
         codes = fit.codes_with_feedback(hessian) if spec.sensitivity and hessian is not None else fit.nearest_codes()
         outliers = sparse_rest(partial(fit.rest, codes), fit.outliers)
         return CodebookWeight(
@@ -106,12 +109,7 @@ def _check(weight: Tensor, spec: Codebook, hessian: Tensor | None, importance: T
             "(give calibration batches, or use sensitivity=False)"
         )
     check_hessian(hessian, weight.shape[1])
-    if importance is not None:
-        if importance.shape != weight.shape:
-            raise ValueError(f"importance must have the shape of weight {list(weight.shape)}: "
-                             f"got {list(importance.shape)}")  # fmt: skip
-        if not bool(((importance >= 0) & torch.isfinite(importance)).all()):
-            raise ValueError("importance must be finite and not negative: got Inf, NaN or a negative number")
+    check_importance(importance, weight)
 
 
 class KMeans(TableQuantizer):

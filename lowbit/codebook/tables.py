@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.codebook.format import Codebook
 from lowbit.codebook.kmeans import boundaries
 from lowbit.core.hessian import error_feedback, round_with_feedback
-from lowbit.core.outliers import choose_outliers, float16_holds, float_chunks
+from lowbit.core.outliers import first_outliers, float16_holds, float_chunks
 
 # Elements per temporary: small enough to stay in cache, large enough to hide the cost of a torch call.
 _CHUNK = 1 << 18
@@ -43,7 +43,7 @@ class TableFit:
         for w, _ in self.chunks():
             if not bool(torch.isfinite(w).all()):
                 raise ValueError("weight must be finite in float32: got Inf or NaN")
-        self.outliers = choose_outliers(self.chunks, self.n, self.k, round(spec.outliers * self.n * self.k))
+        self.outliers = first_outliers(spec, self.chunks, self.n, self.k)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[Tensor, slice]]:
         """The weight in float32, a few rows at a time: fewer where their tables are larger than they are."""

@@ -23,9 +23,11 @@ from lowbit.core.activations import ActivationSpec
 from lowbit.core.quantizer import Quantizer, Statistics, find
 
 Granularity = Literal["tensor", "row", "group"]
+OutliersBy = Literal["magnitude", "sensitivity", "random"]
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 GRANULARITIES = ("tensor", "row", "group")
+OUTLIERS_BY = ("magnitude", "sensitivity", "random")
 MAX_INT16_COLUMNS = 1 << 15
 
 # What activations, biases, scales and outliers may be, by the name that files give it.
@@ -305,9 +307,13 @@ def check_coded_format(format: Any, min_bits: int) -> None:
         raise ValueError(f"outliers must be between 0 and N*K: got outliers={format.outliers}")
 
 
-def check_outlier_fraction(outliers: float) -> None:
+def check_outliers(spec: Any) -> None:
+    """The fields of a spec that say how many outliers there are, and which; raises ``ValueError`` naming one."""
+    outliers: float = spec.outliers
     if not isinstance(outliers, Real) or not 0.0 <= outliers <= 0.1:
         raise ValueError(f"outliers must be a fraction between 0 and 0.1: got outliers={outliers}")
+    choice("outliers_by", spec.outliers_by, OUTLIERS_BY)
+    check_seed(spec.seed)
 
 
 def check_float_dtype(argument: str, dtype: torch.dtype | None) -> None:

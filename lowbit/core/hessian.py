@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["check_hessian", "damped", "error_feedback", "round_with_feedback"]
+__all__ = ["check_hessian", "check_importance", "damped", "error_feedback", "round_with_feedback"]
 
 # Added to the diagonal, in units of its mean; the next one is tried when the factorization fails.
 DAMPING = (0.01, 0.1, 1.0)
@@ -23,6 +23,16 @@ def check_hessian(hessian: Tensor | None, k: int) -> None:
         raise ValueError(f"hessian must be [K, K] with K = {k}: got {list(hessian.shape)}")
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("hessian must be finite: got Inf or NaN (check the calibration activations)")
+
+
+def check_importance(importance: Tensor | None, weight: Tensor) -> None:
+    """Raise ``ValueError`` unless ``importance`` is ``None`` or finite, not negative and of the shape of ``weight``."""
+    if importance is None:
+        return
+    if importance.shape != weight.shape:
+        raise ValueError(f"importance must have the shape of weight {list(weight.shape)}: got {list(importance.shape)}")
+    if not bool(((importance >= 0) & torch.isfinite(importance)).all()):
+        raise ValueError("importance must be finite and not negative: got Inf, NaN or a negative number")
 
 
 def damped(importance: Tensor) -> Tensor | None:

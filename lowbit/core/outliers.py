@@ -7,15 +7,18 @@ beginning at every call. So their temporaries stay small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.core.family import MAX_INT16_COLUMNS
+from lowbit.core.hessian import damped
+from lowbit.core.quantizer import Statistics
 
 __all__ = [
-    "CSR", "Chunks", "choose_outliers", "column_indices", "column_pairs", "float16_holds", "float_chunks",
-    "is_column_pairs", "sparse_rest",
+    "CSR", "Chunks", "choose_outliers", "column_indices", "column_pairs", "costliest", "first_outliers",
+    "float16_holds", "float_chunks", "is_column_pairs", "measured_for", "sparse_rest",
 ]  # fmt: skip
 
 Chunks = Callable[[], Iterator[tuple[Tensor, slice]]]
@@ -61,6 +64,50 @@ def float16_holds(values: Tensor) -> bool:
     """Whether all values are positive normal numbers of float16: rounding to it then keeps its full precision."""
     limits = torch.finfo(torch.float16)
     return bool(((values >= limits.tiny) & (values <= limits.max)).all())
+
+
+def measured_for(spec: Any) -> frozenset[str]:
+    """The fields of :class:`~lowbit.core.quantizer.Statistics` with which outliers are chosen better."""
+    by_cost = spec.outliers and spec.outliers_by == "sensitivity"
+    return frozenset({"hessian", "sensitivity"}) if by_cost else frozenset()
+
+
+def first_outliers(spec: Any, chunks: Chunks, n: int, k: int) -> Tensor | None:
+    """bool ``[N, K]``: the outliers that are chosen before anything is fitted; ``None`` without outliers.
+
+    They are the weights of largest magnitude, or those that ``spec.seed`` gives. With ``"sensitivity"`` too: grids and
+    tables are fitted without the largest, and then :func:`costliest` chooses.
+    """
+    count = round(spec.outliers * n * k)
+    if spec.outliers_by != "random":
+        return choose_outliers(chunks, n, k, count)
+
+    def numbers() -> Iterator[tuple[Tensor, slice]]:
+        generator = torch.Generator("cpu").manual_seed(spec.seed)
+        for w, rows in chunks():
+            yield torch.rand(w.shape, generator=generator, device="cpu").to(w.device), rows
+
+    return choose_outliers(numbers, n, k, count)
+
+
+def costliest(spec: Any, rest: Chunks, statistics: Statistics, n: int, k: int) -> Tensor | None:
+    """bool ``[N, K]``: the outliers whose rounding costs most, ``h * rest**2``; ``rest``: weight - rounded.
+
+    h is the mean square of the weight's gradient (the diagonal of the Fisher information: SqueezeLLM, Kim et al.,
+    arXiv 2306.07629), else that of its input (the diagonal of the Hessian), else 1, as far as it was measured. With the
+    same grid no other choice leaves a smaller sum of costs.
+    """
+    h = statistics.sensitivity
+    if h is None and statistics.hessian is not None:
+        h = statistics.hessian.diagonal().unsqueeze(0)
+    h = None if h is None else damped(h)
+    root = None if h is None else h.sqrt_()  # the square of a small rest is no float32
+
+    def costs() -> Iterator[tuple[Tensor, slice]]:
+        for difference, rows in rest():
+            yield difference if root is None else difference * (root if len(root) == 1 else root[rows]), rows
+
+    return choose_outliers(costs, n, k, round(spec.outliers * n * k))
 
 
 def choose_outliers(chunks: Chunks, n: int, k: int, count: int) -> Tensor | None:

@@ -31,6 +31,7 @@ from lowbit.core.family import (
     Activations,
     Format,
     Granularity,
+    OutliersBy,
     Spec,
     TensorSpec,
     Weight,
@@ -38,7 +39,7 @@ from lowbit.core.family import (
     check_coded_format,
     check_float_dtype,
     check_group_size,
-    check_outlier_fraction,
+    check_outliers,
     check_size,
     choice,
     describe_extras,
@@ -82,6 +83,10 @@ class Packed(Spec):
         activation_group_size: of ``activations="int8"``: input features of a token that share one scale, a multiple
             of 32; where the weight has groups, one of the two sizes divides the other. None: the whole token.
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix.
+        outliers_by: which: ``"magnitude"`` the largest; ``"sensitivity"`` those whose rounding costs most, squared
+            errors being weighed by how much the input matters where there is calibration data, and with a ``loss`` by
+            the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629); ``"random"`` by ``seed``.
+        seed: of random outliers.
         scale_dtype: of the stored scales; default float16 per group, float32 per row or tensor.
 
     Raises:
@@ -101,9 +106,11 @@ class Packed(Spec):
     outliers: float = 0.0
     scale_dtype: torch.dtype | None = None
     activation_group_size: int | None = None
+    outliers_by: OutliersBy = "magnitude"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "activation_group_size"):
+        for name in ("bits", "group_size", "activation_group_size", "seed"):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
         if not is_integer(self.bits) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 2 and 8: got bits={self.bits!r}")
@@ -131,7 +138,7 @@ class Packed(Spec):
             raise ValueError("zeros='float' is a zero point, which symmetric=True does not have")
         if not 0 < self.gamma < math.inf:
             raise ValueError(f"gamma must be greater than 0 and finite: got gamma={self.gamma}")
-        check_outlier_fraction(self.outliers)
+        check_outliers(self)
         check_float_dtype("scale_dtype", self.scale_dtype)
 
     @property

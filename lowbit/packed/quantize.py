@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.core.hessian import check_hessian, damped
-from lowbit.core.outliers import float16_holds, sparse_rest
+from lowbit.core.hessian import check_hessian, check_importance, damped
+from lowbit.core.outliers import costliest, float16_holds, measured_for, sparse_rest
 from lowbit.core.quantizer import Quantizer, Statistics, register
 from lowbit.packed.format import Packed, PackedWeight
 from lowbit.packed.grid import GridFit, Pieces
@@ -41,8 +41,9 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
 
     ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K]: gptq requires it, mse takes it,
     the others ignore it.
-    ``spec.outliers`` = f keeps the round(f*N*K) weights of largest magnitude in the sparse part; grids are
-    fitted without them. float16 scales become float32 in a layer where one would be subnormal or overflow.
+    ``spec.outliers`` = f keeps round(f*N*K) weights in the sparse part: those of largest magnitude, which no grid is
+    fitted to, or random ones, or with ``outliers_by="sensitivity"`` those that cost most, rounded to the grid that is
+    fitted without the largest. float16 scales become float32 in a layer where one would be subnormal or overflow.
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; the
@@ -60,6 +61,9 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         """(scale, zero), [rows, G, 1] each, of groups that are the pieces joined along the last dimension."""
         raise NotImplementedError
 
+    def uses_for(self, spec: Packed) -> frozenset[str]:
+        return self.uses | measured_for(spec)
+
     def round(self, fit: GridFit, scales: Tensor, zeros: Tensor, statistics: Statistics) -> Tensor:
         """Codes, uint8 [N, K]."""
         return fit.nearest_codes(scales, zeros)
@@ -67,7 +71,7 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
     @torch.no_grad()
     def quantize(self, weight: Tensor, spec: Packed, statistics: Statistics) -> PackedWeight:
         hessian = statistics.hessian
-        self._check(weight, hessian)
+        self._check(weight, statistics)
         weighs = hessian is not None and "hessian" in self.needs | self.uses
         fit = GridFit(weight, spec, damped(hessian.diagonal()) if weighs and hessian is not None else None)
         dtype = spec.resolve_scale_dtype()
@@ -75,13 +79,17 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         if dtype == torch.float16 and not float16_holds(scales):
             dtype = torch.float32
             scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
+        if fit.outliers is not None and spec.outliers_by == "sensitivity":
+            rest = partial(fit.rest, fit.nearest_codes(scales, zeros), scales, zeros)
+            fit.outliers = costliest(spec, rest, statistics, fit.n, fit.k)
         codes = self.round(fit, scales, zeros, statistics)
         stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
         outliers = sparse_rest(partial(fit.rest, codes, scales, zeros), fit.outliers)
         group_size = fit.group if spec.granularity == "group" else None
         return PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, group_size, *outliers)
 
-    def _check(self, weight: Tensor, hessian: Tensor | None) -> None:
+    def _check(self, weight: Tensor, statistics: Statistics) -> None:
+        hessian = statistics.hessian
         if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
             raise ValueError(f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}")
         if "hessian" in self.needs and hessian is None:
@@ -90,6 +98,7 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
                 f"(give calibration batches, or use quantizer={self.stand_in!r})"
             )
         check_hessian(hessian, weight.shape[1])
+        check_importance(statistics.sensitivity, weight)
 
 
 class MinMax(GridQuantizer):
