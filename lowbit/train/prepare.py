@@ -24,6 +24,7 @@ from lowbit.packed.format import Packed, PackedFormat
 from lowbit.train.fake_quant import FakeQuant, FakeQuantEmbedding, FakeQuantLinear, WeightFakeQuant
 from lowbit.train.scaling import Scaling
 from lowbit.train.trainable import PARTS
+from lowbit.train.watch import watch
 
 
 def prepare(
@@ -84,10 +85,14 @@ def _prepare_packed(
         first = plan.swaps()[0]
         raise ValueError("cannot prepare, nothing was changed: no layer would have centroids, scales, factors or "
                          f"outliers to be trained: {first.name} has {first.spec}")  # fmt: skip
+    before = list(model.parameters())
     model = convert(model, specs, skip=skip, calibration=calibration, loss=loss)
     packed = layers(model, duplicates=True)
     for parts in dict.fromkeys(filter(None, names.values())):  # together: tied layers share their masters
         make_trainable(nn.ModuleList(packed[name] for name in names if names[name] == parts and name in packed), *parts)
+    now = dict(model.named_parameters())
+    kept, known = set(map(id, now.values())), set(map(id, before))
+    watch([p for p in before if id(p) not in kept], {name: p for name, p in now.items() if id(p) not in known})
     return model
 
 
@@ -130,6 +135,12 @@ def _group(group: list[Swap], quantizer: Scaling) -> dict[str, nn.Module]:
     if plain.scale_dtype == "float16" and not float16_holds(fake_quant.scale(weight.detach()).detach()):
         plain = replace(plain, scale_dtype=dtype_name(torch.float32))
         fake_quant = WeightFakeQuant(quantizer, plain, weight, first.name)
+    held, added = {id(p): p for p in (weight, first.module.get_parameter("weight"))}, {}
+    if fake_quant.learned is not None:
+        added[f"{first.name}.fake_quant.learned"] = fake_quant.learned
+    if first.transposed:  # an optimizer would have the one that is no longer in the model
+        added[f"{first.name}.weight"] = weight
+    watch(held.values(), added)
     made: dict[str, nn.Module] = {}
     for swap in group:
         assert swap.spec is not None

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowbit.nn.layer import layers, make_trainable
+from lowbit.train.watch import watch
 
 PARTS = {
     "outliers": ("outlier_values",),
@@ -47,11 +48,15 @@ def trainable(model: nn.Module, *parts: str, also: Sequence[str] = ()) -> list[n
         if not matched:
             raise ValueError(f"also={pattern!r} matches no Parameter of the model")
         wanted += matched
+    before = list(model.parameters())
     model.requires_grad_(False)
     names = [name for part in parts for name in PARTS[part] if name in known]
     trained = make_trainable(model, *names)
     for parameter in (*trained, *wanted):
         parameter.requires_grad_(True)
+    chosen = {id(parameter) for parameter in (*trained, *wanted)}
+    now = dict(model.named_parameters())
+    watch([*before, *now.values()], {name: p for name, p in now.items() if id(p) in chosen})
     return list({id(parameter): parameter for parameter in (*trained, *wanted)}.values())
 
 
