@@ -12,6 +12,7 @@ import math
 import os
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lowbit
 from lowbit import train
 
 DATA = Path(os.environ.get("LOWBIT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
@@ -82,16 +84,31 @@ def distil(
     return student.eval()
 
 
+@torch.no_grad()
+def deploy(model: Any, ids: Tensor) -> tuple[Any, int]:
+    """Convert, save and load what was trained: (the loaded model, bytes of its file). The logits stay the same bits."""
+    logits = model(input_ids=ids).logits
+    packed = lowbit.convert(model)
+    with tempfile.TemporaryDirectory() as folder:
+        lowbit.save(packed, Path(folder) / "small")
+        loaded = lowbit.load(Path(folder) / "small").eval()
+        size = (Path(folder) / "small" / "model.safetensors").stat().st_size
+    loaded.set_attn_implementation(model.config._attn_implementation)
+    assert torch.equal(loaded(input_ids=ids).logits, logits), "the deployed model is another one"
+    return loaded, size
+
+
 def report(name: str, run: Callable[[int], dict[str, float]], seeds: int) -> dict[str, float]:
-    """Run with each seed; print and return the medians."""
+    """Run with each seed; print and return the medians, and beside them each figure that depends on the seed."""
     torch.set_num_threads(1)
     start, found = time.process_time(), []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        found.append(run(seed))
-    median = {key: round(statistics.median(one[key] for one in found), 4) for key in found[0]}
+        found.append({key: round(value, 4) for key, value in run(seed).items()})
+    median = {key: statistics.median(one[key] for one in found) for key in found[0]}
+    each = {key: [one[key] for one in found] for key in median if len({one[key] for one in found}) > 1}
     seconds = round((time.process_time() - start) / seeds)
-    print(json.dumps({"row": name, **median, "seeds": seeds, "seconds": seconds}), flush=True)
+    print(json.dumps({"row": name, **median, "seeds": seeds, "each": each, "seconds": seconds}), flush=True)
     return median
 
 

@@ -47,7 +47,7 @@ def main() -> None:
         groups = [{"params": list(student.parameters()), "lr": given.lr}]
         common.distil(student, teacher, chunks, given.steps, groups, *terms)
         left = sum(p.numel() for p in student.parameters()) / sum(p.numel() for p in teacher.parameters())
-        trained = common.perplexity(lowbit.convert(student), held_out)
+        trained = common.perplexity(common.deploy(student, held_out[0])[0], held_out)
         return {"untrained": untrained, "perplexity": trained, "left": left}
 
     name = f"Kronecker, {given.start} start, {given.steps} steps" + (", ILKD" if given.ilkd else "")

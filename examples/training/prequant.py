@@ -33,7 +33,7 @@ def main() -> None:
         untuned = common.perplexity(student, held_out)
         parameters = train.trainable(student, "outliers")
         common.distil(student, pretrained, chunks, given.steps, [{"params": parameters, "lr": given.lr}], train.Task())
-        tuned = common.perplexity(lowbit.convert(student), held_out)
+        tuned = common.perplexity(common.deploy(student, held_out[0])[0], held_out)
         share = sum(p.numel() for p in parameters) / sum(p.numel() for p in pretrained.parameters())
         return {"untuned": untuned, "perplexity": tuned, "trained": share}
 

@@ -4,18 +4,15 @@
     python examples/training/quantgpt.py --bits 2-2-8 --steps 200 --quantizer PACT
 
 Every matrix has one scale, the embedding one for each row; the head is tied to it. Logits are learned from the float
-model; ``--contrastive 0.1`` adds the token-level contrastive loss. The trained model is converted, saved and loaded:
-its logits must be the same bits.
+model; ``--contrastive 0.1`` adds the token-level contrastive loss. The trained model is converted, saved, loaded and
+judged: its logits must be the same bits.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from pathlib import Path
 
 import common
-import torch
 
 import lowbit
 from lowbit import train
@@ -37,6 +34,7 @@ def main() -> None:
         parser.error(f"activations have 8 bits: got --bits {given.bits}")
     teacher = common.model()
     chunks, held_out = common.stories()
+    exact = common.perplexity(teacher, held_out)
 
     def run(seed: int) -> dict[str, float]:
         specs = {
@@ -48,18 +46,11 @@ def main() -> None:
         terms = [train.Logits(), *([given.contrastive * train.Contrastive()] if given.contrastive else [])]
         groups = train.parameter_groups(student, given.lr, scales=given.scales)
         common.distil(student, teacher, chunks, given.steps, groups, *terms)
-        trained = common.perplexity(student, held_out)
-        logits = student(input_ids=held_out[0]).logits
-        packed = lowbit.convert(student)
-        with tempfile.TemporaryDirectory() as folder:
-            lowbit.save(packed, Path(folder) / "small")
-            loaded = lowbit.load(Path(folder) / "small")
-            size = (Path(folder) / "small" / "model.safetensors").stat().st_size
-        assert torch.equal(loaded(input_ids=held_out[0]).logits, logits), "the deployed model is another one"
+        deployed, size = common.deploy(student, held_out[0])
+        trained = common.perplexity(deployed, held_out)
         floats = sum(p.numel() for p in teacher.parameters()) * 4
-        return {"untrained": untrained, "perplexity": trained, "times smaller": floats / size}
+        return {"float": exact, "untrained": untrained, "perplexity": trained, "times smaller": floats / size}
 
-    print(f"float: {common.perplexity(teacher, held_out):.4f}")
     name = f"{given.bits} {given.quantizer}, {given.steps} steps" + (" + contrastive" if given.contrastive else "")
     common.report(name, run, given.seeds)
 
