@@ -4,6 +4,7 @@ A quantizer is two independent steps,
 
 1. *fit* one grid (scale, zero) per group: ``minmax``, ``mean``, or ``mse`` (clip search and least squares);
 2. *round* every weight to a code of its grid: nearest, or with error feedback from the Hessian (``gptq``);
+   ``descent`` then improves both;
 
 and codes are always chosen against the scale and zero as stored (rounded to their dtype), never before.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from lowbit.core.hessian import check_hessian, check_importance, damped
 from lowbit.core.outliers import costliest, float16_holds, measured_for, sparse_rest
 from lowbit.core.quantizer import Quantizer, Statistics, register
+from lowbit.packed.descent import descend
 from lowbit.packed.format import Packed, PackedWeight
 from lowbit.packed.grid import GridFit, Pieces
 
@@ -38,9 +40,11 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
     - ``gptq``: the grid of ``mse``, then rounding that reduces tr((W - Q) H (W - Q).T) column after column:
       GPTQ (Frantar et al., arXiv 2210.17323) in its equivalent LDLQ form (Chee et al., arXiv 2307.13304).
       Columns go in order of decreasing diag(H); grids are fitted before, so the stored order is unchanged.
+    - ``descent``: what ``gptq`` finds, then grids by least squares and codes by coordinate descent on the same error,
+      in turns (:mod:`lowbit.packed.descent`): better than ``gptq``, in about four times its time.
 
-    ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K]: gptq requires it, mse takes it,
-    the others ignore it.
+    ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K]: gptq and descent require it, mse
+    takes it, the others ignore it.
     ``spec.outliers`` = f keeps round(f*N*K) weights in the sparse part: those of largest magnitude, which no grid is
     fitted to, or random ones, or with ``outliers_by="sensitivity"`` those that cost most, rounded to the grid that is
     fitted without the largest. float16 scales become float32 in a layer where one would be subnormal or overflow.
@@ -68,6 +72,12 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         """Codes, uint8 [N, K]."""
         return fit.nearest_codes(scales, zeros)
 
+    def improve(
+        self, fit: GridFit, codes: Tensor, scales: Tensor, zeros: Tensor, statistics: Statistics, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored, of what was fitted and rounded; scales and zeros hold values of ``dtype``."""
+        return codes, scales, zeros
+
     @torch.no_grad()
     def quantize(self, weight: Tensor, spec: Packed, statistics: Statistics) -> PackedWeight:
         hessian = statistics.hessian
@@ -83,6 +93,7 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
             rest = partial(fit.rest, fit.nearest_codes(scales, zeros), scales, zeros)
             fit.outliers = costliest(spec, rest, statistics, fit.n, fit.k)
         codes = self.round(fit, scales, zeros, statistics)
+        codes, scales, zeros = self.improve(fit, codes, scales, zeros, statistics, dtype)
         stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
         outliers = sparse_rest(partial(fit.rest, codes, scales, zeros), fit.outliers)
         group_size = fit.group if spec.granularity == "group" else None
@@ -160,5 +171,17 @@ class Gptq(Mse):
         return fit.codes_with_feedback(scales, zeros, statistics.hessian)
 
 
-for _quantizer in (MinMax(), Mse(), Mean(), Gptq()):
+class Descent(Gptq):
+    """What :class:`Gptq` finds, then codes and grids improved together: :mod:`lowbit.packed.descent`."""
+
+    name = "descent"
+
+    def improve(
+        self, fit: GridFit, codes: Tensor, scales: Tensor, zeros: Tensor, statistics: Statistics, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert statistics.hessian is not None
+        return descend(fit, codes, scales, zeros, statistics.hessian, dtype)
+
+
+for _quantizer in (MinMax(), Mse(), Mean(), Gptq(), Descent()):
     register(_quantizer)

@@ -349,7 +349,7 @@ def test_embeddings_there_and_back(ids, scale, training):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq"])
+@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq", "descent"])
 @pytest.mark.parametrize("activations", ["float", "int8", "int8_static"])
 def test_the_default_dtype_changes_nothing(ids, activations, quantizer, dtype):
     original = Model().eval()
@@ -372,11 +372,11 @@ def test_the_default_dtype_changes_nothing(ids, activations, quantizer, dtype):
         assert_bitwise_equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq"])
+@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq", "descent"])
 def test_autocast_changes_nothing(ids, quantizer):
     original = Model().eval()
     spec = Packed(bits=4, group_size=20, quantizer=quantizer)
-    calibration = [ids] if quantizer == "gptq" else None
+    calibration = [ids] if quantizer in ("gptq", "descent") else None
     expected = lowbit.convert(copy.deepcopy(original), spec, calibration=calibration)
     with torch.autocast("cpu", torch.bfloat16):
         found = lowbit.convert(copy.deepcopy(original), spec, calibration=calibration)

@@ -24,7 +24,8 @@ class Model(nn.Module):
 
 IDS = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(0))
 SPECS = {
-    **{f"packed {q}": Packed(bits=3, group_size=16, quantizer=q, outliers=0.02) for q in ("minmax", "mse", "gptq")},
+    **{f"packed {q}": Packed(bits=3, group_size=16, quantizer=q, outliers=0.02)
+       for q in ("minmax", "mse", "gptq", "descent")},
     "packed mean": Packed(bits=2, symmetric=True, quantizer="mean"),
     "packed float zeros": Packed(bits=3, zeros="float", activations="int8_static"),
     **{f"codebook {q}": Codebook(bits=3, quantizer=q, outliers=0.02) for q in ("kmeans", "optimal")},
@@ -34,7 +35,7 @@ SPECS = {
     "kron": Kronecker(rank=2),
     "kron randomized": Kronecker(rank=1, svd="randomized"),
     "kron packed factors": Kronecker(compression=4, factors=Packed(bits=4)),
-}
+}  # fmt: skip
 
 
 def loss(model, batch):
