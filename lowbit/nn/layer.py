@@ -290,7 +290,8 @@ class Layer(nn.Module):
         shape, dtype = self.format.tensors()[name]
         if name == "outlier_columns" and is_column_pairs(tensor):
             return (*shape, 2), torch.uint8
-        return shape, torch.float32 if name in self._parameters else dtype
+        trained = name in self._parameters and tensor.dtype != dtype  # what was stored is a start for a master
+        return shape, torch.float32 if trained else dtype
 
     def _as_held(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor out of a ``state_dict``, in any form, as it is held here."""
@@ -390,6 +391,10 @@ class Layer(nn.Module):
             value, own = theirs.get(field), mine.get(field)
             if value != own:
                 problems.append(f"{name}: the state_dict was saved with {field}={value}: got {field}={own}")
+        masters = [n for n in local_metadata.get("lowbit_trained", ()) if n not in self._parameters]
+        if masters:
+            problems.append(f"{name}: the state_dict was saved while {', '.join(masters)} was trained, which is frozen "
+                            "here: call lowbit.make_trainable as it was then")  # fmt: skip
         given = {n: state_dict[prefix + n] for n in self.format.tensors() if prefix + n in state_dict}
         for tensor_name, tensor in given.items():
             try:
@@ -447,6 +452,7 @@ class Layer(nn.Module):
 def _finish_state_dict(layer: Layer, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     """Contiguous tensors, and the format, for who loads them."""
     local_metadata["lowbit_format"] = layer.format.to_dict()
+    local_metadata["lowbit_trained"] = layer.trained()
     for name in layer.format.tensors():
         tensor, given = layer._tensor(name), state.get(prefix + name)
         if tensor is None or given is None or given is tensor:
@@ -476,7 +482,9 @@ def canonical_state_dict(model: nn.Module) -> dict[str, Any]:
     Tied layers give the very same tensors. Loading it back works on any device.
     """
     state: dict[str, Any] = model.state_dict()
+    metadata: dict[str, Any] = getattr(state, "_metadata", {})
     for prefix, layer in layers(model, duplicates=True).items():
+        metadata.get(prefix, {}).pop("lowbit_trained", None)  # masters are rounded here
         for name, tensor in layer.canonical().items():
             key = f"{prefix}.{name}" if prefix else name
             if key in state:

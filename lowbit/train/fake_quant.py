@@ -7,6 +7,7 @@ straight through every rounding (Bengio et al., arXiv 1308.3432).
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 from weakref import ref
 
@@ -157,6 +158,33 @@ class FakeQuant(nn.Module):
         else:  # of a tied weight: checkpoints name it once
             self.__dict__["fake_quant"] = fake_quant
         self.__dict__["packed"] = packed
+
+    def description(self) -> dict[str, Any]:
+        """What a state_dict must have been made with to fit: the quantizer and the format."""
+        return {"quantizer": type(self.fake_quant.scaling).__name__, **self.packed.format.to_dict()}
+
+    def get_extra_state(self) -> Tensor:
+        """:meth:`description`, as what files of tensors can hold."""
+        return torch.frombuffer(bytearray(json.dumps(self.description()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """It was compared before anything was loaded."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        given = state_dict.get(f"{prefix}_extra_state")
+        if given is not None:
+            mine, theirs = self.description(), json.loads(bytes(given.tolist()))
+            differing = [field for field in {**mine, **theirs} if theirs.get(field) != mine.get(field)]
+            if differing:
+                error_msgs += [f"{prefix[:-1]}: the state_dict was saved with {field}={theirs.get(field)}: got {field}="
+                               f"{mine.get(field)}" for field in differing]  # fmt: skip
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def stored(self) -> PackedWeight:
         """The codes and scales that the packed layer is made of."""

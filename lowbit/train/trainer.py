@@ -11,26 +11,31 @@ from torch import nn
 
 from lowbit.train.distillation import Distillation
 from lowbit.train.prepare import learned_scales
+from lowbit.train.state import check_training_state, load_masters, training_state
 
-STATE = "distillation.pt"  # in a checkpoint's folder: what the terms remember
+STATE = "lowbit_training.pt"  # in a checkpoint's folder
 
 
 class _Keeper(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, distillation: Distillation) -> None:
+    def __init__(self, distillation: Distillation | None) -> None:
         self.distillation = distillation
 
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.distillation.state_dict(), folder / STATE)
+            terms = {} if self.distillation is None else self.distillation.state_dict()
+            torch.save({"model": training_state(model), "terms": terms}, folder / STATE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.distillation.close()
+        if self.distillation is not None:
+            self.distillation.close()
 
 
 class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
     """A ``Trainer`` whose loss is ``distillation(model, inputs)``; what quantizers learn has a learning rate of its own
-    and no decay. Everything else is transformers'. Checkpoints hold what the terms remember, never the teacher.
+    and no decay. Everything else is transformers'. Checkpoints hold what the terms remember, never the teacher, and
+    the float32 masters of packed layers, which the files of the model have rounded. One of a model that was prepared in
+    another way is refused.
 
     Args:
         distillation: the loss. Without it: the model's own.
@@ -45,7 +50,7 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         self.distillation, self.scales = distillation, scales
         if distillation is not None:
             self.loss_is_scaled_for_ga = False
-            self.add_callback(_Keeper(distillation))
+        self.add_callback(_Keeper(distillation))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -77,7 +82,13 @@ class DistillTrainer(transformers.Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        whole = self.model if model is None else model
         file = Path(resume_from_checkpoint) / STATE
-        if self.distillation is not None and file.exists():
-            self.distillation.load_state_dict(torch.load(file, weights_only=True))
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: the checkpoint is not of a DistillTrainer")
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        check_training_state(whole, state["model"])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_masters(whole, state["model"])
+        if self.distillation is not None:
+            self.distillation.load_state_dict(state["terms"])
