@@ -21,25 +21,28 @@ from lowbit.core.family import FLOAT_DTYPES
 from lowbit.nn.embedding import rounded
 from lowbit.packed.format import PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedLinear
-from lowbit.train.scaling import Scaling, each, levels
+from lowbit.train.scaling import Levels, Scaling, each
 
 
 class _Round(torch.autograd.Function):
-    """``(w, scale, n, clips, inside) -> (round(clamp(w / scale, -n, n)) * scale, the integers)``."""
+    """``(w, scale, levels, clips, inside) -> (the nearest level, q * scale, and q)``."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, n: int, clips: bool, inside: bool) -> tuple[Tensor, Tensor]:
-        q = (w / scale).round().clamp(-n, n)
+    def forward(ctx: Any, w: Tensor, scale: Tensor, levels: Levels, clips: bool, inside: bool) -> tuple[Tensor, Tensor]:
+        q = w / scale
+        if levels.shift:
+            q = q - levels.shift
+        q = (q.round() + levels.shift).clamp(-levels.end, levels.end)
         ctx.save_for_backward(w, scale, q)
-        ctx.numbers = n, clips, inside
+        ctx.numbers = levels.limit, clips, inside
         ctx.mark_non_differentiable(q)
         return q * scale, q
 
     @staticmethod
     def backward(ctx: Any, d: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (w, scale, q), (n, clips, inside) = ctx.saved_tensors, ctx.numbers
+        (w, scale, q), (limit, clips, inside) = ctx.saved_tensors, ctx.numbers
         u = w / scale
-        within = u.abs() <= n
+        within = u.abs() <= limit
         d_w = torch.where(within, d, 0.0) if clips else d
         d_scale = None
         if ctx.needs_input_grad[1]:
@@ -98,23 +101,38 @@ class WeightFakeQuant(nn.Module):
     def scale(self, weight: Tensor) -> Tensor:
         """float32 values of the stored dtype; the gradient goes through that rounding."""
         alpha = self.scaling.alpha(weight.detach().float().abs(), self.learned, self.format)
-        scale = alpha / levels(self.format.bits)
+        scale = alpha / self.levels.steps
         scale = torch.where(scale == 0, 1.0, scale)  # all weights are 0
         stored = scale.detach().to(FLOAT_DTYPES[self.format.scale_dtype]).float()
         return scale + (stored - scale.detach())
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rounded weight in float32, its integers, the scales). Raises ``FloatingPointError``, naming the layer, for a
-        weight or a scale that is no number any more: its codes would be some."""
+        """(rounded weight in float32, that in steps of the scales, the scales). Raises ``FloatingPointError``, naming
+        the layer, for a weight or a scale that is no number any more: its codes would be some."""
         scale, scaling = self.scale(weight), self.scaling
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(weight.float().sum() + scale.sum())):
             raise FloatingPointError(f"{self.name}: a weight or a scale is NaN or infinite: training has diverged")
-        spread, n = each(scale, self.format), levels(self.format.bits)
-        w, q = _Round.apply(weight.float(), spread, n, scaling.clips, scaling.inside)  # type: ignore[no-untyped-call]
+        spread = each(scale, self.format)
+        w, q = _Round.apply(weight.float(), spread, self.levels, scaling.clips, scaling.inside)  # type: ignore[no-untyped-call]
         return w, q, scale.detach()
 
+    @property
+    def levels(self) -> Levels:
+        return Levels.of(self.scaling, self.format)  # not held: torch.compile would make its numbers inputs of a graph
+
+    @property
+    def zero(self) -> float:
+        """The code of 0; of half-integers, between two codes."""
+        return float(1 << (self.format.bits - 1)) - self.levels.shift
+
     def codes(self, q: Tensor) -> Tensor:
-        return (q + (1 << (self.format.bits - 1))).to(torch.uint8)
+        return (q + self.zero).to(torch.uint8)
+
+    def packed_values(self, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(scales, zeros) as the packed layer holds them."""
+        dtype = FLOAT_DTYPES[self.format.scale_dtype]
+        scale = scale.to(dtype).expand(self.format.scale_shape)
+        return scale, None if self.format.zeros == "none" else torch.full_like(scale, self.zero)
 
     @torch.no_grad()
     def stored(self, weight: Tensor) -> PackedWeight:
@@ -129,10 +147,9 @@ class WeightFakeQuant(nn.Module):
 
     def _store(self, weight: Tensor) -> PackedWeight:
         _, q, scale = self(weight)
-        format = self.format
-        scale = scale.to(FLOAT_DTYPES[format.scale_dtype]).expand(format.scale_shape).contiguous()
-        group_size = format.group_size if format.granularity == "group" else None
-        return PackedWeight(self.codes(q), scale, None, format.bits, group_size)
+        scales, zeros = self.packed_values(scale)
+        group_size = self.format.group_size if self.format.granularity == "group" else None
+        return PackedWeight(self.codes(q), scales.contiguous(), zeros, self.format.bits, group_size)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -210,10 +227,9 @@ class FakeQuantLinear(FakeQuant):
 
     def forward(self, x: Tensor) -> Tensor:
         w, q, scale = self.fake_quant(self.weight)
-        format = self.fake_quant.format
         held: dict[str, Tensor | None] = dict.fromkeys(self.packed.operands_class.tensor_names)
-        held["packed"] = pack(self.fake_quant.codes(q), format.bits)
-        held["scales"] = scale.to(FLOAT_DTYPES[format.scale_dtype]).expand(format.scale_shape)
+        held["packed"] = pack(self.fake_quant.codes(q), self.fake_quant.format.bits)
+        held["scales"], held["zeros"] = self.fake_quant.packed_values(scale)
         op, weight, activation = self.packed._op, self.packed.weight_arguments(held), self.packed._activation
         return cast(Tensor, _Product.apply(x, w, self.bias, op, weight, activation))  # type: ignore[no-untyped-call]
 

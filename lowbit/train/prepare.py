@@ -45,9 +45,10 @@ def prepare(
 
     Args:
         model: a float model, as for :func:`lowbit.convert`.
-        specs: as for :func:`lowbit.convert`. With a quantizer: a :class:`~lowbit.Packed` with ``symmetric=True`` and
-            ``activations`` of ``"float"`` or ``"int8"``, or a mapping of name patterns to them.
-        quantizer: how scales are found: :class:`Dynamic`, :class:`LSQ`, :class:`PACT` or :class:`MinMax`; or None.
+        specs: as for :func:`lowbit.convert`. With a quantizer: a :class:`~lowbit.Packed` with ``symmetric=True`` (but
+            see :class:`SEQ`) and ``activations`` of ``"float"`` or ``"int8"``, or a mapping of name patterns to them.
+        quantizer: how scales are found: :class:`Dynamic`, :class:`LSQ`, :class:`PACT`, :class:`MinMax` or
+            :class:`SEQ`; or None.
         skip: patterns of layers to leave alone.
         calibration, loss: without a quantizer, as for :func:`lowbit.convert`.
 
@@ -62,10 +63,10 @@ def prepare(
         raise ValueError("calibration and loss are of quantizer=None: a quantizer finds its scales in each step")
     if not isinstance(quantizer, Scaling):
         hint = f": write {quantizer.__name__}()" if isinstance(quantizer, type) else ""
-        raise TypeError(f"quantizer must be a Dynamic, LSQ, PACT or MinMax: got {quantizer!r}{hint}")
+        raise TypeError(f"quantizer must be a Dynamic, LSQ, PACT, MinMax or SEQ: got {quantizer!r}{hint}")
     hooks.before_convert(model)
     plan = make_plan(model, specs, skip)
-    problems = [f"{swap.name}: {problem}" for swap in plan.swaps() if (problem := _problem(swap))]
+    problems = [f"{swap.name}: {problem}" for swap in plan.swaps() if (problem := _problem(swap, quantizer))]
     if problems:
         raise ValueError("cannot prepare, nothing was changed:\n  " + "\n  ".join(problems))
     made = {name: module for group in plan.groups for name, module in _group(group, quantizer).items()}
@@ -104,7 +105,7 @@ def _trained_parts(swap: Swap) -> tuple[str, ...]:
     return tuple(name for part in PARTS.values() for name in part if name in floats and name not in fixed)
 
 
-def _problem(swap: Swap) -> str | None:
+def _problem(swap: Swap, quantizer: Scaling) -> str | None:
     """Why a layer cannot be trained so."""
     spec = swap.spec
     if spec is None:
@@ -113,8 +114,8 @@ def _problem(swap: Swap) -> str | None:
         return "stacks of experts have no fake-quant layer: leave them alone by skip="
     if not isinstance(spec, Packed):
         return f"a quantizer rounds to the levels of a Packed: got {spec}"
-    if not spec.symmetric:
-        return f"the levels of a quantizer are symmetric: Packed(symmetric=True) is required, got {spec}"
+    if problem := quantizer.problem(spec):
+        return problem
     if spec.outliers:
         return f"weights that are trained have no outliers: got outliers={spec.outliers}"
     if spec.activations == "int8_static":

@@ -1,19 +1,20 @@
 """How the scale of a weight is found in each step of training: :class:`Dynamic`, :class:`LSQ`, :class:`PACT`,
-:class:`MinMax`.
+:class:`MinMax`, :class:`SEQ`.
 
-All have the symmetric levels ``{-n..n} * scale``, ``n = 2**(bits - 1) - 1``, and ``scale = alpha / n``: weights beyond
-``alpha`` are clipped. ``alpha`` has the shape of the scales: one per tensor, row or group.
+All but the last have the symmetric levels ``{-n..n} * scale``, ``n = 2**(bits - 1) - 1``, and ``scale = alpha / n``:
+weights beyond ``alpha`` are clipped. ``alpha`` has the shape of the scales: one per tensor, row or group.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowbit.packed.format import PackedFormat
+from lowbit.packed.format import Packed, PackedFormat
 
 STARTS = {2: 1.0, 3: 1.7, 4: 2.5, 5: 3.4, 6: 4.7, 7: 6.3, 8: 8.0}  # of gamma: see docs/training.md
 
@@ -21,6 +22,27 @@ STARTS = {2: 1.0, 3: 1.7, 4: 2.5, 5: 3.4, 6: 4.7, 7: 6.3, 8: 8.0}  # of gamma: s
 def levels(bits: int) -> int:
     """``n``: the largest level."""
     return (1 << (bits - 1)) - 1
+
+
+class Levels(NamedTuple):
+    """The levels ``{-end, 1 - end .. end} * scale``, with ``scale = alpha / steps``.
+
+    ``limit``: beyond this multiple of the scale a weight counts as clipped.
+    """
+
+    steps: float
+    end: float
+    limit: float
+
+    @classmethod
+    def of(cls, scaling: Scaling, format: PackedFormat) -> Levels:
+        n = float(levels(format.bits))
+        return scaling.levels(format.bits, format.zeros == "none") or cls(n, n, n)
+
+    @property
+    def shift(self) -> float:
+        """0.5 where the levels are half-integers, else 0."""
+        return self.end % 1.0
 
 
 def by_group(values: Tensor, format: PackedFormat) -> Tensor:
@@ -67,6 +89,16 @@ class Scaling:
     trained = "alpha"
     clips = True
     inside = True
+
+    def problem(self, spec: Packed) -> str | None:
+        """Why this quantizer cannot round to the levels of ``spec``."""
+        if not spec.symmetric:
+            return f"the levels of a quantizer are symmetric: Packed(symmetric=True) is required, got {spec}"
+        return None
+
+    def levels(self, bits: int, ternary: bool) -> Levels | None:
+        """Other levels than ``{-n..n} * alpha / n``."""
+        return None
 
     def start(self, magnitudes: Tensor, format: PackedFormat) -> Tensor | None:
         """The first value of what is learned, from ``|w|`` ``[N, K]``."""
@@ -148,3 +180,37 @@ class MinMax(Scaling):
 
     def alpha(self, magnitudes: Tensor, learned: Tensor | None, format: PackedFormat) -> Tensor:
         return largest_of(magnitudes, format)
+
+
+@dataclass(frozen=True)
+class SEQ(Scaling):
+    """ParetoQ's stretched elastic quantization: levels at half-integers, as many on each side and none at 0, for 2 bits
+    ``{-1.5, -0.5, 0.5, 1.5} * alpha / 2``; ternary ``{-1, 0, 1} * alpha / 1.5``. Its spec is ``Packed(bits=2)``, whose
+    zeros are floats, or for ternary ``Packed(bits=2, symmetric=True)``.
+
+    ``alpha`` is learned, from ``max|w|``. Its gradient is that of :class:`LSQ`, divided by the root of all N*K weights
+    times n; weights beyond 0.99 alpha count as clipped.
+
+    Source: Liu et al., arXiv 2502.02631.
+    """
+
+    def problem(self, spec: Packed) -> str | None:
+        if spec.symmetric and spec.bits != 2:
+            return ("SEQ has levels at half-integers, Packed(symmetric=False, zeros='float'), or is ternary, "
+                    f"Packed(bits=2, symmetric=True): got {spec}")  # fmt: skip
+        if not spec.symmetric and spec.zeros != "float":
+            return f"the zeros of SEQ are half-integers: Packed(symmetric=False, zeros='float') is required, got {spec}"
+        return None
+
+    def levels(self, bits: int, ternary: bool) -> Levels:
+        steps = 1.5 if ternary else 2.0 ** (bits - 1)
+        return Levels(steps, 1.0 if ternary else steps - 0.5, 0.99 * steps)
+
+    def start(self, magnitudes: Tensor, format: PackedFormat) -> Tensor:
+        return largest_of(magnitudes, format)
+
+    def alpha(self, magnitudes: Tensor, learned: Tensor | None, format: PackedFormat) -> Tensor:
+        assert learned is not None
+        factor = 1 / math.sqrt(levels(format.bits) * magnitudes.numel())
+        slower = learned * factor
+        return (slower + (learned - slower).detach()).abs()
