@@ -127,7 +127,7 @@ def test_outliers_and_a_classifier(cls):
 
 
 @pytest.mark.parametrize("name", ["centroids", "factors"])
-def test_masters_under_checkpointing_autocast_and_compilation(name):
+def test_masters_under_checkpointing_autocast_and_compilation(name, compiler):
     torch.manual_seed(0)
     model, x = PREPARED[name](nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 32))), torch.randn(6, 64)
     model(x).sum().backward()

@@ -107,7 +107,7 @@ def test_no_false_alarms():
     step(twin, adam(twin.parameters()))
 
 
-def test_a_step_that_is_compiled():
+def test_a_step_that_is_compiled(compiler):
     model = train.prepare(plain(), SPEC, train.Dynamic())
     optimizer = adam(model.parameters())
     before = model[0].fake_quant.learned.detach().clone()

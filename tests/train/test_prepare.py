@@ -232,7 +232,7 @@ def test_checkpointing_autocast_copies_and_pickles():
         y.float().sum().backward()
 
 
-def test_a_compiled_step():
+def test_a_compiled_step(compiler):
     model, x = train.prepare(plain(), spec_of(4), train.Dynamic()), torch.randn(6, K)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]

@@ -103,7 +103,7 @@ def test_a_model_with_a_tied_head(tmp_path):
     assert packed.lm_head.packed is packed.model.embed_tokens.packed
 
 
-def test_checkpointing_autocast_and_compilation():
+def test_checkpointing_autocast_and_compilation(compiler):
     model, x = train.prepare(plain(), spec_of(), train.SEQ()), torch.randn(6, K)
     model(x).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
