@@ -45,13 +45,15 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512vnni": _VNNI,
         "avx512bf16": [*_VNNI, "-mavx512bf16"],
     }
+KERNELS = ("packed", "codebook", "kron", "packed/blocks", "gradients")  # folders of csrc/cpu
+OPS = ("packed", "codebook", "kron", "gradients")
 # Object -> its source and flags. The slowest come first: ninja starts them in this order, so none is left over for the
 # end.
 # LOWBIT_ISAS=avx2,scalar: others are left out, for a build that is soon done.
 COMPILED = os.environ.get("LOWBIT_ISAS", "").split(",") if os.environ.get("LOWBIT_ISAS") else list(ISAS)
 OBJECTS: dict[str, tuple[str, list[str]]] = {
     f"{family}_{isa}": (f"csrc/cpu/{family}/kernel.cpp", [f"-DLOWBIT_ISA={isa}", *flags])
-    for family in ("packed", "codebook", "kron")
+    for family in KERNELS
     for isa, flags in reversed(ISAS.items())
     if isa in COMPILED
 }
@@ -60,7 +62,7 @@ OBJECTS |= {
     for isa in ISAS
     if isa not in COMPILED
 }
-OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in ("packed", "codebook", "kron")}
+OBJECTS |= {f"{family}_ops": (f"csrc/cpu/{family}/ops.cpp", []) for family in OPS}
 OBJECTS |= {
     "library": ("csrc/library.cpp", []),
     "cuda_library": ("csrc/cuda/ops/library.cpp", []),

@@ -7,6 +7,7 @@
 #include "cpu/blocks_layout_ops.h"
 #include "cpu/codebook/ops.h"
 #include "cpu/codebook/quantize_ops.h"
+#include "cpu/gradients/ops.h"
 #include "cpu/invariance.h"
 #include "cpu/isa.h"
 #include "cpu/kron/ops.h"
@@ -41,6 +42,12 @@ STABLE_TORCH_LIBRARY(lowbit_native, m) {
   m.def("batch_invariant() -> bool");
   m.def("set_batch_invariant(bool on) -> ()");
   m.def("kmeans_optimal(Tensor x, Tensor? weights, int clusters, int choices=67108864) -> Tensor");
+  m.def(
+      "sums_by_code(Tensor? d, Tensor packed, Tensor? scales, int bits, int in_features, int group_size, bool grouped) "
+      "-> Tensor");
+  m.def(
+      "sampled_products(Tensor dy, Tensor x, Tensor outlier_values, Tensor outlier_columns, Tensor outlier_rows) "
+      "-> Tensor");
   m.def("block(Tensor packed, int bits) -> Tensor");
   m.def("block_(Tensor(a!) packed, int bits) -> ()");
   m.def("unblock(Tensor blocks, int bits) -> Tensor");
@@ -61,6 +68,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_native, CPU, m) {
   lowbit::codebook::register_ops(m);
   lowbit::kron::register_ops(m);
   m.impl("kmeans_optimal", TORCH_BOX(&lowbit::codebook::kmeans_optimal_cpu));
+  m.impl("sums_by_code", TORCH_BOX(&lowbit::gradients::sums_by_code_cpu));
+  m.impl("sampled_products", TORCH_BOX(&lowbit::gradients::sampled_products_cpu));
   m.impl("block", TORCH_BOX(&lowbit::block_cpu));
   m.impl("block_", TORCH_BOX(&lowbit::block_in_place_cpu));
   m.impl("unblock", TORCH_BOX(&lowbit::unblock_cpu));

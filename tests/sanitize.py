@@ -88,7 +88,8 @@ def run_emulated(arguments: Sequence[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     tests = ROOT / "tests"
-    files = sorted(str(file) for file in (*tests.glob("*/test_kernels.py"), tests / "packed" / "test_levels.py"))
+    more = (tests / "packed" / "test_levels.py", tests / "backends" / "test_gradients.py")
+    files = sorted(str(file) for file in (*tests.glob("*/test_kernels.py"), *more))
     failed = run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
     return failed or run_emulated(arguments)
 

@@ -56,6 +56,12 @@ Tensor run_linear(Linear<Weight>& a, Tensor x, const CpuKernel<Weight>& kernel) 
   return y;
 }
 
+// out = the rows [n0, n1) of w. A family that has a faster way for many rows overloads it.
+template <class Weight>
+void dequantize_rows(const Weight& w, int64_t n0, int64_t n1, DType dtype, const CpuKernel<Weight>& kernel, char* out) {
+  for (int64_t n = n0; n < n1; ++n, out += w.K * element_size(dtype)) kernel.dequantize(w, n, dtype, out);
+}
+
 // w, [N, K] of `dtype`
 template <class Weight>
 Tensor run_dequantize(const char* op, const Weight& w, ScalarType dtype,
@@ -66,7 +72,7 @@ Tensor run_dequantize(const char* op, const Weight& w, ScalarType dtype,
   char* base = static_cast<char*>(out.mutable_data_ptr());
   const int64_t row_bytes = w.K * element_size(out_dtype);
   torch::stable::parallel_for(0, w.N, grain(kTaskElements, w.K), [&](int64_t n0, int64_t n1) {
-    for (int64_t n = n0; n < n1; ++n) kernel.dequantize(w, n, out_dtype, base + n * row_bytes);
+    dequantize_rows(w, n0, n1, out_dtype, kernel, base + n0 * row_bytes);
   });
   return out;
 }

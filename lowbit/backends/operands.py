@@ -14,13 +14,14 @@ from typing import Any, ClassVar, TypeVar, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from lowbit.backends import layouts
+from lowbit.backends import gradients, layouts
 from lowbit.backends.reference import (
     Outliers,
     add_outlier_products,
     add_outlier_rows,
     add_outliers,
     csr_places,
+    csr_row_indices,
     embedding_weight_gradient,
     outlier_matrix,
     outliers_of,
@@ -30,7 +31,9 @@ from lowbit.backends.reference import (
     without_autocast,
 )
 from lowbit.core.activations import ActivationSpec
+from lowbit.core.outliers import column_indices
 
+_PARTS = 4  # of a weight, or more: gradients hold one of them in float32
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
 _Self = TypeVar("_Self", bound="_Arguments")
 
@@ -200,8 +203,20 @@ class CodedOperands(Operands):
         return self.packed.device
 
     @property
+    def tensors(self) -> list[Tensor | None]:
+        return list(self)[: len(self.tensor_names)]
+
+    @property
     def outliers(self) -> Outliers:
         return self.outlier_values, self.outlier_columns, self.outlier_rows
+
+    def _given_outliers(self) -> tuple[Tensor, Tensor, Tensor]:
+        values, columns, rows = self.outliers
+        assert values is not None and columns is not None and rows is not None
+        return values, columns, rows
+
+    def without_outliers(self: Coded) -> Coded:
+        return replace(self, outlier_values=None, outlier_columns=None, outlier_rows=None)
 
     # ---- what a subclass adds
 
@@ -222,8 +237,21 @@ class CodedOperands(Operands):
         """float32 ``[M, N]`` without outliers, from exact integer sums of ``q [M, K]``; x ~ q / inverse."""
 
     @abstractmethod
-    def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        """The gradients of the subclass's tensors from D ``[N, K]``, the float32 gradient of W."""
+    def summed(self, wanted: Collection[str]) -> set[str]:
+        """The names of the :meth:`sums` that the gradients of the subclass's ``wanted`` tensors are made of."""
+
+    @abstractmethod
+    def sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """Sums of D ``[N, K]``, the float32 gradient of W, by the names of tensors of this decoded weight: each row's
+        own, or one for all rows, as these tensors are. Float32 and differentiable."""
+
+    def final_sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """The same where nobody differentiates them: in less time, and D may be overwritten."""
+        return self.sums(d, names)
+
+    @abstractmethod
+    def gradients(self, sums: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor | None]:
+        """The gradients of the subclass's tensors from the sums over all rows."""
 
     @abstractmethod
     def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
@@ -345,31 +373,74 @@ class CodedOperands(Operands):
         return dense.to(dtype)[position].view(*ids.shape, k)
 
     def input_gradient(self, grad: Tensor, k: int) -> Tensor:
-        """In ranges of rows of W, so that a large dense weight never exists as a whole; with outliers in one range,
-        because cutting a CSR matrix reads its row pointers, which a compiled backward cannot."""
+        """In ranges of rows of W, so that a large dense weight never exists as a whole; where it is traced or
+        differentiated, with outliers in one range: cutting a CSR matrix reads row pointers, which a graph cannot."""
         n, whole = self.out_features, self.decoded()
         dy = grad.reshape(-1, n)
         dx: Tensor | None = None
         dequantize = getattr(torch.ops.lowbit, f"{self.family}_dequantize")
-        for rows in row_ranges(n, k) if self.outlier_rows is None else [slice(0, n)]:
-            part = whole.rows(rows) if self.outlier_rows is None else whole
-            product = dy.narrow(1, rows.start, rows.stop - rows.start).float() @ dequantize(*part, k, torch.float32)
-            dx = product if dx is None else dx + product
+        final = gradients.is_final(grad, *self.tensors)
+        cut = final or self.outlier_rows is None
+        for rows in row_ranges(n, k, _PARTS) if cut else [slice(0, n)]:
+            part = dequantize(*(whole.rows(rows) if cut else whole), k, torch.float32)
+            of_part = dy.narrow(1, rows.start, rows.stop - rows.start).float()
+            if dx is None:
+                dx = of_part @ part
+            else:
+                dx = dx.addmm_(of_part, part) if final else dx + of_part @ part
         assert dx is not None
         return dx.to(grad.dtype).view(*grad.shape[:-1], k)
 
     def weight_gradients(self, x: Tensor, dy: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        return self.dense_gradients(dy.float().t() @ x.float(), wanted)
+        """D in ranges of rows, each summed up at once, and at the places of outliers; as a whole where it is traced or
+        differentiated."""
+        if not gradients.is_final(x, dy, *self.tensors):
+            return self.dense_gradients(dy.float().t() @ x.float(), wanted)
+        found: dict[str, Tensor | None] = {}
+        if names := self.summed(wanted):
+            x32, whole, sums = x.float(), self.without_outliers().decoded(), gradients.RowSums()
+            d: Tensor | None = None
+            for rows in row_ranges(dy.shape[1], x.shape[1], _PARTS):
+                of_rows = dy[:, rows].float().t()
+                d = torch.mm(of_rows, x32) if d is None else torch.mm(of_rows, x32, out=d[: len(of_rows)])
+                sums.add(whole.rows(rows).final_sums(d, names))
+            found = self.gradients(sums.whole(lambda name: len(getattr(whole, name)) == 1), wanted)
+        if "outlier_values" in wanted:
+            found["outlier_values"] = gradients.sampled_products(dy, x, *self._given_outliers())
+        return found
 
     def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
-        return self.dense_gradients(embedding_weight_gradient(ids, grad, self.out_features), wanted)
+        """D has the rows that were gathered; all rows where it is traced or differentiated."""
+        if not gradients.is_final(ids, grad, *self.tensors) or not ids.numel():
+            return self.dense_gradients(embedding_weight_gradient(ids, grad, self.out_features), wanted)
+        rows, position = unique_ids(ids, self.out_features)
+        d = embedding_weight_gradient(position, grad, len(rows))
+        of_outliers = self._outliers_among(rows, d) if "outlier_values" in wanted else None
+        found: dict[str, Tensor | None] = {}
+        if names := self.summed(wanted):
+            whole = self.without_outliers().decoded()
+            sums = whole.gathered(rows).final_sums(d, names)
+            for name, t in sums.items():
+                if len(getattr(whole, name)) > 1:
+                    sums[name] = t.new_zeros(self.out_features, *t.shape[1:]).index_copy_(0, rows, t)
+            found = self.gradients(sums, wanted)
+        return found if of_outliers is None else {**found, "outlier_values": of_outliers}
+
+    def _outliers_among(self, rows: Tensor, d: Tensor) -> Tensor:
+        """The gradient of ``outlier_values`` from the gradient d of some ``rows`` of W."""
+        values, columns, pointers = self._given_outliers()
+        place = rows.new_full((self.out_features,), -1).index_copy_(0, rows, torch.arange(len(rows), device=d.device))
+        row = place.index_select(0, csr_row_indices(pointers, len(values)))
+        found = d[row.clamp(min=0), column_indices(columns)]
+        return torch.where(row < 0, 0.0, found).to(values.dtype)
 
     def dense_gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
         d = d.float()
-        found = self.gradients(d, wanted)
+        found: dict[str, Tensor | None] = {}
+        if names := self.summed(wanted):
+            found = self.gradients(self.decoded().sums(d, names), wanted)
         if "outlier_values" in wanted:
-            values, columns, rows = self.outliers
-            assert values is not None and columns is not None and rows is not None
+            values, columns, rows = self._given_outliers()
             places = csr_places(columns, rows, d.shape[1])
             found["outlier_values"] = d.reshape(-1).index_select(0, places).to(values.dtype)
         return found

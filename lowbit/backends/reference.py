@@ -68,10 +68,12 @@ def unique_ids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return unique, position
 
 
-def row_ranges(n: int, k: int) -> Iterator[slice]:
-    """Ranges of rows of an ``[n, k]`` weight that are small enough to be dequantized: packed codes may be cut there."""
+def row_ranges(n: int, k: int, parts: int = 1) -> Iterator[slice]:
+    """Ranges of rows of an ``[n, k]`` weight that are small enough to be dequantized: packed codes may be cut there.
+    None has more than its share of so many ``parts``, unless no cut is possible."""
     whole = rows_together()
-    step = max(whole, WEIGHTS_AT_ONCE // max(k, 1) // whole * whole)
+    most = min(WEIGHTS_AT_ONCE // max(k, 1), n // parts)
+    step = max(whole, most // whole * whole)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
 

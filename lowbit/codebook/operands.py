@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.backends import gradients
+from lowbit.backends.layouts import CANONICAL
 from lowbit.backends.operands import Activation, CodedOperands
 from lowbit.backends.reference import sum_per_scale
 from lowbit.codebook.format import NESTED_BLOCK
@@ -148,26 +150,61 @@ class CodebookOperands(CodedOperands):
         step = torch.where(step < 2.0**-126, 1.0, step)
         return (weight * step.reciprocal()).round().clamp(-_LARGEST_FIXED, _LARGEST_FIXED), step
 
-    def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+    def summed(self, wanted: Collection[str]) -> set[str]:
+        names = {"codebook"} & {*wanted}
+        of_scales = self.scales is not None and any(name.startswith("scale") for name in wanted)
+        return names | {"scales"} if of_scales else names
+
+    def sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """codebook: D·scale over the weights of an entry; scales: ``sum_group D·codebook[code]``."""
+        found = {}
+        group, entry, scales = self.groups(d.shape[1]), self._entry(d.shape[1]), self.scales
+        if "codebook" in names:
+            scaled = d if scales is None else d * scales.float().index_select(1, group)
+            found["codebook"] = self._per_entry(scaled, entry)
+        if "scales" in names and scales is not None:
+            found["scales"] = sum_per_scale(d * self._table_values(self.codebook, entry), scales, group)
+        return found
+
+    def final_sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        k = d.shape[1]
+        if "codebook" in names:
+            by_code = self._sums_by_code(d, k)
+            found |= self.sums(d, {"codebook"}) if by_code is None else {"codebook": by_code}
+        if "scales" in names:
+            unscaled = replace(self, scales=None)
+            values = torch.ops.lowbit.codebook_dequantize(*unscaled, k, torch.float32)
+            found["scales"] = gradients.sum_per_group(d.mul_(values), self.group_size)
+        return found
+
+    def _sums_by_code(self, d: Tensor | None, k: int) -> Tensor | None:
+        """What :meth:`sums` says of the codebook, or of D without scales that is 1 everywhere, by the compiled kernel;
+        None where there is none."""
+        kernel = gradients.compiled("sums_by_code", self.packed)
+        if kernel is None or self._layout() is not CANONICAL:
+            return None
+        scales = None if d is None or self.scales is None else self.scales.float().contiguous()
+        rows, groups, _ = self.codebook.shape
+        sums = kernel(d, self.packed.contiguous(), scales, self.bits, k, self.group_size, groups > 1)
+        return sums.sum(0, keepdim=True) if rows == 1 else sums
+
+    def gradients(self, sums: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor | None]:
         """d codebook: the sum of D·scale over the weights of an entry; ``d scale = sum_group D·codebook[code]``."""
         found: dict[str, Tensor | None] = {}
-        k = d.shape[1]
-        group, entry = self.groups(k), self._entry(k)
-        if "codebook" in wanted:
-            scale = self.decoded().scales
-            scaled = d if scale is None else d * scale.index_select(1, group)
-            found["codebook"] = self._per_entry(scaled, entry).to(self.codebook.dtype)
+        if "codebook" in sums:
+            found["codebook"] = sums["codebook"].to(self.codebook.dtype)
         scales, table, absmax = self.scales, self.scale_codebook, self.scale_absmax
-        if scales is None or not any(name.startswith("scale") for name in wanted):
+        if scales is None or "scales" not in sums:
             return found
-        sums = sum_per_scale(d * self._table_values(self.codebook, entry), scales, group)
         if table is None or absmax is None:
-            return {**found, "scales": sums.to(scales.dtype)}
+            return {**found, "scales": sums["scales"].to(scales.dtype)}
         code, block = self._nested_entries(scales)
-        sums = sums.reshape(-1)
-        found["scale_codebook"] = sums.new_zeros(table.shape).index_add_(0, code, sums * absmax.index_select(0, block))
-        found["scale_absmax"] = sums.new_zeros(absmax.shape).index_add_(0, block, sums * table.index_select(0, code))
-        found["scale_offset"] = sums.sum().reshape(1)
+        of_scales = sums["scales"].reshape(-1)
+        of_table, of_absmax = of_scales * absmax.index_select(0, block), of_scales * table.index_select(0, code)
+        found["scale_codebook"] = of_scales.new_zeros(table.shape).index_add_(0, code, of_table)
+        found["scale_absmax"] = of_scales.new_zeros(absmax.shape).index_add_(0, block, of_absmax)
+        found["scale_offset"] = of_scales.sum().reshape(1)
         return found
 
     def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:
@@ -202,6 +239,9 @@ class CodebookOperands(CodedOperands):
 
     def uses(self, k: int) -> Tensor:
         """How many weights use each entry, float32 in the shape of the codebook."""
+        counts = self._sums_by_code(None, k) if gradients.is_plain(self.packed, self.codebook) else None
+        if counts is not None:
+            return counts
         entry = self._entry(k)
         return self._per_entry(torch.ones(entry.shape, dtype=torch.float32, device=entry.device), entry)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.backends import gradients
 from lowbit.backends.operands import Activation, CodedOperands
 from lowbit.backends.reference import quantize_activations, sum_per_scale
 from lowbit.core.activations import ActivationSpec
@@ -201,29 +202,53 @@ class PackedOperands(CodedOperands):
             y += part / inverse[:, start // x_group, None] if x_group else part
         return y if x_group else y / inverse
 
-    def gradients(self, d: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
+    def summed(self, wanted: Collection[str]) -> set[str]:
+        names = {"scales", "zeros"} if self.zeros is not None else {"scales"}
+        return {name for name in names if name in wanted or f"{name[:-1]}_factors" in wanted}
+
+    def sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """scales: ``sum_group D·(code − zero)``; zeros: ``sum_group D``."""
+        group, found = self.groups(d.shape[1]), {}
+        if "zeros" in names:
+            found["zeros"] = sum_per_scale(d, self.scales, group)
+        if "scales" in names:
+            found["scales"] = sum_per_scale(d * self._centered(group), self.scales, group)
+        return found
+
+    def final_sums(self, d: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        found, k = {}, d.shape[1]
+        if "zeros" in names:
+            found["zeros"] = gradients.sum_per_group(d, self.group_size)
+        if "scales" in names:  # beside minima codes are as they are: their zero is 0
+            zeros = torch.zeros_like(self.scales, dtype=torch.uint8) if self.minimum else self.zeros
+            unscaled = replace(self, scales=torch.ones_like(self.scales), zeros=zeros, minimum=False)
+            centered = torch.ops.lowbit.packed_dequantize(*unscaled, k, torch.float32)
+            found["scales"] = gradients.sum_per_group(d.mul_(centered), self.group_size)
+        one = len(self.scales) == 1
+        return {name: t.sum(0, keepdim=True) if one else t for name, t in found.items()}
+
+    def gradients(self, sums: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor | None]:
         """``d scale = sum_group D·(code − zero)``, ``d zero = −scale · sum_group D``; ``d minimum = −sum_group D``.
         Of a factor: the sum over its groups of ``code of the scale · d scale``."""
         found: dict[str, Tensor | None] = {}
-        scales, zeros, group = self.scales, self.zeros, self.groups(d.shape[1])
+        scales, zeros = self.scales, self.zeros
 
         def of_factors(factors: Tensor, codes: Tensor, of_groups: Tensor) -> Tensor:
-            block = torch.arange(codes.shape[1], device=d.device) // self.scale_block
-            sums = d.new_zeros(codes.shape[0], factors.shape[1])
+            block = torch.arange(codes.shape[1], device=of_groups.device) // self.scale_block
+            sums = of_groups.new_zeros(codes.shape[0], factors.shape[1])
             return sums.index_add(1, block, codes.float() * of_groups).to(factors.dtype)
 
-        if "scales" in wanted or "scale_factors" in wanted:
-            of_scales = sum_per_scale(d * self._centered(group), scales, group)
+        if "scales" in sums:
             if self.scale_factors is None:
-                found["scales"] = of_scales.to(scales.dtype)
+                found["scales"] = sums["scales"].to(scales.dtype)
             else:
-                found["scale_factors"] = of_factors(self.scale_factors, scales, of_scales)
-        if ("zeros" in wanted or "zero_factors" in wanted) and zeros is not None:
-            sums = -sum_per_scale(d, scales, group)
+                found["scale_factors"] = of_factors(self.scale_factors, scales, sums["scales"])
+        if "zeros" in sums and zeros is not None:
             if self.zero_factors is not None:
-                found["zero_factors"] = of_factors(self.zero_factors, zeros, sums)
+                found["zero_factors"] = of_factors(self.zero_factors, zeros, -sums["zeros"])
             else:
-                found["zeros"] = (sums if self.minimum else self.decoded_scales().float() * sums).to(zeros.dtype)
+                of_zeros = -sums["zeros"] if self.minimum else -self.decoded_scales().float() * sums["zeros"]
+                found["zeros"] = of_zeros.to(zeros.dtype)
         return found
 
     def coded_tangent(self, k: int, tangents: Mapping[str, Tensor]) -> list[Tensor]:

@@ -99,13 +99,9 @@ inline void dequantize_vectors(const CpuWeight& w, int64_t n, int64_t k0, int64_
   }
 }
 
-// out[k - k0] = w[n, k] without its outliers, k0 <= k < k1; k0 is a multiple of 32, k1 - k0 at most kSlice
-inline void dequantize_codes(const CpuWeight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
-  if constexpr (kHasVnni)
-    if (!in_block(w, n) && (w.G == 1 || w.group_size % 64 == 0) && !w.minimum && !w.scale_block)
-      return dequantize_vectors<Unpack64>(w, n, k0, k1, out);
-  uint8_t codes[kSlice + kUnpackSlack];
-  row_codes(w, n, k0, k1, codes);
+// out[k - k0] = w[n, k] without its outliers, k0 <= k < k1, of codes[k - k0]; k1 - k0 is at most kSlice
+inline void dequantize_unpacked(const CpuWeight& w, int64_t n, int64_t k0, int64_t k1, const uint8_t* codes,
+                                float* out) {
   float scale[kGroupsAtOnce], zero[kGroupsAtOnce];
   const int64_t g0 = k0 / w.group_size;
   for (int64_t k = k0, g = g0; k < k1; ++g) {
@@ -114,6 +110,16 @@ inline void dequantize_codes(const CpuWeight& w, int64_t n, int64_t k0, int64_t 
     dequantize_run(codes + (k - k0), end - k, w.bits, w.minimum, zero[i], scale[i], out + (k - k0));
     k = end;
   }
+}
+
+// out[k - k0] = w[n, k] without its outliers, k0 <= k < k1; k0 is a multiple of 32, k1 - k0 at most kSlice
+inline void dequantize_codes(const CpuWeight& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+  if constexpr (kHasVnni)
+    if (!in_block(w, n) && (w.G == 1 || w.group_size % 64 == 0) && !w.minimum && !w.scale_block)
+      return dequantize_vectors<Unpack64>(w, n, k0, k1, out);
+  uint8_t codes[kSlice + kUnpackSlack];
+  row_codes(w, n, k0, k1, codes);
+  dequantize_unpacked(w, n, k0, k1, codes, out);
 }
 
 void dequantize(const CpuWeight& w, int64_t n, DType dtype, void* out) {

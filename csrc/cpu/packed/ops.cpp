@@ -2,6 +2,7 @@
 
 #include "cpu/experts.h"
 #include "cpu/packed/arguments.h"
+#include "cpu/packed/blocks/kernel.h"
 #include "cpu/packed/kernel.h"
 #include "cpu/packed/stack.h"
 
@@ -20,6 +21,11 @@ inline __attribute__((always_inline)) void prefetch_row(const CpuWeight& w, int6
   if (w.zeros) row(w.zeros, w.zeros_dtype, w.zeros_row);
   if (w.scale_block) row(w.scale_factors, w.factors_dtype, w.factors_row);
   if (w.zero_factors) row(w.zero_factors, w.factors_dtype, w.factors_row);
+}
+
+// As prefetch_row().
+inline void dequantize_rows(const CpuWeight& w, int64_t n0, int64_t n1, DType dtype, const CpuKernel&, char* out) {
+  blocks::cpu_kernel(current_isa()).dequantize(w, n0, n1, dtype, out);
 }
 
 namespace {
