@@ -18,6 +18,8 @@ from torch import nn
 import lowbit
 from lowbit import demo
 from lowbit.cli import command as cli
+from lowbit.nn.layer import layers
+from lowbit.testing.tiny import BERT
 
 
 @pytest.fixture(scope="module")
@@ -435,6 +437,33 @@ def test_demo_times_int8_activations_that_are_int8() -> None:
     int8[0].become(model[0].format, int8[0].canonical())
     assert torch.equal(int8(x), model(x))
     assert demo.with_int8_activations(lowbit.convert(nn.Sequential(nn.Linear(64, 48)), lowbit.Kronecker())) is None
+
+
+def test_demo_trains_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**BERT)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(BERT["vocab_size"], (4, 6))
+    packed = demo.converted(model, lowbit.Kronecker(compression=2), [])
+
+    def error() -> float:
+        with torch.no_grad():
+            pairs = zip(*(m(ids, output_hidden_states=True).hidden_states for m in (packed, model)), strict=True)
+            return sum(float((a - b).square().mean()) for a, b in pairs)
+
+    start = error()
+    with torch.no_grad():  # as the demonstration calls it
+        packed = demo.lightly_trained(packed, model, demo.Encoder.term, [{"input_ids": ids}])
+    assert error() < 0.9 * start
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(layer._tensor("a"), nn.Parameter) for layer in layers(packed).values())
+
+
+def test_demo_trains_on_phrases_of_its_text() -> None:
+    text = " ".join(" ".join(demo.sample_text()).split())
+    found = demo.phrases(40)
+    assert len(set(found)) > 30 and all(phrase in text and 6 <= len(phrase.split()) <= 15 for phrase in found)
 
 
 def test_demo_refuses_an_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
