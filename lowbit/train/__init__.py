@@ -11,12 +11,13 @@ from typing import Any
 
 from lowbit.train.distillation import Contrastive, Distillation, Intermediate, Logits, Task, Term
 from lowbit.train.prepare import parameter_groups, prepare
+from lowbit.train.recover import Recovery, recover
 from lowbit.train.scaling import LSQ, PACT, SEQ, Dynamic, MinMax
 from lowbit.train.trainable import trainable
 
 __all__ = [
     "LSQ", "PACT", "SEQ", "Contrastive", "DistillTrainer", "Distillation", "Dynamic", "Intermediate", "Logits",
-    "MinMax", "Task", "Term", "parameter_groups", "prepare", "trainable",
+    "MinMax", "Recovery", "Task", "Term", "parameter_groups", "prepare", "recover", "trainable",
 ]  # fmt: skip
 
 

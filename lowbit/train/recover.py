@@ -1,0 +1,200 @@
+"""``recover``: what a packed model holds beside its codes is learned from the float model that it was made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowbit.model.calibrate import batches_of, call, describe_batch, evaluating
+from lowbit.model.plan import require_model
+from lowbit.nn.layer import Layer, freeze, layers, make_trainable
+
+_WARM_UP = 5  # steps until the whole learning rate
+_HELD_OUT = 8  # one batch of so many is not learned from
+_SMALLEST = 0.1  # of its first value: no scale becomes less
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What :func:`recover` did.
+
+    before, after: the loss on the batches that were not learned from.
+    kept: whether what was learned was better there; else the model is as it was.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    steps: int
+
+    def __str__(self) -> str:
+        state = "kept" if self.kept else "no better: the model is as it was"
+        return f"held-out loss {self.before:.4f} -> {self.after:.4f} after {self.steps} steps ({state})"
+
+
+@torch.inference_mode(False)
+@torch.autocast("cpu", enabled=False)
+def recover(
+    model: nn.Module,
+    reference: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    steps: int = 100,
+    lr: float = 0.005,
+    batch: int = 4,
+    seed: int = 0,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Recovery:
+    """Train scales, float zeros, tables, outliers and Kronecker factors of a packed model on the outputs of the float
+    one, in place. Codes stay as they are, and so do format, size and speed.
+
+    The loss is the KL divergence of the model's token or class probabilities from the reference's, the mean over tokens
+    that count; of encoders, the squared error of ``last_hidden_state`` over its mean square. Adam, with a learning rate
+    of ``lr`` times the mean magnitude of each tensor, which rises for 5 steps and falls linearly to 0. One batch of
+    eight is held out; where the loss on those is not smaller in the end, the model is as it was before.
+
+    Costs ``steps * batch`` forward and backward passes through both models; the float model has to be in memory.
+    EfficientQAT (Chen et al., arXiv 2407.11062) trains scales end to end so; its loss is the task's.
+
+    Args:
+        model: a packed model. What of it is trained already is an error: ``lowbit.convert(model)`` first.
+        reference: the float model. It is not changed.
+        calibration: a list of batches that both can be called with, as for :func:`lowbit.convert`; 32 and more texts.
+        batch: how many of them make a step.
+        seed: of the order of batches.
+        loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`.
+
+    Raises:
+        ValueError: no batches, no packed layer, nothing to train, one that is trained already, or a bad number.
+        FloatingPointError: the loss is not finite. The model is then as before.
+    """
+    require_model(model)
+    require_model(reference)
+    batches = batches_of(calibration)
+    names = _check(model, batches, steps, lr, batch)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    apart = max(1, len(order) // _HELD_OUT) if len(order) > 3 else 0
+    held_out, learned = order[:apart], order[apart:]
+    held_out = held_out or learned
+    measure = loss or _Distance(reference)
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    stored = {(layer, name): layer._buffers.get(name) for layer in layers(model).values() for name in names}
+
+    @torch.no_grad()
+    def on_held_out() -> float:
+        return sum(float(measure(model, batches[i])) for i in held_out) / len(held_out)
+
+    kept = False
+    try:
+        with evaluating(model, reference):
+            for parameter in required:
+                parameter.requires_grad_(False)
+            before = _finite(on_held_out(), 0)
+            make_trainable(model, *names)
+            _train(model, [batches[i] for i in learned], measure, steps, lr, batch, generator)
+            after = on_held_out()  # with what will be stored
+            kept = after < before
+    finally:
+        freeze(model)
+        if not kept:
+            for (layer, name), tensor in stored.items():
+                if tensor is not None:
+                    layer._buffers[name] = tensor
+        for parameter, before_it in required.items():
+            parameter.requires_grad_(before_it)
+    return Recovery(before, after, kept, steps)
+
+
+def _check(model: nn.Module, batches: list[Any], steps: int, lr: float, batch: int) -> list[str]:
+    """The names of the tensors to train; raises ``ValueError``."""
+    for argument, value, least in (("steps", steps, 1), ("batch", batch, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{argument} must be an integer of at least {least}: got {argument}={value!r}")
+    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+        raise ValueError(f"lr must be greater than 0 and finite: got lr={lr!r}")
+    if not batches:
+        raise ValueError("calibration must hold at least one batch: got none")
+    found = layers(model)
+    if not found:
+        raise ValueError("the model has no packed layer: convert it first")
+    for name, layer in found.items():
+        if layer.trained():
+            raise ValueError(f"{name or 'the model'}: {', '.join(layer.trained())} is trained already: end that by "
+                             "lowbit.convert(model)")  # fmt: skip
+    names = list(dict.fromkeys(name for layer in found.values() for name in layer.trainable() if _is_held(layer, name)))
+    if not names:
+        raise ValueError("no layer of the model has a float tensor that could be trained")
+    return names
+
+
+def _is_held(layer: Layer, name: str) -> bool:
+    tensor = layer._tensor(name)
+    return tensor is not None and tensor.device.type != "meta"
+
+
+def _train(
+    model: nn.Module, batches: list[Any], measure: Callable[[nn.Module, Any], Tensor], steps: int, lr: float,
+    batch: int, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Adam on all Parameters that require a gradient."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    rates = [lr * float(parameter.detach().abs().mean()) for parameter in parameters]
+    least = {p: p.detach() * _SMALLEST for name, p in trained.items() if name.endswith("scales")}
+    groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    order: list[int] = []
+    with torch.enable_grad(), tqdm(total=steps, desc="lowbit recover", unit="step", disable=None) as progress:
+        for step in range(steps):
+            share = min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+            optimizer.zero_grad()
+            for _ in range(batch):
+                order = order or torch.randperm(len(batches), generator=generator).tolist()
+                value = measure(model, batches[order.pop()]) / batch
+                _finite(float(value.detach()), step)
+                value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for parameter, limit in least.items():
+                    parameter.copy_(parameter.maximum(limit))
+            progress.update()
+
+
+def _finite(value: float, step: int) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} in step {step}: a smaller lr may help")
+    return value
+
+
+class _Distance:
+    """How far the outputs of a model are from the reference's."""
+
+    def __init__(self, reference: nn.Module) -> None:
+        self.reference = reference
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            wanted = call(self.reference, batch)
+        output = call(model, batch)
+        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+        name = "logits" if hasattr(output, "logits") or isinstance(output, Tensor) else "last_hidden_state"
+        mine, other = (each if isinstance(each, Tensor) else getattr(each, name, None) for each in (output, wanted))
+        if not isinstance(mine, Tensor) or not isinstance(other, Tensor) or mine.shape != other.shape:
+            raise ValueError("model and reference must give logits or last_hidden_state of one shape: got "
+                             f"{describe_batch(output)} and {describe_batch(wanted)}; or give a loss")  # fmt: skip
+        mine, other = mine.float(), other.to(mine.device).float()
+        if mask is not None and mask.shape == mine.shape[:-1]:
+            mine, other = mine[mask.bool()], other[mask.bool()]
+        if name == "logits" and mine.shape[-1] > 1:
+            p = other.log_softmax(-1)
+            return (p.exp() * (p - mine.log_softmax(-1))).sum(-1).mean()
+        return (mine - other).square().mean() / other.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
