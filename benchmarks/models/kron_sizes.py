@@ -8,8 +8,6 @@ weights.
 
 from __future__ import annotations
 
-import math
-
 from torch import nn
 
 import lowbit
@@ -33,12 +31,12 @@ def convert(model: nn.Module, spec: Kronecker) -> nn.Module:
 
 
 def parameters(model: nn.Module) -> int:
-    """Every parameter once; of a packed factor its elements."""
-    count = sum(tensor.numel() for tensor in model.parameters())
-    for layer in {id(layer.a): layer for layer in layers(model).values()}.values():
-        form = layer.format
+    """Every parameter once, a tied one too; of a packed factor its elements."""
+    found = layers(model).values()
+    factors = {id(tensor) for layer in found for tensor in layer.named_tensors().values()}
+    count = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in factors)
+    for form in {id(layer.a): layer.format for layer in found}.values():
         count += form.rank * (form.n1 * form.k1 + form.n2 * form.k2)
-        count -= sum(math.prod(shape) for shape, _ in form.tensors().values())
     return count
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
+from benchmarks.models import kron_sizes
 from lowbit import train
 from lowbit.nn.layer import layers
 from lowbit.testing.tiny import BERT, GPT2, TOWER
@@ -148,3 +149,40 @@ def test_masters_under_checkpointing_autocast_and_compilation(name, compiler):
         with torch.no_grad():
             assert torch.equal(lowbit.convert(copy.deepcopy(model))(x), y)
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def test_kngpt2_has_its_head_once(tmp_path):
+    """124.4 M weights become 83.9 M: the embedding, and with it the head, and all matrices of the odd layers halve."""
+    safetensors = pytest.importorskip("safetensors")
+    config = {**GPT2, "n_layer": 4, "bos_token_id": None, "eos_token_id": None}
+    model = made("GPT2LMHeadModel", "GPT2Config", **config)
+    spec, d = lowbit.Kronecker(compression=2), config["n_embd"]
+    halved = [(config["vocab_size"], d), *2 * [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]]
+    before = sum(p.numel() for p in model.parameters())
+    expected = before - sum(n * k // 2 - 2 for n, k in halved)
+    specs = {"transformer.wte": spec, "transformer.h.1.*": spec, "transformer.h.3.*": spec}
+    model = train.prepare(model, specs)
+    assert model.transformer.wte.a.shape == (1, 101, 32) and model.transformer.wte.b.shape == (1, 1, 2)
+    assert sum(p.numel() for p in model.parameters()) == expected == kron_sizes.parameters(model)
+    steps(model, lambda m: m(input_ids=IDS, labels=IDS).loss)
+    model = ended(model, lambda m: m(input_ids=IDS).logits)
+    assert kron_sizes.parameters(model) == expected
+    lowbit.save(model, tmp_path / "small")
+    (file,) = (tmp_path / "small").glob("*.safetensors")
+    with safetensors.safe_open(file, "pt") as held:
+        tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        head = int.from_bytes(file.read_bytes()[:8], "little")
+    assert sum(t.numel() for t in tensors.values()) == expected and not any("lm_head" in name for name in tensors)
+    assert file.stat().st_size == 8 + head + 4 * expected
+    again = lowbit.load(tmp_path / "small")
+    assert again.lm_head.a is again.transformer.wte.a
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_gpt2_small_as_kngpt2():
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+    model.tie_weights()
+    assert kron_sizes.parameters(model) == 124_439_808
+    assert kron_sizes.parameters(kron_sizes.convert(model, lowbit.Kronecker(compression=2))) == 83_907_506
