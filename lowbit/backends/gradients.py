@@ -22,12 +22,14 @@ _PRODUCTS_AT_ONCE = 1 << 22  # of dY and x at the places of outliers: 16 MiB in 
 
 def is_final(*tensors: Tensor | None) -> bool:
     """Whether nobody differentiates, transforms or traces what is made of these tensors."""
+    if torch.compiler.is_compiling():  # nothing of what follows can be in its graph
+        return False
     return not torch.is_grad_enabled() and forward_ad._current_level < 0 and is_plain(*tensors)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are tensors with values of their own: none is in a batch, a trace or a subclass."""
-    if torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     given = [t for t in tensors if t is not None]
     # others are dispatched otherwise than any other on their device

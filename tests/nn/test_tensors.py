@@ -187,7 +187,8 @@ def test_trained_tensors_in_a_compiled_graph():
     lowbit.make_trainable(m, "scales")
     expected = torch.autograd.grad(m(IDS).square().sum(), m[1].scales)[0]
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(compiled(IDS).square().sum(), m[1].scales)[0], expected)
+    found = torch.autograd.grad(compiled(IDS).square().sum(), m[1].scales)[0]
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)  # the graph sums in another order
 
 
 def interrupted(call, functions, line):
