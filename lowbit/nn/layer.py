@@ -127,7 +127,10 @@ class Layer(nn.Module):
             return self._buffers
         # a replica in nn.DataParallel has Parameters as attributes only
         types = self._dtypes.items()
-        trained = {n: _as_stored(getattr(self, n), dtype) for n, dtype in types if n not in self._buffers}
+        masters = {n: getattr(self, n) for n, _ in types if n not in self._buffers}
+        if diverged := next((n for n, master in masters.items() if _is_known(master) and not _is_finite(master)), None):
+            raise FloatingPointError(f"{self.title()}: {diverged} is NaN or infinite: training has diverged")
+        trained = {n: _as_stored(master, self._dtypes[n]) for n, master in masters.items()}
         held = {**self._buffers, **trained}
         for pair in self.one_dtype:
             first, second = (held[name] for name in pair)
@@ -490,6 +493,16 @@ def canonical_state_dict(model: nn.Module) -> dict[str, Any]:
             if key in state:
                 state[key] = tensor
     return state
+
+
+def _is_known(master: Tensor) -> bool:
+    """Whether the values can be looked at: no graph is being made of them, and no derivative, batch or copy."""
+    plain = type(master) in (nn.Parameter, Tensor) and master.device.type != "meta"
+    return plain and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(master)
+
+
+def _is_finite(master: Tensor) -> bool:
+    return bool(torch.isfinite(master.detach().sum()))
 
 
 def _as_stored(master: Tensor, dtype: torch.dtype) -> Tensor:

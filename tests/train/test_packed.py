@@ -103,6 +103,16 @@ def test_a_tied_head_shares_its_masters():
     assert model.lm_head.codebook is model.model.embed_tokens.codebook and len(layers(model)) > 2
 
 
+@pytest.mark.parametrize("name", ["outliers", "centroids", "factors"])
+def test_the_first_nan_stops_with_the_name(name):
+    model, x = train.prepare(plain(), SPECS[name]), torch.randn(6, K)
+    part = model[2].trained()[-1]
+    with torch.no_grad():
+        model[2].get_parameter(part).view(-1)[-1] = float("nan")
+    with pytest.raises(FloatingPointError, match=rf"^2 \(\w+ \[37, 48\]\): {part} is NaN or infinite: training has"):
+        model(x)
+
+
 def test_what_is_refused_changes_nothing():
     model = plain()
     before = list(model)
