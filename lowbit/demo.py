@@ -46,7 +46,7 @@ GENERATED_TOKENS = 32
 # many times the float model's.
 FAR_COSINE, FAR_PERPLEXITY = 0.9, 1.5
 KRONECKER, TRAINED = "Kronecker, half", "Kronecker, half, trained"
-STEPS, ROWS, RATE = 20, 16, 1e-3  # of light training: about ten seconds of one core
+STEPS, ROWS, RATE = 20, 16, 5e-4  # of light training: about ten seconds of one core
 
 
 # ---------------------------------------------------------------------------------------- sentences

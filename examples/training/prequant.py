@@ -3,7 +3,7 @@
     python examples/training/prequant.py --bits 4
 
 The model knows simple stories; the task is Shakespeare. 0.5 % of the weights, those of largest magnitude, are kept
-beside the codes and trained; nothing else is.
+beside the codes and trained; nothing else is. ``--outliers-by random`` trains as many others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--outliers", type=float, default=0.005)
+    parser.add_argument("--outliers-by", choices=["magnitude", "random"], default="magnitude")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-2)
     given = parser.parse_args()
@@ -28,7 +29,8 @@ def main() -> None:
     chunks, held_out = shakespeare()
 
     def run(seed: int) -> dict[str, float]:
-        spec = lowbit.Packed(bits=given.bits, granularity="row", outliers=given.outliers)
+        spec = lowbit.Packed(bits=given.bits, granularity="row", outliers=given.outliers, outliers_by=given.outliers_by,
+                             seed=seed)  # fmt: skip
         student = lowbit.convert(copy.deepcopy(pretrained), spec)
         untuned = common.perplexity(student, held_out)
         parameters = train.trainable(student, "outliers")
@@ -37,7 +39,8 @@ def main() -> None:
         share = sum(p.numel() for p in parameters) / sum(p.numel() for p in pretrained.parameters())
         return {"untuned": untuned, "perplexity": tuned, "trained": share}
 
-    common.report(f"PreQuant, {given.bits} bits, {given.steps} steps", run, given.seeds)
+    chosen = ", random outliers" if given.outliers_by == "random" else ""
+    common.report(f"PreQuant, {given.bits} bits{chosen}, {given.steps} steps", run, given.seeds)
 
 
 def shakespeare() -> tuple[torch.Tensor, list[torch.Tensor]]:

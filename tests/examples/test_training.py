@@ -39,7 +39,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("script", "before", "options"), [
     ("quantgpt", "untrained", "--bits 2-2-8 --steps 1 --contrastive 0.1"),
     ("kmeans", "untuned", "--bits 2 --steps 1"),
-    ("prequant", "untuned", "--bits 2 --steps 1"),
+    ("prequant", "untuned", "--bits 2 --steps 1 --outliers-by random"),
     ("kngpt2", "untrained", "--steps 1 --ilkd"),
 ])  # fmt: skip
 def test_the_shortest_run(
