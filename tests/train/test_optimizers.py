@@ -53,6 +53,15 @@ def test_one_made_before_prepare(name):
     step(model, adam(model.parameters()))
 
 
+def test_parameters_that_packing_took_out():
+    model = plain()
+    weights, biases = adam([model[0].weight, model[2].weight]), adam([model[0].bias, model[2].bias])
+    train.prepare(model, PACKED)
+    step(model, biases)  # the rest is trained by nobody, on purpose
+    with pytest.raises(RuntimeError, match="no optimizer has 0.outlier_values"):
+        step(model, weights)
+
+
 def test_one_made_before_trainable():
     model = lowbit.convert(plain(), {"0": PACKED})
     optimizer = adam(model.parameters())
