@@ -318,7 +318,8 @@ class KronOperands(Operands):
         return product.rows(unique).to(dtype)[position].view(*ids.shape, k)
 
     # Gradients. With D = dY as [M, n1, n2] and X as [M, k1, k2]:
-    #   dX = dY @ W, a product with the transposed factors;  da[r] = sum_m D (X b[r].T).T;  db[r] = sum_m D.T (a[r] X)
+    #   dX = dY @ W, a product with the transposed factors;  da[r] = sum_m D (X b[r].T).T = sum_m (D b[r]) X.T;
+    #   db[r] = sum_m D.T (a[r] X) = sum_m (a[r].T D).T X
     # A packed factor passes its gradient on to its scales and float zeros.
 
     def input_gradient(self, grad: Tensor, k: int) -> Tensor:
@@ -334,13 +335,14 @@ class KronOperands(Operands):
         a, b, d = w.a.dense(), w.b.dense(), dy.float()
         d = d if w.output_permutation is None else d.index_select(1, w.output_permutation.argsort())
         d, x = d.view(-1, w.a.n, w.b.n), w.columns(x.float())
+        short = w.b.k <= w.b.n  # of the two orders of products, the one with less between them
         found: dict[str, Tensor | None] = {}
         if _trains("a", wanted):
-            products = [_product(d.transpose(0, 1), (x @ b_r.t()).transpose(0, 1)) for b_r in b]
-            found |= w.a.gradients(torch.stack(products))
+            pairs = [(d @ b_r, x) if short else (d, x @ b_r.t()) for b_r in b]
+            found |= w.a.gradients(torch.stack([_product(p.transpose(0, 1), q.transpose(0, 1)) for p, q in pairs]))
         if _trains("b", wanted):
-            products = [_product(d.permute(2, 0, 1), (a_r @ x).permute(2, 0, 1)) for a_r in a]
-            found |= w.b.gradients(torch.stack(products))
+            pairs = [(d, a_r @ x) if short else (a_r.t() @ d, x) for a_r in a]
+            found |= w.b.gradients(torch.stack([_product(p.permute(2, 0, 1), q.permute(2, 0, 1)) for p, q in pairs]))
         return found
 
     def row_gradients(self, ids: Tensor, grad: Tensor, wanted: Collection[str]) -> dict[str, Tensor | None]:
