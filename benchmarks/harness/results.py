@@ -18,7 +18,7 @@ BASELINES = {"torch fp32": "x_fp32", "torch bf16": "x_bf16"}
 # name and width
 COLUMNS = {
     "ms": 11, "rows_s": 12, "gb_s": 8, "bandwidth_share": 17, "gop_s": 8, "peak_share": 12, "error": 10, "x_fp32": 8,
-    "x_bf16": 8,
+    "x_bf16": 8, "ratio": 8, "peak_mib": 10,
 }  # fmt: skip
 COMPUTE_BOUND = 64  # from this M on a product is compared with the peak rate, and not with the bandwidth
 
@@ -37,13 +37,18 @@ def condition(row: Row) -> tuple[Any, ...]:
 
 
 def with_ratios(rows: Iterable[Row]) -> list[Row]:
-    """Each row with its speed relative to the dense baselines measured under the same conditions."""
+    """Each row with its speed relative to the dense baselines measured under the same conditions; one that names its
+    ``baseline`` with its time over that one's, ``ratio``."""
     rows = list(rows)
+    named = {(condition(r), r["name"]): r["ms"] for r in rows}
     base = {(condition(r), BASELINES[r["name"]]): r["ms"] for r in rows if r["name"] in BASELINES}
     result = []
     for row in rows:
         keys = [key for key in BASELINES.values() if (condition(row), key) in base]
-        result.append({**row, **{key: round(base[condition(row), key] / row["ms"], 2) for key in keys}})
+        found = {key: round(base[condition(row), key] / row["ms"], 2) for key in keys}
+        if (own := named.get((condition(row), row.get("baseline")))) is not None:
+            found["ratio"] = round(row["ms"] / own, 2)
+        result.append({**row, **found})
     return sorted(result, key=condition)
 
 
