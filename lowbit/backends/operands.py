@@ -388,6 +388,7 @@ class CodedOperands(Operands):
                 dx = of_part @ part
             else:
                 dx = dx.addmm_(of_part, part) if final else dx + of_part @ part
+            del part  # before the next is made
         assert dx is not None
         return dx.to(grad.dtype).view(*grad.shape[:-1], k)
 
