@@ -34,17 +34,18 @@ from lowbit.model.warmup import tune, warmup
 from lowbit.nn.layer import freeze, make_trainable
 from lowbit.packed.format import Packed, PackedFormat, PackedWeight
 from lowbit.packed.module import PackedEmbedding, PackedExperts, PackedLinear
+from lowbit.quality.budget import BudgetPlan, plan
 from lowbit.quality.evaluate import Evaluation, evaluate
 
 __version__ = VERSION
 __all__ = [
-    "Codebook", "CodebookEmbedding", "CodebookExperts", "CodebookFormat", "CodebookLinear", "CodebookWeight",
-    "Evaluation", "ExpertStack", "Kronecker", "KroneckerEmbedding", "KroneckerExperts", "KroneckerFormat",
-    "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding", "PackedExperts", "PackedFormat", "PackedLinear",
-    "PackedWeight", "Quantizer", "Report", "Source", "Statistics", "backends", "batch_invariant", "codebook_of",
-    "convert", "convert_folder", "dequantize", "evaluate", "export", "freeze", "load", "make_trainable",
-    "register_experts", "register_quantizer", "register_source", "report", "save", "train", "tune", "use_backend",
-    "warmup",
+    "BudgetPlan", "Codebook", "CodebookEmbedding", "CodebookExperts", "CodebookFormat", "CodebookLinear",
+    "CodebookWeight", "Evaluation", "ExpertStack", "Kronecker", "KroneckerEmbedding", "KroneckerExperts",
+    "KroneckerFormat", "KroneckerLinear", "KroneckerWeight", "Packed", "PackedEmbedding", "PackedExperts",
+    "PackedFormat", "PackedLinear", "PackedWeight", "Quantizer", "Report", "Source", "Statistics", "backends",
+    "batch_invariant", "codebook_of", "convert", "convert_folder", "dequantize", "evaluate", "export", "freeze", "load",
+    "make_trainable", "plan", "register_experts", "register_quantizer", "register_source", "report", "save", "train",
+    "tune", "use_backend", "warmup",
 ]  # fmt: skip
 
 registry.initialize()

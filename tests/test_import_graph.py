@@ -22,7 +22,8 @@ ROOMS = (
     ("packed",),
     ("codebook", "kron"),  # neither knows the other
     ("model",),
-    ("checkpoint", "quality", "train"),
+    ("quality",),
+    ("checkpoint", "train"),
     ("integrations",),
     ("", "cli", "compat", "demo", "testing"),  # "": lowbit/__init__.py
 )

@@ -172,6 +172,11 @@ def calibrate_sequential(
             quantize_layer(name, layers[name], hessians.get(name))
 
 
+def same_input(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[list[str]]:
+    """The names of layers, those together that see the very same input tensor; as the first batch shows it."""
+    return [group.names for group in _trace(model, layers, list(batches), None)]
+
+
 def batches_of(given: Any, argument: str = "calibration") -> list[Any]:
     """The batches of an argument as a list; raises ``TypeError`` for what is one batch, or text."""
     what = type(given).__name__

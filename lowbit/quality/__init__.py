@@ -1,1 +1,1 @@
-"""What a compressed model is worth: how good it is (:mod:`lowbit.quality.evaluate`)."""
+"""What a compressed model is worth: ``evaluate`` says how good it is, ``budget`` which form each layer should have."""

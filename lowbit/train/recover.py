@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowbit.model.calibrate import batches_of, call, describe_batch, evaluating
+from lowbit.model.calibrate import batches_of, call, evaluating
 from lowbit.model.plan import require_model
 from lowbit.nn.layer import Layer, freeze, layers, make_trainable
+from lowbit.quality.distance import between
 
 _WARM_UP = 5  # steps until the whole learning rate
 _HELD_OUT = 8  # one batch of so many is not learned from
@@ -83,7 +85,7 @@ def recover(
     apart = max(1, len(order) // _HELD_OUT) if len(order) > 3 else 0
     held_out, learned = order[:apart], order[apart:]
     held_out = held_out or learned
-    measure = loss or _Distance(reference)
+    measure = loss or partial(_distance, reference)
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     stored = {(layer, name): layer._buffers.get(name) for layer in layers(model).values() for name in names}
 
@@ -175,26 +177,7 @@ def _finite(value: float, step: int) -> float:
     return value
 
 
-class _Distance:
-    """How far the outputs of a model are from the reference's."""
-
-    def __init__(self, reference: nn.Module) -> None:
-        self.reference = reference
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        with torch.no_grad():
-            wanted = call(self.reference, batch)
-        output = call(model, batch)
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-        name = "logits" if hasattr(output, "logits") or isinstance(output, Tensor) else "last_hidden_state"
-        mine, other = (each if isinstance(each, Tensor) else getattr(each, name, None) for each in (output, wanted))
-        if not isinstance(mine, Tensor) or not isinstance(other, Tensor) or mine.shape != other.shape:
-            raise ValueError("model and reference must give logits or last_hidden_state of one shape: got "
-                             f"{describe_batch(output)} and {describe_batch(wanted)}; or give a loss")  # fmt: skip
-        mine, other = mine.float(), other.to(mine.device).float()
-        if mask is not None and mask.shape == mine.shape[:-1]:
-            mine, other = mine[mask.bool()], other[mask.bool()]
-        if name == "logits" and mine.shape[-1] > 1:
-            p = other.log_softmax(-1)
-            return (p.exp() * (p - mine.log_softmax(-1))).sum(-1).mean()
-        return (mine - other).square().mean() / other.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+def _distance(reference: nn.Module, model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        wanted = call(reference, batch)
+    return between(call(model, batch), wanted, batch)

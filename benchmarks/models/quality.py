@@ -1,0 +1,119 @@
+"""How good quantizers are at equal codes: ``python -m benchmarks.models.quality`` (AutoRound where it is installed).
+
+The linear layers of stories260k, groups of 32; the same 32 stories of TinyStories calibrate every method, in rows of
+256 tokens; 60 other stories are the measure. *Excess* is ln(perplexity / the float model's). Medians over seeds, which
+choose the calibration stories. ``--json FILE`` writes every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from benchmarks.models.accuracy import perplexity, stories260k
+from lowbit import Codebook, Packed, train
+from lowbit.testing import samples
+
+ROWS = 256  # tokens
+HELD_OUT, CALIBRATION = 60, 32  # stories
+
+
+def calibration(texts: list[Tensor], seed: int) -> list[Tensor]:
+    """Rows ``[1, 256]`` of stories that are not among those held out."""
+    order = torch.randperm(len(texts) - HELD_OUT, generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens = torch.cat([texts[HELD_OUT + i][0] for i in order[:CALIBRATION]])
+    return list(tokens[: len(tokens) // ROWS * ROWS].view(-1, 1, ROWS))
+
+
+def lowbit_method(spec: Any, recover: bool = False) -> Callable[..., nn.Module]:
+    def run(model: nn.Module, rows: list[Tensor], seed: int) -> nn.Module:
+        packed = lowbit.convert(copy.deepcopy(model), {"*proj": spec}, calibration=rows)
+        if recover:
+            train.recover(packed, model, rows, seed=seed)
+        return packed
+
+    return run
+
+
+def autoround(bits: int, iterations: int) -> Callable[..., nn.Module]:
+    """AutoRound with its defaults, asymmetric; its zeros are integers."""
+
+    def run(model: nn.Module, rows: list[Tensor], seed: int) -> nn.Module:
+        from auto_round import AutoRound
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(samples.folder("stories260k"))
+        tuner = AutoRound(
+            copy.deepcopy(model), tokenizer, bits=bits, group_size=32, sym=False, iters=iterations, seed=seed,
+            dataset=[{"input_ids": row} for row in rows], seqlen=ROWS, nsamples=len(rows), device_map="cpu",
+        )  # fmt: skip
+        return tuner.quantize()[0].eval()
+
+    return run
+
+
+def methods(bits: int, iterations: int) -> dict[str, Callable[..., nn.Module]]:
+    def packed(quantizer: str, zeros: str) -> Packed:
+        return Packed(bits=bits, group_size=32, zeros=zeros, quantizer=quantizer)  # type: ignore[arg-type]
+
+    found = {f"{q}, {z} zeros": lowbit_method(packed(q, z)) for z in ("int", "float") for q in ("gptq", "descent")}
+    found |= {f"descent + recover, {z} zeros": lowbit_method(packed("descent", z), True) for z in ("int", "float")}
+    table = Codebook(bits=bits, sensitivity=True)
+    found |= {"codebook per row": lowbit_method(table), "codebook per row + recover": lowbit_method(table, True)}
+    try:
+        import auto_round  # noqa: F401
+    except ImportError:
+        return found
+    return {**found, f"AutoRound, {iterations} iterations": autoround(bits, iterations)}
+
+
+def measure(bits: list[int], seeds: int, iterations: int, only: str | None) -> list[dict[str, Any]]:
+    model, texts = stories260k()
+    held_out = texts[:HELD_OUT]
+    exact, found = perplexity(model, held_out), []
+    print(f"float {exact:.4f}", flush=True)
+    for width in bits:
+        for name, method in methods(width, iterations).items():
+            if only is not None and only not in name:
+                continue
+            values, start = [], time.process_time()
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                values.append(perplexity(method(model, calibration(texts, seed), seed), held_out))
+            seconds = (time.process_time() - start) / seeds
+            value = statistics.median(values)
+            row = {"bits": width, "method": name, "perplexity": round(value, 4), "lowest": round(min(values), 4),
+                   "highest": round(max(values), 4), "excess": round(math.log(value / exact), 4), "seeds": seeds,
+                   "seconds": round(seconds)}  # fmt: skip
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
+    parser.add_argument("--only", help="methods with this in their name")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(given.bits, given.seeds, given.iterations, given.only)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
