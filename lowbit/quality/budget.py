@@ -116,7 +116,7 @@ def plan(
     apart = max(1, len(batches) // _HELD_OUT)
     held_out, seen = batches[:apart], batches[apart:]
     groups = _groups(model, specs[0], skip, seen, fused)
-    _require_room(model, specs, skip, groups, kind, amount)
+    _require_room(model, specs, skip, seen, groups, kind, amount)
     choices = [_converted(model, spec, skip, seen, groups) for spec in specs]
     sizes = torch.tensor([[sum(choice[g][name].format.nbytes for name in _first_names(choice[g])) for choice in choices]
                           for g in range(len(groups))])  # fmt: skip
@@ -226,10 +226,13 @@ def _first_names(group: dict[str, Layer]) -> list[str]:
 
 
 def _require_room(
-    model: nn.Module, specs: list[Spec], skip: Sequence[str] | None, groups: list[list[str]], kind: str, amount: float
-) -> None:
+    model: nn.Module, specs: list[Spec], skip: Sequence[str] | None, batches: list[Any], groups: list[list[str]],
+    kind: str, amount: float,
+) -> None:  # fmt: skip
     """Raise where no candidate can fit everywhere, by what formats say, before anything is quantized."""
-    rows = [convert(model, spec, skip=skip, dry_run=True).rows for spec in specs]
+    given = [batches if spec.needs_calibration else None for spec in specs]
+    rows = [convert(model, spec, skip=skip, dry_run=True, calibration=data).rows
+            for spec, data in zip(specs, given, strict=True)]  # fmt: skip
     totals = torch.tensor([[sum(row.bytes_after for row in of_spec) for of_spec in rows]])
     weights = sum(row.weights for row in rows[0] if row.shares is None)
     _uniform(totals, _limit(model, groups, kind, amount, weights), specs)

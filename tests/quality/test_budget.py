@@ -89,6 +89,14 @@ def test_bytes_count_what_stays_float():
     assert 30000 < lowbit.report(lowbit.convert(copy.deepcopy(model), without.specs)).total_after <= 30500
 
 
+def test_the_candidates_are_those_of_gptq_by_default():
+    found = lowbit.plan(Net(), 4.0, calibration=batches())
+    assert {spec.quantizer for spec in found.specs.values()} == {"gptq"}
+    assert len({spec.bits for spec in found.specs.values()}) > 1 and 3.5 < found.bits_per_weight <= 4
+    packed = lowbit.convert(Net(), found.specs, calibration=batches()[1:])
+    assert packed_bytes(packed) == found.bytes
+
+
 def test_layers_of_one_input_may_differ_without_fused():
     found = lowbit.plan(Net(), 4.1, calibration=batches(), candidates=CANDIDATES, fused=False)
     assert len(found.specs) == 9 and len({found.specs[f"blocks.{b}.{n}"] for b in (0, 1) for n in ("q", "k")}) > 1
