@@ -163,7 +163,7 @@ def test_compile_trains_factors(where, weight):
 
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     for found, want in zip(run(compiled), run(linear), strict=True):
-        assert_bitwise_equal(found, want)
+        torch.testing.assert_close(found, want)  # a graph may keep a factor transposed: sums in another order
 
 
 def test_export(where, weight):
