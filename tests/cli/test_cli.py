@@ -373,18 +373,6 @@ def test_installed_command_runs() -> None:
     assert (result.returncode, result.stdout) == (0, f"lowbit {lowbit.__version__}\n")
 
 
-def test_ranks_share_ties() -> None:
-    assert demo.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
-
-
-def test_spearman() -> None:
-    a = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert demo.spearman(a, a.exp()) == pytest.approx(1.0)
-    assert demo.spearman(a, -a) == pytest.approx(-1.0)
-    # 1 - 6 * sum d² / (n (n² - 1)) with d = (1, 1, 0, 0, 0)
-    assert demo.spearman(a, torch.tensor([1.0, 0.0, 2.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / 120)
-
-
 def test_one_call_gives_the_median_and_the_spread() -> None:
     times = iter([0.0, 0.002, 0.0, 0.004, 0.0, 0.009])
     with pytest.MonkeyPatch.context() as patch:

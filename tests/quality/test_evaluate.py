@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.quality.evaluate import percentile
-from lowbit.quality.statistics import rank_correlation
+from lowbit.quality.statistics import rank_correlation, ranks
 
 V = 7
 
@@ -175,6 +175,8 @@ def test_ranks_of_equal_values():
     x, y = torch.tensor([1.0, 1, 2, 3, 3, 3, 0]), torch.tensor([5.0, 4, 4, 4, 1, 2, 9])
     assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
     assert math.isnan(rank_correlation(x, torch.ones(7)))
+    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+    assert rank_correlation(x, x.exp()) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
 
 
 def test_percentile_is_one_of_the_values():
