@@ -107,7 +107,8 @@ def check(where, y, whole, ids, x, weight, bias, int8):
     if where.backend == "cpu":  # of which the linear layer's tests say that it is right
         assert_bitwise_equal(y, expected)
         return
-    torch.testing.assert_close(y, expected, rtol=4 * torch.finfo(y.dtype).eps, atol=1e-5)
+    if int8:  # exact sums; those of floats depend on how many rows there are, so they are held against float64
+        torch.testing.assert_close(y, expected, rtol=4 * torch.finfo(y.dtype).eps, atol=1e-5)
     for e in () if int8 else ids.unique().tolist():
         rows, own = (ids == e).nonzero()[:, 0], slice(e * n, (e + 1) * n)
         if own.stop <= len(dense):
