@@ -307,7 +307,8 @@ def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():
     for found in pickled.values():
         with lowbit.use_backend("reference"):
             assert torch.equal(found["embedding"](found["ids"]), found["rows"])
-            assert torch.equal(found["linear"](found["x"]).detach(), found["y"])
+            y = found["linear"](found["x"]).detach()
+            torch.testing.assert_close(y, found["y"], rtol=1e-5, atol=2e-6)  # of torch's own sums of 64 products
         # the sums' order depends on the ISA
         torch.testing.assert_close(found["linear"](found["x"]).detach(), found["y"], rtol=1e-4, atol=1e-4)
 

@@ -663,7 +663,8 @@ def test_ternary_model_is_converted_without_loss(bitllama: Any, stories: list[Te
         assert_bitwise_equal(converted(stories[0]), logits)
     after, tokens = perplexity(converted, stories)
     assert tokens == 100_816
-    assert after == pytest.approx(4.77030, abs=1e-5)
+    # 4.77030 on Zen 4, 4.77047 on a Xeon with AMX, whose torch sums floats in another order: an int8 rounding flips
+    assert after == pytest.approx(4.7703, abs=1e-3)
 
 
 @pytest.mark.usefixtures("one_thread")

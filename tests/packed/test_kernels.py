@@ -492,7 +492,8 @@ def test_every_element_of_x_counts_whatever_its_weights_are(where, bits, dtype):
         x = hard_rows(k, dtype, i)
         y = weight.linear(x)
         in_pieces = where.isa in ("avx512vnni", "avx512bf16") and dtype == torch.float32
-        assert_linear_close(y, x, weight.dense(), any_x=in_pieces)
+        summed_by_torch = where.backend == "reference"  # in an order that is not promised
+        assert_linear_close(y, x, weight.dense(), any_x=in_pieces or summed_by_torch)
         if where.backend != "cpu":
             continue
         weight.packed = blocks.block(weight.packed, bits)
