@@ -34,7 +34,7 @@ from lowbit.checkpoint.convert_folder import copy_small_files
 from lowbit.checkpoint.folder import DESCRIPTION_FILE
 from lowbit.checkpoint.metadata import Metadata, parse
 from lowbit.checkpoint.reader import Checkpoint, read_json
-from lowbit.cli import evaluate
+from lowbit.cli import budget, evaluate
 from lowbit.core.family import (
     ACTIVATIONS,
     FLOAT_DTYPES,
@@ -154,16 +154,19 @@ def calibration_batches(folder: Path, text: Path) -> list[dict[str, Tensor]]:
     ]  # fmt: skip
 
 
-def _asks_for_a_spec(options: argparse.Namespace) -> bool:
-    return bool(options.spec) or any(getattr(options, name) is not None for name in _PACKED_OPTIONS)
+def _says_a_spec(options: argparse.Namespace) -> list[str]:
+    """The options that do."""
+    flags = ["--" + name.replace("_", "-") for name in _PACKED_OPTIONS if getattr(options, name) is not None]
+    return ["--spec"] * bool(options.spec) + flags
 
 
 def _convert(options: argparse.Namespace) -> None:
+    budget.check(options, _says_a_spec(options))
     spec: Spec | dict[str, Spec | None] | None = _specs(options)
     if not options.source.is_dir() and not foreign.is_file(options.source):
         raise FileNotFoundError(f"SRC must be a folder with a transformers model, or a GGUF file: {options.source} is "
                                 "neither")  # fmt: skip
-    if not _asks_for_a_spec(options) and foreign.declared(options.source) is not None:
+    if not _says_a_spec(options) and foreign.declared(options.source) is not None:
         spec = None  # what is in the format is kept as it is, and the rest float
     specs = list(spec.values()) if isinstance(spec, dict) else [spec]
     need = next((each.calibration_need for each in specs if each is not None and each.needs_calibration), None)
@@ -175,6 +178,9 @@ def _convert(options: argparse.Namespace) -> None:
     if options.calibration_text is not None:
         calibration = calibration_batches(options.source, options.calibration_text)
     start = time.perf_counter()
+    if options.budget is not None:
+        assert calibration is not None
+        spec = budget.specs(options, parse_spec, calibration)
     lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration)
     print(describe_folder(options.target))
     print(f"written to {options.target} in {time.perf_counter() - start:.1f} s")
@@ -469,6 +475,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")
+    budget.add_to(convert)
 
     export = commands.add_parser("export", help="write a packed folder in another library's format")
     export.set_defaults(run=_export)

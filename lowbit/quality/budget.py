@@ -11,10 +11,11 @@ exactly, by dynamic programming.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ class BudgetPlan:
     uniform: float
     uniform_spec: Spec
     kept: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a spec is the call that makes it, as the command line takes it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "specs": {name: written(spec) for name, spec in self.specs.items()},
+                "uniform_spec": written(self.uniform_spec)}  # fmt: skip
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
         chosen: dict[str, list[str]] = {}
@@ -170,6 +180,15 @@ class _Search:
                 self.place(g, own)
         chosen = knapsack(growth, sizes, limit)
         return chosen, least + float(sum(growth[g, c] for g, c in enumerate(chosen)))
+
+
+def written(value: Any) -> str:
+    """The call that makes a spec, defaults left out: ``Packed(bits=3, quantizer='gptq')``."""
+    if not isinstance(value, Spec):
+        return repr(value)
+    given = [(field.name, getattr(value, field.name)) for field in fields(value)  # type: ignore[arg-type]
+             if getattr(value, field.name) != field.default]  # fmt: skip
+    return f"{type(value).__name__}({', '.join(f'{name}={written(each)}' for name, each in given)})"
 
 
 def _candidates(given: Sequence[Spec] | None) -> list[Spec]:
