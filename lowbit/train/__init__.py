@@ -14,10 +14,11 @@ from lowbit.train.prepare import parameter_groups, prepare
 from lowbit.train.recover import Recovery, recover
 from lowbit.train.scaling import LSQ, PACT, SEQ, Dynamic, MinMax
 from lowbit.train.trainable import trainable
+from lowbit.train.tune import Tuning, tune
 
 __all__ = [
     "LSQ", "PACT", "SEQ", "Contrastive", "DistillTrainer", "Distillation", "Dynamic", "Intermediate", "Logits",
-    "MinMax", "Recovery", "Task", "Term", "parameter_groups", "prepare", "recover", "trainable",
+    "MinMax", "Recovery", "Task", "Term", "Tuning", "parameter_groups", "prepare", "recover", "trainable", "tune",
 ]  # fmt: skip
 
 

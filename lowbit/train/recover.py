@@ -79,12 +79,10 @@ def recover(
     require_model(model)
     require_model(reference)
     batches = batches_of(calibration)
-    names = _check(model, batches, steps, lr, batch)
+    check_numbers(batches, steps=steps, batch=batch, lr=lr)
+    names = _check(model)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    apart = max(1, len(order) // _HELD_OUT) if len(order) > 3 else 0
-    held_out, learned = order[:apart], order[apart:]
-    held_out = held_out or learned
+    learned, held_out = split(len(batches), generator)
     measure = loss or partial(_distance, reference)
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     stored = {(layer, name): layer._buffers.get(name) for layer in layers(model).values() for name in names}
@@ -98,7 +96,7 @@ def recover(
         with evaluating(model, reference):
             for parameter in required:
                 parameter.requires_grad_(False)
-            before = _finite(on_held_out(), 0)
+            before = finite(on_held_out(), 0)
             make_trainable(model, *names)
             _train(model, [batches[i] for i in learned], measure, steps, lr, batch, generator)
             after = on_held_out()  # with what will be stored
@@ -114,15 +112,26 @@ def recover(
     return Recovery(before, after, kept, steps)
 
 
-def _check(model: nn.Module, batches: list[Any], steps: int, lr: float, batch: int) -> list[str]:
-    """The names of the tensors to train; raises ``ValueError``."""
+def check_numbers(batches: list[Any], *, steps: int, batch: int, lr: float | None) -> None:
+    """Raise ``ValueError`` for what cannot be learned with."""
     for argument, value, least in (("steps", steps, 1), ("batch", batch, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{argument} must be an integer of at least {least}: got {argument}={value!r}")
-    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
+    if lr is not None and (not isinstance(lr, (int, float)) or not 0 < lr < math.inf):
         raise ValueError(f"lr must be greater than 0 and finite: got lr={lr!r}")
     if not batches:
         raise ValueError("calibration must hold at least one batch: got none")
+
+
+def split(count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """(batches that are learned from, one of eight that is held out); of less than four batches all are both."""
+    order = torch.randperm(count, generator=generator).tolist()
+    apart = max(1, count // _HELD_OUT) if count > 3 else 0
+    return order[apart:], order[:apart] or order
+
+
+def _check(model: nn.Module) -> list[str]:
+    """The names of the tensors to train; raises ``ValueError``."""
     found = layers(model)
     if not found:
         raise ValueError("the model has no packed layer: convert it first")
@@ -162,7 +171,7 @@ def _train(
             for _ in range(batch):
                 order = order or torch.randperm(len(batches), generator=generator).tolist()
                 value = measure(model, batches[order.pop()]) / batch
-                _finite(float(value.detach()), step)
+                finite(float(value.detach()), step)
                 value.backward()
             optimizer.step()
             with torch.no_grad():
@@ -171,7 +180,7 @@ def _train(
             progress.update()
 
 
-def _finite(value: float, step: int) -> float:
+def finite(value: float, step: int) -> float:
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value} in step {step}: a smaller lr may help")
     return value

@@ -1,0 +1,276 @@
+"""``tune``: codes, with the scales, zeros or tables beside them, are learned from the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowbit.model import candidates
+from lowbit.model.calibrate import batches_of, evaluating
+from lowbit.model.plan import require_model
+from lowbit.model.surgery import put, restoring
+from lowbit.nn.layer import layers, storage_of
+from lowbit.nn.linear import LinearLayer
+from lowbit.quality.distance import Distance
+from lowbit.train.blocks import Blocks
+from lowbit.train.recover import check_numbers, finite, split
+from lowbit.train.rounding import Rounding, rounding_of, why_not
+
+_STEP = {"model": 0.01, "block": 0.005}  # of offsets, in steps of the grid
+_OF_GRIDS = 0.5  # the learning rate of scales, zeros and tables, over that of offsets
+_WARM_UP = 5  # steps until the whole learning rate
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What :func:`tune` did.
+
+    Attributes:
+        before, after: the loss of the whole model on the batches that were not learned from.
+        kept: whether what was learned was better there; else the model is as it was.
+        blocks: block -> (before, after), the same of its own outputs; with ``by="block"``.
+        left: layer -> why its codes were not learned.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    blocks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        state = "kept" if self.kept else "no better: the model is as it was"
+        left = [f"left as they are: {', '.join(self.left)}"] if self.left else []
+        return "\n".join([f"held-out loss {self.before:.4f} -> {self.after:.4f} ({state})", *left])
+
+
+@torch.inference_mode(False)
+@torch.autocast("cpu", enabled=False)
+def tune(
+    model: nn.Module,
+    reference: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    by: Literal["model", "block"] = "model",
+    steps: int = 200,
+    batch: int = 4,
+    lr: float | None = None,
+    seed: int = 0,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Tuning:
+    """Learn how the linear layers of a packed model are rounded, in place: their codes, scales, float zeros and tables.
+    Formats, sizes and speeds stay.
+
+    Every weight has an offset, in steps of its grid, that is added before it is rounded. Offsets go ``lr`` against the
+    sign of their gradient in each step (SignRound: Cheng et al., arXiv 2309.05516); scales, zeros and tables learn by
+    Adam beside them. Rates fall linearly to 0. It begins with the codes that the layers have: convert by ``descent``
+    or ``lnq`` first.
+
+    ``by="model"``: the loss is that of :func:`recover`, the KL divergence of the model's probabilities from the
+    reference's (of encoders the squared error of ``last_hidden_state``). All layers learn together. Memory: both
+    models, and for each float weight 3 float32 numbers. ``by="block"``: block after block of the model (the members of
+    its ``nn.ModuleList``), the squared error of the block's output from the float block's, its inputs being those that
+    the packed blocks before it give. Memory: two models, one block's numbers, and a block's inputs for all batches.
+
+    One batch of eight is held out. A block that is not better there, and in the end the whole model, is as it was.
+
+    Args:
+        model: a packed model. What of it is trained already is an error: ``lowbit.convert(model)`` first.
+        reference: the float model. It is not changed.
+        calibration: a list of batches that both can be called with, as for :func:`lowbit.convert`; 32 and more texts.
+        batch: how many of them make a step.
+        lr: steps of the grid that an offset moves at most in a step of learning, at first. Default: 0.01 for the model,
+            0.005 for blocks.
+        seed: of the order of batches.
+        loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`; for ``by="model"``.
+
+    Returns:
+        A :class:`Tuning`, which also names the layers that were left as they are: embeddings and what is tied to them,
+        experts, Kronecker factors, act-order.
+
+    Raises:
+        ValueError: no batches, no layer to tune, one that is trained already, one whose float layer ``reference`` does
+            not have, no blocks, or a bad number.
+        FloatingPointError: the loss is not finite. The model is then as before.
+    """
+    require_model(model)
+    require_model(reference)
+    batches = batches_of(calibration)
+    check_numbers(batches, steps=steps, batch=batch, lr=lr)
+    if by not in _STEP:
+        raise ValueError(f"by must be 'model' or 'block': got by={by!r}")
+    if by == "block" and loss is not None:
+        raise ValueError("loss goes with by='model': a block is measured by its output")
+    found, left = _to_tune(model)
+    weights = _float_weights(reference, found)
+    blocks = Blocks(model, reference, found) if by == "block" else None
+    generator = torch.Generator().manual_seed(seed)
+    learned, held_out = split(len(batches), generator)
+    learner = _Learner(steps, batch, lr or _STEP[by], generator)
+    distance = Distance(reference, batches)
+    measure = distance.of if loss is None else (lambda m, i: loss(m, batches[i]))
+    before_it = {layer: layer.canonical() for layer in found.values()}
+    measured: dict[str, tuple[float, float]] = {}
+    kept = False
+
+    @torch.no_grad()
+    def on_held_out() -> float:
+        return sum(float(measure(model, i)) for i in held_out) / len(held_out)
+
+    with evaluating(model, reference), _frozen(model, reference), _without_cache(model, reference):
+        before = finite(on_held_out(), 0)
+        try:
+            if blocks is None:
+                roundings = {name: rounding_of(layer, weights[name]) for name, layer in found.items()}
+                with restoring(model, dict(found)):
+                    for name, rounding in roundings.items():
+                        put(model, name, rounding)
+                    learner.learn(roundings.values(), learned, partial(measure, model), "lowbit tune")
+                for name, rounding in roundings.items():
+                    found[name].become(found[name].format, rounding.tensors())
+            else:
+                left |= {name: "in no block" for name in found if name not in blocks.inside}
+                measured = _by_block(model, blocks, found, weights, batches, learner, learned, held_out)
+            after = on_held_out()
+            kept = after < before
+        finally:
+            if not kept:
+                for layer, tensors in before_it.items():
+                    layer.become(layer.format, tensors)
+    return Tuning(before, after, kept, measured, left)
+
+
+def _by_block(
+    model: nn.Module, blocks: Blocks, found: dict[str, LinearLayer], weights: dict[str, Tensor], batches: list[Any],
+    learner: _Learner, learned: list[int], held_out: list[int],
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """What each block's loss was on the held-out batches, before and after."""
+    measured = {}
+    for name, inside in blocks.each(batches):
+        own = {n: found[n] for n in inside}
+        stored = {n: layer.canonical() for n, layer in own.items()}
+
+        @torch.no_grad()
+        def on_held_out() -> float:
+            return sum(float(blocks.error(i)) for i in held_out) / len(held_out)
+
+        before = finite(on_held_out(), 0)
+        roundings = {n: rounding_of(layer, weights[n]) for n, layer in own.items()}
+        with restoring(model, dict(own)):
+            for n, rounding in roundings.items():
+                put(model, n, rounding)
+            learner.learn(roundings.values(), learned, blocks.error, f"lowbit tune {name}")
+        for n, rounding in roundings.items():
+            own[n].become(own[n].format, rounding.tensors())
+        after = on_held_out()
+        if not after < before:
+            for n, layer in own.items():
+                layer.become(layer.format, stored[n])
+        measured[name] = before, min(before, after)
+    return measured
+
+
+@dataclass
+class _Learner:
+    steps: int
+    batch: int
+    lr: float
+    generator: torch.Generator
+
+    def learn(
+        self, roundings: Iterable[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
+    ) -> None:
+        """Offsets by the sign of their gradients, what is beside them by Adam."""
+        offsets = [rounding.offsets for rounding in roundings]
+        others = [p for rounding in roundings for p in rounding.parameters() if p is not rounding.offsets]
+        adam = torch.optim.Adam(others, lr=self.lr, betas=(0.9, 0.95))
+        order: list[int] = []
+        with torch.enable_grad(), tqdm(total=self.steps, desc=title, unit="step", disable=None) as progress:
+            for step in range(self.steps):
+                share = 1 - step / self.steps
+                for parameter in (*offsets, *others):
+                    parameter.grad = None
+                for _ in range(self.batch):
+                    order = order or [batches[i] for i in torch.randperm(len(batches), generator=self.generator)]
+                    value = measure(order.pop()) / self.batch
+                    finite(float(value.detach()), step)
+                    value.backward()
+                with torch.no_grad():
+                    for offset in offsets:
+                        if offset.grad is not None:
+                            offset.sub_(offset.grad.sign_(), alpha=self.lr * share)
+                adam.param_groups[0]["lr"] = self.lr * _OF_GRIDS * share * min(1.0, (step + 1) / _WARM_UP)
+                adam.step()
+                progress.update()
+
+
+def _to_tune(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, str]]:
+    """(layers whose rounding is learned, why others are not), by name; raises ``ValueError``."""
+    every = layers(model)
+    if not every:
+        raise ValueError("the model has no packed layer: convert it first")
+    found: dict[str, LinearLayer] = {}
+    left: dict[str, str] = {}
+    storages = [storage_of(layer) for layer in every.values()]
+    for name, layer in every.items():
+        if layer.trained():
+            raise ValueError(f"{name or 'the model'}: {', '.join(layer.trained())} is trained already: end that by "
+                             "lowbit.convert(model)")  # fmt: skip
+        reason = why_not(layer)
+        if reason is None and storages.count(storage_of(layer)) > 1:
+            reason = "another layer shares its weight"
+        if reason is not None:
+            left[name] = reason
+        elif isinstance(layer, LinearLayer):
+            found[name] = layer
+    if not found:
+        raise ValueError(f"no layer can be tuned: {'; '.join(f'{name}: {why}' for name, why in left.items()):.500}")
+    return found, left
+
+
+def _float_weights(reference: nn.Module, found: dict[str, LinearLayer]) -> dict[str, Tensor]:
+    """``[N, K]`` by the name of the layer; raises ``ValueError`` where the reference has another one, or none."""
+    swaps = {name: swap for swap in candidates.find(reference)[0] for name in swap.names}
+    weights = {}
+    for name, layer in found.items():
+        swap, wanted = swaps.get(name), [layer.format.out_features, layer.format.in_features]
+        if swap is None or swap.kind != "linear" or swap.source is not None:
+            raise ValueError(f"reference must be the float model: {name or 'it'} is no float linear layer there")
+        weights[name] = swap.weight()
+        if list(weights[name].shape) != wanted:
+            raise ValueError(f"{name}: the weight of reference must be {wanted}: got {list(weights[name].shape)}")
+    return weights
+
+
+@contextmanager
+def _frozen(*models: nn.Module) -> Iterator[None]:
+    """No Parameter requires a gradient inside the block."""
+    required = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, before in required.items():
+            parameter.requires_grad_(before)
+
+
+@contextmanager
+def _without_cache(*models: nn.Module) -> Iterator[None]:
+    """A block that is called again must not find what it left in transformers' cache of keys and values."""
+    configs: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
+    before = [(config, config.use_cache) for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, used in reversed(before):
+            config.use_cache = used

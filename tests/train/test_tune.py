@@ -1,0 +1,299 @@
+"""``tune``: what is learned is what is stored, a model or a block that would be no better stays as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowbit
+from lowbit import train
+from lowbit.nn.layer import layers
+from lowbit.nn.linear import LinearLayer
+from lowbit.packed.format import PackedWeight
+from lowbit.packed.module import PackedLinear
+from lowbit.train.rounding import _PackedRound, rounding_of
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + scale * self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 32)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(32, 40, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, scale=0.5)
+        return self.head(x)
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batches(count: int = 12) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(40, (2, 9), generator=generator)} for _ in range(count)]
+
+
+SPECS = {
+    "float zeros": lowbit.Packed(bits=2, group_size=16, zeros="float"),
+    "integer zeros": lowbit.Packed(bits=3, group_size=20, zeros="int"),
+    "symmetric": lowbit.Packed(bits=2, granularity="row", symmetric=True),
+    "per tensor": lowbit.Packed(bits=3, granularity="tensor"),
+    "outliers": lowbit.Packed(bits=2, group_size=16, outliers=0.02),
+    "int8": lowbit.Packed(bits=3, group_size=32, activations="int8", activation_group_size=32),
+    "table per row": lowbit.Codebook(bits=2),
+    "table per group": lowbit.Codebook(bits=2, group_size=20),
+    "table per tensor": lowbit.Codebook(bits=2, granularity="tensor", outliers=0.02),
+    "nf4": lowbit.Codebook(table="nf4", group_size=16),
+}
+
+
+def minima(weight: Tensor, nested: bool) -> PackedLinear:
+    """2 bits with minima, groups of 16: as files of other tools have them."""
+    groups = weight.unflatten(1, (-1, 16))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales, zeros, factors = (high - low) / 3, -low, {}
+    if nested:
+        first, second = (each.amax(1, keepdim=True) / 255 for each in (scales, zeros))
+        factors = {"scale_factors": first.half(), "zero_factors": second.half(), "scale_block": groups.shape[1]}
+        scales, zeros = ((scales / first).round().to(torch.uint8), (zeros / second).round().to(torch.uint8))
+    else:
+        scales, zeros = scales.half(), zeros.half()
+    codes = ((groups - low[..., None]) / (high - low)[..., None] * 3).round().to(torch.uint8).flatten(1)
+    return PackedLinear.from_weight(
+        PackedWeight(codes, scales, zeros, 2, 16, minimum=True, **factors), activations="float", dtype=torch.float32
+    )
+
+
+def layer_of(form: str, weight: Tensor) -> LinearLayer:
+    if form not in SPECS:
+        return minima(weight, form == "nested minima")
+    model = nn.Linear(64, 24)
+    model.weight.data = weight.clone()
+    return lowbit.convert(model, SPECS[form])
+
+
+@pytest.mark.parametrize("form", [*SPECS, "minima", "nested minima"])
+def test_learning_begins_with_what_is_stored_and_ends_with_it(form):
+    torch.manual_seed(0)
+    weight = torch.randn(24, 64) * 0.1
+    layer = layer_of(form, weight)
+    rounding = rounding_of(layer, weight)
+    tolerance = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(rounding.weight(), layer.dequantize(), **tolerance)
+    codes = layer.canonical()["packed"]
+    assert torch.equal(rounding.tensors()["packed"], codes)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in rounding.parameters():
+            size = 0.7 if parameter is rounding.offsets else 0.05
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    wanted = rounding.weight().detach()
+    x = torch.randn(5, 64, generator=generator)
+    y = rounding(x).detach()
+    layer.become(layer.format, rounding.tensors())
+    layer.validate()
+    assert not torch.equal(layer.canonical()["packed"], codes)
+    # an outlier is stored in float16
+    torch.testing.assert_close(layer.dequantize(), wanted, rtol=1e-6, atol=1e-3 if layer.format.outliers else 1e-7)
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=5e-3 if layer.format.outliers else 1e-4)
+
+
+@pytest.mark.parametrize("minimum", [False, True])
+def test_gradients_of_a_grid_are_those_of_straight_through_rounding(minimum):
+    generator = torch.Generator().manual_seed(0)
+    w, offsets, d = (torch.randn(6, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    scale = 0.2 + torch.rand(6, 1, generator=generator, dtype=torch.float64)
+    zero = 3 * torch.rand(6, 1, generator=generator, dtype=torch.float64)
+    inputs = [each.clone().requires_grad_(True) for each in (offsets, scale, zero)]
+    _PackedRound.apply(w, *inputs, 0, 3, minimum).backward(d)
+    found = [each.grad for each in inputs]
+    free = [each.clone().requires_grad_(True) for each in (offsets, scale, zero)]
+    exact = (w + free[2]) / free[1] + free[0] if minimum else w / free[1] + free[2] + free[0]
+    rounded = exact + (exact.round() - exact).detach()
+    code = rounded.clamp(0, 3)
+    assert {0.0, 3.0} < set(code.flatten().tolist()) and bool((exact.round() > 3).any())
+    (code * free[1] - free[2] if minimum else (code - free[2]) * free[1]).backward(d)
+    for a, b in zip(found, free, strict=True):
+        torch.testing.assert_close(a, b.grad)
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+@pytest.mark.parametrize("form", ["float zeros", "outliers", "int8", "table per row"])
+def test_a_model_becomes_better_in_the_form_that_it_has(by, form):
+    reference = net()
+    model = lowbit.convert(copy.deepcopy(reference), SPECS[form])
+    before = {name: (layer.format, layer.canonical()) for name, layer in layers(model).items()}
+    found = train.tune(model, reference, batches(), by=by, steps=30, lr=0.03)
+    assert found.kept and found.after < 0.9 * found.before
+    assert found.left == {"embedding": f"the codes of a {model.embedding.family} embedding are not learned"} | (
+        {"head": "in no block"} if by == "block" else {})  # fmt: skip
+    assert list(found.blocks) == (["blocks.0", "blocks.1"] if by == "block" else [])
+    assert all(after < 0.9 * start for start, after in found.blocks.values())
+    for name, layer in layers(model).items():
+        format, tensors = before[name]
+        assert layer.format == format
+        now = layer.canonical()
+        assert torch.equal(now["packed"], tensors["packed"]) == (name in found.left)
+        assert {n: (t.shape, t.dtype) for n, t in now.items()} == {n: (t.shape, t.dtype) for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_it_is_deterministic_and_leaves_everything_else_alone(by):
+    reference = net().train()
+    floats = copy.deepcopy(reference.state_dict())
+    models = [lowbit.convert(net(), lowbit.Packed(bits=3)).train() for _ in range(2)]
+    models[0].blocks[0].up.bias.requires_grad_(False)
+    state = torch.get_rng_state()
+    for model in models:
+        train.tune(model, reference, batches(), by=by, steps=5, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert models[0].training and reference.training
+    assert models[0].blocks[1].up.bias.requires_grad and not models[0].blocks[0].up.bias.requires_grad
+    assert all(p.grad is None for p in (*models[0].parameters(), *reference.parameters()))
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name])
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, floats[name])
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_what_is_no_better_is_not_kept(by):
+    reference = net()
+    model = lowbit.convert(net(), lowbit.Packed(bits=4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = train.tune(model, reference, batches(), by=by, steps=6, lr=30.0)
+    assert not found.kept and "as it was" in str(found)
+    assert all(after <= start for start, after in found.blocks.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_ends_it_and_changes_nothing():
+    model = lowbit.convert(net(), lowbit.Packed(bits=4))
+    inside = dict(model.named_modules())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        calls.append(batch)
+        return model(**batch).sum() * (math.nan if len(calls) > 6 else 1)
+
+    with pytest.raises(FloatingPointError, match="the loss is nan in step"):
+        train.tune(model, net(), batches(), steps=9, loss=loss)
+    assert dict(model.named_modules()) == inside
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_padding_does_not_count_in_a_block():
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    results = []
+    for filler in (0, 7):
+        given = [{"input_ids": torch.where(mask.bool(), batch["input_ids"], filler), "attention_mask": mask}
+                 for batch in batches(5)]  # fmt: skip
+        model = lowbit.convert(net(), lowbit.Packed(bits=2, group_size=16))
+        blocks = train.tune(model, net(), given, by="block", steps=3).blocks
+        results.append([number for pair in blocks.values() for number in pair])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_blocks_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config, cls = {
+        "llama": (transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                                           num_attention_heads=2, **small), transformers.LlamaForCausalLM),
+        "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, **small), transformers.GPT2LMHeadModel),
+        "bert": (transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                         intermediate_size=48, **small), transformers.BertModel),
+        "t5": (transformers.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                                     decoder_start_token_id=0, **small), transformers.T5ForConditionalGeneration),
+    }[kind]  # fmt: skip
+    torch.manual_seed(0)
+    reference = cls(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)  # that attention attends
+    given = [{**batch, "decoder_input_ids": batch["input_ids"]} if kind == "t5" else batch for batch in batches(8)]
+    layers = {"llama": "*proj", "gpt2": "*.h.*", "bert": "encoder.*", "t5": "*.layer.*"}[kind]
+    spec = {layers: lowbit.Packed(bits=2, group_size=16), "*relative*": None}
+    model = lowbit.convert(copy.deepcopy(reference), spec if kind == "t5" else {layers: spec[layers]})
+    used = model.config.use_cache if hasattr(model.config, "use_cache") else None
+    found = train.tune(model, reference, given, by="block", steps=12, lr=0.03)
+    assert len(found.blocks) == {"llama": 3, "gpt2": 2, "bert": 2, "t5": 4}[kind]
+    assert all(after < before for before, after in found.blocks.values())
+    assert found.kept and found.after < found.before
+    assert getattr(model.config, "use_cache", None) == used
+
+
+class Twice(Net):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embedding(input_ids)
+        return self.head(self.blocks[0](self.blocks[0](x)))
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.one = nn.Embedding(40, 32), nn.Linear(32, 40)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.one(self.embedding(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1: got steps=0"),
+        ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
+        ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
+        ({"by": "layer"}, "by must be 'model' or 'block': got by='layer'"),
+        ({"by": "block", "loss": print}, "loss goes with by='model'"),
+        ({"calibration": []}, "calibration must hold at least one batch"),
+        ({"model": net()}, "the model has no packed layer"),
+        ({"reference": lowbit.convert(net(), lowbit.Packed())}, "reference must be the float model: blocks.0.up is no"),
+        ({"reference": Flat()}, "reference must be the float model: blocks.0.up is no float linear layer there"),
+        ({"model": lowbit.convert(Flat(), lowbit.Packed()), "reference": Flat(), "by": "block"},
+         "needs layers in the members of an nn.ModuleList: the model has none"),
+        ({"model": lowbit.convert(Twice(), lowbit.Packed()), "reference": Twice(), "by": "block"},
+         "block blocks.0 must be called once for a batch: got 2 calls"),
+        ({"model": lowbit.convert(net(), lowbit.Kronecker(compression=2))},
+         "no layer can be tuned: embedding: the codes of a kron embedding are not learned"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments, message):
+    model = lowbit.convert(net(), lowbit.Packed(bits=4))
+    with pytest.raises(ValueError, match=message):
+        train.tune(**{"model": model, "reference": net(), "calibration": batches(2), **arguments})
+
+
+def test_what_is_trained_already_is_named():
+    model = lowbit.convert(net(), lowbit.Packed(bits=4))
+    train.trainable(model, "scales")
+    with pytest.raises(ValueError, match=r"embedding: scales is trained already: end that by lowbit.convert\(model\)"):
+        train.tune(model, net(), batches(2))
+
+
+def test_tied_layers_are_left():
+    reference = net()
+    reference.head.weight = reference.embedding.weight
+    model = lowbit.convert(copy.deepcopy(reference), lowbit.Packed(bits=2, group_size=16))
+    found = train.tune(model, reference, batches(), steps=10, lr=0.03)
+    assert found.left["head"] == "another layer shares its weight"
+    assert model.head.packed is model.embedding.packed
