@@ -12,10 +12,12 @@ namespace {
 // Each kind has `weights`: a part of a block's 64 bytes for step i of quad q, from vectors `ld` bytes apart.
 // `from_codes` makes the same from a quad of unpacked codes. Where kCentred, weights are code - center, so that a
 // weight of 0 is 0; `Center` is that of each lane. kRest: `rest`, zero - center, times the sum of x is still to be
-// subtracted at the end of a segment. kInGroups: each group of a row of x has a scale.
+// subtracted at the end of a segment. kInGroups: each group of a row of x has a scale. `takes`: whether it is called for
+// codes of so many bits; nothing is compiled for others.
 template <bool kNarrow, bool kInGroups = false>
 struct Int8Dot {
   using Sum = Int;
+  static constexpr bool takes(int bits) { return kHasVnni || kNarrow == (bits < 8); }
   static constexpr int kSteps = 1;
   static constexpr bool kCodes = true;  // weights are codes, four to a word
   static constexpr bool kCentred = false, kRest = true, kScaled = kInGroups;
@@ -34,6 +36,7 @@ struct Int8Dot {
 
 struct FloatDot32 {
   using Sum = Float;
+  static constexpr bool takes(int) { return true; }
   static constexpr int kSteps = 4;
   static constexpr bool kCodes = false;
   static constexpr bool kCentred = true, kRest = false, kScaled = false;
@@ -70,6 +73,7 @@ constexpr Bf16Table kBf16Table;
 // Where kHasBf16. The center is the integer next to the zero, so that code - center is a bfloat16. It is looked up.
 struct Bf16Dot {
   using Sum = Float;
+  static constexpr bool takes(int) { return true; }
   static constexpr int kSteps = 2;
   static constexpr bool kCodes = false;
   static constexpr bool kCentred = true, kRest = true, kScaled = false;

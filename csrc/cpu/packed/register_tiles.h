@@ -320,33 +320,25 @@ RowTile blocks_tile_of(int64_t rows, int pieces) {
   return nullptr;
 }
 
-template <class Dot>
+template <class Dot, int kBits = 2>
 RowTile blocks_tile(int bits, int64_t rows, int pieces) {
-  switch (bits) {
-    case 2: return blocks_tile_of<Dot, 2>(rows, pieces);
-    case 3: return blocks_tile_of<Dot, 3>(rows, pieces);
-    case 4: return blocks_tile_of<Dot, 4>(rows, pieces);
-    case 5: return blocks_tile_of<Dot, 5>(rows, pieces);
-    case 6: return blocks_tile_of<Dot, 6>(rows, pieces);
-    case 7: return blocks_tile_of<Dot, 7>(rows, pieces);
-    default: return blocks_tile_of<Dot, 8>(rows, pieces);
+  if constexpr (kBits <= 8) {
+    if (bits != kBits) return blocks_tile<Dot, kBits + 1>(bits, rows, pieces);
+    if constexpr (Dot::takes(kBits)) return blocks_tile_of<Dot, kBits>(rows, pieces);
   }
+  return nullptr;
 }
 
 template <class Dot>
 using Expansion = void (*)(const uint8_t*, int64_t, int64_t, const typename Dot::Center*, uint8_t*);
 
-template <class Dot, int NB>
+template <class Dot, int NB, int kBits = 2>
 Expansion<Dot> expansion(int bits) {
-  switch (bits) {
-    case 2: return expand_chunks<Dot, 2, NB>;
-    case 3: return expand_chunks<Dot, 3, NB>;
-    case 4: return expand_chunks<Dot, 4, NB>;
-    case 5: return expand_chunks<Dot, 5, NB>;
-    case 6: return expand_chunks<Dot, 6, NB>;
-    case 7: return expand_chunks<Dot, 7, NB>;
-    default: return expand_chunks<Dot, 8, NB>;
+  if constexpr (kBits <= 8) {
+    if (bits != kBits) return expansion<Dot, NB, kBits + 1>(bits);
+    if constexpr (Dot::takes(kBits)) return expand_chunks<Dot, kBits, NB>;
   }
+  return nullptr;
 }
 
 }  // namespace
