@@ -1,8 +1,9 @@
 """Runs the kernel tests on a library instrumented by AddressSanitizer and UndefinedBehaviorSanitizer; so CUDA kernels
-that are emulated on the CPU. Instruction sets and widths of codes take turns: others at another commit.
+that are emulated on the CPU. Instruction sets, widths of codes, emulated kernels and combinations of parameters take
+turns: others at another commit.
 
     python tests/sanitize.py [pytest arguments]
-    SANITIZE_ALL=1 python tests/sanitize.py     every instruction set
+    SANITIZE_ALL=1 python tests/sanitize.py     every instruction set, kernel and combination
 
 Builds in build/sanitize, where ninja finds what did not change, and leaves the installed library alone. The tests run
 on all cores where pytest-xdist is installed. Exit status 0: no finding, all tests passed. A finding ends the process
@@ -77,20 +78,25 @@ def run_tests(arguments: Sequence[str], extra: Mapping[str, str], cwd: Path = RO
     return subprocess.run([*command, *arguments], env=settings, cwd=cwd).returncode
 
 
+def part() -> list[str]:
+    """Arguments for the part of the tests that is in turn."""
+    return [] if os.environ.get("SANITIZE_ALL") else ["--verdicts"]
+
+
 def run_emulated(arguments: Sequence[str]) -> int:
     """pytest's exit status of the checks of CUDA kernels, emulated and instrumented, of one width."""
     widths = {cuda_emulated.SANITIZE: str(1 + verdicts.turn_of(8, ROOT))}
     making = "from lowbit.testing import cuda_emulated; cuda_emulated.build_all()"  # here, where g++ preloads nothing
     subprocess.run([sys.executable, "-c", making], check=True, cwd=ROOT, env={**os.environ, **widths})
     tests = [str(ROOT / "tests" / "cuda" / "test_planted.py"), "-k", "a_kernel_as_it_is"]
-    return run_tests([*tests, *arguments], widths)
+    return run_tests([*tests, *part(), *arguments], widths)
 
 
 def main(arguments: list[str]) -> int:
     tests = ROOT / "tests"
     more = (tests / "packed" / "test_levels.py", tests / "backends" / "test_gradients.py")
     files = sorted(str(file) for file in (*tests.glob("*/test_kernels.py"), *more))
-    failed = run_tests([*files, "-k", "not reference", *arguments], {"LOWBIT_LIBRARY": str(build())})
+    failed = run_tests([*files, "-k", "not reference", *part(), *arguments], {"LOWBIT_LIBRARY": str(build())})
     return failed or run_emulated(arguments)
 
 

@@ -17,6 +17,10 @@ The record (``tests/verdicts.json``) holds, for each file of tests, the fingerpr
   tests compile sources take turns: one in eight has a sample.
 - ``pytest --record`` writes into the record what passed; with ``--verdicts`` it runs only what is not in it.
 
+Other tests of many combinations of parameters run a part of these with ``--verdicts``: every value of every parameter
+in :data:`TIMES` tests, and which values meet is another choice at another commit. Of a test marked ``turns(n)``,
+because each of its parameters takes long, one in n runs.
+
 Where there is a GPU, everything runs. Tests by hypothesis, whose examples are random, are never recorded.
 """
 
@@ -29,6 +33,7 @@ import os
 import platform
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -45,8 +50,11 @@ Record = dict[str, dict[str, Any]]  # by file: {"fingerprint": str, "passed": {t
 PROJECT = ("lowbit", "benchmarks")
 PACKAGES = ("torch", "numpy", "triton")
 SAMPLE, COMPILED_FILES = 40, 8
+TIMES = 2
 COMPILED = (".cu", ".cuh", ".cpp", ".h")
 MARKER = "recorded(*modules, sources=()): its verdict depends on these modules and folders, its file, and their imports"
+
+TURNS = "turns(n): each of its parameters takes long, so `make test` runs one in n of them, others at another commit"
 
 
 def where_params(everywhere: Iterable[Where], *modules: str) -> list[Any]:
@@ -258,6 +266,40 @@ def sample(nodeids: Iterable[str], seed: str, compiled: Collection[str] = ()) ->
     return {*first.values(), *(nodeid for nodeid in nodeids if turn(nodeid) % SAMPLE == 0)}
 
 
+def values_of(item: pytest.Item) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The value of each parameter; names that were given together are one, with a value for each of their rows."""
+    params: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+    together = []
+    for marker in item.iter_markers("parametrize"):
+        names = marker.args[0] if marker.args else marker.kwargs["argnames"]
+        together.append(tuple(name.strip() for name in (names.split(",") if isinstance(names, str) else names)))
+    together += [(name,) for name in params.keys() - {name for names in together for name in names}]
+    # what a parametrization lists is one object in all its tests
+    return frozenset((names, tuple(id(params[name]) for name in names if name in params)) for names in together)
+
+
+def combinations(items: Iterable[pytest.Item], seed: str, times: int = TIMES) -> set[str]:
+    """Tests in which every value of every parameter is ``times`` times or more, of those that a function has: names.
+
+    They are taken in an order that ``seed`` says, and a test none of whose values is wanted any more is left out. So a
+    function of one parameter has all its tests, but where it is marked ``turns(n)``: then the first of its n-th part.
+    """
+    found: set[str] = set()
+    seen: Counter[object] = Counter()
+    items = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
+    function = {item.nodeid: item.nodeid.partition("[")[0] for item in items}
+    count, taken = Counter(function.values()), Counter[str]()
+    for item in items:
+        name, values = function[item.nodeid], values_of(item)
+        turns = item.get_closest_marker("turns")
+        room = -(-count[name] // (turns.args[0] if turns else 1))
+        if taken[name] < room and (not values or any(seen[name, value] < times for value in values)):
+            found.add(item.nodeid)
+            taken[name] += 1
+            seen.update((name, value) for value in values)
+    return found
+
+
 def commit(root: Path) -> str:
     """The commit that is checked out; without one, a constant."""
     try:
@@ -305,6 +347,7 @@ class Verdicts:
         self.skipped: set[str] = set()
         self.compiled: set[str] = set()  # files whose tests compile sources
         config.addinivalue_line("markers", MARKER)
+        config.addinivalue_line("markers", TURNS)
 
     @property
     def on_gpu(self) -> bool:
@@ -345,6 +388,8 @@ class Verdicts:
         held = [item.nodeid for item, mark in marked if trusting and holds(record, item.nodeid, mark)]
         again = sample(held, self.seed, self.compiled)
         held_ids = set(held)
+        if trusting and not recording:
+            self.take_turns(items, {item.nodeid for item, _ in marked})
         for item, mark in marked:
             if item.nodeid in held_ids and item.nodeid not in again:
                 item.add_marker(pytest.mark.skip(reason=f"the record says that these pass (fingerprint {mark})"))
@@ -352,6 +397,14 @@ class Verdicts:
             else:
                 item.user_properties.append(("fingerprint", mark))
                 item.user_properties.append(("recorded", item.nodeid in held_ids))
+
+    def take_turns(self, items: list[pytest.Item], marked: set[str]) -> None:
+        """Leave out, of tests whose verdicts are not recorded, combinations of parameters that are not in turn."""
+        chosen = combinations((item for item in items if item.nodeid not in marked), self.seed)
+        left_out = [item for item in items if item.nodeid not in marked and item.nodeid not in chosen]
+        if left_out:
+            items[:] = [item for item in items if item.nodeid in marked or item.nodeid in chosen]
+            self.config.hook.pytest_deselected(items=left_out)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:

@@ -200,6 +200,54 @@ def test_workers_agree(project, monkeypatch) -> None:
     assert project.runpytest_subprocess(*command, "--verdicts").parseoutcomes() == {"passed": 2, "skipped": 4}
 
 
+COMBINED = """
+import itertools, pytest
+
+@pytest.fixture(params=["w0", "w1", "w2", "w3", "w4"])
+def where(request):
+    return request.param
+
+@pytest.mark.parametrize("bits", range(8))
+@pytest.mark.parametrize("dtype", ["d0", "d1", "d2"])
+def test_product(where, bits, dtype): pass
+
+@pytest.mark.parametrize(("a", "b"), itertools.product(["a0", "a1", "a2"], ["b0", "b1", "b2"]))
+def test_rows(a, b): pass
+
+@pytest.mark.parametrize("bits", range(8))
+def test_one(bits): pass
+
+@pytest.mark.turns(3)
+@pytest.mark.parametrize("bits", range(8))
+def test_slow(bits): pass
+
+@pytest.mark.recorded()
+@pytest.mark.parametrize("a", range(9))
+@pytest.mark.parametrize("b", range(9))
+def test_recorded(a, b): pass
+"""
+
+
+def test_combinations_take_turns_and_every_value_has_its_tests(project, monkeypatch) -> None:
+    """Of what was listed in rows, or beside nothing, or what is to be recorded, nothing is left out unless marked."""
+    (project.path / "tests/test_b.py").write_text(COMBINED)
+    seen = []
+    for seed in ("one commit", "one commit", "another"):
+        monkeypatch.setattr(verdicts, "commit", lambda _, seed=seed: seed)
+        out = run(project, "--verdicts", "-v").stdout.str()
+        names = [line.split("::")[1].split()[0] for line in out.splitlines() if "PASSED" in line]
+        tests = ("product", "rows", "one", "slow", "recorded")
+        ran = {test: [n for n in names if n.startswith(f"test_{test}[")] for test in tests}
+        assert [len(ran[test]) for test in tests[1:]] == [9, 8, 3, 81]
+        assert 16 <= len(ran["product"]) < 60
+        values = [f"w{i}" for i in range(5)] + [f"d{i}" for i in range(3)] + [f"-{i}" for i in range(8)]
+        found = [name.replace("]", "-") for name in ran["product"]]
+        assert all(sum(f"{value}-" in name for name in found) >= verdicts.TIMES for value in values)
+        seen.append(names)
+    assert seen[0] == seen[1] != seen[2]
+    assert len([line for line in run(project, "-v").stdout.lines if "PASSED" in line]) == 120 + 9 + 8 + 8 + 81 + 6
+
+
 def test_examples_by_chance_are_never_recorded(project) -> None:
     change(
         project,
