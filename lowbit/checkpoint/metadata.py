@@ -1,7 +1,7 @@
 """The versioned description of a packed model: written as ``lowbit.json``, or as the ``quantization_config``
 of a transformers ``config.json``.
 
-    {"format_version": "2.4", "lowbit": "0.1.0",
+    {"format_version": "2.5", "lowbit": "0.1.0",
      "layers": [{"family": "packed", "kind": "linear", ..., "names": ["h.0.attn.c_attn", ...]}, ...],
      "tied": [["wte", "lm_head"]], "weight_error": {"wte": 0.08}, "notes": {...}, "skipped": {"score": "..."},
      "trained": {"wte": ["scales"]}}
@@ -29,8 +29,9 @@ from lowbit.nn.experts import FloatExperts
 from lowbit.nn.layer import Layer, LayerConfig, layers, make_trainable, storage_of
 
 # 1.0 knew the family packed only, 1.1 no groups of activations, 1.2 no guards in the files of transformers models, 2.0
-# not what is trained, 2.1 no experts, 2.3 no minima and no scales of two levels
-FORMAT_VERSION = "2.4"
+# not what is trained, 2.1 no experts, 2.3 no minima and no scales of two levels, 2.4 no packed zeros
+# and no factors that all rows share
+FORMAT_VERSION = "2.5"
 _FIELDS = {"format_version", "lowbit", "layers", "tied", "weight_error", "notes", "skipped", "trained"}
 
 

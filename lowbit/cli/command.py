@@ -439,7 +439,7 @@ _counts.__name__ = "comma-separated list of positive numbers"  # what argparse c
 
 _PACKED_OPTIONS = (
     "bits", "group_size", "granularity", "symmetric", "zeros", "quantizer", "gamma", "activations",
-    "activation_group_size", "outliers", "outliers_by", "scale_dtype",
+    "activation_group_size", "outliers", "outliers_by", "scale_dtype", "packed_zeros", "scale_bits",
 )  # fmt: skip
 _SPEC_HELP = (
     "instead of the options below, the spec as in Python: 'Codebook(bits=3, outliers=0.005)', "
@@ -473,6 +473,9 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--outliers", type=float, help="fraction of weights kept sparse in float")
     convert.add_argument("--outliers-by", choices=OUTLIERS_BY, help="which weights these are (default: magnitude)")
     convert.add_argument("--scale-dtype", choices=tuple(FLOAT_DTYPES), help="(default: float16 per group)")
+    what = "integer zeros of --bits bits, not of a byte"
+    convert.add_argument("--packed-zeros", action="store_true", default=None, help=what)
+    convert.add_argument("--scale-bits", type=int, help="8: scales of groups are codes of 8 bits, not floats")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")
     budget.add_to(convert)

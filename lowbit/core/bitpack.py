@@ -98,6 +98,28 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     return codes
 
 
+def bytes_per_row(k: int, bits: int) -> int:
+    """Number of bytes that hold ``k`` codes: ``ceil(k * bits / 8)``."""
+    return -(-k * bits // 8)
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """The stream of :func:`pack` without its padding to whole blocks: ``uint8 [N, ceil(K*bits/8)]``."""
+    words = pack(codes.contiguous(), bits)
+    return words.view(torch.uint8)[:, : bytes_per_row(codes.shape[1], bits)].contiguous()
+
+
+def unpack_bytes(stream: Tensor, bits: int, k: int) -> Tensor:
+    """``uint8 [N, ceil(K*bits/8)]`` to codes ``uint8 [N, K]``: the inverse of :func:`pack_bytes`."""
+    if stream.dtype != torch.uint8 or stream.dim() != 2 or stream.shape[1] != bytes_per_row(k, bits):
+        raise ValueError(
+            f"a stream must be uint8 [N, {bytes_per_row(k, bits)}] for K={k}, bits={bits}: "
+            f"got {stream.dtype} {tuple(stream.shape)}"
+        )
+    whole = torch.nn.functional.pad(stream, (0, 4 * words_per_row(k, bits) - stream.shape[1]))
+    return unpack(whole.view(torch.int32), bits, k)
+
+
 def _unpack_rows(words: Tensor, bits: int) -> Tensor:
     n, mask = len(words), (1 << bits) - 1
     bytes_ = words.contiguous().view(torch.uint8)

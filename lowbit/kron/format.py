@@ -95,6 +95,11 @@ class Kronecker(Spec):
         check_size("rank", self.rank)
         check_seed(self.seed)
         if self.factors is not None:
+            if isinstance(self.factors, Packed) and (self.factors.packed_zeros or self.factors.scale_bits):
+                raise ValueError(
+                    "factors takes zeros of a byte and float scales: "
+                    f"got packed_zeros={self.factors.packed_zeros}, scale_bits={self.factors.scale_bits}"
+                )
             if not isinstance(self.factors, Packed):
                 made = written_spec(self.factors)
                 instead = f"the class itself: write factors={made}" if made else type(self.factors).__name__

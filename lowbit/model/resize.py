@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.codebook.format import Codebook, CodebookFormat
-from lowbit.core.bitpack import pack
+from lowbit.core.bitpack import pack, pack_bytes
 from lowbit.core.family import FLOAT_DTYPES, Format
 from lowbit.nn.coded import CodedLayer
 from lowbit.nn.layer import Layer, LayerConfig, make_trainable
 from lowbit.nn.rows import OUTLIERS, cut_rows, row_tensors
 from lowbit.packed.format import CODE_DTYPES, Packed, PackedFormat
+
+FACTORS = ("scale_factors", "zero_factors")
 
 
 @torch.no_grad()
@@ -36,7 +38,8 @@ def resized(layer: Layer, rows: Tensor, bias: nn.Parameter | None, padding_idx: 
     shared = _shared(layer.format)
     if not layer.format.weight_tensors().keys() <= {*of_rows, *shared, *OUTLIERS}:
         return None
-    if m > n and shared and (isinstance(layer.format, PackedFormat) or layer.format.scales == "none"):
+    one_scale = isinstance(layer.format, PackedFormat) and shared != FACTORS
+    if m > n and shared and (one_scale or getattr(layer.format, "scales", "") == "none"):
         return None
     tensors = layer.canonical()
     stored = cut_rows(tensors, layer.format, slice(0, min(n, m)))
@@ -62,6 +65,8 @@ def resized(layer: Layer, rows: Tensor, bias: nn.Parameter | None, padding_idx: 
 
 def _shared(format: Any) -> tuple[str, ...]:
     """What serves all rows."""
+    if getattr(format, "one_factor", False):
+        return FACTORS
     if format.granularity != "tensor":
         return ()
     return ("scales", "zeros") if isinstance(format, PackedFormat) else ("codebook",)
@@ -75,9 +80,14 @@ def _compressed(rows: Tensor, format: Any, tensors: dict[str, Tensor]) -> dict[s
         if format.zeros == "minimum" and "zeros" not in _shared(format):
             found["zeros"] = found["zeros"].float() * found["scales"].float()
         if format.scale_block is not None:
-            found["scales"], found["scale_factors"] = _two_levels(found["scales"], format, format.scale_codes or "")
+            given = tensors if format.one_factor else {}
+            found["scales"], found["scale_factors"] = _two_levels(
+                found["scales"], format, format.scale_codes or "", given.get("scale_factors")
+            )
             if format.zeros == "minimum":
-                found["zeros"], found["zero_factors"] = _two_levels(found["zeros"], format, "uint8")
+                found["zeros"], found["zero_factors"] = _two_levels(
+                    found["zeros"], format, "uint8", given.get("zero_factors")
+                )
     for name, (_, dtype) in format.weight_tensors().items():
         if name == "packed":
             continue
@@ -88,17 +98,20 @@ def _compressed(rows: Tensor, format: Any, tensors: dict[str, Tensor]) -> dict[s
             low = limits.smallest_normal if name == "scales" else limits.min
             found[name] = found[name].clamp(low, limits.max).to(dtype)
     found["packed"] = pack(_nearest(rows.float(), format, found), format.bits)
+    if getattr(format, "packed_zeros", False):
+        found["zeros"] = pack_bytes(found["zeros"], format.bits)
     return found
 
 
-def _two_levels(values: Tensor, format: PackedFormat, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes of dtype ``kind`` of ``values [M, G]``, and their factors; what is below 0 becomes 0."""
+def _two_levels(values: Tensor, format: PackedFormat, kind: str, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """uint8 or int8 (``kind``) codes of ``values [M, G]``, and their factors, given or their own; no negative ones."""
     assert format.scale_block is not None
     values, block = values.float(), format.scale_block
     top = 127 if kind == "int8" else 255
-    of_blocks = [part.amax(1).clamp(min=0) / top for part in values.split(block, 1)]
-    factors = torch.stack(of_blocks, 1).clamp(max=torch.finfo(FLOAT_DTYPES[format.scale_dtype]).max)
-    factors = factors.to(FLOAT_DTYPES[format.scale_dtype])
+    if factors is None:
+        of_blocks = [part.amax(1).clamp(min=0) / top for part in values.split(block, 1)]
+        factors = torch.stack(of_blocks, 1).clamp(max=torch.finfo(FLOAT_DTYPES[format.scale_dtype]).max)
+        factors = factors.to(FLOAT_DTYPES[format.scale_dtype])
     spread = factors.float().repeat_interleave(block, 1)[:, : values.shape[1]]
     codes = (values / torch.where(spread == 0, 1.0, spread)).round().clamp(0, top)
     return codes.to(CODE_DTYPES[kind]), factors

@@ -62,6 +62,7 @@ def join_rows(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str,
     """
     if len(parts) == 1:
         return parts[0]
+    parts = [_with_factors(*part) for part in parts]
     first = parts[0][1]
     dtypes = {field.name: _widest([getattr(format, field.name) for _, format in parts]) for field in fields(first)
               if getattr(first, field.name) in FLOAT_DTYPES}  # fmt: skip
@@ -90,6 +91,17 @@ def join_rows(parts: Sequence[tuple[dict[str, Tensor], Any]]) -> tuple[dict[str,
         else:
             tensors[name] = torch.cat(held)
     return tensors, joined
+
+
+def _with_factors(tensors: dict[str, Tensor], format: Any) -> tuple[dict[str, Tensor], Any]:
+    """A weight whose rows share a factor of their scales, with one for each row."""
+    if not getattr(format, "one_factor", False):
+        return tensors, format
+    spread = dict(tensors)
+    for name in ("scale_factors", "zero_factors"):
+        if name in tensors:
+            spread[name] = tensors[name].expand(format.out_features, 1).contiguous()
+    return spread, replace(format, one_factor=False)
 
 
 def _widest(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.core.bitpack import pack, unpack
+from lowbit.core.bitpack import bytes_per_row, pack, pack_bytes, unpack, unpack_bytes
 from lowbit.core.family import MAX_INT16_COLUMNS
 from lowbit.core.outliers import column_indices
 from lowbit.nn.coded import CodedLayer
@@ -44,6 +44,8 @@ def shard(layer: LinearLayer, dim: int, index: int, count: int) -> None:
         fields["group_size"] = share.stop - share.start
     elif dim == INPUT and getattr(format, "scale_block", None):
         fields["scale_block"] = min(format.scale_block, -(-(share.stop - share.start) // format.group_size))
+    if dim == INPUT and getattr(format, "packed_zeros", False):
+        fields["packed_zeros"] = cut["zeros"].shape[1] < cut["scales"].shape[1]
     layer.become(replace(format, **fields, outliers=len(cut.get("outlier_values", ()))), cut)
     layer.whole = whole
 
@@ -61,7 +63,8 @@ def shard_problem(format: Any, coded: bool, dim: int, index: int, count: int) ->
         return "with act-order its columns are not in the order of the input features"
     if dim == INPUT and format.group_size < size and step % format.group_size:
         return f"group_size={format.group_size} must divide the {step} input features of a share"
-    if dim == INPUT and getattr(format, "scale_block", None) and format.group_size < size:
+    several = getattr(format, "scale_block", None) and format.scale_block < format.groups  # factors in a row
+    if dim == INPUT and several and format.group_size < size:
         columns = format.scale_block * format.group_size  # that share a factor
         if step % columns and step < size:
             return f"{columns} columns that share a factor of their scales must divide the {step} input features"
@@ -73,9 +76,14 @@ def _columns(tensors: dict[str, Tensor], format: Any, share: slice) -> dict[str,
     codes = unpack(tensors["packed"], format.bits, k)[:, share]
     cut = {**tensors, "packed": pack(codes.contiguous(), format.bits)}
     of_groups = slice(share.start // format.group_size, -(-share.stop // format.group_size))
+    packed_zeros = getattr(format, "packed_zeros", False)
+    if packed_zeros:
+        cut["zeros"] = unpack_bytes(tensors["zeros"], format.bits, groups)
     for name in ("scales", "zeros", "codebook"):
-        if groups > 1 and name in tensors and tensors[name].shape[1] == groups:
-            cut[name] = tensors[name][:, of_groups]
+        if groups > 1 and name in tensors and cut[name].shape[1] == groups:
+            cut[name] = cut[name][:, of_groups]
+    if packed_zeros and bytes_per_row(count := cut["zeros"].shape[1], format.bits) < count:
+        cut["zeros"] = pack_bytes(cut["zeros"], format.bits)
     for name in ("scale_factors", "zero_factors"):
         if groups > 1 and name in tensors:
             blocks = slice(of_groups.start // format.scale_block, -(-of_groups.stop // format.scale_block))

@@ -22,8 +22,9 @@ def require_finite(name: str, tensor_name: str, tensor: Tensor | None) -> None:
 
 def require_factors(name: str, tensor_name: str, factors: Tensor | None) -> None:
     """Raise ``ValueError`` where a factor of scales, if any, times a code can be NaN or infinite."""
+    require_finite(name, tensor_name, factors)
     if factors is not None and not bool(torch.isfinite(factors.float() * 255).all()):
-        raise ValueError(f"{name}.{tensor_name} times 255 must be finite: got NaN or infinity")
+        raise ValueError(f"{name}.{tensor_name} times 255 must be finite: got infinity")
 
 
 def require_order(name: str, order: Tensor | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.hessian import DAMPING
-from lowbit.packed.grid import GridFit
+from lowbit.packed.grid import GridFit, on_codes
 
 _SWEEPS = 3  # over all groups
 _STEPS = 2  # grid, then codes, of a group before the next one
@@ -58,6 +58,7 @@ class _Rows:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.fit, self.h, self.dtype = fit, h, dtype
+        self.factor = None if fit.factors is None else fit.factors_of(rows).view(-1)
         self.w = w.t().contiguous()
         n = len(w)
         self.codes = codes.t().float().contiguous()
@@ -172,8 +173,10 @@ class _Rows:
 
     def _stored(self, scale: Tensor, otherwise: Tensor) -> Tensor:
         """As it can be stored; ``otherwise`` where it would be no positive normal number."""
-        limits = torch.finfo(self.dtype)
-        held = scale.to(self.dtype).float()
+        limits = torch.finfo(self.dtype if self.factor is None else torch.float32)
+        held = scale.to(self.dtype).float() if self.factor is None else on_codes(scale, self.factor)
+        if self.factor is not None:  # a code of 0 or less was none
+            held = torch.where(scale > 0, held, 0)
         return torch.where((held >= limits.tiny) & (held <= limits.max), held, otherwise)
 
 

@@ -8,6 +8,10 @@ Symmetric formats have no zeros tensor: their zero is ``2**(bits-1)``. Ternary i
 two levels are codes with a float factor for each block of groups, rounded once in float32:
 
     scale[n, g] = scale_factors[n, g // scale_block] * scales[n, g]    (a minimum: of zero_factors and zeros)
+    scale[n, g] = scale_factors[0, 0] * scales[n, g]                   with one factor for all rows
+
+Packed zeros are integers of ``bits`` bits, dense in the bytes of a row: zero g is bits ``[g*bits, (g+1)*bits)`` of the
+row's stream, the lowest bit of a byte first. Each row takes ``ceil(G*bits/8)`` bytes, which must be fewer than G.
 
 Beside minima, products with x are sums of codes, times scales, less sums of x, times minima. Where ``code * scale`` has
 more than 24 bits, as with scales that fill a float32, an element of y may so be off by 2**-24 of
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core.activations import ActivationSpec
-from lowbit.core.bitpack import pack, words_per_row
+from lowbit.core.bitpack import bytes_per_row, pack, pack_bytes, words_per_row
 from lowbit.core.family import (
     FLOAT_DTYPES,
     GRANULARITIES,
@@ -54,12 +58,18 @@ GROUP_SIZE = 64  # a shorter row is one group
 QUANTIZER = "mse"
 CODE_DTYPES = {"uint8": torch.uint8, "int8": torch.int8}  # of scales of two levels
 Zeros = Literal["none", "int", "float", "minimum"]
+GROUPS_OF_A_FACTOR = 16  # of scales of 8 bits: a row of fewer groups shares its factor with all others
 FLOAT_ZEROS_UP_TO = 4  # bits; finer grids lose nothing by integer zeros, which are smaller
 
 
 def _describe(bits: int, granularity: Granularity | None, group_size: int | None) -> str:
     """``4-bit group 64``, ``8-bit per row``."""
     return f"{bits}-bit " + (f"group {group_size}" if granularity == "group" else f"per {granularity}")
+
+
+def saves_bytes(groups: int, bits: int) -> bool:
+    """Whether a row of so many packed zeros is shorter than with a byte for each."""
+    return bytes_per_row(groups, bits) < groups
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,13 @@ class Packed(Spec):
             errors being weighed by how much the input matters where there is calibration data, and with a ``loss`` by
             the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629); ``"random"`` by ``seed``.
         seed: of random outliers.
-        scale_dtype: of the stored scales; default float16 per group, float32 per row or tensor.
+        scale_dtype: of the stored scales; default float16 per group, float32 per row or tensor. With ``scale_bits`` of
+            the factors; default bfloat16.
+        packed_zeros: integer zeros take ``bits`` bits each instead of a byte, where a row of groups then takes fewer
+            bytes. The same weight, bit for bit. On a GPU, kernels of Triton run it, not those of CUDA C++.
+        scale_bits: 8: scales of groups are codes of 8 bits times a float factor: that of a row where it has 16 groups
+            or more, else one for the whole weight. Zeros are integers then. None: floats. GPUs as with
+            ``packed_zeros``, at less speed.
 
     Raises:
         ValueError: an argument out of range, or two that exclude each other.
@@ -109,19 +125,23 @@ class Packed(Spec):
     activation_group_size: int | None = None
     outliers_by: OutliersBy = "magnitude"
     seed: int = 0
+    packed_zeros: bool = False
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "activation_group_size", "seed"):
+        for name in ("bits", "group_size", "activation_group_size", "seed", "scale_bits"):
             object.__setattr__(self, name, as_integer(getattr(self, name)))
         if not is_integer(self.bits) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer between 2 and 8: got bits={self.bits!r}")
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric must be True or False: got symmetric={self.symmetric!r}")
+        if not isinstance(self.packed_zeros, bool):
+            raise ValueError(f"packed_zeros must be True or False: got packed_zeros={self.packed_zeros!r}")
         if self.granularity is None:
             object.__setattr__(self, "granularity", "group")
         if self.zeros is None:
-            float_zeros = self.bits <= FLOAT_ZEROS_UP_TO and not self.symmetric
-            object.__setattr__(self, "zeros", "float" if float_zeros else "int")
+            whole = self.bits > FLOAT_ZEROS_UP_TO or self.symmetric or self.packed_zeros or self.scale_bits is not None
+            object.__setattr__(self, "zeros", "int" if whole else "float")
         choice("granularity", self.granularity, GRANULARITIES)
         choice("quantizer", self.quantizer, names("packed"))
         choice("zeros", self.zeros, ("int", "float"))
@@ -137,6 +157,15 @@ class Packed(Spec):
             raise ValueError("quantizer='mean' clips symmetrically: it requires symmetric=True")
         if self.symmetric and self.zeros == "float":
             raise ValueError("zeros='float' is a zero point, which symmetric=True does not have")
+        if self.packed_zeros and (self.symmetric or self.zeros == "float"):
+            given = "symmetric=True" if self.symmetric else "zeros='float'"
+            raise ValueError(f"packed_zeros=True is of integer zeros: it excludes {given}")
+        if self.scale_bits is not None:
+            if self.scale_bits != 8:
+                raise ValueError(f"scale_bits must be 8 or None: got scale_bits={self.scale_bits!r}")
+            if self.granularity != "group" or self.zeros == "float":
+                given = "zeros='float'" if self.granularity == "group" else f"granularity={self.granularity!r}"
+                raise ValueError(f"scale_bits=8 is of scales of groups beside integer zeros or none: got {given}")
         if not 0 < self.gamma < math.inf:
             raise ValueError(f"gamma must be greater than 0 and finite: got gamma={self.gamma}")
         check_outliers(self)
@@ -154,6 +183,7 @@ class Packed(Spec):
     def format(self, weight: Tensor, kind: str) -> PackedFormat:
         """The format of the quantized weight, unless its scales turn out not to fit their dtype."""
         n, k = weight.shape
+        groups = -(-k // self.resolve_group_size(k)) if self.scale_bits is not None else None
         return PackedFormat(
             bits=self.bits,
             out_features=n,
@@ -163,6 +193,10 @@ class Packed(Spec):
             zeros="none" if self.symmetric else self.zeros or "int",
             scale_dtype=dtype_name(self.resolve_scale_dtype()),
             outliers=round(self.outliers * n * k),
+            packed_zeros=self.packs_zeros(k),
+            scale_codes=None if groups is None else "uint8",
+            scale_block=groups,
+            one_factor=groups is not None and n > 1 and groups < GROUPS_OF_A_FACTOR,
             **asdict(ActivationSpec() if kind == "embedding" else self.activation),
         )
 
@@ -185,7 +219,13 @@ class Packed(Spec):
         """The dtype that scales are stored in unless their values do not fit it."""
         if self.scale_dtype is not None:
             return self.scale_dtype
+        if self.scale_bits is not None:
+            return torch.bfloat16
         return torch.float16 if self.granularity == "group" else torch.float32
+
+    def packs_zeros(self, k: int) -> bool:
+        """Whether the zeros of a weight with ``k`` input features are stored packed."""
+        return self.packed_zeros and saves_bytes(-(-k // self.resolve_group_size(k)), self.bits)
 
     def describe(self) -> str:
         """One short line for tables, such as ``4-bit group 64 asymmetric``."""
@@ -198,11 +238,13 @@ class PackedFormat(Format):
     """The stored form of one weight: everything that the shapes and dtypes of its tensors follow from.
 
     ``zeros`` is ``"none"`` (symmetric), ``"int"`` (uint8), ``"float"``, or ``"minimum"``: the tensor ``zeros`` then
-    holds minima. ``scale_codes``, ``"uint8"`` or ``"int8"``, says that scales have two levels: codes in ``scales``, and
-    for each ``scale_block`` groups of a row a factor of ``scale_dtype`` in ``scale_factors``; minima are then uint8
-    codes, with ``zero_factors``. ``outliers`` is the number of stored sparse entries. With ``act_order`` the columns
-    are those of the weight in another order (GPTQ's activation order, arXiv 2210.17323): column k meets feature
-    ``order[k]`` of x, and groups, scales and outliers are of columns.
+    holds minima. ``scale_codes``, ``"uint8"`` or ``"int8"``, says that scales have two levels: codes in ``scales``,
+    and for each ``scale_block`` groups of a row a factor of ``scale_dtype`` in ``scale_factors``; minima are then
+    uint8 codes, with ``zero_factors``. With ``packed_zeros`` integer zeros take ``bits`` bits each, with
+    ``one_factor`` all rows share a factor, ``[1, 1]``, where ``scale_block`` is G. ``outliers`` is the number of
+    stored sparse entries. With ``act_order`` the columns are those of the weight in another order (GPTQ's
+    activation order, arXiv 2210.17323): column k meets feature ``order[k]`` of x, and groups, scales and outliers
+    are of columns.
     """
 
     family = "packed"
@@ -220,13 +262,16 @@ class PackedFormat(Format):
     act_order: bool = False
     scale_codes: Literal["uint8", "int8"] | None = None
     scale_block: int | None = None
+    packed_zeros: bool = False
+    one_factor: bool = False
 
-    later = ("act_order", "scale_codes", "scale_block")
+    later = ("act_order", "scale_codes", "scale_block", "packed_zeros", "one_factor")
 
     def __post_init__(self) -> None:
         check_coded_format(self, min_bits=2)
-        if not isinstance(self.act_order, bool):
-            raise ValueError(f"act_order must be True or False: got act_order={self.act_order!r}")
+        for name in ("act_order", "packed_zeros", "one_factor"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False: got {name}={getattr(self, name)!r}")
         choice("zeros", self.zeros, ("none", "int", "float", "minimum"))
         choice("scale_dtype", self.scale_dtype, tuple(FLOAT_DTYPES))
         if self.scale_codes is not None:
@@ -243,6 +288,15 @@ class PackedFormat(Format):
                     "scale_block must be between 1 and G, the groups of a row: got "
                     f"scale_block={self.scale_block}, G={self.groups}, granularity={self.granularity!r}"
                 )
+        if self.one_factor and self.scale_block != self.groups:
+            raise ValueError(
+                f"one_factor=True needs scale_block=G: got scale_block={self.scale_block}, G={self.groups}"
+            )
+        if self.packed_zeros and (self.zeros != "int" or not saves_bytes(self.groups, self.bits)):
+            raise ValueError(
+                "packed_zeros=True needs zeros='int' and rows that it makes shorter: "
+                f"got zeros={self.zeros!r}, bits={self.bits}, G={self.groups}"
+            )
         if self.granularity != "group" and self.group_size != self.in_features:
             raise ValueError(
                 f"group_size must equal K with granularity={self.granularity!r}: "
@@ -268,7 +322,10 @@ class PackedFormat(Format):
         return (1, 1) if self.granularity == "tensor" else (self.out_features, self.groups)
 
     def stacked(self, count: int) -> Any:
-        return replace(self, out_features=count * self.out_features, outliers=count * self.outliers)
+        # weights that are joined have factors of their own
+        one_factor = self.one_factor and count == 1
+        n, outliers = count * self.out_features, count * self.outliers
+        return replace(self, out_features=n, outliers=outliers, one_factor=one_factor)
 
     def weight_tensors(self) -> dict[str, TensorSpec]:
         scale_dtype = FLOAT_DTYPES[self.scale_dtype]
@@ -279,8 +336,11 @@ class PackedFormat(Format):
         if self.zeros != "none":
             coded = self.zeros == "int" or (self.zeros == "minimum" and self.scale_codes is not None)
             spec["zeros"] = (self.scale_shape, torch.uint8 if coded else scale_dtype)
+        if self.packed_zeros:
+            spec["zeros"] = ((self.out_features, bytes_per_row(self.groups, self.bits)), torch.uint8)
         if self.scale_block is not None:
-            factors = (self.out_features, -(-self.groups // self.scale_block)), scale_dtype
+            rows = 1 if self.one_factor else self.out_features
+            factors = (rows, -(-self.groups // self.scale_block)), scale_dtype
             spec["scale_factors"] = factors
             if self.zeros == "minimum":
                 spec["zero_factors"] = factors
@@ -294,7 +354,10 @@ class PackedFormat(Format):
             "none": "symmetric", "int": "asymmetric", "float": "asymmetric, float zeros", "minimum": "with minima"
         }[self.zeros]  # fmt: skip
         if self.scale_codes is not None:
-            text += f", {self.scale_codes} scales in blocks of {self.scale_block}"
+            text += f", {self.scale_codes} scales"
+            text += " with one factor" if self.one_factor else f" in blocks of {self.scale_block}"
+        if self.packed_zeros:
+            text += ", packed zeros"
         return text + (", act-order" if self.act_order else "") + describe_extras(self)
 
 
@@ -314,8 +377,10 @@ class PackedWeight(Weight):
     order: int32 [K], which feature of x each column meets: a permutation; None for their own order.
     minimum: whether zeros are minima, of the dtype of scales; uint8, to be multiplied by zero_factors, with
         scale_factors.
-    scale_factors, zero_factors: float16, bfloat16 or float32 [N, ceil(G / scale_block)]; None for scales of one level.
+    scale_factors, zero_factors: float16, bfloat16 or float32 [N, ceil(G / scale_block)], or with scale_block = G
+        [1, 1], for all rows; None for scales of one level.
     scale_block: groups of a row that share a factor.
+    packed_zeros: whether uint8 zeros, here of a byte each, are stored in ``bits`` bits each.
     """
 
     family = "packed"
@@ -332,6 +397,7 @@ class PackedWeight(Weight):
     scale_factors: Tensor | None = None
     zero_factors: Tensor | None = None
     scale_block: int | None = None
+    packed_zeros: bool = False
 
     def format(self, activations: Activations = "float") -> PackedFormat:
         n, k = self.codes.shape
@@ -360,14 +426,19 @@ class PackedWeight(Weight):
             act_order=self.order is not None,
             scale_codes=codes,
             scale_block=self.scale_block,
+            packed_zeros=self.packed_zeros,
+            one_factor=n > 1 and self.scale_factors is not None and len(self.scale_factors) == 1,
         )
         if tuple(self.scales.shape) != format.scale_shape:
             raise ValueError(f"scales must have shape {format.scale_shape}: got {tuple(self.scales.shape)}")
         return format
 
     def tensors(self) -> dict[str, Tensor]:
+        zeros = self.zeros
+        if self.packed_zeros and zeros is not None:
+            zeros = pack_bytes(zeros, self.bits)
         found = {
-            "packed": pack(self.codes, self.bits), "scales": self.scales, "zeros": self.zeros,
+            "packed": pack(self.codes, self.bits), "scales": self.scales, "zeros": zeros,
             "outlier_values": self.outlier_values, "outlier_columns": self.outlier_columns,
             "outlier_rows": self.outlier_rows, "order": self.order, "scale_factors": self.scale_factors,
             "zero_factors": self.zero_factors,

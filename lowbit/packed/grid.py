@@ -20,6 +20,8 @@ _CHUNK = 1 << 18
 # Error feedback makes one Python step per column, so it wants many rows at once.
 _FEEDBACK_CHUNK = 1 << 22
 
+SCALE_TOP = 255  # the largest code of a scale
+
 # (weights, importance or None = all 1); an element of importance 0 does not exist for the fit.
 Piece = tuple[Tensor, Tensor | None]
 Pieces = Callable[[], Iterable[Piece]]
@@ -29,9 +31,12 @@ Best = tuple[Tensor, Tensor, Tensor]  # scale, zero, and the error with them
 class GridFit:
     """One weight, and the grids that are fitted to it: the steps that quantizers are made of.
 
-    Scales and zeros are float32 here, holding values of the stored dtype. ``importance`` [K] counts in every squared
-    error.
+    Scales and zeros are float32 here, holding values of the stored dtype, or codes of 8 bits times :attr:`factors`.
+    ``importance`` [K] counts in every squared error.
     """
+
+    factors: Tensor | None = None  # [N, 1] or [1, 1], of scales of 8 bits
+    _factor: Tensor | None = None  # of the groups that are fitted, [rows, 1, 1] or [1, 1, 1]
 
     def __init__(self, weight: Tensor, spec: Packed, importance: Tensor | None = None) -> None:
         self.weight, self.spec, self.importance = weight, spec, importance
@@ -85,9 +90,31 @@ class GridFit:
         done = 0
         for piece in self.groups():
             rows = slice(done, done := done + len(piece[0]))
+            if self.factors is not None:
+                self._factor = self.factors_of(rows).unsqueeze(-1)
             scale, zero = fit(partial(iter, (piece,)))
             scales[rows], zeros[rows] = scale.squeeze(-1), zero.squeeze(-1)
+        self._factor = None
         return scales, zeros
+
+    def choose_factors(self, scales: Tensor, dtype: torch.dtype, one: bool) -> None:
+        """From now on scales are codes 1 to 255 of 8 bits times factors of ``dtype``, in which the largest of ``scales
+        [N, G]`` has the last code: that of a row, or, ``one``, of all."""
+        some = torch.cat([(high > low).any(-1) for low, high in map(self._ends, self.groups())])
+        largest = torch.where(some, scales, 0).amax(1, keepdim=True)  # groups of zeros alone have any scale
+        if one:
+            largest = largest.amax(0, keepdim=True)
+        limits = torch.finfo(dtype)
+        factors = (largest / SCALE_TOP).clamp(limits.tiny, limits.max)
+        self.factors = factors.to(dtype).float()
+
+    def _ends(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        low, high = self.limits(partial(iter, (piece,)))
+        return low.clamp(max=0), high.clamp(min=0)
+
+    def factors_of(self, rows: slice) -> Tensor:
+        assert self.factors is not None
+        return self.factors if len(self.factors) == 1 else self.factors[rows]
 
     def spread(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
         """The scale of a grid from ``low`` to ``high`` (symmetric: to the farther end on both sides)."""
@@ -127,6 +154,9 @@ class GridFit:
         """(scale, zero) as they will be stored, with code 0 nearest to ``low`` unless the zero is fixed."""
         # An all-zero group gets scale 1: its codes are the zero point, and nothing divides by 0.
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        if self._factor is not None:
+            scale = on_codes(scale, self._factor)
+            dtype = torch.float32
         # float16 may give 0 or Inf, which sends the layer to float32; there it must end.
         if dtype != torch.float16:
             scale = scale.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max)
@@ -167,6 +197,8 @@ class GridFit:
 
         So a weight that already is on a grid finds it again.
         """
+        if self._factor is not None:
+            return best
         scale, zero, _ = best
         for limit in (0.0, torch.inf):
             neighbour = scale.nextafter(torch.full_like(scale, limit))
@@ -232,6 +264,11 @@ class GridFit:
         for w, rows in self.chunks():
             scale, zero = self.columns(scales, rows), self.columns(zeros, rows)
             yield w - (codes[rows] - zero) * scale, rows
+
+
+def on_codes(scale: Tensor, factor: Tensor) -> Tensor:
+    """The nearest code of 8 bits but 0, times the factor."""
+    return (scale / factor).round().clamp(1, SCALE_TOP) * factor
 
 
 def _sum(t: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class PackedLayer(CodedLayer):
         require_finite(name, "scales", self.scales)
         if self.format.zeros == "minimum":
             require_finite(name, "zeros", self.zeros)
-        else:
+        elif not self.format.packed_zeros:  # these have no other values
             require_zeros(name, "zeros", self.zeros, self.format.bits)
         for factors in ("scale_factors", "zero_factors"):
             require_factors(name, factors, getattr(self, factors))
@@ -59,10 +59,10 @@ class PackedLinear(PackedLayer, LinearLayer):
     """``y = x @ W.T + bias`` with ``W[n, k] = (code[n, k] - zero[n, g]) * scale[n, g]``, ``g = k // group_size``.
 
     Input ``[..., K]`` in float32, float16 or bfloat16, output ``[..., N]`` in the input's dtype; sums are float32.
-    Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of
-    :mod:`lowbit.backends.layouts`), ``scales`` ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same
-    shape (with minima ``W = code * scale - zero``), optional ``scale_factors`` and ``zero_factors`` of scales of two
-    levels, optional CSR outliers, optional ``x_scale``, optional ``order`` int32 ``[K]``: then column k of the stored
+    Buffers: ``packed`` int32 ``[N, ceil(K/32)*bits]`` (or another of :mod:`lowbit.backends.layouts`), ``scales``
+    ``[N, G]``, ``[N, 1]`` or ``[1, 1]``, optional ``zeros`` of the same shape (with minima ``W = code * scale -
+    zero``; integers may be packed), optional ``scale_factors`` and ``zero_factors`` of scales of two levels,
+    optional CSR outliers, optional ``x_scale``, optional ``order`` int32 ``[K]``: then column k of the stored
     weight meets ``x[..., order[k]]``, and :meth:`dequantize` gives W in the order of x.
     """
 

@@ -4,6 +4,7 @@
     w[n, k] = code[n, k] * scale[n, g] - minimum[n, g] (+ outlier S[n, k])    with minima
 
 where scales and minima may be codes times factors, ``scale[n, g] = factor[n, g // scale_block] * code of the scale``.
+Integer zeros may be packed, which the shape of their tensor says.
 The tensors are those of :class:`lowbit.packed.format.PackedFormat`. The weight is float32: the product is rounded once,
 the sum with an outlier once more.
 """
@@ -21,6 +22,7 @@ from lowbit.backends import gradients
 from lowbit.backends.operands import Activation, CodedOperands
 from lowbit.backends.reference import quantize_activations, sum_per_scale
 from lowbit.core.activations import ActivationSpec
+from lowbit.core.bitpack import bytes_per_row, unpack_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,12 @@ class PackedActivation(Activation):
 @dataclass(frozen=True, kw_only=True)
 class PackedOperands(CodedOperands):
     """``scales`` and the optional ``zeros``: ``[N, G]``, or ``[1, 1]`` for all; without zeros they are
-    ``2**(bits-1)``.
+    ``2**(bits-1)``. Integer zeros may be packed in ``bits`` bits each: uint8 ``[N, ceil(G*bits/8)]``, fewer than G.
 
     minimum: ``zeros`` holds minima, of the dtype of scales.
     scale_block: groups that share a factor; 0: scales of one level. Else ``scales`` holds uint8 or int8 codes and
-        ``scale_factors`` floats ``[N, ceil(G / scale_block)]``; minima are uint8 codes beside ``zero_factors``.
+        ``scale_factors`` floats ``[N, ceil(G / scale_block)]``, or with ``scale_block = G`` ``[1, 1]``; minima are
+        uint8 codes beside ``zero_factors``.
     """
 
     scales: Tensor
@@ -101,10 +104,21 @@ class PackedOperands(CodedOperands):
             not self.minimum or zeros is not None, lambda: "minimum=True needs zeros, which hold the minima: got None"
         )
         if zeros is not None:
+            packed_shape = (packed.shape[0], bytes_per_row(groups, self.bits))
             torch._check(
-                zeros.shape == scales.shape,
-                lambda: f"zeros must have the shape of scales {tuple(scales.shape)}: got {tuple(zeros.shape)}",
+                zeros.shape == scales.shape or (self.packed_zeros and zeros.shape == packed_shape),
+                lambda: f"zeros must have the shape of scales {tuple(scales.shape)}"
+                f"{f', or packed {list(packed_shape)}' if self.packed_zeros else ''}: got {tuple(zeros.shape)}",
             )
+
+    @property
+    def packed_zeros(self) -> bool:
+        """Whether zeros take ``bits`` bits each: their rows are then shorter than those of scales."""
+        zeros = self.zeros
+        return (
+            zeros is not None and zeros.dtype == torch.uint8 and not self.minimum and zeros.dim() == 2
+            and zeros.shape[1] < self.scales.shape[1]
+        )  # fmt: skip
 
     def _check_factors(self, groups: int) -> None:
         scales, zeros, block = self.scales, self.zeros, self.scale_block
@@ -124,7 +138,12 @@ class PackedOperands(CodedOperands):
             not self.minimum or (zeros is not None and zeros.dtype == torch.uint8),
             lambda: f"zeros must be uint8 beside zero_factors: got {None if zeros is None else zeros.dtype}",
         )
-        first, shape = self.scale_factors, (self.out_features, -(-groups // block))
+        first, one = self.scale_factors, self._one_factor
+        torch._check(
+            not one or block == groups,
+            lambda: f"scale_factors of one row need scale_block=G: got scale_block={block}, G={groups}",
+        )
+        shape = (1 if one else self.out_features, -(-groups // block))
         for name, t in (("scale_factors", first), ("zero_factors", self.zero_factors)):
             torch._check(
                 name == "zero_factors" if t is None else t.shape == shape and t.is_floating_point(),
@@ -135,14 +154,18 @@ class PackedOperands(CodedOperands):
     def _values_at(self, rows: slice | Tensor) -> dict[str, Any]:
         if self.scales.shape[0] == 1 and not self.scale_block:  # one per tensor
             return {}
+        names = ("scales", "zeros") if self._one_factor else ("scales", "zeros", "scale_factors", "zero_factors")
         return {
-            name: None if tensor is None else tensor[rows]
-            for name in ("scales", "zeros", "scale_factors", "zero_factors")
-            for tensor in [getattr(self, name)]
+            name: None if tensor is None else tensor[rows] for name in names for tensor in [getattr(self, name)]
         }
 
+    @property
+    def _one_factor(self) -> bool:
+        """Whether all rows share a factor."""
+        return self.scale_factors is not None and len(self.scale_factors) == 1 and self.out_features > 1
+
     def _factors(self, factors: Tensor | None) -> Tensor:
-        """float32 ``[N, G]``, of each group."""
+        """float32 ``[N, G]``, of each group; one for all rows ``[1, G]``."""
         assert factors is not None
         groups = self.scales.shape[1]
         return factors.float().index_select(1, torch.arange(groups, device=self.device) // self.scale_block)
@@ -152,14 +175,16 @@ class PackedOperands(CodedOperands):
         return self.scales if not self.scale_block else self._factors(self.scale_factors) * self.scales.float()
 
     def decoded_zeros(self) -> Tensor | None:
-        """The zeros, or minima: float32 of two levels, else as they are."""
+        """The zeros, or minima: float32 of two levels, else as they are; packed ones with a byte for each."""
+        if self.zeros is not None and self.packed_zeros:
+            return unpack_bytes(self.zeros, self.bits, self.scales.shape[1])
         if self.zeros is None or self.zero_factors is None:
             return self.zeros
         return self._factors(self.zero_factors) * self.zeros.float()
 
     def decoded(self) -> PackedOperands:
-        """The same weight with scales and minima of one level."""
-        if not self.scale_block:
+        """The same weight with scales and minima of one level, and zeros that are not packed."""
+        if not self.scale_block and not self.packed_zeros:
             return self
         return replace(
             self, scales=self.decoded_scales(), zeros=self.decoded_zeros(), scale_factors=None, zero_factors=None,
@@ -171,9 +196,10 @@ class PackedOperands(CodedOperands):
         codes = self.codes(len(group)).float()
         if self.minimum:
             return codes
-        if self.zeros is None:
+        zeros = self.decoded_zeros()
+        if zeros is None:
             return codes - (1 << (self.bits - 1))
-        return codes - self.zeros.float().index_select(1, group)
+        return codes - zeros.float().index_select(1, group)
 
     def coded_part(self, k: int) -> Tensor:
         group = self.groups(k)
@@ -236,7 +262,8 @@ class PackedOperands(CodedOperands):
         def of_factors(factors: Tensor, codes: Tensor, of_groups: Tensor) -> Tensor:
             block = torch.arange(codes.shape[1], device=of_groups.device) // self.scale_block
             sums = of_groups.new_zeros(codes.shape[0], factors.shape[1])
-            return sums.index_add(1, block, codes.float() * of_groups).to(factors.dtype)
+            sums = sums.index_add(1, block, codes.float() * of_groups)
+            return (sums.sum(0, keepdim=True) if self._one_factor else sums).to(factors.dtype)
 
         if "scales" in sums:
             if self.scale_factors is None:

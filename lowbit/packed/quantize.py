@@ -11,6 +11,7 @@ and codes are always chosen against the scale and zero as stored (rounded to the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from lowbit.core.outliers import costliest, float16_holds, measured_for, sparse_
 from lowbit.core.quantizer import Quantizer, Statistics, register
 from lowbit.packed.descent import descend
 from lowbit.packed.format import Packed, PackedWeight
-from lowbit.packed.grid import GridFit, Pieces
+from lowbit.packed.grid import GridFit, Pieces, on_codes
 
 __all__ = ["GridQuantizer", "quantize"]
 
@@ -45,9 +46,11 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
 
     ``hessian`` [K, K] is proportional to X.T @ X of the layer's inputs X [samples, K]: gptq and descent require it, mse
     takes it, the others ignore it.
-    ``spec.outliers`` = f keeps round(f*N*K) weights in the sparse part: those of largest magnitude, which no grid is
-    fitted to, or random ones, or with ``outliers_by="sensitivity"`` those that cost most, rounded to the grid that is
-    fitted without the largest. float16 scales become float32 in a layer where one would be subnormal or overflow.
+    ``spec.outliers`` = f keeps round(f*N*K) weights in the sparse part: those of largest magnitude, which no grid
+    is fitted to, or random ones, or with ``outliers_by="sensitivity"`` those that cost most, rounded to the grid
+    that is fitted without the largest. With ``spec.scale_bits`` grids are fitted twice: freely, then with scales
+    that are codes times the factors that the first ones asked for. float16 scales become float32 in a layer where
+    one would be subnormal or overflow.
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; the
@@ -85,8 +88,11 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         weighs = hessian is not None and "hessian" in self.needs | self.uses
         fit = GridFit(weight, spec, damped(hessian.diagonal()) if weighs and hessian is not None else None)
         dtype = spec.resolve_scale_dtype()
+        if spec.scale_bits is not None:
+            free, _ = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, torch.float32))
+            fit.choose_factors(free, dtype, one=spec.format(weight, "linear").one_factor)
         scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
-        if dtype == torch.float16 and not float16_holds(scales):
+        if fit.factors is None and dtype == torch.float16 and not float16_holds(scales):
             dtype = torch.float32
             scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
         if fit.outliers is not None and spec.outliers_by == "sensitivity":
@@ -94,10 +100,17 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
             fit.outliers = costliest(spec, rest, statistics, fit.n, fit.k)
         codes = self.round(fit, scales, zeros, statistics)
         codes, scales, zeros = self.improve(fit, codes, scales, zeros, statistics, dtype)
+        if fit.factors is not None and not torch.equal(scales, held := on_codes(scales, fit.factors)):
+            scales, codes = held, fit.nearest_codes(held, zeros)  # of a quantizer that knows no such scales
         stored_zeros = None if spec.symmetric else zeros.to(torch.uint8 if spec.zeros == "int" else dtype)
         outliers = sparse_rest(partial(fit.rest, codes, scales, zeros), fit.outliers)
         group_size = fit.group if spec.granularity == "group" else None
-        return PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, group_size, *outliers)
+        made = PackedWeight(codes, scales.to(dtype), stored_zeros, spec.bits, group_size, *outliers)
+        if fit.factors is not None:
+            of_scales = (scales / fit.factors).round().to(torch.uint8)
+            factors = fit.factors.to(dtype)
+            made = replace(made, scales=of_scales, scale_factors=factors, scale_block=scales.shape[1])
+        return replace(made, packed_zeros=spec.packs_zeros(fit.k))
 
     def _check(self, weight: Tensor, statistics: Statistics) -> None:
         hessian = statistics.hessian

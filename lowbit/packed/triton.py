@@ -7,7 +7,7 @@ kernel of its own. Where few rows would leave processors idle, K is split, and a
 
 Groups whose size is no multiple of 32 are slower: weights are multiplied by their scales in float32, and then split
 into bfloat16 pieces, exactly. So are weights with minima, and those with scales of two levels, which are decoded where
-they are loaded: packed_values_kernel.
+they are loaded: packed_values_kernel. Packed zeros are made bytes by a launch of their own, before the others.
 """
 
 from __future__ import annotations
@@ -352,13 +352,34 @@ def packed_outlier_rows_kernel(
         tl.store(y_ptr + i * k_size + k, w.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def packed_zeros_kernel(zeros_ptr, to_ptr, n_size, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros of BITS bits, ``[n_size, row_bytes]``, with a byte for each: ``[n_size, groups]``."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n_size.to(tl.int64) * groups
+    n, g = at // groups, at % groups
+    byte, shift = g * BITS // 8, (g * BITS % 8).to(tl.int32)
+    first = zeros_ptr + n * row_bytes + byte
+    field = tl.load(first, mask=inside, other=0).to(tl.int32)
+    field |= tl.load(first + 1, mask=inside & (shift + BITS > 8), other=0).to(tl.int32) << 8
+    tl.store(to_ptr + at, ((field >> shift) & ((1 << BITS) - 1)).to(tl.uint8), mask=inside)
+
+
 # ------------------------------------------------------------------------------------------------------- on the host
+
+
+def packed_zeros_launch(zeros: Tensor, groups: int, bits: int) -> tuple[Launch, Tensor]:
+    """(launch, zeros uint8 ``[N, groups]``) of packed ones."""
+    n = len(zeros)
+    found = torch.empty(n, groups, dtype=torch.uint8, device=zeros.device)
+    arguments = dict(zeros_ptr=zeros, to_ptr=found, n_size=n, groups=groups, row_bytes=zeros.shape[1])
+    return Launch(packed_zeros_kernel, (-(-found.numel() // 1024),), arguments, dict(BITS=bits, BLOCK=1024)), found
 
 
 def _prepared(
     device: torch.device, weight: PackedOperands, k: int, bias: Tensor | None = None, *, quiet: bool = False
 ) -> PackedOperands:
-    """The weight as the kernels read it, checked: codes in tiles, scales and zeros row after row."""
+    """The weight as the kernels read it, checked: codes in tiles, scales and zeros row after row, zeros as bytes."""
 
     # they may stand group after group, as beside blocks
     zeros = None if weight.zeros is None else weight.zeros.contiguous()
@@ -369,6 +390,10 @@ def _prepared(
         outlier_values=weight.outlier_values, outlier_columns=weight.outlier_columns, outlier_rows=weight.outlier_rows,
         scale_factors=weight.scale_factors, zero_factors=weight.zero_factors,
     )  # fmt: skip
+    if zeros is not None and weight.packed_zeros:
+        launch, zeros = packed_zeros_launch(zeros, weight.scales.shape[1], weight.bits)
+        run([launch])
+        weight = replace(weight, zeros=zeros)
     tiles = tiles_of(weight.packed, weight.layout, weight.bits, k, quiet=quiet)
     return replace(weight, packed=tiles, layout=TILES.number, outlier_columns=column_numbers(weight.outlier_columns))
 
@@ -380,7 +405,8 @@ def _by_value(weight: PackedOperands, k: int) -> bool:
 
 def _levels_arguments(weight: PackedOperands) -> dict[str, Any]:
     first = weight.scale_factors
-    factors = 0 if first is None else first.shape[1]
+    one = first is not None and len(first) == 1 and weight.out_features > 1  # for all rows
+    factors = 0 if first is None or one else first.shape[1]
     return dict(scale_factors_ptr=first, zero_factors_ptr=weight.zero_factors, factors=factors)
 
 
@@ -659,6 +685,8 @@ def shipped(target: Target) -> Iterator[tuple[str, list[Launch]]]:
         activation = PackedActivation(int8=dtype == torch.int8)
         yield name, linear_launches(target, config, x, operands, None, activation, empty((1, n), x.dtype))
     yield "packed_embedding 4-bit, two levels", rows_launches(target, ids, operands, y)
+    for bits in range(2, 8):
+        yield f"packed_zeros {bits}-bit", [packed_zeros_launch(empty((n, 4 * bits), torch.uint8), 32, bits)[0]]
     for bits in range(2, 9):
         yield from experts("group 128", bits, torch.float16, 128, torch.uint8, regimes=9 if bits == 4 else 1)
     for dtype in (torch.bfloat16, torch.float32, torch.int8):

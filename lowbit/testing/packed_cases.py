@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.backends import layouts
 from lowbit.core.bitpack import pack
 from lowbit.core.family import FLOAT_DTYPES
-from lowbit.packed.format import PackedFormat
+from lowbit.packed.format import PackedFormat, saves_bytes
 from lowbit.packed.operands import PackedOperands
 from lowbit.testing.where import call
 
@@ -47,25 +47,31 @@ def formats(bits: int, n: int, k: int, group_size: int | None) -> Iterator[Packe
 
 
 def more_formats(bits: int, n: int, k: int, group_size: int | None, *, turn: int = 0) -> Iterator[PackedFormat]:
-    """Minima, scales of two levels and both, with outliers and dtypes in rotation from ``turn`` on."""
+    """Minima, scales of two levels and both, with one factor too, packed zeros; with outliers and dtypes in rotation
+    from ``turn`` on."""
     groups = 1 if group_size is None else -(-k // group_size)
     granularity = "row" if group_size is None else "group"
-    kinds: list[tuple[str, str | None]] = [
-        ("minimum", None), ("minimum", "uint8"), ("none", "int8"), ("int", "uint8"), ("minimum", "int8")
+    kinds: list[tuple[str, str | None, bool]] = [
+        ("minimum", None, False), ("minimum", "uint8", False), ("none", "int8", False), ("int", "uint8", False),
+        ("minimum", "int8", False), ("minimum", "uint8", True), ("none", "uint8", True),
     ]  # fmt: skip
-    for i, (zeros, codes) in enumerate(kinds, turn):
+    if saves_bytes(groups, bits):
+        kinds += [("packed", None, False), ("packed", "int8", False), ("packed", "uint8", True)]
+    for i, (zeros, codes, one_factor) in enumerate(kinds, turn):
         yield PackedFormat(
             bits=bits,
             out_features=n,
             in_features=k,
             group_size=group_size or k,
             granularity=granularity,  # type: ignore[arg-type]
-            zeros=zeros,  # type: ignore[arg-type]
+            zeros="int" if zeros == "packed" else zeros,  # type: ignore[arg-type]
+            packed_zeros=zeros == "packed",
             scale_dtype=tuple(FLOAT_DTYPES)[i % 3],
             outliers=max(1, n * k // 50) if i % 2 else 0,
             outlier_dtype=tuple(FLOAT_DTYPES)[(i + 1) % 3],
             scale_codes=codes,  # type: ignore[arg-type]
-            scale_block=None if codes is None else min(groups, (1, 3, groups)[i % 3]),
+            scale_block=None if codes is None else groups if one_factor else min(groups, (1, 3, groups)[i % 3]),
+            one_factor=one_factor,
         )
     if group_size is None:
         yield PackedFormat(bits, n, k, k, "tensor", "minimum", tuple(FLOAT_DTYPES)[turn % 3])
@@ -122,6 +128,16 @@ class Weight:
             scale_block=f.scale_block or 0,
         )  # fmt: skip
 
+    def plain_zeros(self) -> Tensor:
+        """The zeros, packed ones with a byte for each."""
+        f, zeros = self.format, self.zeros
+        assert zeros is not None
+        if not f.packed_zeros:
+            return zeros
+        rows, top = [int.from_bytes(bytes(row), "little") for row in zeros.tolist()], (1 << f.bits) - 1
+        values = [[row >> g * f.bits & top for g in range(f.groups)] for row in rows]
+        return torch.tensor(values, dtype=torch.uint8)
+
     def dense(self, outliers: bool = True) -> Tensor:
         """The float64 holding of the weight by the format's definition, written independently of the package."""
         f = self.format
@@ -138,7 +154,7 @@ class Weight:
         if self.zeros is None:
             zeros = torch.full_like(scales, 2.0 ** (f.bits - 1))
         else:
-            zeros = of_columns(self.zeros, self.zero_factors)
+            zeros = of_columns(self.plain_zeros(), self.zero_factors)
         if f.zeros == "minimum":
             weight = self.codes.float() * scales
             weight -= zeros
@@ -166,6 +182,10 @@ def random_weight(format: PackedFormat, seed: int = 0, *, power_of_two: bool = F
     zeros = None
     if format.zeros == "int":
         zeros = torch.randint(0, 1 << format.bits, shape, generator=g, dtype=torch.uint8)
+        if format.packed_zeros:
+            streams = [sum(zero << i * format.bits for i, zero in enumerate(row)) for row in zeros.tolist()]
+            zeros = torch.tensor([list(stream.to_bytes(spec["zeros"][0][1], "little")) for stream in streams])
+            zeros = zeros.to(torch.uint8)
     elif format.zeros == "float":
         zeros = torch.rand(shape, generator=g) * (1 << format.bits)
         zeros = (zeros.round() if power_of_two else zeros).to(scale_dtype)

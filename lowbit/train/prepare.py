@@ -114,6 +114,8 @@ def _problem(swap: Swap, quantizer: Scaling) -> str | None:
         return "stacks of experts have no fake-quant layer: leave them alone by skip="
     if not isinstance(spec, Packed):
         return f"a quantizer rounds to the levels of a Packed: got {spec}"
+    if spec.scale_bits is not None:
+        return f"scales are floats while they are found in each step: got scale_bits={spec.scale_bits}"
     if problem := quantizer.problem(spec):
         return problem
     if spec.outliers:

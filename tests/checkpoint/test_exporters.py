@@ -46,8 +46,8 @@ SPECS = {
     "4-bit": lowbit.Packed(bits=4, group_size=16, zeros="int"),
     "3-bit by row": lowbit.Packed(bits=3, granularity="row", zeros="int", scale_dtype=torch.float16),
     "8-bit": lowbit.Packed(bits=8, group_size=32),
-    "2-bit": lowbit.Packed(bits=2, group_size=32, zeros="int"),
-    "6-bit": lowbit.Packed(bits=6, group_size=32, zeros="int"),
+    "2-bit": lowbit.Packed(bits=2, group_size=32, packed_zeros=True),
+    "6-bit": lowbit.Packed(bits=6, group_size=8, packed_zeros=True),
     "5-bit by tensor": lowbit.Packed(bits=5, granularity="tensor", symmetric=True),
 }
 

@@ -19,7 +19,7 @@ NIBBLES = lowbit.Packed(bits=4, group_size=32, zeros="int")
 KERNEL = {
     "attention.self.query": lowbit.Packed(bits=4, group_size=32, activations="int8", activation_group_size=32),
     "attention.self.key": lowbit.Packed(bits=8, granularity="row", activations="int8"),
-    "attention.self.value": lowbit.Packed(bits=4, group_size=32, activations="int8_static"),
+    "attention.self.value": lowbit.Packed(bits=4, group_size=16, packed_zeros=True, activations="int8_static"),
     "attention.output.dense": lowbit.Packed(bits=3, group_size=16, symmetric=True),
     "intermediate.dense": lowbit.Packed(bits=2, group_size=32, zeros="float"),
     "layer.0.output.dense": NIBBLES,
@@ -28,7 +28,7 @@ KERNEL = {
 OPERATORS = {
     "attention.self.query": lowbit.Packed(bits=4, group_size=32, outliers=0.02, activations="int8"),
     "attention.self.key": lowbit.Packed(bits=4, group_size=32, outliers=0.02),
-    "attention.self.value": lowbit.Packed(bits=5, group_size=40),  # which ends before the row
+    "attention.self.value": lowbit.Packed(bits=5, group_size=12, packed_zeros=True),  # which ends before the row
     "attention.output.dense": lowbit.Codebook(bits=3),
     "intermediate.dense": lowbit.Codebook(bits=2, group_size=24, outliers=0.01),
     "layer.0.output.dense": lowbit.Codebook(table="nf4", group_size=16),

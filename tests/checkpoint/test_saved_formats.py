@@ -133,6 +133,19 @@ class Levels24(nn.Module):
         return self.head(self.levels(torch.tanh(self.signed(torch.tanh(self.minima(self.embed(ids)))))))
 
 
+class Zeros25(nn.Module):
+    """What version 2.5 added: packed zeros, and one factor for the scales of all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.zeros = nn.Embedding(12, 40), nn.Linear(40, 36)
+        self.levels, self.head = nn.Linear(36, 40, bias=False), nn.Linear(40, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.levels(torch.tanh(self.zeros(self.embed(ids)))))
+
+
 def levels24():
     model = Levels24()
     for name, format in LEVELS24.items():
@@ -196,6 +209,11 @@ MIXTRAL22 = {
     "lm_head": Packed(bits=8),
 }
 ACT_ORDER23 = {"ordered": Packed(bits=3, group_size=16, symmetric=False, zeros="int", activations="int8")}
+ZEROS25 = {
+    "embed": Packed(bits=3, group_size=8, packed_zeros=True, scale_bits=8),
+    "zeros": Packed(bits=5, group_size=7, packed_zeros=True, outliers=0.02, activations="int8"),
+    "levels": Packed(bits=4, group_size=2, scale_bits=8),
+}
 VERSIONS = {
     "1.0": (Packed10, PACKED10),
     "1.1": (Families11, FAMILIES11),
@@ -205,6 +223,7 @@ VERSIONS = {
     "2.2": (mixtral22, MIXTRAL22),
     "2.3": (ActOrder23, ACT_ORDER23),
     "2.4": (Levels24, {}),
+    "2.5": (Zeros25, ZEROS25),
 }
 
 
@@ -299,6 +318,16 @@ def test_what_version_24_added_is_only_in_files_that_use_it():
     assert lowbit.convert(nn.Linear(40, 24), Packed(bits=4)).format.to_dict().keys().isdisjoint(
         {"scale_codes", "scale_block"}
     )
+
+
+def test_what_version_25_added_is_only_in_files_that_use_it():
+    description = json.loads((FIXTURES / "format-2.5" / "model" / "lowbit.json").read_text())
+    fields = {name: entry["format"] for entry in description["layers"] for name in entry["names"]}
+    assert {name: (f.get("packed_zeros"), f.get("one_factor")) for name, f in fields.items()} == {
+        "embed": (True, True), "head": (True, True), "zeros": (True, None), "levels": (None, None),
+    }  # fmt: skip
+    tensors = load_file(FIXTURES / "format-2.5" / "model" / "model.safetensors")
+    assert tensors["embed.zeros"].shape == (12, 2) and tensors["zeros.zeros"].shape == (36, 4)
 
 
 def test_layers_that_were_pickled_before_rooms_moved_run_as_they_did():

@@ -27,6 +27,7 @@ SPECS: dict[str, list[Spec]] = {
         Packed(bits=4, group_size=16), Packed(bits=3, symmetric=True), Packed(bits=8, granularity="tensor"),
         Packed(bits=2, group_size=12, zeros="float", outliers=0.02), Packed(bits=5, activations="int8"),
         Packed(bits=4, group_size=16, activations="int8", activation_group_size=32),
+        Packed(bits=3, group_size=8, packed_zeros=True), Packed(bits=4, group_size=16, scale_bits=8),
     ],
     "codebook": [
         Codebook(bits=4), Codebook(bits=1, granularity="tensor"), Codebook(bits=3, group_size=20),
@@ -340,7 +341,7 @@ def test_gradients_reach_the_input_and_the_bias(model: Model) -> None:
 
 def test_gradients_of_an_embedding_reach_what_it_stores(model: Model) -> None:
     """Gathering rows ``ids`` and the product with their one-hot form pass the same gradient to the same weight."""
-    names = [name for name in model.embed.trainable() if "scale_" not in name]
+    names = [name for name in model.embed.trainable() if name == "scale_factors" or "scale_" not in name]
     lowbit.make_trainable(model, *names)
     trained = {name: getattr(model.embed, name) for name in names}
     rows = torch.randint(0, VOCAB, (30,), generator=torch.Generator().manual_seed(2))  # some of them twice

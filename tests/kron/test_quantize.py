@@ -321,6 +321,7 @@ def test_features_only_is_checked(arguments: dict[str, Any]) -> None:
         (dict(rank=0), "rank must be an integer of at least 1: got rank=0"),
         (dict(seed="a"), "seed must be an integer of 64 bits: got seed='a'"),
         (dict(factors=4), "factors must be a Packed or None: got int"),
+        (dict(factors=Packed(packed_zeros=True)), "factors takes zeros of a byte and float scales"),
         (dict(factors=Packed(outliers=0.01)), "factors takes float activations, no outliers and no quantizer='gptq'"),
         (dict(factors=Packed(), dtype=torch.float16), "dtype is that of dense factors"),
         (dict(activations="int8"), "activations must be one of 'float': got activations='int8'"),

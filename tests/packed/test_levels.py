@@ -1,4 +1,4 @@
-"""Family ``packed`` with minima and with scales of two levels, on every backend and ISA of this machine."""
+"""Family ``packed`` with minima, scales of two levels and packed zeros, on every backend and ISA of this machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lowbit.backends.reference import quantize_activations
 from lowbit.core.bitpack import pack
 from lowbit.model.resize import resized
 from lowbit.nn.shard import INPUT, OUTPUT, shard
-from lowbit.packed.format import PackedFormat, PackedWeight
-from lowbit.packed.module import PackedLinear
+from lowbit.packed.format import Packed, PackedFormat, PackedWeight
+from lowbit.packed.module import PackedExperts, PackedLinear
+from lowbit.packed.operands import PackedOperands
 from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import BITS, DTYPES, ROWS, Weight, activations, hard_rows, more_formats, random_weight
 from lowbit.testing.transforms import opcheck
@@ -25,6 +26,7 @@ from lowbit.testing.where import Where, everywhere, running, share
 # (N, K, group_size or None): groups of quads and of neither, a shorter last one, whole panels and rows behind them
 SHAPES = ((3, 5, 2), (13, 172, 32), (9, 172, 7), (66, 40, 16), (70, 300, None), (130, 320, 32), (64, 1100, 1100))
 WHERE = everywhere()
+DTYPE_NAMES = ("float16", "bfloat16", "float32")
 
 
 @pytest.fixture(params=where_params(WHERE, "lowbit.backends", "lowbit.packed.op", "lowbit.packed.triton"), ids=str)
@@ -113,6 +115,28 @@ def test_codes_in_blocks(where, bits):
             assert_bitwise_equal(weight.linear(x[:m], bias), plain[:m])
             assert_bitwise_equal(weight.linear(x[:m], bias, int8=True), int8[:m])
         assert_bitwise_equal(weight.dequantize(), weight.dense().float())
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_packed_zeros_are_those_of_a_byte(where, bits):
+    """The same results bit for bit, in blocks and group after group too."""
+    shapes = ((83, 160, 16), (131, 190, 9)) if where.backend == "cpu" else ((5, 79, 10),)
+    for i, (n, k, group_size) in enumerate(shapes):
+        format = PackedFormat(bits, n, k, group_size, "group", "int", DTYPE_NAMES[(bits + i) % 3], packed_zeros=True)
+        if (bits + i) % 2:
+            format = replace(format, scale_codes="uint8", scale_block=2)
+        weight = random_weight(format, i)
+        plain = replace(weight, format=replace(format, packed_zeros=False), zeros=weight.plain_zeros())
+        x, bias = activations(9, k, DTYPES[(bits + i) % 3], seed=i), torch.randn(n)
+        for by_block in (False, True) if where.backend == "cpu" else (False,):
+            for each in (weight, plain) if by_block else ():
+                each.packed = blocks.block(each.packed, bits)
+                each.scales, each.zeros = by_group(each.scales), by_group(each.zeros)
+            for m in (1, 9) if where.backend == "cpu" else (2,) * (bits in (3, 4)):
+                assert_bitwise_equal(weight.linear(x[:m], bias), plain.linear(x[:m], bias))
+                assert_bitwise_equal(weight.linear(x[:m], int8=True), plain.linear(x[:m], int8=True))
+            assert_bitwise_equal(weight.dequantize(), plain.dequantize())
+        assert weight.zeros.shape == (n, -(-format.groups * bits // 8))
 
 
 def of_groups(scale: float, minimum: float, code: int, dtype: torch.dtype = torch.float16, bits: int = 4) -> Weight:
@@ -222,28 +246,40 @@ def packed_weight(weight: Weight) -> PackedWeight:
     f, (values, columns, rows) = weight.format, weight.outliers
     group = f.group_size if f.granularity == "group" else None
     return PackedWeight(
-        weight.codes, weight.scales, weight.zeros, f.bits, group, values, columns, rows, None, f.zeros == "minimum",
-        weight.scale_factors, weight.zero_factors, f.scale_block,
+        weight.codes, weight.scales, None if weight.zeros is None else weight.plain_zeros(), f.bits, group, values,
+        columns, rows, None, f.zeros == "minimum", weight.scale_factors, weight.zero_factors, f.scale_block,
+        f.packed_zeros,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("turn", range(6))
+def operands_of(layer: PackedLinear) -> PackedOperands:
+    return PackedOperands.of(layer.weight_arguments(layer.operands()))
+
+
+def each_format(bits: int, n: int, k: int, group_size: int, turn: int) -> PackedFormat:
+    """Number ``turn`` of those in groups; 10: with one scale for all."""
+    return list(more_formats(bits, n, k, group_size if turn < 10 else None, turn=turn))[turn if turn < 10 else -1]
+
+
+@pytest.mark.parametrize("turn", range(11))
 def test_layers(turn):
     """Layers hold it, count its bytes, train its floats, and say what it is."""
-    format = list(more_formats(4, 66, 96, 32 if turn < 5 else None, turn=turn))[turn]
+    format = each_format(4, 66, 96, 32, turn)
     weight = random_weight(format, turn)
     layer = PackedLinear.from_weight(packed_weight(weight))
     assert layer.format == replace(format, outlier_dtype=layer.format.outlier_dtype)
     assert ("minima" in layer.format.describe()) == (format.zeros == "minimum")
+    assert ("packed zeros" in layer.format.describe()) == format.packed_zeros == (turn in (7, 8, 9))
+    assert ("one factor" in layer.format.describe()) == format.one_factor == (turn in (5, 6, 9))
     assert layer.format.nbytes == sum(t.nbytes for t in layer.canonical().values())
     assert_bitwise_equal(layer.dequantize(torch.float32), weight.dense().float())
     assert PackedFormat.from_dict(format.to_dict()) == format
 
 
-@pytest.mark.parametrize("turn", range(6))
+@pytest.mark.parametrize("turn", range(11))
 def test_gradients(turn):
     """Of scales, minima and factors, against torch's own of the dense expression; and of a step along them."""
-    format = list(more_formats(4, 18, 96, 32 if turn < 5 else None, turn=turn))[turn]
+    format = each_format(4, 18, 96, 32, turn)
     weight = random_weight(format, turn)
     given = {n: t.float() if t.is_floating_point() else t for n, t in weight.arguments.items() if torch.is_tensor(t)}
     names = ("scales", "zeros", "scale_factors", "zero_factors", "outlier_values")
@@ -257,7 +293,8 @@ def test_gradients(turn):
     scales = arguments["scales"].float().expand(18, -1)[:, group]
     if format.scale_block:
         scales = scales * arguments["scale_factors"][:, block]
-    zeros = torch.tensor(8.0) if weight.zeros is None else arguments["zeros"].float().expand(18, -1)[:, group]
+    held = weight.plain_zeros() if format.packed_zeros else arguments["zeros"]
+    zeros = torch.tensor(8.0) if held is None else held.float().expand(18, -1)[:, group]
     if "zero_factors" in floats:
         zeros = zeros * arguments["zero_factors"][:, block]
     codes = weight.codes.float()
@@ -280,6 +317,10 @@ BAD = (
     (dict(scale_codes="int4", scale_block=1), "scale_codes must be one of 'uint8', 'int8'"),
     (dict(scale_codes="int8", scale_block=4), "scale_block must be between 1 and G.*scale_block=4, G=3"),
     (dict(scale_codes="int8", scale_block=1, zeros="float"), "beside scale_codes: got zeros='float'"),
+    (dict(packed_zeros=1), "packed_zeros must be True or False"),
+    (dict(one_factor=True), "one_factor=True needs scale_block=G: got scale_block=None, G=3"),
+    (dict(one_factor=True, scale_codes="uint8", scale_block=2), "scale_block=G: got scale_block=2, G=3"),
+    (dict(packed_zeros=True), "packed_zeros=True needs zeros='int'.*got zeros='none'"),
     (dict(zeros="maximum"), "zeros must be one of"),
 )
 
@@ -298,7 +339,10 @@ BAD_ARGUMENTS = (
     (dict(zeros=None), "minimum=True needs zeros|zeros must be uint8"),
     (dict(scales=torch.ones(8, 3)), "scales must be uint8 or int8 beside scale_factors"),
     (dict(scale_factors=torch.ones(8, 2)), r"scale_factors must"),
+    (dict(scale_factors=torch.ones(1, 1), zero_factors=torch.ones(1, 1), scale_block=2), "scale_factors"),
+    (dict(zero_factors=torch.ones(1, 1)), "zero_factors"),
     (dict(minimum=False), "zero_factors must be given with minimum=True"),
+    (dict(minimum=False, zero_factors=None, zeros=torch.zeros(8, 1, dtype=torch.uint8)), "zeros must"),
 )
 
 
@@ -313,15 +357,15 @@ def test_bad_arguments_are_refused(where, change, message):
 # ------------------------------------------------------------------------------------------------- parts of a layer
 
 
-@pytest.mark.parametrize("turn", range(5))
+@pytest.mark.parametrize("turn", range(10))
 def test_shares_of_a_layer(turn):
     """Rows, and columns where factors are not divided."""
-    format = list(more_formats(4, 66, 192, 16, turn=turn))[turn]
+    format = each_format(3, 66, 192, 16, turn)
     layer = PackedLinear.from_weight(packed_weight(random_weight(format, turn)))
     whole, block = layer.dequantize(), (format.scale_block or 1) * format.group_size
     for dim in (OUTPUT, INPUT):
         parts = [copy.deepcopy(layer) for _ in range(3)]
-        if dim == INPUT and 64 % block:
+        if dim == INPUT and 64 % block and format.scale_block != format.groups:
             with pytest.raises(ValueError, match="columns that share a factor of their scales must divide the 64"):
                 shard(parts[0], dim, 0, 3)
             assert torch.equal(parts[0].dequantize(), whole)
@@ -332,10 +376,103 @@ def test_shares_of_a_layer(turn):
         assert torch.equal(torch.cat([part.dequantize() for part in parts], dim), whole)
 
 
-@pytest.mark.parametrize("turn", range(5))
+@pytest.mark.parametrize(("bits", "groups"), [(8, 9), (7, 7), (6, 3), (4, 1)])
+def test_zeros_that_would_not_be_shorter_are_not_packed(bits, groups):
+    with pytest.raises(ValueError, match=f"rows that it makes shorter: got zeros='int', bits={bits}, G={groups}"):
+        PackedFormat(bits, 8, 8 * groups, 8, "group", "int", packed_zeros=True)
+    spec, weight = Packed(bits=bits, group_size=8, zeros="int", packed_zeros=True), torch.randn(8, 8 * groups)
+    made = spec.quantize(weight)
+    assert made.format() == spec.format(weight, "linear") and not made.format().packed_zeros
+
+
+@pytest.mark.parametrize("quantizer", ["minmax", "mse", "gptq", "descent"])
+@pytest.mark.parametrize(("k", "group_size"), [(64, 16), (100, 6), (40, 64)])
+def test_scales_of_8_bits(k, group_size, quantizer):
+    """Codes are chosen for the scales as stored: the error is hardly more than with float scales. Rows of 16 groups or
+    more have factors of their own; groups of zeros alone do not count in them."""
+    torch.manual_seed(0)
+    weight, hessian = torch.randn(9, k) * (0.2 + torch.rand(9, 1)), torch.eye(k) + 0.3
+    weight[4], weight[0, :5] = 0, 0
+    measured = hessian if quantizer in ("gptq", "descent") else torch.eye(k)  # what the quantizer makes small
+    errors = []
+    for scale_bits in (8, None):
+        spec = Packed(bits=3, zeros="int", group_size=min(group_size, k), quantizer=quantizer, scale_bits=scale_bits)
+        made = spec.quantize(weight, hessian=hessian)
+        layer = PackedLinear.from_weight(made)
+        f = layer.format
+        assert f == spec.format(weight, "linear")
+        assert f.nbytes == sum(t.nbytes for t in layer.canonical().values())
+        off = layer.dequantize(torch.float32) - weight
+        assert not off[4].any()
+        if quantizer in ("minmax", "mse"):  # each code is that of the nearest level
+            scales = operands_of(layer).decoded_scales().float().repeat_interleave(f.group_size, 1)[:, :k]
+            zeros = layer.zeros.float().repeat_interleave(f.group_size, 1)[:, :k]
+            assert torch.equal((weight / scales + zeros).round().clamp(0, 7), made.codes.float())
+        errors.append(float(torch.einsum("nk,kl,nl->", off, measured, off)))
+        if scale_bits:
+            assert (f.scale_codes, f.scale_block, f.one_factor) == ("uint8", f.groups, f.groups < 16)
+            assert int(made.scales.max()) > 245 and int(made.scales.min()) > 0
+    assert errors[0] < 1.03 * errors[1]
+
+
+@pytest.mark.parametrize("quantizer", ["minmax", "gptq", "descent"])
+def test_a_spec_packs_zeros(quantizer):
+    """The same codes, scales and zeros as without, in the bytes that the format says."""
+    weight, hessian = torch.randn(9, 100), torch.eye(100) + 0.1
+    found = []
+    for packed_zeros in (True, False):
+        spec = Packed(bits=3, group_size=16, zeros="int", quantizer=quantizer, packed_zeros=packed_zeros)
+        made = spec.quantize(weight, hessian=hessian)
+        layer = PackedLinear.from_weight(made)
+        assert layer.format == spec.format(weight, "linear")
+        assert layer.format.nbytes == sum(t.nbytes for t in layer.canonical().values())
+        found.append(layer)
+    packed, plain = found
+    assert (packed.zeros.shape, plain.zeros.shape) == ((9, 3), (9, 7))
+    assert plain.format.nbytes - packed.format.nbytes == 9 * 4
+    assert_bitwise_equal(packed.dequantize(), plain.dequantize())
+
+
+BAD_SPECS = (
+    (dict(symmetric=True), "it excludes symmetric=True"),
+    (dict(zeros="float"), "it excludes zeros='float'"),
+    (dict(packed_zeros=1), "packed_zeros must be True or False: got packed_zeros=1"),
+    (dict(scale_bits=4), "scale_bits must be 8 or None: got scale_bits=4"),
+    (dict(scale_bits=8, zeros="float", packed_zeros=False), "integer zeros or none: got zeros='float'"),
+    (dict(scale_bits=8, granularity="row"), "scales of groups .* got granularity='row'"),
+)
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_SPECS)
+def test_bad_specs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Packed(**{"packed_zeros": True, **fields})
+
+
+def test_weights_with_a_factor_each_are_joined_by_row():
+    spec, weights = Packed(bits=4, group_size=16, scale_bits=8), torch.randn(3, 8, 64) * torch.rand(3, 1, 1)
+    stack = PackedExperts.from_float(weights, spec)
+    assert not stack.format.one_factor and stack.scale_factors.shape == (24, 1)
+    each = [PackedLinear.from_float(weight, spec) for weight in weights]
+    assert all(layer.format.one_factor for layer in each)
+    assert torch.equal(stack.dequantize(), torch.stack([layer.dequantize() for layer in each]))
+
+
+def test_a_share_of_one_group_has_zeros_of_a_byte():
+    format = PackedFormat(3, 8, 96, 32, "group", "int", "float16", packed_zeros=True)
+    layer = PackedLinear.from_weight(packed_weight(random_weight(format)))
+    whole = layer.dequantize()
+    parts = [copy.deepcopy(layer) for _ in range(3)]
+    for index, part in enumerate(parts):
+        shard(part, INPUT, index, 3)
+    assert [part.format.packed_zeros for part in parts] == [False] * 3
+    assert torch.equal(torch.cat([part.dequantize() for part in parts], 1), whole)
+
+
+@pytest.mark.parametrize("turn", range(10))
 def test_more_rows(turn):
     """The rows of before stay bit for bit, and new ones are close to the floats."""
-    format = replace(list(more_formats(5, 40, 96, 16, turn=turn))[turn], outliers=0, outlier_dtype="float16")
+    format = replace(each_format(5, 40, 96, 16, turn), outliers=0, outlier_dtype="float16")
     layer = PackedLinear.from_weight(packed_weight(random_weight(format, turn)))
     rows = torch.randn(50, 96)
     for m in (50, 30):
@@ -348,7 +485,7 @@ def test_more_rows(turn):
 
 BAD_VALUES = (
     ("scale_factors", 1e38, "scale_factors times 255 must be finite"),
-    ("zero_factors", float("nan"), "zero_factors times 255 must be finite"),
+    ("zero_factors", float("nan"), "zero_factors must be finite"),
 )
 
 

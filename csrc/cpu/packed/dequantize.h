@@ -20,6 +20,19 @@ inline void times_factors(const CpuWeight& w, const void* factors, int64_t n, in
   }
 }
 
+// zero[g - g0] of row n for groups [g0, g0 + count), as they are stored: minima may be codes
+inline void load_zeros(const CpuWeight& w, int64_t n, int64_t g0, int64_t count, float* zero) {
+  if (!w.packed_zeros)
+    return to_floats(w.zeros, w.zeros_dtype, n * w.zeros_row + g0 * w.zeros_group, w.zeros_group, count, zero);
+  const uint8_t* row = static_cast<const uint8_t*>(w.zeros) + n * w.zeros_row;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bit = (g0 + i) * w.bits, byte = bit / 8, shift = bit % 8;
+    int32_t field = row[byte * w.zeros_group];
+    if (shift + w.bits > 8) field |= row[(byte + 1) * w.zeros_group] << 8;
+    zero[i] = float(field >> shift & ((1 << w.bits) - 1));
+  }
+}
+
 // int8 from uint8, as floats
 inline void with_signs(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = values[i] > 127.0f ? values[i] - 256.0f : values[i];
@@ -30,7 +43,7 @@ inline void load_groups(const CpuWeight& w, int64_t n, int64_t g0, int64_t g1, f
   const int64_t row = w.per_tensor ? 0 : n, count = g1 - g0;
   to_floats(w.scales, w.scales_dtype, row * w.scales_row + g0 * w.scales_group, w.scales_group, count, scale);
   if (w.zeros) {
-    to_floats(w.zeros, w.zeros_dtype, row * w.zeros_row + g0 * w.zeros_group, w.zeros_group, count, zero);
+    load_zeros(w, row, g0, count, zero);
   } else {
     for (int64_t g = 0; g < count; ++g) zero[g] = float(1 << (w.bits - 1));
   }
@@ -81,8 +94,15 @@ inline void dequantize_vectors(const CpuWeight& w, int64_t n, int64_t k0, int64_
     if (i == 0) {
       const int64_t row = w.per_tensor ? 0 : n, some = min64(kLanes, w.G - g);
       scales = some_floats(w.scales, w.scales_dtype, row * w.scales_row + g * w.scales_group, w.scales_group, some);
-      zeros = w.zeros ? some_floats(w.zeros, w.zeros_dtype, row * w.zeros_row + g * w.zeros_group, w.zeros_group, some)
-                      : splat(float(1 << (w.bits - 1)));
+      if (w.packed_zeros) {
+        float values[kLanes] = {};
+        load_zeros(w, row, g, some, values);
+        zeros = load(values);
+      } else {
+        zeros = w.zeros
+                    ? some_floats(w.zeros, w.zeros_dtype, row * w.zeros_row + g * w.zeros_group, w.zeros_group, some)
+                    : splat(float(1 << (w.bits - 1)));
+      }
     }
     const Int lane = splat(int32_t(i));
     const Float z = entry(zeros, lane), s = entry(scales, lane);

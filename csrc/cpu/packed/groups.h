@@ -39,8 +39,10 @@ class PanelGroups {
     in_place &= !w_.minimum && !w_.scale_block;
     const int64_t g0 = p_.group(s0), g1 = p_.group(s1 - 1) + 1;
     scale = lanes_of(w_.scales, w_.scales_dtype, w_.scales_row, w_.scales_group, g0, g1, in_place, scale_lanes_);
-    zero = w_.zeros ? lanes_of(w_.zeros, w_.zeros_dtype, w_.zeros_row, w_.zeros_group, g0, g1, in_place, zero_lanes_)
-                    : StoredLanes{middle_, DType::f32, 0};
+    zero = w_.packed_zeros ? packed_zeros(g0, g1)
+           : w_.zeros
+               ? lanes_of(w_.zeros, w_.zeros_dtype, w_.zeros_row, w_.zeros_group, g0, g1, in_place, zero_lanes_)
+               : StoredLanes{middle_, DType::f32, 0};
     if (w_.scale_block) {
       if (w_.signed_scales) with_signs(scale_lanes_, (g1 - g0) * kPanelN);
       times_factors(w_.scale_factors, g0, g1, scale_lanes_);
@@ -71,20 +73,58 @@ class PanelGroups {
       }
       return {lanes - g0 * kPanelN, DType::f32, kPanelN};
     }
+    by_rows(g0, g1, lanes, [=](int64_t n, int64_t g, int64_t count, float* to) {
+      to_floats(values, dtype, n * row + g * group, group, count, to);
+    });
+    return {lanes - g0 * kPanelN, DType::f32, kPanelN};
+  }
+
+  // lanes [g1 - g0, kPanelN] of what load(n, g, count, to) gives of a row n and some groups
+  template <class Load>
+  void by_rows(int64_t g0, int64_t g1, float* lanes, const Load& load) {
+    const int64_t n0 = n0_, rows = n1_ - n0;
     for (int64_t g = g0; g < g1; g += kGroupsAtOnce) {
       const int64_t count = min64(kGroupsAtOnce, g1 - g);
       for (int64_t r = 0; r < rows; r += kBlockRows) {
         const int64_t some = min64(kBlockRows, rows - r);
-        for (int64_t i = 0; i < some; ++i)
-          to_floats(values, dtype, (n0 + r + i) * row + g * group, group, count, values_ + i * kGroupsAtOnce);
+        for (int64_t i = 0; i < some; ++i) load(n0 + r + i, g, count, values_ + i * kGroupsAtOnce);
         transpose16(values_, some, lanes + (g - g0) * kPanelN + r, kPanelN);
       }
     }
-    return {lanes - g0 * kPanelN, DType::f32, kPanelN};
+  }
+
+  // Those of `bits` bits, in zero_lanes_. Bytes of a whole panel that stand byte after byte are read as vectors.
+  LOWBIT_SHARED StoredLanes packed_zeros(int64_t g0, int64_t g1) {
+    if (w_.zeros_row == 1 && n1_ - n0_ == kPanelN) {
+      const int64_t step = w_.zeros_group;
+      const uint8_t* first = static_cast<const uint8_t*>(w_.zeros) + n0_;
+      const int32_t mask = (1 << w_.bits) - 1;
+      for (int64_t g = g0; g < g1; ++g) {
+        const int64_t bit = g * w_.bits;
+        const int shift = int(bit % 8);
+        const uint8_t* bytes = first + bit / 8 * step;
+        const bool two = shift + w_.bits > 8;
+        float* to = zero_lanes_ + (g - g0) * kPanelN;
+        __builtin_prefetch(bytes + (two ? step : 0) + kPanelN);  // of the next panel
+        for (int64_t i = 0; i < kPanelN; ++i)
+          to[i] = float((bytes[i] | (two ? bytes[i + step] << 8 : 0)) >> shift & mask);
+      }
+    } else {
+      by_rows(g0, g1, zero_lanes_,
+              [this](int64_t n, int64_t g, int64_t count, float* to) { load_zeros(w_, n, g, count, to); });
+    }
+    return {zero_lanes_ - g0 * kPanelN, DType::f32, kPanelN};
   }
 
   // lanes [g1 - g0, kPanelN] of codes *= their factors
   LOWBIT_SHARED void times_factors(const void* factors, int64_t g0, int64_t g1, float* lanes) {
+    if (!w_.factors_row) {
+      float factor;
+      to_float(factors, w_.factors_dtype, 0, 1, &factor);
+      for (int64_t i = 0; i < (g1 - g0) * kPanelN; i += kLanes)
+        store(lanes + i, lowbit::load(lanes + i) * splat(factor));
+      return;
+    }
     const int64_t first = g0 / w_.scale_block, last = (g1 - 1) / w_.scale_block;
     const StoredLanes held =
         lanes_of(factors, w_.factors_dtype, w_.factors_row, 1, first, last + 1, false, factor_lanes_);

@@ -9,8 +9,11 @@ namespace cuda {
 namespace {
 
 // Why no kernel here reads a weight, or null.
-const char* why_not(bool minimum, const OptionalTensor& scale_factors, int64_t scale_block) {
+const char* why_not(const Tensor& scales, const OptionalTensor& zeros, bool minimum,
+                    const OptionalTensor& scale_factors, int64_t scale_block) {
   if (minimum) return "they read no minima";
+  if (zeros && zeros->dim() == 2 && scales.dim() == 2 && zeros->size(1) < scales.size(1))
+    return "they read no zeros that are packed";
   return scale_factors || scale_block ? "they read no scales of two levels" : nullptr;
 }
 
@@ -21,7 +24,7 @@ Result linear(Tensor x, Tensor packed, OptionalTensor outlier_values, OptionalTe
               OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
               OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const Caller op("packed_linear", x);
-  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
+  if (const char* why = why_not(scales, zeros, minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const int64_t K = check_activations(op, x);
   const ActivationArguments activations{int8, x_scale, x_group};
   Linear<packed::Weight> call{};
@@ -42,7 +45,7 @@ Result experts(Tensor x, Tensor ids, Tensor packed, OptionalTensor outlier_value
                OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
                int64_t num_experts, OptionalTensor bias, OptionalTensor x_scale, bool int8, int64_t x_group) {
   const Caller op("packed_experts", x);
-  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
+  if (const char* why = why_not(scales, zeros, minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const int64_t K = check_activations(op, x);
   const ActivationArguments activations{int8, x_scale, x_group};
   Experts<packed::Weight> call{};
@@ -63,7 +66,7 @@ Result dequantize(Tensor packed, OptionalTensor outlier_values, OptionalTensor o
                   OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
                   int64_t in_features, ScalarType dtype) {
   const Caller op("packed_dequantize", packed);
-  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
+  if (const char* why = why_not(scales, zeros, minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const packed::Weight w =
       packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
                                 group_size, layout, in_features});
@@ -77,7 +80,7 @@ Result embedding(Tensor ids, Tensor packed, OptionalTensor outlier_values, Optio
                  OptionalTensor, int64_t bits, int64_t group_size, int64_t layout, bool minimum, int64_t scale_block,
                  int64_t in_features, ScalarType dtype) {
   const Caller op("packed_embedding", ids);
-  if (const char* why = why_not(minimum, scale_factors, scale_block)) return declined<Result>(op, why);
+  if (const char* why = why_not(scales, zeros, minimum, scale_factors, scale_block)) return declined<Result>(op, why);
   const packed::Weight w =
       packed::check_weight(op, {packed, scales, zeros, {outlier_values, outlier_columns, outlier_rows}, bits,
                                 group_size, layout, in_features});

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.checkpoint.exporters.exporter import Exporter, save_folder
+from lowbit.checkpoint.exporters.exporter import Exporter, save_folder, stored
 from lowbit.core.bitpack import pack, unpack
 from lowbit.nn.layer import Layer
 from lowbit.packed.format import PackedFormat
@@ -90,7 +90,7 @@ def _group(key: tuple[Any, ...], names: list[str], is_only: bool) -> dict[str, A
 
 
 def _tensors(layer: Layer) -> dict[str, Tensor]:
-    format, held = layer.format, layer.canonical()
+    format, held = layer.format, stored(layer)
     n, k, bits = format.out_features, format.in_features, format.bits
     scales = held["scales"].flatten() if format.granularity == "tensor" else held["scales"]
     words, groups = in_order(layer)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint import libraries
 from lowbit.checkpoint.reader import Checkpoint
+from lowbit.core.bitpack import unpack_bytes
 from lowbit.core.family import did_you_mean
 from lowbit.model import hooks
 from lowbit.model.plan import require_model
@@ -55,6 +56,14 @@ class Exporter(ABC):
         self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
     ) -> None:
         """Write ``model`` to the folder or file ``target``: the layers ``kept`` as they are, ``floats`` as floats."""
+
+
+def stored(layer: Layer) -> dict[str, Tensor]:
+    """The tensors of a layer as files have them, but packed zeros with a byte for each."""
+    format, held = layer.format, layer.canonical()
+    if getattr(format, "packed_zeros", False):
+        held = {**held, "zeros": unpack_bytes(held["zeros"], format.bits, format.groups)}
+    return held
 
 
 def register(exporter: Exporter) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.exporters.exporter import exact_in
+from lowbit.checkpoint.exporters.exporter import exact_in, stored
 from lowbit.checkpoint.importers.gguf.container import ALIGNMENT, MAGIC, TYPES
 from lowbit.checkpoint.importers.gguf.types import E2M1, IQ4
 from lowbit.codebook.format import CodebookFormat
@@ -43,7 +43,7 @@ def row_bytes(type_name: str, k: int) -> int:
 
 def encoded(layer: Layer) -> tuple[str, Tensor] | str:
     """The type of a layer and its blocks, ``uint8 [rows, bytes of a row]``; or why no type holds it."""
-    format, held = layer.format, layer.canonical()
+    format, held = layer.format, stored(layer)
     if not isinstance(format, (PackedFormat, CodebookFormat)):
         return f"must be of the families 'packed' or 'codebook': it is {format.describe()}"
     if getattr(format, "act_order", False):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.exporters.compressed_tensors import in_order, integer_problem
-from lowbit.checkpoint.exporters.exporter import Exporter, exact_in, save_folder
+from lowbit.checkpoint.exporters.exporter import Exporter, exact_in, save_folder, stored
 from lowbit.core.bitpack import pack
 from lowbit.nn.layer import Layer
 from lowbit.packed.format import PackedFormat
@@ -42,7 +42,7 @@ class Gptq(Exporter):
         self, model: nn.Module, kept: dict[str, Layer], floats: dict[str, Layer], target: Path, tokenizer: Any
     ) -> None:
         is_v1 = all(int(zeros.min()) > 0 for layer in kept.values()
-                    if (zeros := layer.canonical().get("zeros")) is not None and zeros.numel())  # fmt: skip
+                    if (zeros := stored(layer).get("zeros")) is not None and zeros.numel())  # fmt: skip
         sizes: dict[tuple[int, int], list[str]] = {}
         for name, layer in kept.items():
             sizes.setdefault(_sizes(layer.format), []).append(name)
@@ -68,7 +68,7 @@ def _sizes(format: PackedFormat) -> tuple[int, int]:
 
 
 def _tensors(layer: Layer, minus: int) -> dict[str, Tensor]:
-    format, held = layer.format, layer.canonical()
+    format, held = layer.format, stored(layer)
     n, k, bits = format.out_features, format.in_features, format.bits
     words, groups = in_order(layer)
     zeros = held.get("zeros", torch.full(format.scale_shape, 1 << (bits - 1), dtype=torch.uint8))

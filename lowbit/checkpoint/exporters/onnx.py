@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.backends.reference import csr_row_indices, dequantize_activations, quantize_activations
-from lowbit.checkpoint.exporters.exporter import Exporter
+from lowbit.checkpoint.exporters.exporter import Exporter, stored
 from lowbit.checkpoint.exporters.graph import Graph, dynamic_inputs, require_input_ids
 from lowbit.codebook.format import CodebookFormat
-from lowbit.core.bitpack import pack, unpack
+from lowbit.core.bitpack import pack_bytes, unpack
 from lowbit.core.outliers import column_indices
 from lowbit.model.surgery import float_modules, put
 from lowbit.nn.embedding import EmbeddingLayer
@@ -129,17 +129,17 @@ class _NBits(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        held, f, block = layer.canonical(), layer.format, _block(layer.format)
+        held, f, block = stored(layer), layer.format, _block(layer.format)
         assert block is not None
         self.n, self.k, self.block = f.out_features, f.in_features, block
         self.bits = next(width for width in _WIDTHS if width >= f.bits)
         blocks = -(-self.k // block)
         codes = torch.zeros(self.n, blocks * block, dtype=torch.uint8)
         codes[:, : self.k] = unpack(held["packed"], f.bits, self.k)
-        self.register_buffer("codes", _bytes(codes, self.bits).reshape(self.n, blocks, -1))
+        self.register_buffer("codes", pack_bytes(codes, self.bits).reshape(self.n, blocks, -1))
         self.register_buffer("scales", _decoded(layer).scales.float().expand(self.n, blocks).contiguous())
         zeros = held.get("zeros", torch.full((1, 1), 1 << (f.bits - 1), dtype=torch.uint8)).expand(self.n, blocks)
-        self.register_buffer("zeros", zeros.float() if zeros.is_floating_point() else _bytes(zeros, self.bits))
+        self.register_buffer("zeros", zeros.float() if zeros.is_floating_point() else pack_bytes(zeros, self.bits))
 
     def forward(self, x: Tensor, exact: Tensor) -> Tensor:
         y: Tensor = torch.onnx.ops.symbolic(
@@ -154,12 +154,6 @@ def _decoded(layer: Layer) -> Any:
     """The operands of a layer, with scales and zeros of one level."""
     operands: Any = layer.operands_class.of(layer.weight_arguments(layer.operands()))
     return operands.decoded()
-
-
-def _bytes(values: Tensor, bits: int) -> Tensor:
-    """``uint8 [N, ceil(K*bits/8)]``: each row's codes, lowest bits first."""
-    packed = pack(values.contiguous(), bits).view(torch.uint8)
-    return packed[:, : -(-values.shape[1] * bits // 8)].contiguous()
 
 
 class _Product(nn.Module):
@@ -201,7 +195,7 @@ class _Weight(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        held, f = layer.canonical(), layer.format
+        held, f = stored(layer), layer.format
         self.bits, n, k = f.bits, f.out_features, f.in_features
         self.register_buffer("codes", unpack(held["packed"], f.bits, k))
         scales, zeros, tables = held.get("scales"), held.get("zeros"), held.get("codebook")

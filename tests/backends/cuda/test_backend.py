@@ -98,10 +98,11 @@ def test_layers(emulated):
 
 
 def test_what_they_do_not_read(emulated):
-    """Minima and scales of two levels, by name: another backend takes them."""
-    for format in list(more_formats(4, 9, 300, 64))[:3]:
+    """Minima, scales of two levels and packed zeros, by name: another backend takes them."""
+    for format in list(more_formats(4, 9, 300, 64))[:8]:
         weight, x = random_weight(format), torch.randn(3, 300)
-        word = "minima" if format.zeros == "minimum" else "scales of two levels"
+        others = "zeros that are packed" if format.packed_zeros else "scales of two levels"
+        word = "minima" if format.zeros == "minimum" else others
         ids = torch.tensor([2, 0])
         ops, rest = torch.ops.lowbit, (None, None, False, 0)
         calls = (
