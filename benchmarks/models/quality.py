@@ -74,6 +74,7 @@ def methods(bits: int, layers: str, iterations: int) -> dict[str, Callable[..., 
         for quantizer in ("gptq", "descent"):
             found[f"{quantizer}, {zeros} zeros"] = lowbit_method(packed(quantizer, zeros), layers)
         found[f"descent + recover, {zeros} zeros"] = lowbit_method(packed("descent", zeros), layers, recover=True)
+        found[f"tuned, {zeros} zeros"] = lowbit_method(packed("tuned", zeros), layers)
     table = Codebook(bits=bits, sensitivity=True)
     found |= {"codebook per row": lowbit_method(table, layers),
               "codebook per row + recover": lowbit_method(table, layers, recover=True)}  # fmt: skip

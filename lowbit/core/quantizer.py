@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 SpecT = TypeVar("SpecT")
 WeightT = TypeVar("WeightT")
@@ -40,6 +40,7 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
         uses: the fields with which it does better: they are measured where calibration data is given.
         stand_in: the quantizer of the family that takes its place where nothing can be measured, for the weight of an
             embedding.
+        together: whether :meth:`finish` is called once all layers are in the model.
     """
 
     family: ClassVar[str]
@@ -47,6 +48,7 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
     needs: frozenset[str] = frozenset()
     uses: frozenset[str] = frozenset()
     stand_in: str | None = None
+    together: bool = False
 
     @abstractmethod
     def quantize(self, weight: Tensor, spec: SpecT, statistics: Statistics) -> WeightT:
@@ -63,6 +65,13 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
     def argument(self, spec: SpecT) -> str:
         """The argument of ``spec`` that makes it need what it needs, as written in code."""
         return f"quantizer={self.name!r}"
+
+    def finish(self, model: nn.Module, reference: nn.Module, names: list[str], batches: list[Any]) -> dict[str, str]:
+        """Improve the layers ``names`` of the packed ``model`` together, in place, ``reference`` being the float one.
+
+        Returns the layers that it left as they are, each with the reason.
+        """
+        raise NotImplementedError
 
 
 _registry: dict[str, dict[str, Quantizer[Any, Any]]] = {}

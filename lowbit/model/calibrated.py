@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import Weight
-from lowbit.core.quantizer import Statistics
+from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.model import calibrate, experts
-from lowbit.model.build import build, build_experts, build_group, progress_bar
+from lowbit.model.build import build, build_experts, build_group, progress_bar, relative_error
 from lowbit.model.plan import Plan, Swap
-from lowbit.model.surgery import put, restoring
+from lowbit.model.surgery import put, restoring, shared_copy
 from lowbit.nn.experts import FloatExperts, quantized
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -38,7 +38,26 @@ def build_calibrated(
             if isinstance(swap.module, FloatExperts):
                 experts.expose(swap.module)
         _measure(model, swaps, statistics, batches, loss)
-        return _build_in_order(model, plan, swaps, statistics, batches, progress)
+        built = _build_in_order(model, plan, swaps, statistics, batches, progress)
+        _finish(model, plan, originals, batches)
+        return built
+
+
+def _finish(model: nn.Module, plan: Plan, originals: dict[str, nn.Module], batches: list[Any]) -> None:
+    """What quantizers do with their layers together, once all stand in the model."""
+    of_method: dict[Quantizer[Any, Any], list[Swap]] = {}
+    for swap in plan.swaps():
+        if swap.spec is not None and swap.spec.method.together:
+            of_method.setdefault(swap.spec.method, []).append(swap)
+    for method, swaps in of_method.items():
+        reference = shared_copy(model, originals)
+        left = method.finish(model, reference, [swap.name for swap in swaps], batches)
+        for swap in swaps:
+            layer: Any = model.get_submodule(swap.name)
+            if swap.name in left:
+                layer.note = "; ".join(filter(None, (layer.note, f"not {method.name}: {left[swap.name]}")))
+            elif swap.kind == "linear":
+                layer.weight_error = relative_error(swap.weight(), layer)
 
 
 def _measure(

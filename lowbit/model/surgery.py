@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,15 @@ def restoring(model: nn.Module, originals: dict[str, nn.Module]) -> Iterator[Non
             put(model, name, module)
         for module, attribute, value in fused:
             setattr(module, attribute, value)
+
+
+def shared_copy(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+    """A model of its own with the very same tensors, and ``modules`` at their names."""
+    tensors = (*model.parameters(), *model.buffers())
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, module in modules.items():
+        copied = put(copied, name, module)
+    return copied
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:

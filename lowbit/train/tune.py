@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from lowbit.train.blocks import Blocks
 from lowbit.train.recover import check_numbers, finite, split
 from lowbit.train.rounding import Rounding, rounding_of, why_not
 
-_STEP = {"model": 0.01, "block": 0.005}  # of offsets, in steps of the grid
+_WAY = {"model": 1.0, "block": 0.5}  # steps of the grid that an offset goes at most in all
 _OF_GRIDS = 0.5  # the learning rate of scales, zeros and tables, over that of offsets
 _WARM_UP = 5  # steps until the whole learning rate
 
@@ -59,6 +59,7 @@ def tune(
     calibration: Iterable[Any],
     *,
     by: Literal["model", "block"] = "model",
+    only: Collection[str] | None = None,
     steps: int = 200,
     batch: int = 4,
     lr: float | None = None,
@@ -85,9 +86,10 @@ def tune(
         model: a packed model. What of it is trained already is an error: ``lowbit.convert(model)`` first.
         reference: the float model. It is not changed.
         calibration: a list of batches that both can be called with, as for :func:`lowbit.convert`; 32 and more texts.
+        only: the names of the layers to tune; ``None``: all.
         batch: how many of them make a step.
-        lr: steps of the grid that an offset moves at most in a step of learning, at first. Default: 0.01 for the model,
-            0.005 for blocks.
+        lr: how far an offset goes in a step of learning, at first, in steps of the grid. Default: 2 / ``steps`` for the
+            model, so that in all it goes one step of the grid at most; 1 / ``steps`` for blocks.
         seed: of the order of batches.
         loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`; for ``by="model"``.
 
@@ -104,16 +106,16 @@ def tune(
     require_model(reference)
     batches = batches_of(calibration)
     check_numbers(batches, steps=steps, batch=batch, lr=lr)
-    if by not in _STEP:
+    if by not in _WAY:
         raise ValueError(f"by must be 'model' or 'block': got by={by!r}")
     if by == "block" and loss is not None:
         raise ValueError("loss goes with by='model': a block is measured by its output")
-    found, left = _to_tune(model)
+    found, left = _to_tune(model, only)
     weights = _float_weights(reference, found)
     blocks = Blocks(model, reference, found) if by == "block" else None
     generator = torch.Generator().manual_seed(seed)
     learned, held_out = split(len(batches), generator)
-    learner = _Learner(steps, batch, lr or _STEP[by], generator)
+    learner = _Learner(steps, batch, lr or 2 * _WAY[by] / steps, generator)
     distance = Distance(reference, batches)
     measure = distance.of if loss is None else (lambda m, i: loss(m, batches[i]))
     before_it = {layer: layer.canonical() for layer in found.values()}
@@ -211,7 +213,7 @@ class _Learner:
                 progress.update()
 
 
-def _to_tune(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, str]]:
+def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, LinearLayer], dict[str, str]]:
     """(layers whose rounding is learned, why others are not), by name; raises ``ValueError``."""
     every = layers(model)
     if not every:
@@ -220,6 +222,8 @@ def _to_tune(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, str]]:
     left: dict[str, str] = {}
     storages = [storage_of(layer) for layer in every.values()]
     for name, layer in every.items():
+        if only is not None and name not in only:
+            continue
         if layer.trained():
             raise ValueError(f"{name or 'the model'}: {', '.join(layer.trained())} is trained already: end that by "
                              "lowbit.convert(model)")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -297,3 +298,34 @@ def test_tied_layers_are_left():
     found = train.tune(model, reference, batches(), steps=10, lr=0.03)
     assert found.left["head"] == "another layer shares its weight"
     assert model.head.packed is model.embedding.packed
+
+
+def test_the_quantizer_learns_what_its_layers_round_to():
+    reference = net()
+    spec = lowbit.Packed(bits=2, group_size=16, quantizer="tuned")
+    given = {"blocks.*": spec, "head": lowbit.Packed(bits=2, group_size=16, quantizer="descent")}
+    model = lowbit.convert(copy.deepcopy(reference), given, calibration=batches())
+    start = lowbit.convert(copy.deepcopy(reference), {**given, "blocks.*": replace(spec, quantizer="descent")},
+                           calibration=batches())  # fmt: skip
+    by_hand = copy.deepcopy(start)
+    found = train.tune(by_hand, reference, batches(), only=[n for n in layers(start) if n.startswith("blocks.")])
+    assert found.kept and found.after < 0.9 * found.before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, by_hand.state_dict()[name])
+    assert not torch.equal(model.blocks[0].up.packed, start.blocks[0].up.packed)
+    rows = {row.name: row for row in lowbit.report(model).rows}
+    up = reference.blocks[0].up.weight
+    wanted = float((model.blocks[0].up.dequantize() - up).detach().norm() / up.detach().norm())
+    assert rows["blocks.0.up"].weight_error == pytest.approx(wanted, rel=1e-5)
+
+
+def test_layers_that_cannot_learn_are_named():
+    model = Twice()
+    lowbit.register_quantizer(train.TunedPacked("by block", by="block", steps=2))
+    with pytest.warns(UserWarning, match="leaves layers as they were before learning: block blocks.0 must"):
+        lowbit.convert(model, {"blocks.0": lowbit.Packed(bits=2, quantizer="by block")}, calibration=batches(4))
+    assert "not by block: block blocks.0 must be called once" in model.blocks[0].up.note
+    tied = net()
+    tied.head.weight = tied.embedding.weight
+    lowbit.convert(tied, lowbit.Packed(bits=2, quantizer="tuned"), calibration=batches(8))
+    assert tied.head.note == "not tuned: another layer shares its weight" and tied.blocks[0].up.note is None
