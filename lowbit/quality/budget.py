@@ -1,11 +1,11 @@
 """``plan``: which form each layer should have, so that a model of a given size stays near to the float one.
 
-    minimise the sum over layers l of D[l, c(l)],   subject to   the sum of bytes[l, c(l)] <= budget
+    minimise KL(float model, model with c(l) in layer l, for all l),   subject to   the sum of bytes[l, c(l)] <= budget
 
-D[l, c]: by how much the KL divergence of the whole model's outputs from the float model's grows when layer l alone gets
-candidate c, all others staying what they are: first the candidate whose size is nearest to the budget, then what the
-first plan gave them. It is measured: the error of a layer says little of what it costs the model. The sum is minimised
-exactly, by dynamic programming.
+The error of a layer says little of what it costs the model, so that is asked for: from gradients, which tell the KL
+divergence that each candidate of each layer causes to second order, or by trying them one by one. The sum of these
+costs is minimised exactly, by dynamic programming. What it leaves out, that layers act upon each other, is learned from
+trials of whole plans; the best one that was measured is taken.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from lowbit.core.family import Spec
+from lowbit.core.family import Spec, check_size, choice
 from lowbit.model import calibrate
+from lowbit.model.candidates import Swap
 from lowbit.model.convert import convert
 from lowbit.model.plan import make_plan, require_model
 from lowbit.model.storage import storages
-from lowbit.model.surgery import put, restoring
-from lowbit.nn.layer import Layer, storage_of
+from lowbit.nn.layer import Layer
 from lowbit.packed.format import Packed
 from lowbit.quality.distance import Distance
+from lowbit.quality.scores import by_distance, by_gradient, first_names, gradient_problem
+from lowbit.quality.search import search
+from lowbit.quality.trial import Trial
 
-UNITS = 1 << 14  # steps of bytes between the smallest and the largest choice
+SIGNALS = ("gradient", "kl")
+TRIALS = 32  # plans that are measured
 _HELD_OUT = 4  # one batch of so many verifies the plan
-_ROUNDS = 2  # plans, each measured around the one before
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -47,9 +49,10 @@ class BudgetPlan:
         bytes: of the weights of all these layers, with scales, zeros, tables and outliers.
         budget: what they might take.
         bits_per_weight: of these weights.
-        predicted: the KL divergence from the float model that the sum says, on the batches that were measured.
+        predicted: the KL divergence from the float model that the scores of its layers sum to.
         measured, uniform: that of the plan and of ``uniform_spec`` for all layers, on batches that were held out.
-        uniform_spec: the best candidate that fits the budget everywhere.
+        uniform_spec: of the candidates that fit the budget everywhere, the best on the other batches.
+        uniform_bytes: of the weights with ``uniform_spec``.
         kept: whether the plan was better there; else ``specs`` are all ``uniform_spec``.
     """
 
@@ -61,6 +64,7 @@ class BudgetPlan:
     measured: float
     uniform: float
     uniform_spec: Spec
+    uniform_bytes: int
     kept: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,13 +84,11 @@ class BudgetPlan:
         size, most = self.bytes / 1e6, self.budget / 1e6
         lines.append(f"{size:.3f} MB of {most:.3f}, {self.bits_per_weight:.3f} bits per weight")
         better = "" if self.kept else ", which was no worse and is taken"
-        uniform = f"{self.uniform_spec.describe()} everywhere {self.uniform:.4f}"
+        uniform = f"{self.uniform_spec.describe()} everywhere, {self.uniform_bytes / 1e6:.3f} MB, {self.uniform:.4f}"
         lines.append(f"held-out KL {self.measured:.4f}; {uniform}{better}")
         return "\n".join(lines)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def plan(
     model: nn.Module,
     budget: str | float,
@@ -95,6 +97,9 @@ def plan(
     candidates: Sequence[Spec] | None = None,
     skip: Sequence[str] | None = None,
     fused: bool = True,
+    signal: str | None = None,
+    trials: int = TRIALS,
+    seed: int = 0,
 ) -> BudgetPlan:
     """The spec of each layer with which the model is nearest to the float one within ``budget``.
 
@@ -102,7 +107,7 @@ def plan(
         model = lowbit.convert(model, found.specs, calibration=batches)
 
     One batch of four is held out. Where the plan is not better on those than one candidate for all layers, that is what
-    is returned. Costs one conversion for each candidate, and two passes over the batches for each layer and candidate.
+    is returned. Costs one conversion for each candidate, the scores, and a pass over the batches for each trial.
 
     Args:
         model: a float model; it is not changed.
@@ -112,74 +117,129 @@ def plan(
         candidates: specs to choose from. Default: :class:`~lowbit.Packed` with 2, 3, 4, 5, 6 and 8 bits, by ``gptq``.
         skip: patterns of layers to leave float.
         fused: layers that see the very same input (q, k and v; gate and up) get one spec: serving stacks fuse them.
+        signal: what scores a candidate of a layer before plans are tried. ``"gradient"``: the KL divergence to second
+            order, from the Fisher information of the outputs: 256 backward passes of a batch, whatever the number of
+            layers and candidates; activations that are rounded are not seen. ``"kl"``: the KL divergence with it alone,
+            a pass over the batches for each layer and candidate. Default: ``"gradient"`` where all layers have
+            gradients (experts have none here), else ``"kl"``.
+        trials: how many plans are measured.
+        seed: of the random numbers of gradients and trials.
 
     Raises:
         ValueError: a budget that cannot be read, or that the smallest candidate exceeds, with both sizes; what
-            :func:`lowbit.convert` says of a candidate.
+            :func:`lowbit.convert` says of a candidate; ``signal="gradient"`` for layers that have none.
     """
-    require_model(model)
-    batches = calibrate.batches_of(calibration)
-    if len(batches) < 2:
-        raise ValueError(f"calibration must hold at least two batches, one to verify the plan: got {len(batches)}")
-    kind, amount = _parsed(budget)
-    specs = _candidates(candidates)
-    apart = max(1, len(batches) // _HELD_OUT)
-    held_out, seen = batches[:apart], batches[apart:]
-    groups = _groups(model, specs[0], skip, seen, fused)
-    _require_room(model, specs, skip, seen, groups, kind, amount)
-    choices = [_converted(model, spec, skip, seen, groups) for spec in specs]
-    sizes = torch.tensor([[sum(choice[g][name].format.nbytes for name in _first_names(choice[g])) for choice in choices]
-                          for g in range(len(groups))])  # fmt: skip
-    weights = sum(group[name].weights for group in choices[0] for name in _first_names(group))
-    limit = _limit(model, groups, kind, amount, weights)
-    base = _uniform(sizes, limit, specs)
-    trial = copy.deepcopy(model)
-    originals = {name: trial.get_submodule(name) for group in groups for name in group}
-    with calibrate.evaluating(model, trial), restoring(trial, originals):
-        search = _Search(trial, choices, Distance(model, seen))
-        start = int((sizes.sum(0) - limit).abs().argmin())
-        plans = [search.around([start] * len(groups), sizes, limit)]
-        while len(plans) < _ROUNDS:
-            plans.append(search.around(plans[-1][0], sizes, limit))
-        chosen, predicted = min(plans, key=lambda plan: search.measured(plan[0]))
-        search.distance = Distance(model, held_out)
-        uniform, measured = search.measured([base] * len(groups)), search.measured(chosen)
-    kept = measured < uniform
-    final = chosen if kept else [base] * len(groups)
-    total = int(sum(sizes[g, c] for g, c in enumerate(final)))
-    named = {name: specs[c] for group, c in zip(choices[0], final, strict=True) for name in _first_names(group)}
-    return BudgetPlan(named, total, limit, 8 * total / weights, predicted, measured, uniform, specs[base], kept)
+    planner = Planner(model, calibration=calibration, candidates=candidates, skip=skip, fused=fused, signal=signal,
+                      trials=trials, seed=seed)  # fmt: skip
+    return planner.within(budget)
 
 
-class _Search:
-    """Puts candidates into ``model`` and measures. ``choices``: candidate, group -> layers by name."""
+class Planner:
+    """Plans of one model within several budgets; what they share is made once. Arguments as for :func:`plan`."""
 
-    def __init__(self, model: nn.Module, choices: list[list[dict[str, Layer]]], distance: Distance) -> None:
-        self.model, self.choices, self.distance = model, choices, distance
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        calibration: Iterable[Any],
+        candidates: Sequence[Spec] | None = None,
+        skip: Sequence[str] | None = None,
+        fused: bool = True,
+        signal: str | None = None,
+        trials: int = TRIALS,
+        seed: int = 0,
+    ) -> None:
+        require_model(model)
+        batches = calibrate.batches_of(calibration)
+        if len(batches) < 2:
+            raise ValueError(f"calibration must hold at least two batches, one to verify the plan: got {len(batches)}")
+        if signal is not None:
+            choice("signal", signal, SIGNALS)
+        check_size("trials", trials)
+        self.model, self.skip, self.signal, self.trials, self.seed = model, skip, signal, trials, seed
+        self.specs = _candidates(candidates)
+        apart = max(1, len(batches) // _HELD_OUT)
+        self.held_out, self.seen = batches[:apart], batches[apart:]
+        self.groups = _groups(model, self.specs[0], skip, self.seen, fused)
+        self._ready: _Ready | None = None
 
-    def place(self, group: int, choice: int) -> None:
-        for name, layer in self.choices[choice][group].items():
-            put(self.model, name, layer)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def within(self, budget: str | float) -> BudgetPlan:
+        """The plan."""
+        kind, amount = _parsed(budget)
+        self._require_room(kind, amount)
+        ready = self._ready = self._ready or self._prepared()
+        limit = _limit(self.model, self.groups, kind, amount, ready.weights)
+        fitting = _fitting(ready.sizes.sum(0).tolist(), limit, self.specs)
+        trial, sizes, count = ready.trial, ready.sizes, len(self.groups)
+        with calibrate.evaluating(self.model, trial.model):
+            for c in fitting:
+                ready.everywhere.setdefault(c, trial([c] * count))
+            best = min(fitting, key=lambda c: ready.everywhere[c])
+            known = [([best] * count, ready.everywhere[best])]
+            chosen, _ = search(ready.scores, sizes, limit, trial, self.trials, known=known, seed=self.seed)
+            uniform, measured = (trial(each, ready.held_out) for each in ([best] * count, chosen))
+        kept = measured < uniform
+        final = chosen if kept else [best] * count
+        total = int(sum(sizes[g, c] for g, c in enumerate(final)))
+        return BudgetPlan(
+            specs={name: self.specs[c] for names, c in zip(ready.names, final, strict=True) for name in names},
+            bytes=total,
+            budget=limit,
+            bits_per_weight=8 * total / ready.weights,
+            predicted=float(sum(ready.scores[g, c] for g, c in enumerate(chosen))),
+            measured=measured,
+            uniform=uniform,
+            uniform_spec=self.specs[best],
+            uniform_bytes=int(sizes[:, best].sum()),
+            kept=kept,
+        )
 
-    def measured(self, chosen: list[int]) -> float:
-        for g, c in enumerate(chosen):
-            self.place(g, c)
-        return self.distance(self.model)
+    def _prepared(self) -> _Ready:
+        choices = [_converted(self.model, spec, self.skip, self.seen, self.groups) for spec in self.specs]
+        names = [first_names(group) for group in choices[0]]
+        sizes = torch.tensor([[sum(choice[g][name].format.nbytes for name in names[g]) for choice in choices]
+                              for g in range(len(names))])  # fmt: skip
+        weights = sum(choices[0][g][name].weights for g, of in enumerate(names) for name in of)
+        copied = copy.deepcopy(self.model)
+        swaps = {name: swap for swap in make_plan(copied, self.specs[0], self.skip).swaps() for name in swap.names}
+        originals = [{name: swaps[name].module for name in group} for group in self.groups]
+        with calibrate.evaluating(self.model, copied):
+            trial = Trial(copied, originals, choices, Distance(self.model, self.seen))
+            scores = self._scores(trial, swaps)
+        return _Ready(trial, scores, sizes, weights, names, Distance(self.model, self.held_out), {})
 
-    def around(self, context: list[int], sizes: Tensor, limit: int) -> tuple[list[int], float]:
-        """(the best plan by what is measured with the other layers as ``context`` has them, what it predicts)."""
-        least = self.measured(context)
-        growth = torch.zeros(sizes.shape, dtype=torch.float64)
-        with tqdm(total=growth.numel(), desc="lowbit plan", unit="layer", disable=None) as progress:
-            for g, own in enumerate(context):
-                for c in range(len(self.choices)):
-                    if c != own:
-                        self.place(g, c)
-                        growth[g, c] = self.distance(self.model) - least
-                    progress.update()
-                self.place(g, own)
-        chosen = knapsack(growth, sizes, limit)
-        return chosen, least + float(sum(growth[g, c] for g, c in enumerate(chosen)))
+    def _scores(self, trial: Trial, swaps: dict[str, Swap]) -> Tensor:
+        """``[G, C]``."""
+        problem = gradient_problem(swaps, trial.choices)
+        if problem is not None and self.signal == "gradient":
+            raise ValueError(f"signal='gradient': {problem}: signal='kl' needs none")
+        if self.signal == "kl" or (self.signal is None and problem is not None):
+            return by_distance(trial)
+        return by_gradient(trial.model, swaps, trial.choices, trial.distance, self.seed)
+
+    def _require_room(self, kind: str, amount: float) -> None:
+        """Raise where no candidate can fit everywhere, by what formats say, before anything is quantized."""
+        given = [self.seen if spec.needs_calibration else None for spec in self.specs]
+        rows = [convert(self.model, spec, skip=self.skip, dry_run=True, calibration=data).rows
+                for spec, data in zip(self.specs, given, strict=True)]  # fmt: skip
+        totals = [sum(row.bytes_after for row in of_spec) for of_spec in rows]
+        weights = sum(row.weights for row in rows[0] if row.shares is None)
+        _fitting(totals, _limit(self.model, self.groups, kind, amount, weights), self.specs)
+
+
+@dataclass
+class _Ready:
+    """What is made once: ``names`` of each group, one for each weight; ``everywhere``: candidate -> its distance."""
+
+    trial: Trial
+    scores: Tensor
+    sizes: Tensor
+    weights: int
+    names: list[list[str]]
+    held_out: Distance
+    everywhere: dict[int, float]
 
 
 def written(value: Any) -> str:
@@ -236,25 +296,13 @@ def _converted(
     return [{name: packed.get_submodule(name) for name in names} for names in groups]
 
 
-def _first_names(group: dict[str, Layer]) -> list[str]:
-    """One name for each weight: a pattern of a second one would decide nothing."""
-    found: dict[tuple[int, ...], str] = {}
-    for name, layer in group.items():
-        found.setdefault(storage_of(layer), name)
-    return list(found.values())
-
-
-def _require_room(
-    model: nn.Module, specs: list[Spec], skip: Sequence[str] | None, batches: list[Any], groups: list[list[str]],
-    kind: str, amount: float,
-) -> None:  # fmt: skip
-    """Raise where no candidate can fit everywhere, by what formats say, before anything is quantized."""
-    given = [batches if spec.needs_calibration else None for spec in specs]
-    rows = [convert(model, spec, skip=skip, dry_run=True, calibration=data).rows
-            for spec, data in zip(specs, given, strict=True)]  # fmt: skip
-    totals = torch.tensor([[sum(row.bytes_after for row in of_spec) for of_spec in rows]])
-    weights = sum(row.weights for row in rows[0] if row.shares is None)
-    _uniform(totals, _limit(model, groups, kind, amount, weights), specs)
+def _fitting(totals: list[int], limit: int, specs: list[Spec]) -> list[int]:
+    """The candidates that fit everywhere."""
+    least = totals.index(min(totals))
+    if totals[least] > limit:
+        raise ValueError(f"budget must hold the smallest candidate, {specs[least].describe()}, which takes "
+                         f"{totals[least]:,} bytes: got {limit:,} bytes for these layers")  # fmt: skip
+    return [c for c, total in enumerate(totals) if total <= limit]
 
 
 def _limit(model: nn.Module, groups: list[list[str]], kind: str, amount: float, weights: int) -> int:
@@ -267,40 +315,3 @@ def _limit(model: nn.Module, groups: list[list[str]], kind: str, amount: float, 
     return math.floor(amount - sum(size for key, size in held.items() if key not in gone))
 
 
-def _uniform(sizes: Tensor, limit: int, specs: list[Spec]) -> int:
-    """The largest candidate that fits everywhere."""
-    totals = sizes.sum(0)
-    fitting = [c for c in range(len(specs)) if int(totals[c]) <= limit]
-    if not fitting:
-        least = int(totals.argmin())
-        raise ValueError(f"budget must hold the smallest candidate, {specs[least].describe()}, which takes "
-                         f"{int(totals[least]):,} bytes: got {limit:,} bytes for these layers")  # fmt: skip
-    return max(fitting, key=lambda c: int(totals[c]))
-
-
-def knapsack(costs: Tensor, sizes: Tensor, limit: int) -> list[int]:
-    """Of each row of ``[G, C]`` a column, so that the sum of ``costs`` is least and that of ``sizes`` within ``limit``.
-
-    Exact but for the unit of bytes, to which sizes are rounded up: 1/16384 of what there is to distribute.
-    """
-    least = sizes.amin(1)
-    free = limit - int(least.sum())
-    if free < 0:
-        raise ValueError(f"limit must hold the smallest choices, {int(least.sum())}: got {limit}")
-    unit = max(1, -(-free // UNITS))
-    extra = (sizes - least[:, None] + unit - 1) // unit
-    room = free // unit
-    best = torch.zeros(room + 1, dtype=torch.float64)  # least cost with at most so many units
-    picks = []
-    for cost, more in zip(costs.double(), extra.tolist(), strict=True):
-        options = torch.full((len(more), room + 1), math.inf, dtype=torch.float64)
-        for c, units in enumerate(more):
-            if units <= room:
-                options[c, units:] = best[: room + 1 - units] + cost[c]
-        best, pick = options.min(0)
-        picks.append(pick)
-    place, chosen = room, []
-    for pick, more in zip(reversed(picks), reversed(extra.tolist()), strict=True):
-        chosen.append(int(pick[place]))
-        place -= more[chosen[-1]]
-    return chosen[::-1]

@@ -1,15 +1,19 @@
 """``plan``: the budget is kept to the byte, the search is exact, and the plan is what it measured."""
 
 import copy
-import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.model.plan import make_plan
 from lowbit.quality import budget as module
-from lowbit.quality.budget import knapsack
+from lowbit.quality import scores
+from lowbit.quality.distance import Distance
+from lowbit.quality.scores import first_names
+from lowbit.quality.trial import Trial
 
 CANDIDATES = [lowbit.Packed(bits=bits, group_size=16, zeros="int") for bits in (2, 3, 4, 8)]
 
@@ -70,6 +74,8 @@ def test_the_budget_is_kept_and_where_it_matters_there_are_more_bits(bits):
     assert found.kept and found.measured < found.uniform
     p, q = (torch.cat([each(ids) for ids in batches()[:1]]).double().log_softmax(-1) for each in (model, packed))
     assert found.measured == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean().detach()), rel=1e-4)
+    uniform = lowbit.convert(copy.deepcopy(model), found.uniform_spec)
+    assert packed_bytes(uniform) == found.uniform_bytes <= found.budget
     width = {name: spec.bits for name, spec in found.specs.items()}
     assert width["blocks.0.q"] == width["blocks.0.k"] and "head" not in width  # tied to the embedding
     first, second = (sum(width[f"blocks.{block}.{name}"] for name in ("q", "up", "down")) for block in (0, 1))
@@ -103,31 +109,131 @@ def test_layers_of_one_input_may_differ_without_fused():
 
 
 def test_a_plan_that_is_no_better_is_uniform(monkeypatch):
-    monkeypatch.setattr(module, "knapsack", lambda costs, sizes, limit: [0] * len(costs))
+    monkeypatch.setattr(module, "search", lambda scores, *_, **__: ([0] * len(scores), 0.0))
     found = lowbit.plan(Net(), 5.6, calibration=batches(), candidates=CANDIDATES)
     assert not found.kept and set(found.specs.values()) == {CANDIDATES[2]} == {found.uniform_spec}
     assert "was no worse and is taken" in str(found)
 
 
-def test_the_search_is_exact():
-    generator = torch.Generator().manual_seed(0)
-    for limit in (40, 55, 70):
-        costs = torch.rand(5, 3, generator=generator)
-        sizes = torch.randint(3, 20, (5, 3), generator=generator)
-        fitting = [pick for pick in itertools.product(range(3), repeat=5)
-                   if sum(int(sizes[g, c]) for g, c in enumerate(pick)) <= limit]  # fmt: skip
-        best = min(sum(float(costs[g, c]) for g, c in enumerate(pick)) for pick in fitting)
-        found = knapsack(costs, sizes, limit)
-        assert sum(int(sizes[g, c]) for g, c in enumerate(found)) <= limit
-        assert sum(float(costs[g, c]) for g, c in enumerate(found)) == pytest.approx(best, rel=1e-6)
+def test_one_planner_serves_several_budgets(monkeypatch):
+    calls, converted = [], module._converted
+    monkeypatch.setattr(module, "_converted", lambda *given: calls.append(given) or converted(*given))
+    planner = module.Planner(Net(), calibration=batches(), candidates=CANDIDATES, trials=4)
+    found = [planner.within(bits) for bits in (5.0, 4.2)]
+    assert len(calls) == len(CANDIDATES)
+    assert found[1].specs == lowbit.plan(Net(), 4.2, calibration=batches(), candidates=CANDIDATES, trials=4).specs
+    assert found[1].bytes <= found[1].budget < found[0].bytes
 
 
-def test_large_sizes_stay_within_the_limit():
-    generator = torch.Generator().manual_seed(0)
-    costs, sizes = torch.rand(60, 4, generator=generator), torch.randint(10**6, 10**8, (60, 4), generator=generator)
-    limit = int(sizes.float().mean() * 60)
-    found = knapsack(costs, sizes, limit)
-    assert limit * 0.98 < sum(int(sizes[g, c]) for g, c in enumerate(found)) <= limit
+@torch.no_grad()
+def trial_of(model: nn.Module, candidates: list[lowbit.Packed], data: list[Tensor]):
+    planner = module.Planner(model, calibration=[data[0], *data], candidates=candidates)
+    planner.held_out, planner.seen = data, data
+    copied = copy.deepcopy(model)
+    swaps = {name: swap for swap in make_plan(copied, candidates[0]).swaps() for name in swap.names}
+    choices = [module._converted(model, spec, None, data, planner.groups) for spec in candidates]
+    originals = [{name: swaps[name].module for name in group} for group in planner.groups]
+    return Trial(copied, originals, choices, Distance(model, data)), swaps, planner.groups
+
+
+def test_gradients_tell_the_distance_of_small_changes(monkeypatch):
+    """A change of the weights by 2**-10 of what 3 bits change costs 2**-20 of the scores."""
+    monkeypatch.setattr(scores, "PROBES", 1024)
+    model = Net()
+    trial, swaps, groups = trial_of(model, [lowbit.Packed(bits=3), lowbit.Packed(bits=4)], batches(2))
+    frozen = trial.model.blocks[0].k.weight.requires_grad_(False)
+    found = scores.by_gradient(trial.model, swaps, trial.choices, trial.distance)
+    assert found.shape == (len(groups), 2)
+    assert [p.requires_grad for p in trial.model.parameters()] == [p is not frozen for p in trial.model.parameters()]
+    expected = torch.zeros_like(found)
+    model = model.double()
+    floats = {name: swap.weight().double() for name, swap in swaps.items()}
+    for g in range(len(groups)):
+        for c in (0, 1):
+            changed = copy.deepcopy(model)
+            for name, layer in trial.choices[c][g].items():
+                weight = changed.get_submodule(name).weight
+                weight.data = floats[name] + 2**-10 * (layer.dequantize(torch.float64) - floats[name])
+            for ids in trial.distance.batches:
+                p, q = (each(ids).detach().log_softmax(-1) for each in (model, changed))
+                expected[g, c] += 2**20 * (p.exp() * (p - q)).sum(-1).mean() / len(trial.distance.batches)
+    assert torch.allclose(found, expected, rtol=0.25)
+    assert float(found.sum()) == pytest.approx(float(expected.sum()), rel=0.05)
+
+
+@pytest.mark.parametrize("what", ["logits", "hidden"])
+def test_probes_have_the_covariance_of_the_second_derivative(what):
+    """Their gradients with respect to the outputs themselves; rows of padding have none."""
+    values = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.tensor([[1, 1, 0]])
+
+    class Same(nn.Module):
+        def forward(self, attention_mask: Tensor) -> object:
+            return values if what == "logits" else SimpleNamespace(last_hidden_state=values)
+
+    distance = Distance(Same(), [{"attention_mask": mask}])
+    probes = distance.probes(Same(), 0, 8000, torch.Generator().manual_seed(1))
+    gradients = torch.stack([torch.autograd.grad(each, values, retain_graph=True)[0].flatten() for each in probes])
+    assert not gradients[:, 8:].any()
+    found = gradients[:, :8].t() @ gradients[:, :8] / len(gradients)
+    if what == "logits":
+        rows = values.detach()[0, :2].softmax(-1)
+        expected = torch.block_diag(*(torch.diag(p) - torch.outer(p, p) for p in rows)) / (2 * 2)
+    else:
+        expected = torch.eye(8) / values.detach()[0, :2].square().sum()
+    assert (found - expected).norm() < 0.06 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_trial_is_the_converted_model():
+    candidates = [lowbit.Packed(bits=3), lowbit.Packed(bits=3, activations="int8"), lowbit.Packed(bits=8)]
+    model, data = Net(), batches(2)
+    trial, _, groups = trial_of(model, candidates, data)
+    floats = trial([None] * len(groups))
+    assert floats == 0
+    for plan in ([0] * len(groups), [1] * len(groups), [(0, 1, 2)[g % 3] for g in range(len(groups))]):
+        specs = {name: candidates[c] for g, c in enumerate(plan) for name in first_names(trial.choices[c][g])}
+        packed = lowbit.convert(copy.deepcopy(model), specs)
+        assert trial(plan) == pytest.approx(trial.distance(packed), rel=1e-4)
+    assert trial([0] * len(groups)) != pytest.approx(trial([1] * len(groups)), rel=1e-3)
+    assert trial([None] * len(groups)) == floats
+
+
+@torch.no_grad()
+def test_the_distance_of_each_candidate_alone():
+    model, data = Net(), batches(2)
+    trial, _, _ = trial_of(model, CANDIDATES[:2], data)
+    found = scores.by_distance(trial)
+    for g, c in ((0, 1), (3, 0)):
+        packed = lowbit.convert(copy.deepcopy(model), dict.fromkeys(first_names(trial.choices[c][g]), CANDIDATES[c]))
+        assert found[g, c] == pytest.approx(trial.distance(packed), rel=1e-4)
+
+
+def test_the_signal_may_be_asked_for():
+    found = lowbit.plan(Net(), 4.4, calibration=batches(), candidates=CANDIDATES, signal="kl", trials=3)
+    assert found.kept and found.bytes <= found.budget
+
+    class Fixed(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).detach()
+
+    with pytest.raises(ValueError, match="signal='gradient' requires outputs that depend"):
+        lowbit.plan(Fixed(), 4.4, calibration=batches(), candidates=CANDIDATES, signal="gradient")
+
+
+def test_encoders_and_models_in_training_are_planned():
+    class Encoder(Net):
+        def forward(self, ids: Tensor) -> object:
+            x = self.embedding(ids)
+            for block in self.blocks:
+                x = block(x)
+            return SimpleNamespace(last_hidden_state=x)
+
+    model = Encoder().train()
+    model.head = nn.Identity()
+    found = lowbit.plan(model, 4.4, calibration=batches(), candidates=CANDIDATES, trials=4)
+    assert found.bytes <= found.budget and found.kept == (found.measured < found.uniform)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -141,6 +247,8 @@ def test_large_sizes_stay_within_the_limit():
         ({"calibration": batches(1)}, "at least two batches"),
         ({"candidates": [lowbit.Packed()]}, "candidates must be two specs or more"),
         ({"skip": ["nowhere"]}, "nowhere"),
+        ({"signal": "error"}, "signal must be one of 'gradient', 'kl': got signal='error'"),
+        ({"trials": 0}, "trials must be an integer of at least 1: got trials=0"),
     ],
 )
 def test_bad_arguments(arguments, message):
