@@ -5,6 +5,9 @@ perplexity), and a ViT of 500 k weights (512 images of MNIST; measured on 5,000 
 bits per weight, everything counted, and ``=3``: the very bytes of 3 bits everywhere. *Uniform* is the best of the
 candidates that fit everywhere, by what the plan sees. *Excess* is ln(perplexity / the float model's), or the KL
 divergence. Medians over seeds, which choose the calibration data. ``--json FILE`` writes every figure.
+
+``--scores`` compares instead what each candidate of each layer costs by gradients and by the KL divergence with it
+alone: rank correlation over all, its median over candidates (among layers), seconds.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from benchmarks.models.quality import HELD_OUT, calibration
 from lowbit import Packed
 from lowbit.core.family import Spec
 from lowbit.quality.budget import Planner, written
+from lowbit.quality.statistics import rank_correlation
 from lowbit.testing import samples
 
 TOGETHER = 4  # rows of a batch
@@ -62,13 +66,16 @@ MODELS: dict[str, Callable[[], Task]] = {"stories260k": stories, "vit": vit}
 
 
 def candidates(quantizer: str) -> list[Spec]:
-    """Half bits and less apart."""
-    fine: list[Spec] = [
-        Packed(bits=bits, quantizer=quantizer, zeros=zeros, group_size=group)  # type: ignore[arg-type]
-        for bits in (2, 3, 4, 5)
-        for zeros, group in (("int", 64), ("float", 64), ("float", 32))
-    ]
-    return [*fine, Packed(bits=6, quantizer=quantizer, group_size=64)]
+    """Quarters of a bit apart, by their zeros, groups and outliers."""
+    def packed(bits: int, group: int = 64, **options: Any) -> Spec:
+        return Packed(bits=bits, quantizer=quantizer, group_size=group, **options)
+
+    found = [packed(bits, symmetric=True) for bits in (3, 4, 5)]
+    found += [packed(bits, zeros="int") for bits in (2, 3, 4, 5)]
+    found += [packed(bits, group, zeros="float") for bits in (2, 3, 4, 5) for group in (64, 32)]
+    found += [packed(bits, 16, zeros="float") for bits in (2, 3)]
+    found += [packed(bits, zeros="float", outliers=outliers) for bits in (2, 3) for outliers in (0.005, 0.01)]
+    return [*found, packed(6)]
 
 
 def bits_of(model: nn.Module, spec: Spec, batches: list[Tensor], skip: list[str]) -> float:
@@ -112,6 +119,22 @@ def measure(name: str, budgets: list[str], seed: int, signal: str, quantizer: st
     return found
 
 
+def scores(name: str, seed: int, quantizer: str) -> dict[str, Any]:
+    model, data, _, skip = MODELS[name]()
+    found, seconds, specs = {}, {}, candidates(quantizer)
+    for signal in ("gradient", "kl"):
+        planner = Planner(model, calibration=data(seed), candidates=specs, skip=skip, signal=signal, seed=seed)
+        start = time.process_time()
+        found[signal] = planner.prepared().scores
+        seconds[signal] = round(time.process_time() - start, 1)
+    mine, other = found["gradient"], found["kl"]
+    each = [rank_correlation(mine[:, c], other[:, c]) for c in range(len(specs))]
+    return {"model": name, "seed": seed, "groups": len(mine), "candidates": len(specs),
+            "all": round(rank_correlation(mine.flatten(), other.flatten()), 4),
+            "among_layers": round(statistics.median(each), 4), "lowest": round(min(each), 4),
+            "seconds_with_conversion": seconds}  # fmt: skip
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """Medians over seeds; a ratio is of the plan's excess to the uniform form's, the last column its worst."""
     lines = ["| model | budget, bits | budget, bytes | plan | uniform | its excess | the plan's | ratio | worst |",
@@ -139,9 +162,14 @@ def main() -> None:
     parser.add_argument("--quantizer", default="gptq")
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--scores", action="store_true", help="compare the two signals")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    found: list[dict[str, Any]] = []
+    if given.scores:
+        found = [scores(name, seed, given.quantizer) for name in given.models for seed in range(given.seeds)]
+        print(json.dumps(found, indent=1))
+        return
     for name in given.models:
         for seed in range(given.seeds):
             found += measure(name, given.budgets, seed, given.signal, given.quantizer, given.trials)

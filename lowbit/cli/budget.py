@@ -21,7 +21,7 @@ def add_to(convert: argparse.ArgumentParser) -> None:
                          "'3.5 bits' per weight, or the whole model '700 MB'; needs --calibration-text")  # fmt: skip
     convert.add_argument("--candidate", action="append", default=[], metavar="SPEC",
                          help="of --budget: a spec to choose from, such as 'Codebook(bits=3)'; two or more "
-                         "(default: Packed with 2 to 8 bits, by gptq)")  # fmt: skip
+                         "(default: Packed with 2 to 8 bits, by gptq, nine forms)")  # fmt: skip
     convert.add_argument("--json", type=Path, metavar="FILE", help="of --budget: write the plan there")
 
 

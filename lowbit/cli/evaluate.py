@@ -159,9 +159,9 @@ def run(
     print(rows[str(options.folder)] if len(rows) == 1 else table(rows))
     points = [Point(name, lines.get(name), found.bytes, found.values) for name, found in rows.items()]
     if options.json is not None:
-        written = [{"name": name, **({"line": lines[name]} if name in lines else {}), **json.loads(found.to_json())}
-                   for name, found in rows.items()]  # fmt: skip
-        options.json.write_text(json.dumps(written if specs else written[0], indent=1) + "\n", encoding="utf-8")
+        listed = [{"name": name, **({"line": lines[name]} if name in lines else {}), **json.loads(found.to_json())}
+                  for name, found in rows.items()]  # fmt: skip
+        options.json.write_text(json.dumps(listed if specs else listed[0], indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         draw(points, options.plot, options.folder.name)
 

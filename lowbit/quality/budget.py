@@ -114,7 +114,8 @@ def plan(
         budget: ``"3.5 bits"`` or 3.5, per weight of the layers that are converted, everything counted; or the size of
             the whole model with what stays float, ``"700 MB"`` (10**6 bytes; kB, GB, KiB, MiB, GiB).
         calibration: a list of batches, as for :func:`lowbit.convert`.
-        candidates: specs to choose from. Default: :class:`~lowbit.Packed` with 2, 3, 4, 5, 6 and 8 bits, by ``gptq``.
+        candidates: specs to choose from; the finer their sizes, the better. Default: :class:`~lowbit.Packed` with 2, 3,
+            4, 5, 6 and 8 bits and integer zeros, and with 2, 3 and 4 bits and float zeros, by ``gptq``.
         skip: patterns of layers to leave float.
         fused: layers that see the very same input (q, k and v; gate and up) get one spec: serving stacks fuse them.
         signal: what scores a candidate of a layer before plans are tried. ``"gradient"``: the KL divergence to second
@@ -161,7 +162,7 @@ class Planner:
         apart = max(1, len(batches) // _HELD_OUT)
         self.held_out, self.seen = batches[:apart], batches[apart:]
         self.groups = _groups(model, self.specs[0], skip, self.seen, fused)
-        self._ready: _Ready | None = None
+        self._ready: Prepared | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -169,7 +170,7 @@ class Planner:
         """The plan."""
         kind, amount = _parsed(budget)
         self._require_room(kind, amount)
-        ready = self._ready = self._ready or self._prepared()
+        ready = self.prepared()
         limit = _limit(self.model, self.groups, kind, amount, ready.weights)
         fitting = _fitting(ready.sizes.sum(0).tolist(), limit, self.specs)
         trial, sizes, count = ready.trial, ready.sizes, len(self.groups)
@@ -196,7 +197,12 @@ class Planner:
             kept=kept,
         )
 
-    def _prepared(self) -> _Ready:
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepared(self) -> Prepared:
+        """The candidates of each layer, and what they cost."""
+        if self._ready is not None:
+            return self._ready
         choices = [_converted(self.model, spec, self.skip, self.seen, self.groups) for spec in self.specs]
         names = [first_names(group) for group in choices[0]]
         sizes = torch.tensor([[sum(choice[g][name].format.nbytes for name in names[g]) for choice in choices]
@@ -208,7 +214,8 @@ class Planner:
         with calibrate.evaluating(self.model, copied):
             trial = Trial(copied, originals, choices, Distance(self.model, self.seen))
             scores = self._scores(trial, swaps)
-        return _Ready(trial, scores, sizes, weights, names, Distance(self.model, self.held_out), {})
+        self._ready = Prepared(trial, scores, sizes, weights, names, Distance(self.model, self.held_out), {})
+        return self._ready
 
     def _scores(self, trial: Trial, swaps: dict[str, Swap]) -> Tensor:
         """``[G, C]``."""
@@ -230,8 +237,17 @@ class Planner:
 
 
 @dataclass
-class _Ready:
-    """What is made once: ``names`` of each group, one for each weight; ``everywhere``: candidate -> its distance."""
+class Prepared:
+    """What is made once.
+
+    Attributes:
+        trial: a model with each candidate of each group.
+        scores, sizes: ``[G, C]``: what a candidate of a group of layers costs, and its bytes.
+        weights: how many there are.
+        names: of each group, one for each weight.
+        held_out: the distance on the batches that verify.
+        everywhere: candidate -> the distance with it everywhere.
+    """
 
     trial: Trial
     scores: Tensor
@@ -253,7 +269,8 @@ def written(value: Any) -> str:
 
 def _candidates(given: Sequence[Spec] | None) -> list[Spec]:
     if given is None:
-        return [Packed(bits=bits, quantizer="gptq") for bits in (2, 3, 4, 5, 6, 8)]
+        coarse: list[Spec] = [Packed(bits=bits, quantizer="gptq", zeros="int") for bits in (2, 3, 4, 5, 6, 8)]
+        return coarse + [Packed(bits=bits, quantizer="gptq", zeros="float") for bits in (2, 3, 4)]
     specs = list(given)
     if len(specs) < 2 or not all(isinstance(spec, Spec) for spec in specs):
         raise ValueError(f"candidates must be two specs or more, such as lowbit.Packed(bits=3): got {given!r:.200}")
