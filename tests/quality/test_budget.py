@@ -221,6 +221,20 @@ def test_the_signal_may_be_asked_for():
         lowbit.plan(Fixed(), 4.4, calibration=batches(), candidates=CANDIDATES, signal="gradient")
 
 
+def test_experts_are_tried_one_by_one():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    found = lowbit.plan(model, 4.4, calibration=batches(2), candidates=CANDIDATES, trials=2)
+    packed = lowbit.convert(copy.deepcopy(model), found.specs)
+    assert packed_bytes(packed) == found.bytes <= found.budget and any("experts" in name for name in found.specs)
+    with pytest.raises(ValueError, match="signal='gradient': layer .*experts.* has no weight"):
+        lowbit.plan(model, 4.4, calibration=batches(2), candidates=CANDIDATES, signal="gradient")
+
+
 def test_encoders_and_models_in_training_are_planned():
     class Encoder(Net):
         def forward(self, ids: Tensor) -> object:
