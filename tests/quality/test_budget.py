@@ -103,6 +103,15 @@ def test_the_candidates_are_those_of_gptq_by_default():
     assert packed_bytes(packed) == found.bytes
 
 
+def test_what_is_held_out_is_not_planned_on():
+    data = batches(9)
+    planner = module.Planner(Net(), calibration=data, candidates=CANDIDATES)
+    assert all(a is b for a, b in zip([*planner.held_out, *planner.seen], data, strict=True))
+    assert len(planner.held_out) == 2
+    assert planner.prepared().trial.distance.batches == planner.seen
+    assert planner.prepared().held_out.batches == planner.held_out
+
+
 def test_layers_of_one_input_may_differ_without_fused():
     found = lowbit.plan(Net(), 4.1, calibration=batches(), candidates=CANDIDATES, fused=False)
     assert len(found.specs) == 9 and len({found.specs[f"blocks.{b}.{n}"] for b in (0, 1) for n in ("q", "k")}) > 1
