@@ -170,6 +170,24 @@ def test_gradients_tell_the_distance_of_small_changes(monkeypatch):
     assert float(found.sum()) == pytest.approx(float(expected.sum()), rel=0.05)
 
 
+def test_transposed_weights_have_the_same_scores(monkeypatch):
+    """transformers' Conv1D keeps its weight as [K, N]; a square one does not show it."""
+    utilities = pytest.importorskip("transformers.pytorch_utils")
+    monkeypatch.setattr(scores, "PROBES", 8)
+    found = []
+    for transposed in (False, True):
+        model = Net()
+        for block in model.blocks:
+            if transposed:
+                conv = utilities.Conv1D(32, 32)
+                conv.weight.data, conv.bias.data = block.q.weight.detach().t().clone(), block.q.bias.detach()
+                block.q = conv
+        trial, swaps, _ = trial_of(model, [lowbit.Packed(bits=3), lowbit.Packed(bits=4)], batches(2))
+        found.append(scores.by_gradient(trial.model, swaps, trial.choices, trial.distance))
+        monkeypatch.setattr(scores, "_KEPT", 0)  # the second time without what is held
+    assert torch.allclose(*found, rtol=1e-3)
+
+
 @pytest.mark.parametrize("what", ["logits", "hidden"])
 def test_probes_have_the_covariance_of_the_second_derivative(what):
     """Their gradients with respect to the outputs themselves; rows of padding have none."""
