@@ -76,8 +76,10 @@ def methods(bits: int, layers: str, iterations: int) -> dict[str, Callable[..., 
         found[f"descent + recover, {zeros} zeros"] = lowbit_method(packed("descent", zeros), layers, recover=True)
         found[f"tuned, {zeros} zeros"] = lowbit_method(packed("tuned", zeros), layers)
     table = Codebook(bits=bits, sensitivity=True)
-    found |= {"codebook per row": lowbit_method(table, layers),
-              "codebook per row + recover": lowbit_method(table, layers, recover=True)}  # fmt: skip
+    best = Codebook(bits=bits, quantizer="lnq")
+    for name, spec in (("codebook", table), ("lnq", best)):
+        found[f"{name} per row"] = lowbit_method(spec, layers)
+        found[f"{name} per row + recover"] = lowbit_method(spec, layers, recover=True)
     try:
         import auto_round  # noqa: F401
     except ImportError:

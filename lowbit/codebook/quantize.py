@@ -3,6 +3,7 @@
 1. *scale* (where asked for): every group is divided by its ``max|w|``;
 2. *fit* one table per tensor, row or group by one-dimensional k-means, or take the given one;
 3. *round* every weight to the code of the nearest table value, or with error feedback from the Hessian;
+   ``lnq`` then improves all of it;
 
 and codes are always chosen against the table and scale as stored (rounded to their dtype), never before.
 """
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowbit.codebook.descent import descend
 from lowbit.codebook.format import Codebook, CodebookWeight
 from lowbit.codebook.kmeans import kmeans, optimal
 from lowbit.codebook.tables import TableFit
@@ -39,6 +41,10 @@ def quantize(
     With a Hessian codes are then rounded column after column so that tr((W - Q) H (W - Q).T) falls (GPTQ's error
     feedback, arXiv 2210.17323), else every weight takes the nearest value; of two equally near ones the lower.
 
+    ``lnq`` requires the Hessian. It starts with what ``sensitivity`` finds, and makes the same error smaller: tables
+    and scales by least squares, codes by coordinate descent, in turns (LNQ, arXiv 2505.07004;
+    :mod:`lowbit.codebook.descent`).
+
     ``spec.scales``: a group's scale is max|w| over max|table| (1 for a learned table), so 0 where all its weights are;
     the table is learned on the scaled weights, each counting scale**2. ``spec.outliers`` = f keeps round(f*N*K)
     weights in the sparse part: those of largest magnitude, which scales and tables are not fitted to, or random ones,
@@ -47,7 +53,8 @@ def quantize(
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; with
-            ``sensitivity`` neither a Hessian nor importances are given, or they are misshapen, not finite or negative.
+            ``sensitivity`` or ``lnq`` neither a Hessian nor importances are given, or they are misshapen, not finite or
+            negative.
     """
     statistics = Statistics(hessian=hessian, sensitivity=importance)
     return spec.quantize(weight, statistics=statistics)  # type: ignore[no-any-return]
@@ -62,21 +69,29 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
         """Tables [R, 2**bits] for the rows of ``values`` [R, n]; ``first_row``: the number of the first one."""
         raise NotImplementedError
 
+    def weighs(self, spec: Codebook) -> bool:
+        """Whether errors are weighed, and codes rounded with error feedback."""
+        return spec.sensitivity
+
+    def improve(self, fit: TableFit, codes: Tensor, statistics: Statistics) -> Tensor:
+        """Codes as they are stored, of those that were rounded; tables and scales of ``fit`` may be changed too."""
+        return codes
+
     def needs_for(self, spec: Codebook) -> frozenset[str]:
         return self.needs | ({"hessian"} if spec.sensitivity else set())
 
     def uses_for(self, spec: Codebook) -> frozenset[str]:
-        return self.uses | ({"sensitivity"} if spec.sensitivity else set()) | measured_for(spec)
+        return self.uses | ({"sensitivity"} if self.weighs(spec) else set()) | measured_for(spec)
 
     def argument(self, spec: Codebook) -> str:
-        return "sensitivity=True" if spec.sensitivity else super().argument(spec)
+        return super().argument(spec) if self.needs or not spec.sensitivity else "sensitivity=True"
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, spec: Codebook, statistics: Statistics) -> CodebookWeight:
         hessian, sensitivity = statistics.hessian, statistics.sensitivity
-        _check(weight, spec, hessian, sensitivity)
-        importance = None
-        if spec.sensitivity:
+        self._check(weight, spec, hessian, sensitivity)
+        importance, weighs = None, self.weighs(spec)
+        if weighs:
             given = sensitivity if sensitivity is not None else hessian.diagonal().expand(1, -1)  # type: ignore[union-attr]
             importance = damped(given)
         fit = TableFit(weight, spec, importance, partial(self.learn, spec))
@@ -84,7 +99,8 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
         fit.fit_tables()
         if fit.outliers is not None and spec.outliers_by == "sensitivity":
             fit.outliers = costliest(spec, partial(fit.rest, fit.nearest_codes()), statistics, fit.n, fit.k)
-        codes = fit.codes_with_feedback(hessian) if spec.sensitivity and hessian is not None else fit.nearest_codes()
+        codes = fit.codes_with_feedback(hessian) if weighs and hessian is not None else fit.nearest_codes()
+        codes = self.improve(fit, codes, statistics)
         outliers = sparse_rest(partial(fit.rest, codes), fit.outliers)
         return CodebookWeight(
             codes=codes,
@@ -96,20 +112,20 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
             outlier_rows=outliers[2],
         )
 
-
-def _check(weight: Tensor, spec: Codebook, hessian: Tensor | None, importance: Tensor | None) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise ValueError(f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}")
-    problem = spec.problem(*weight.shape)
-    if problem is not None:
-        raise ValueError(problem)
-    if spec.sensitivity and hessian is None and importance is None:
-        raise ValueError(
-            "sensitivity=True requires calibration data: got hessian=None and importance=None "
-            "(give calibration batches, or use sensitivity=False)"
-        )
-    check_hessian(hessian, weight.shape[1])
-    check_importance(importance, weight)
+    def _check(self, weight: Tensor, spec: Codebook, hessian: Tensor | None, importance: Tensor | None) -> None:
+        if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+            raise ValueError(f"weight must be a non-empty float tensor [N, K]: got {weight.dtype} {list(weight.shape)}")
+        problem = spec.problem(*weight.shape)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.weighs(spec) and hessian is None and importance is None:
+            instead = "sensitivity=False" if self.stand_in is None else f"quantizer={self.stand_in!r}"
+            raise ValueError(
+                f"{self.argument(spec)} requires calibration data: got hessian=None and importance=None "
+                f"(give calibration batches, or use {instead})"
+            )
+        check_hessian(hessian, weight.shape[1])
+        check_importance(importance, weight)
 
 
 class KMeans(TableQuantizer):
@@ -131,5 +147,26 @@ class Optimal(TableQuantizer):
         return optimal(values, weights, 1 << spec.bits)
 
 
-for _quantizer in (KMeans(), Optimal()):
+class LeastSquares(TableQuantizer):
+    """What ``sensitivity=True`` finds, then tables, scales and codes improved in turns: :mod:`lowbit.codebook.descent`.
+
+    Without a Hessian, as of a stack of experts that share one table, it is what the importances find.
+    """
+
+    name = "lnq"
+    needs = frozenset({"hessian"})
+    stand_in = "optimal"
+
+    def weighs(self, spec: Codebook) -> bool:
+        return True
+
+    def learn(self, spec: Codebook, values: Tensor, weights: Tensor | None, first_row: int) -> Tensor:
+        start = KMeans() if spec.granularity == "tensor" else Optimal()
+        return start.learn(spec, values, weights, first_row)
+
+    def improve(self, fit: TableFit, codes: Tensor, statistics: Statistics) -> Tensor:
+        return codes if statistics.hessian is None else descend(fit, codes, statistics.hessian)
+
+
+for _quantizer in (KMeans(), Optimal(), LeastSquares()):
     register(_quantizer)

@@ -28,7 +28,7 @@ SPECS = {
        for q in ("minmax", "mse", "gptq", "descent")},
     "packed mean": Packed(bits=2, symmetric=True, quantizer="mean"),
     "packed float zeros": Packed(bits=3, zeros="float", activations="int8_static"),
-    **{f"codebook {q}": Codebook(bits=3, quantizer=q, outliers=0.02) for q in ("kmeans", "optimal")},
+    **{f"codebook {q}": Codebook(bits=3, quantizer=q, outliers=0.02) for q in ("kmeans", "optimal", "lnq")},
     "codebook sensitivity": Codebook(bits=3, sensitivity=True),
     "codebook per group": Codebook(bits=2, granularity="group", group_size=16),
     "codebook nf4": Codebook(bits=4, table="nf4", group_size=16),
