@@ -266,6 +266,7 @@ def test_gradients_of_float32_masters_are_float32(case):
         assert float((found - want).norm() / want.norm()) < 5e-6
 
 
+@pytest.mark.turns(3)
 @cases
 def test_compiled(case):
     """Forward and backward of every op as one graph: what is differentiable stays so."""

@@ -352,6 +352,7 @@ def make_bench(timer=None, **limits: float) -> bench.Bench:
 SHAPE = (128, 256)
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("contender", contenders.all_formats(), ids=lambda c: c.name)
 def test_every_format_is_right_and_is_timed(contender) -> None:
     timer = FakeTimer()

@@ -89,10 +89,16 @@ def spec(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+CONVERTED: dict[int, Model] = {}
+
+
 @pytest.fixture
 def model(spec: Spec) -> Model:
-    converted: Model = lowbit.convert(Model(), spec)
-    return converted
+    """A copy of one converted model of each spec: fitting tables and factors takes longer than most tests."""
+    if id(spec) not in CONVERTED:
+        CONVERTED[id(spec)] = lowbit.convert(Model(), spec)
+    torch.manual_seed(0)
+    return copy.deepcopy(CONVERTED[id(spec)])
 
 
 def test_no_family_is_forgotten() -> None:
@@ -361,6 +367,7 @@ def test_gradients_of_an_embedding_reach_what_it_stores(model: Model) -> None:
         torch.testing.assert_close(value, expected[tensor], rtol=1e-3, atol=1e-4 * float(expected[tensor].abs().max()))
 
 
+@pytest.mark.turns(4)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_and_export(spec: Spec, model: Model, dynamic: bool) -> None:
     expected = model(ids())
@@ -407,6 +414,7 @@ def test_families_mix_in_one_model(tmp_path: Path) -> None:
     assert len({row.scheme for row in lowbit.report(model, ids()).rows}) == 3
 
 
+@pytest.mark.turns(3)
 def test_streaming_converts_as_in_memory(spec: Spec, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

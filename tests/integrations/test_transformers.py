@@ -440,6 +440,7 @@ def test_config_is_compact():
     assert len(model.config.to_json_string()) < 60_000
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "mixtral"])
 def test_compiles_as_one_graph(name):
     """What models do around the layers (reading `.weight.dtype` in T5) must not break the graph either."""

@@ -134,6 +134,7 @@ class Model(torch.nn.Module):
 
 
 # a graph knows no backend: every weight meets both, one of them with sizes that change
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("where", "weight", "dynamic"),
     [(PLACES[(i + dynamic) % len(PLACES)], name, dynamic) for i, name in enumerate(WEIGHTS) for dynamic in (0, 1)],
@@ -148,6 +149,7 @@ def test_compile_fullgraph(where, weight, dynamic):
         assert_bitwise_equal(compiled(ids).detach(), model(ids).detach())
 
 
+@pytest.mark.turns(3)
 def test_compile_trains_factors(where, weight):
     torch._dynamo.reset()
     names = [name for name, t in weight.arguments.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]

@@ -160,6 +160,7 @@ class Model(nn.Module):
 
 
 # a graph knows no backend: every format meets both, one of them with sizes that change
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(
     ("where", "format", "dynamic"),
     [(PLACES[(i + dynamic) % len(PLACES)], f, dynamic) for i, f in enumerate(FORMATS) for dynamic in (0, 1)],

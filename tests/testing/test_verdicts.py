@@ -196,8 +196,9 @@ def test_workers_agree(project, monkeypatch) -> None:
     pytest.importorskip("xdist")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others take seconds to import in each process
     command = ("tests", *WITHOUT, "-p", "xdist.plugin", "-n", "2")
-    assert project.runpytest_subprocess(*command, "--record").parseoutcomes() == {"passed": 6}
-    assert project.runpytest_subprocess(*command, "--verdicts").parseoutcomes() == {"passed": 2, "skipped": 4}
+    outcomes(project, "--record", "-k", "0 or 1 or 2")
+    done = project.runpytest_subprocess(*command, "--record", "--verdicts")  # starting processes takes longest: one run
+    assert done.parseoutcomes() == {"passed": 4, "skipped": 2} and len(passed(project)["test_marked"]) == 5
 
 
 COMBINED = """

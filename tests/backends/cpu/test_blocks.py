@@ -27,6 +27,7 @@ from lowbit.core.bitpack import pack
 from lowbit.nn.layer import canonical_state_dict, layers
 from lowbit.packed.format import PackedFormat
 from lowbit.packed.module import PackedEmbedding, PackedLinear
+from lowbit.testing import verdicts
 from lowbit.testing.numerics import assert_bitwise_equal
 from lowbit.testing.packed_cases import activations, random_weight
 from lowbit.testing.transforms import opcheck
@@ -128,7 +129,8 @@ def test_large_weights_on_any_number_of_threads(bits):
 
 @needs_compiled
 @pytest.mark.slow
-def test_more_than_two_to_the_31_bytes():
+def test_more_than_two_to_the_31_bytes(request):
+    verdicts.only_in_turn(request.config, 0, 4)
     bits, n, units = 8, 4128, 17000
     words = torch.zeros(n, units * bits, dtype=torch.int32)
     words[-32:] = last = torch.randint(-(2**31), 2**31, (32, units * bits), dtype=torch.int32)

@@ -161,6 +161,7 @@ def test_one_configuration_for_every_batch():
     assert ask() == MEASURED
 
 
+@pytest.mark.turns(3)
 @pytest.mark.parametrize(("value", "gpu", "cpu"), [("1", True, True), ("0", False, False), ("", False, True)])
 def test_the_environment_says_whether_a_batch_may_matter(value, gpu, cpu):
     program = """
@@ -230,6 +231,7 @@ LAYERS = {
 
 
 @needs_interpreter
+@pytest.mark.turns(3)
 @pytest.mark.parametrize("name", LAYERS)
 def test_warmup_covers_every_size(name, monkeypatch):
     """What warm-up launches has every signature that any M up to max_m asks for, also those it did not plan for."""
