@@ -38,14 +38,19 @@ class PanelGroups {
     n1_ = n1;
     in_place &= !w_.minimum && !w_.scale_block;
     const int64_t g0 = p_.group(s0), g1 = p_.group(s1 - 1) + 1;
-    scale = lanes_of(w_.scales, w_.scales_dtype, w_.scales_row, w_.scales_group, g0, g1, in_place, scale_lanes_);
+    // codes of scales, group after group in memory, whose rows have one factor each
+    const bool scaled =
+        w_.scale_block >= w_.G && !w_.signed_scales && w_.scales_group > 1 && n1 - n0 == kPanelN;
+    scale = scaled ? scaled_codes(g0, g1)
+                   : lanes_of(w_.scales, w_.scales_dtype, w_.scales_row, w_.scales_group, g0, g1, in_place,
+                              scale_lanes_);
     zero = w_.packed_zeros ? packed_zeros(g0, g1)
            : w_.zeros
                ? lanes_of(w_.zeros, w_.zeros_dtype, w_.zeros_row, w_.zeros_group, g0, g1, in_place, zero_lanes_)
                : StoredLanes{middle_, DType::f32, 0};
     if (w_.scale_block) {
       if (w_.signed_scales) with_signs(scale_lanes_, (g1 - g0) * kPanelN);
-      times_factors(w_.scale_factors, g0, g1, scale_lanes_);
+      if (!scaled) times_factors(w_.scale_factors, g0, g1, scale_lanes_);
       if (w_.zero_factors) times_factors(w_.zero_factors, g0, g1, zero_lanes_);
     }
     if (!w_.minimum) return;
@@ -58,7 +63,7 @@ class PanelGroups {
   StoredLanes lanes_of(const void* values, DType dtype, int64_t row, int64_t group, int64_t g0, int64_t g1,
                        bool in_place, float* lanes) {
     const int64_t n0 = n0_, rows = n1_ - n0, size = element_size(dtype);
-    const bool by_group = group > 1 || w_.G == 1;  // in memory
+    const bool by_group = group > 1 || row == 1;  // in memory
     if (w_.per_tensor) {
       to_float(values, dtype, 0, 1, lanes);
       for (int64_t i = 1; i < kPanelN; ++i) lanes[i] = lanes[0];
@@ -106,14 +111,41 @@ class PanelGroups {
         const bool two = shift + w_.bits > 8;
         float* to = zero_lanes_ + (g - g0) * kPanelN;
         __builtin_prefetch(bytes + (two ? step : 0) + kPanelN);  // of the next panel
+#if defined(__AVX512F__)
+        const __m128i count = _mm_cvtsi32_si128(shift);
+        const auto lanes = [](const uint8_t* p) {
+          return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        };
+        for (int64_t i = 0; i < kPanelN; i += kLanes) {
+          __m512i field = lanes(bytes + i);
+          if (two) field = _mm512_or_si512(field, _mm512_slli_epi32(lanes(bytes + i + step), 8));
+          store(to + i, to_float(_mm512_and_si512(_mm512_srl_epi32(field, count), splat(mask))));
+        }
+#else
         for (int64_t i = 0; i < kPanelN; ++i)
           to[i] = float((bytes[i] | (two ? bytes[i + step] << 8 : 0)) >> shift & mask);
+#endif
       }
     } else {
       by_rows(g0, g1, zero_lanes_,
               [this](int64_t n, int64_t g, int64_t count, float* to) { load_zeros(w_, n, g, count, to); });
     }
     return {zero_lanes_ - g0 * kPanelN, DType::f32, kPanelN};
+  }
+
+  // Codes of scales whose rows have one factor each, times it, in scale_lanes_.
+  LOWBIT_SHARED StoredLanes scaled_codes(int64_t g0, int64_t g1) {
+    const StoredLanes codes{static_cast<const uint8_t*>(w_.scales) + n0_, DType::u8, w_.scales_group};
+    const int64_t first = n0_ * w_.factors_row;
+    float factors[kPanelN];
+    to_float(w_.scale_factors, w_.factors_dtype, first, w_.factors_row ? kPanelN : 1, factors);
+    for (int64_t i = 1; !w_.factors_row && i < kPanelN; ++i) factors[i] = factors[0];
+    for (int64_t g = g0; g < g1; ++g) {
+      codes.prefetch(g, kPanelN, kPanelN);  // of the next panel
+      for (int64_t i = 0; i < kPanelN; i += kLanes)
+        store(scale_lanes_ + (g - g0) * kPanelN + i, codes.at(g, i) * lowbit::load(factors + i));
+    }
+    return {scale_lanes_ - g0 * kPanelN, DType::f32, kPanelN};
   }
 
   // lanes [g1 - g0, kPanelN] of codes *= their factors
