@@ -688,6 +688,18 @@ def test_least_squares_finds_what_the_weight_was_made_of(
     assert float(left.max()) <= (1e-6 * float(exact.abs().max()) if dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("spec", [LEARNED[6], LEARNED[7], FIXED[1]], ids=name)
+def test_least_squares_starts_again(spec: Codebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which no row loses by, nor their sum where they share a table."""
+    spec, w, h, errors = with_(spec, quantizer="lnq", outliers=0.02), weight(), hessian(), []
+    for starts in (1, 2, 4):
+        monkeypatch.setattr(descent, "_STARTS", starts)
+        errors.append(row_errors(w, quantize(w, spec, hessian=h), h))
+    for before, after in itertools.pairwise(errors):
+        assert bool((after <= before * (1 + 1e-4)).all()) or spec.shares_over_rows
+        assert float(after.sum()) < float(before.sum()) * (1 + 1e-4 if spec.shares_over_rows else 1)
+
+
 @pytest.mark.parametrize("spec", [LEARNED[7], LEARNED[11], FIXED[1]], ids=name)
 def test_least_squares_in_chunks(spec: Codebook, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = with_(spec, quantizer="lnq", outliers=0.02)
