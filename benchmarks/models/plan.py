@@ -83,10 +83,13 @@ def bits_of(model: nn.Module, spec: Spec, batches: list[Tensor], skip: list[str]
     return 8 * sum(row.bytes_after for row in rows) / sum(row.weights for row in rows if row.shares is None)
 
 
-def measure(name: str, budgets: list[str], seed: int, signal: str, quantizer: str, trials: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, budgets: list[str], seed: int, signal: str, quantizer: str, trials: int, fused: bool
+) -> list[dict[str, Any]]:
     model, data, excess, skip = MODELS[name]()
     batches, specs = data(seed), candidates(quantizer)
-    planner = Planner(model, calibration=batches, candidates=specs, skip=skip, signal=signal, trials=trials, seed=seed)
+    planner = Planner(model, calibration=batches, candidates=specs, skip=skip, fused=fused, signal=signal,
+                      trials=trials, seed=seed)  # fmt: skip
     found, quality = [], {}
 
     def quality_of(specs: Any) -> float:
@@ -107,6 +110,7 @@ def measure(name: str, budgets: list[str], seed: int, signal: str, quantizer: st
         seconds = time.process_time() - start
         row = {
             "model": name, "budget": budget, "seed": seed, "signal": signal, "quantizer": quantizer, "trials": trials,
+            "fused": fused,
             "bits": round(plan.bits_per_weight, 4), "bytes": plan.bytes, "limit": plan.budget,
             "uniform_bytes": plan.uniform_bytes, "uniform": written(plan.uniform_spec), "kept": plan.kept,
             "excess": round(quality_of(plan.specs), 5), "uniform_excess": round(quality_of(plan.uniform_spec), 5),
@@ -161,6 +165,7 @@ def main() -> None:
     parser.add_argument("--signal", default="gradient", choices=["gradient", "kl"])
     parser.add_argument("--quantizer", default="gptq")
     parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--apart", action="store_true", help="layers of one input may differ: fused=False")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--scores", action="store_true", help="compare the two signals")
     given = parser.parse_args()
@@ -172,7 +177,8 @@ def main() -> None:
         return
     for name in given.models:
         for seed in range(given.seeds):
-            found += measure(name, given.budgets, seed, given.signal, given.quantizer, given.trials)
+            found += measure(name, given.budgets, seed, given.signal, given.quantizer, given.trials,
+                             not given.apart)  # fmt: skip
             if given.json:
                 given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
