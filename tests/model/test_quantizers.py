@@ -99,7 +99,7 @@ def test_the_command_line_and_the_factors_know_it(toy):
 
 
 def test_bad_names():
-    known = "'minmax', 'mse', 'mean', 'gptq', 'descent'"
+    known = "'minmax', 'mse', 'mean', 'gptq', 'descent', 'tuned'"
     with pytest.raises(ValueError, match=f"quantizer must be one of {known}: got .*'toy'"):
         lowbit.Packed(**TOY)
     with pytest.raises(ValueError, match="svd must be one of 'auto', 'exact', 'randomized': got svd='fast'"):
