@@ -179,6 +179,15 @@ def test_ranks_of_equal_values():
     assert rank_correlation(x, x.exp()) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
 
 
+def test_the_first_percentile_of_many_cosines():
+    model, other, batch = Encoder(0), Encoder(1), ids(250, 3)
+    found = lowbit.evaluate(model, [batch], reference=other)
+    means = [each(batch)["last_hidden_state"].detach().double().mean(1) for each in (model, other)]
+    cosines = torch.nn.functional.cosine_similarity(*means).sort().values
+    assert found.cosine_1 == pytest.approx(float(cosines[2]), abs=1e-6)
+    assert float(cosines[24] - cosines[2]) > 1e-2  # that of 10 % is another
+
+
 def test_percentile_is_one_of_the_values():
     values = torch.arange(1, 201).double()[torch.randperm(200)]
     assert percentile(values, 0.99) == 198 and percentile(values, 0.01) == 2
