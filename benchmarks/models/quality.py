@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,24 @@ def calibration(texts: list[Tensor], seed: int) -> list[Tensor]:
     return list(tokens[: len(tokens) // ROWS * ROWS].view(-1, 1, ROWS))
 
 
-def lowbit_method(spec: Any, layers: str, recover: bool = False) -> Callable[..., nn.Module]:
-    def run(model: nn.Module, rows: list[Tensor], seed: int) -> nn.Module:
+Method = Callable[..., tuple[nn.Module, float]]  # (float model, calibration, seed) -> (model, bits per weight)
+
+
+def lowbit_method(spec: Any, layers: str, recover: bool = False) -> Method:
+    def run(model: nn.Module, rows: list[Tensor], seed: int) -> tuple[nn.Module, float]:
         packed = lowbit.convert(copy.deepcopy(model), {layers: spec}, calibration=rows)
         if recover:
             train.recover(packed, model, rows, seed=seed)
-        return packed
+        rows_of = lowbit.report(packed).rows
+        return packed, 8 * sum(row.bytes_after for row in rows_of) / sum(row.weights for row in rows_of)
 
     return run
 
 
-def autoround(bits: int, iterations: int) -> Callable[..., nn.Module]:
-    """AutoRound with its defaults, asymmetric; its zeros are integers."""
+def autoround(bits: int, iterations: int) -> Method:
+    """AutoRound with its defaults, asymmetric; of 32 weights it stores a float16 scale and a zero of ``bits`` bits."""
 
-    def run(model: nn.Module, rows: list[Tensor], seed: int) -> nn.Module:
+    def run(model: nn.Module, rows: list[Tensor], seed: int) -> tuple[nn.Module, float]:
         from auto_round import AutoRound
         from transformers import AutoTokenizer
 
@@ -60,14 +65,16 @@ def autoround(bits: int, iterations: int) -> Callable[..., nn.Module]:
             dataset=[{"input_ids": row} for row in rows], seqlen=ROWS, nsamples=len(rows), device_map="cpu",
             enable_torch_compile=False,
         )  # fmt: skip
-        return tuner.quantize()[0].eval()
+        return tuner.quantize()[0].eval(), bits + (16 + bits) / 32
 
     return run
 
 
-def methods(bits: int, layers: str, iterations: int) -> dict[str, Callable[..., nn.Module]]:
-    def packed(quantizer: str, zeros: str) -> Packed:
-        return Packed(bits=bits, group_size=32, zeros=zeros, quantizer=quantizer)  # type: ignore[arg-type]
+def methods(bits: int, layers: str, iterations: int) -> dict[str, Method]:
+    def packed(quantizer: str, zeros: str, scale_bits: int | None = None) -> Packed:
+        coded = zeros == "int"
+        return Packed(bits=bits, group_size=32, zeros=zeros, quantizer=quantizer, packed_zeros=coded,  # type: ignore[arg-type]
+                      scale_bits=scale_bits)  # fmt: skip
 
     found = {}
     for zeros in ("int", "float"):
@@ -75,11 +82,14 @@ def methods(bits: int, layers: str, iterations: int) -> dict[str, Callable[..., 
             found[f"{quantizer}, {zeros} zeros"] = lowbit_method(packed(quantizer, zeros), layers)
         found[f"descent + recover, {zeros} zeros"] = lowbit_method(packed("descent", zeros), layers, recover=True)
         found[f"tuned, {zeros} zeros"] = lowbit_method(packed("tuned", zeros), layers)
+    for quantizer in ("descent", "tuned"):
+        found[f"{quantizer}, int zeros, scales of 8 bits"] = lowbit_method(packed(quantizer, "int", 8), layers)
     table = Codebook(bits=bits, sensitivity=True)
     best = Codebook(bits=bits, quantizer="lnq")
     for name, spec in (("codebook", table), ("lnq", best)):
         found[f"{name} per row"] = lowbit_method(spec, layers)
         found[f"{name} per row + recover"] = lowbit_method(spec, layers, recover=True)
+    found["tuned per row"] = lowbit_method(Codebook(bits=bits, quantizer="tuned"), layers)
     try:
         import auto_round  # noqa: F401
     except ImportError:
@@ -96,18 +106,20 @@ def measure(
     print(f"float {exact:.4f}", flush=True)
     for width in bits:
         for name, method in methods(width, layers, iterations).items():
-            if only is not None and only not in name:
+            if only is not None and not fnmatch(name, only):
                 continue
             values, start = [], time.process_time()
             for seed in range(seeds):
                 torch.manual_seed(seed)
-                values.append(perplexity(method(model, calibration(texts, seed), seed), held_out))
+                quantized, size = method(model, calibration(texts, seed), seed)
+                values.append(perplexity(quantized, held_out))
             seconds = (time.process_time() - start) / seeds
             value = statistics.median(values)
             row = {
                 "bits": width, "layers": layers, "method": name, "perplexity": round(value, 4),
                 "lowest": round(min(values), 4), "highest": round(max(values), 4),
-                "excess": round(math.log(value / exact), 4), "seeds": seeds, "seconds": round(seconds),
+                "excess": round(math.log(value / exact), 4), "bits_per_weight": round(size, 4), "seeds": seeds,
+                "seconds": round(seconds),
             }  # fmt: skip
             found.append(row)
             print(json.dumps(row), flush=True)
@@ -120,7 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", default="*proj", help="pattern of those that are quantized")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
-    parser.add_argument("--only", help="methods with this in their name")
+    parser.add_argument("--only", help="a pattern of methods: 'tuned*'")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -15,12 +15,12 @@ from lowbit.train.recover import Recovery, recover
 from lowbit.train.scaling import LSQ, PACT, SEQ, Dynamic, MinMax
 from lowbit.train.trainable import trainable
 from lowbit.train.tune import Tuning, tune
-from lowbit.train.tuned import TunedPacked
+from lowbit.train.tuned import TunedCodebook, TunedPacked
 
 __all__ = [
     "LSQ", "PACT", "SEQ", "Contrastive", "DistillTrainer", "Distillation", "Dynamic", "Intermediate", "Logits",
-    "MinMax", "Recovery", "Task", "Term", "TunedPacked", "Tuning", "parameter_groups", "prepare", "recover",
-    "trainable", "tune",
+    "MinMax", "Recovery", "Task", "Term", "TunedCodebook", "TunedPacked", "Tuning", "parameter_groups", "prepare",
+    "recover", "trainable", "tune",
 ]  # fmt: skip
 
 

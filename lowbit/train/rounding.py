@@ -171,7 +171,8 @@ class PackedRounding(Rounding):
             stored = values.clamp(limits.tiny if name == "scales" else limits.min, limits.max).to(dtype)
             return stored, stored.float()
         factor, whole = self.operands._factors(factors), torch.iinfo(dtype)
-        codes = (values / _nonzero(factor)).round().clamp(whole.min, whole.max)
+        least = 1 if name == "scales" and whole.min == 0 else whole.min
+        codes = (values / _nonzero(factor)).round().clamp(least, whole.max)
         return codes.to(dtype), factor * codes
 
     def coded(self) -> Tensor:

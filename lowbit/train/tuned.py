@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lowbit.codebook.quantize import LeastSquares
 from lowbit.core.quantizer import register
 from lowbit.packed.quantize import Descent
 from lowbit.train.tune import tune
@@ -48,4 +49,9 @@ class TunedPacked(_Tuned, Descent):
     """``Packed(quantizer="tuned")``: what ``descent`` finds, then learned rounding."""
 
 
+class TunedCodebook(_Tuned, LeastSquares):
+    """``Codebook(quantizer="tuned")``: what ``lnq`` finds, then learned rounding."""
+
+
 register(TunedPacked())
+register(TunedCodebook())

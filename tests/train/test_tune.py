@@ -53,6 +53,8 @@ def batches(count: int = 12) -> list[dict[str, Tensor]]:
 SPECS = {
     "float zeros": lowbit.Packed(bits=2, group_size=16, zeros="float"),
     "integer zeros": lowbit.Packed(bits=3, group_size=20, zeros="int"),
+    "packed zeros": lowbit.Packed(bits=3, group_size=16, zeros="int", packed_zeros=True),
+    "scales of 8 bits": lowbit.Packed(bits=2, group_size=16, packed_zeros=True, scale_bits=8),
     "symmetric": lowbit.Packed(bits=2, granularity="row", symmetric=True),
     "per tensor": lowbit.Packed(bits=3, granularity="tensor"),
     "outliers": lowbit.Packed(bits=2, group_size=16, outliers=0.02),
@@ -135,7 +137,7 @@ def test_gradients_of_a_grid_are_those_of_straight_through_rounding(minimum):
 
 
 @pytest.mark.parametrize("by", ["model", "block"])
-@pytest.mark.parametrize("form", ["float zeros", "outliers", "int8", "table per row"])
+@pytest.mark.parametrize("form", ["float zeros", "outliers", "int8", "scales of 8 bits", "table per row"])
 def test_a_model_becomes_better_in_the_form_that_it_has(by, form):
     reference = net()
     model = lowbit.convert(copy.deepcopy(reference), SPECS[form])
@@ -300,13 +302,15 @@ def test_tied_layers_are_left():
     assert model.head.packed is model.embedding.packed
 
 
-def test_the_quantizer_learns_what_its_layers_round_to():
+@pytest.mark.parametrize("spec", [lowbit.Packed(bits=2, group_size=16), lowbit.Codebook(bits=2)])
+def test_the_quantizer_learns_what_its_layers_round_to(spec):
     reference = net()
-    spec = lowbit.Packed(bits=2, group_size=16, quantizer="tuned")
-    given = {"blocks.*": spec, "head": lowbit.Packed(bits=2, group_size=16, quantizer="descent")}
-    model = lowbit.convert(copy.deepcopy(reference), given, calibration=batches())
-    start = lowbit.convert(copy.deepcopy(reference), {**given, "blocks.*": replace(spec, quantizer="descent")},
-                           calibration=batches())  # fmt: skip
+    model, start = (
+        lowbit.convert(copy.deepcopy(reference), {
+            "blocks.*": replace(spec, quantizer=quantizer), "head": lowbit.Packed(quantizer="descent")
+        }, calibration=batches())
+        for quantizer in ("tuned", "descent" if isinstance(spec, lowbit.Packed) else "lnq")
+    )  # fmt: skip
     by_hand = copy.deepcopy(start)
     found = train.tune(by_hand, reference, batches(), only=[n for n in layers(start) if n.startswith("blocks.")])
     assert found.kept and found.after < 0.9 * found.before
