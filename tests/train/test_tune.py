@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import train
+from lowbit.core import quantizer as registry
 from lowbit.nn.layer import layers
 from lowbit.nn.linear import LinearLayer
 from lowbit.packed.format import PackedWeight
@@ -323,8 +324,9 @@ def test_the_quantizer_learns_what_its_layers_round_to(spec):
     assert rows["blocks.0.up"].weight_error == pytest.approx(wanted, rel=1e-5)
 
 
-def test_layers_that_cannot_learn_are_named():
+def test_layers_that_cannot_learn_are_named(monkeypatch):
     model = Twice()
+    monkeypatch.setitem(registry._registry, "packed", dict(registry._registry["packed"]))
     lowbit.register_quantizer(train.TunedPacked("by block", by="block", steps=2))
     with pytest.warns(UserWarning, match="leaves layers as they were before learning: block blocks.0 must"):
         lowbit.convert(model, {"blocks.0": lowbit.Packed(bits=2, quantizer="by block")}, calibration=batches(4))
