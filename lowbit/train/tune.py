@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lowbit.nn.layer import layers, storage_of
 from lowbit.nn.linear import LinearLayer
 from lowbit.quality.distance import Distance
 from lowbit.train.blocks import Blocks
+from lowbit.train.progress import Finished, fingerprint
 from lowbit.train.recover import check_numbers, finite, split
 from lowbit.train.rounding import Rounding, rounding_of, why_not
 
@@ -65,6 +67,7 @@ def tune(
     lr: float | None = None,
     seed: int = 0,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    folder: str | Path | None = None,
 ) -> Tuning:
     """Learn how the linear layers of a packed model are rounded, in place: their codes, scales, float zeros and tables.
     Formats, sizes and speeds stay.
@@ -92,6 +95,8 @@ def tune(
             model, so that in all it goes one step of the grid at most; 1 / ``steps`` for blocks.
         seed: of the order of batches.
         loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`; for ``by="model"``.
+        folder: for ``by="block"``: finished blocks are saved there. The same call goes on behind them, with the result
+            of one that was not interrupted.
 
     Returns:
         A :class:`Tuning`, which also names the layers that were left as they are: embeddings and what is tied to them,
@@ -99,7 +104,7 @@ def tune(
 
     Raises:
         ValueError: no batches, no layer to tune, one that is trained already, one whose float layer ``reference`` does
-            not have, no blocks, or a bad number.
+            not have, no blocks, a ``folder`` of another run, or a bad number.
         FloatingPointError: the loss is not finite. The model is then as before.
     """
     require_model(model)
@@ -110,12 +115,20 @@ def tune(
         raise ValueError(f"by must be 'model' or 'block': got by={by!r}")
     if by == "block" and loss is not None:
         raise ValueError("loss goes with by='model': a block is measured by its output")
+    if by == "model" and folder is not None:
+        raise ValueError("folder goes with by='block': a model that learns as a whole is finished at once")
     found, left = _to_tune(model, only)
     weights = _float_weights(reference, found)
     blocks = Blocks(model, reference, found) if by == "block" else None
-    generator = torch.Generator().manual_seed(seed)
-    learned, held_out = split(len(batches), generator)
-    learner = _Learner(steps, batch, lr or 2 * _WAY[by] / steps, generator)
+    learned, held_out = split(len(batches), torch.Generator().manual_seed(seed))
+    learner = _Learner(steps, batch, lr or 2 * _WAY[by] / steps, seed)
+    finished = None
+    if folder is not None:
+        start = {name: layer.canonical() for name, layer in found.items()}
+        formats = {name: layer.format.to_dict() for name, layer in found.items()}
+        given = {"model": (start, formats), "reference": weights, "calibration": batches}
+        run = {name: fingerprint(values) for name, values in given.items()}
+        finished = Finished(folder, {**run, "steps": steps, "batch": batch, "lr": learner.lr, "seed": seed})
     distance = Distance(reference, batches)
     measure = distance.of if loss is None else (lambda m, i: loss(m, batches[i]))
     before_it = {layer: layer.canonical() for layer in found.values()}
@@ -139,7 +152,7 @@ def tune(
                     found[name].become(found[name].format, rounding.tensors())
             else:
                 left |= {name: "in no block" for name in found if name not in blocks.inside}
-                measured = _by_block(model, blocks, found, weights, batches, learner, learned, held_out)
+                measured = _by_block(model, blocks, found, weights, batches, learner, learned, held_out, finished)
             after = on_held_out()
             kept = after < before
         finally:
@@ -151,12 +164,17 @@ def tune(
 
 def _by_block(
     model: nn.Module, blocks: Blocks, found: dict[str, LinearLayer], weights: dict[str, Tensor], batches: list[Any],
-    learner: _Learner, learned: list[int], held_out: list[int],
+    learner: _Learner, learned: list[int], held_out: list[int], finished: Finished | None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """What each block's loss was on the held-out batches, before and after."""
     measured = {}
     for name, inside in blocks.each(batches):
         own = {n: found[n] for n in inside}
+        if finished is not None and (part := finished.load(name)) is not None:
+            for n, layer in own.items():
+                layer.become(layer.format, {t: part[0][f"{n}:{t}"].to(layer.device) for t in layer.format.tensors()})
+            measured[name] = (part[1]["before"], part[1]["after"])
+            continue
         stored = {n: layer.canonical() for n, layer in own.items()}
 
         @torch.no_grad()
@@ -176,6 +194,9 @@ def _by_block(
             for n, layer in own.items():
                 layer.become(layer.format, stored[n])
         measured[name] = before, min(before, after)
+        if finished is not None:
+            tensors = {f"{n}:{t}": tensor for n, layer in own.items() for t, tensor in layer.canonical().items()}
+            finished.save(name, tensors, {"before": before, "after": measured[name][1]})
     return measured
 
 
@@ -184,12 +205,13 @@ class _Learner:
     steps: int
     batch: int
     lr: float
-    generator: torch.Generator
+    seed: int
 
     def learn(
         self, roundings: Iterable[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
     ) -> None:
         """Offsets by the sign of their gradients, what is beside them by Adam."""
+        generator = torch.Generator().manual_seed(self.seed)
         offsets = [rounding.offsets for rounding in roundings]
         others = [p for rounding in roundings for p in rounding.parameters() if p is not rounding.offsets]
         adam = torch.optim.Adam(others, lr=self.lr, betas=(0.9, 0.95))
@@ -200,7 +222,7 @@ class _Learner:
                 for parameter in (*offsets, *others):
                     parameter.grad = None
                 for _ in range(self.batch):
-                    order = order or [batches[i] for i in torch.randperm(len(batches), generator=self.generator)]
+                    order = order or [batches[i] for i in torch.randperm(len(batches), generator=generator)]
                     value = measure(order.pop()) / self.batch
                     finite(float(value.detach()), step)
                     value.backward()

@@ -16,6 +16,7 @@ from lowbit.nn.linear import LinearLayer
 from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
 from lowbit.train.rounding import _PackedRound, rounding_of
+from lowbit.train.tune import _Learner
 
 
 class Block(nn.Module):
@@ -268,6 +269,7 @@ class Flat(nn.Module):
         ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
         ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
         ({"by": "layer"}, "by must be 'model' or 'block': got by='layer'"),
+        ({"folder": "somewhere"}, "folder goes with by='block'"),
         ({"by": "block", "loss": print}, "loss goes with by='model'"),
         ({"calibration": []}, "calibration must hold at least one batch"),
         ({"model": net()}, "the model has no packed layer"),
@@ -335,3 +337,33 @@ def test_layers_that_cannot_learn_are_named(monkeypatch):
     tied.head.weight = tied.embedding.weight
     lowbit.convert(tied, lowbit.Packed(bits=2, quantizer="tuned"), calibration=batches(8))
     assert tied.head.note == "not tuned: another layer shares its weight" and tied.blocks[0].up.note is None
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    reference = net()
+    whole, model = (lowbit.convert(net(), lowbit.Packed(bits=2, group_size=16, outliers=0.02)) for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = {"calibration": batches(), "by": "block", "steps": 6}
+    expected = train.tune(whole, reference, **arguments)
+    learn, calls = _Learner.learn, []
+
+    def interrupted(self: _Learner, *given: object) -> None:
+        calls.append(given[-1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        learn(self, *given)
+
+    monkeypatch.setattr(_Learner, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.tune(model, reference, **arguments, folder=tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [file.name for file in tmp_path.iterdir()] == ["blocks.0.safetensors"]
+    with pytest.raises(ValueError, match=r"what this very run has finished, or nothing: .*blocks.0.safetensors is of"):
+        train.tune(model, reference, **{**arguments, "steps": 7}, folder=tmp_path)
+    with pytest.raises(ValueError, match="is of another model, calibration or arguments"):
+        train.tune(model, reference, **{**arguments, "calibration": batches(11)}, folder=tmp_path)
+    found = train.tune(model, reference, **arguments, folder=tmp_path)
+    assert calls == ["lowbit tune blocks.0", "lowbit tune blocks.1", "lowbit tune blocks.1"]
+    assert found.blocks == expected.blocks and found.after == expected.after
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name])
