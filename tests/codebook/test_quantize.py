@@ -965,7 +965,7 @@ def test_kmeans_finds_the_values_of_a_weight_that_was_trained_by_kmeans(bits: in
 
 
 def test_the_default_quantizer() -> None:
-    """Exact, but where k-means is asked for by its arguments, or one table serves the tensor (docs/accuracy.md)."""
+    """Exact, but where k-means is asked for by its arguments, or one table serves the tensor (docs/quality.md)."""
     assert Codebook().quantizer == Codebook(bits=2, group_size=16).quantizer == "optimal"
     assert Codebook(granularity="tensor").quantizer == Codebook(scales=True).quantizer == "kmeans"
     assert Codebook(iterations=20).quantizer == Codebook(seed=1).quantizer == "kmeans"

@@ -190,7 +190,7 @@ def test_specs_out_of_range(fields, message):
 
 
 def test_defaults():
-    """docs/accuracy.md shows the measurements behind them."""
+    """docs/quality.md shows the measurements behind them."""
     for bits, zeros in ((2, "float"), (3, "float"), (4, "float"), (5, "int"), (8, "int")):
         spec = Packed(bits=bits)
         assert (spec.quantizer, spec.zeros, spec.granularity, spec.symmetric) == ("mse", zeros, "group", False)

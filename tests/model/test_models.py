@@ -52,7 +52,7 @@ def assert_bytes(planned, report, before, after):
     ids=["8-bit", "4-bit", "3-bit", "3-bit codebook"],
 )
 def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
-    """all-MiniLM-L6-v2, every Linear and Embedding packed. docs/accuracy.md has the whole STS-B dev set."""
+    """all-MiniLM-L6-v2, every Linear and Embedding packed. docs/quality.md has the whole STS-B dev set."""
     model, data, exact, batches = minilm
     calibration = batches if spec.needs_calibration else None
     planned = lowbit.convert(copy.deepcopy(model), spec, calibration=calibration, dry_run=True)
