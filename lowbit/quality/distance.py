@@ -14,18 +14,34 @@ _KEPT = 1 << 30  # bytes of the reference's outputs that are held
 
 def between(output: Any, wanted: Any, batch: Any) -> Tensor:
     """KL divergence of the probabilities that logits give from those of ``wanted``, the mean over tokens or classes
-    that count; of encoders the squared error of ``last_hidden_state``, over the mean square of ``wanted``'s."""
+    that count; of encoders the squared error of ``last_hidden_state`` over the mean square of ``wanted``'s, half of it
+    that of tokens, half that of their mean for each text: errors of tokens that are alike do not average out there."""
     mine, other = (_values(each, output) for each in (output, wanted))
     if mine is None or other is None or mine.shape != other.shape:
         raise ValueError("model and reference must give logits or last_hidden_state of one shape: got "
                          f"{describe_batch(output)} and {describe_batch(wanted)}")  # fmt: skip
     mine, other = mine.float(), other.to(mine.device).float()
-    if (counts := _counted(batch, mine)) is not None:
-        mine, other = mine[counts], other[counts]
+    counts = _counted(batch, mine)
+    rows, wanted_rows = (mine, other) if counts is None else (mine[counts], other[counts])
     if _are_logits(output, mine):
-        p = other.log_softmax(-1)
-        return (p.exp() * (p - mine.log_softmax(-1))).sum(-1).mean()
+        p = wanted_rows.log_softmax(-1)
+        return (p.exp() * (p - rows.log_softmax(-1))).sum(-1).mean()
+    of_tokens = _relative(rows, wanted_rows)
+    if mine.dim() != 3:
+        return of_tokens
+    return (of_tokens + _relative(_mean(mine, counts), _mean(other, counts))) / 2
+
+
+def _relative(mine: Tensor, other: Tensor) -> Tensor:
     return (mine - other).square().mean() / other.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _mean(values: Tensor, counts: Tensor | None) -> Tensor:
+    """Of the tokens of each text that count."""
+    if counts is None:
+        return values.mean(1)
+    weights = counts.unsqueeze(-1).to(values.dtype)
+    return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def _name(output: Any) -> str:

@@ -57,9 +57,10 @@ def recover(
     one, in place. Codes stay as they are, and so do format, size and speed.
 
     The loss is the KL divergence of the model's token or class probabilities from the reference's, the mean over tokens
-    that count; of encoders, the squared error of ``last_hidden_state`` over its mean square. Adam, with a learning rate
-    of ``lr`` times the mean magnitude of each tensor, which rises for 5 steps and falls linearly to 0. One batch of
-    eight is held out; where the loss on those is not smaller in the end, the model is as it was before.
+    that count; of encoders, the relative squared error of ``last_hidden_state``, of tokens and of their mean. Adam,
+    with a learning rate of ``lr`` times the mean magnitude of each tensor, which rises for 5 steps and falls linearly
+    to 0. One batch of eight is held out; where the loss on those is not smaller in the end, the model is as it was
+    before.
 
     Costs ``steps * batch`` forward and backward passes through both models; the float model has to be in memory.
     EfficientQAT (Chen et al., arXiv 2407.11062) trains scales end to end so; its loss is the task's.

@@ -78,10 +78,11 @@ def tune(
     or ``lnq`` first.
 
     ``by="model"``: the loss is that of :func:`recover`, the KL divergence of the model's probabilities from the
-    reference's (of encoders the squared error of ``last_hidden_state``). All layers learn together. Memory: both
-    models, and for each float weight 3 float32 numbers. ``by="block"``: block after block of the model (the members of
-    its ``nn.ModuleList``), the squared error of the block's output from the float block's, its inputs being those that
-    the packed blocks before it give. Memory: two models, one block's numbers, and a block's inputs for all batches.
+    reference's (of encoders the relative squared error of ``last_hidden_state``, of tokens and of their mean). All
+    layers learn together. Memory: both models, and for each float weight 3 float32 numbers. ``by="block"``: block after
+    block of the model (the members of its ``nn.ModuleList``), the squared error of the block's output from the float
+    block's, its inputs being those that the packed blocks before it give. Memory: two models, one block's numbers, and
+    a block's inputs for all batches.
 
     One batch of eight is held out. A block that is not better there, and in the end the whole model, is as it was.
 

@@ -129,6 +129,15 @@ def test_encoders_are_compared_by_their_hidden_states():
     model = lowbit.convert(copy.deepcopy(reference), lowbit.Packed(bits=2))
     found = train.recover(model, reference, batches(), steps=20)
     assert found.kept and found.after < found.before
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    batch = {**batches(1)[0], "attention_mask": mask}
+    found = train.recover(model, reference, [batch], steps=1, lr=1e-12)
+    with torch.no_grad():
+        mine, other = (each(**batch).last_hidden_state.double() for each in (model, reference))
+    pairs = [(mine[mask.bool()], other[mask.bool()]),
+             tuple(torch.stack([each[0].mean(0), each[1, :4].mean(0)]) for each in (mine, other))]  # fmt: skip
+    errors = [float((a - b).square().mean() / b.square().mean()) for a, b in pairs]
+    assert found.before == pytest.approx(sum(errors) / 2, rel=1e-4) and abs(errors[0] / errors[1] - 1) > 0.05
 
 
 @pytest.mark.parametrize(

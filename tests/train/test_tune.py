@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit import train
 from lowbit.core import quantizer as registry
+from lowbit.core.bitpack import pack, unpack
 from lowbit.nn.layer import layers
 from lowbit.nn.linear import LinearLayer
 from lowbit.packed.format import PackedWeight
@@ -88,7 +89,7 @@ def minima(weight: Tensor, nested: bool) -> PackedLinear:
 def layer_of(form: str, weight: Tensor) -> LinearLayer:
     if form not in SPECS:
         return minima(weight, form == "nested minima")
-    model = nn.Linear(64, 24)
+    model = nn.Linear(*weight.t().shape)
     model.weight.data = weight.clone()
     return lowbit.convert(model, SPECS[form])
 
@@ -98,6 +99,9 @@ def test_learning_begins_with_what_is_stored_and_ends_with_it(form):
     torch.manual_seed(0)
     weight = torch.randn(24, 64) * 0.1
     layer = layer_of(form, weight)
+    codes = unpack(layer.canonical()["packed"], layer.format.bits, 64)
+    moved = (codes.int() + torch.randint(-1, 2, codes.shape)).clamp(layer.format.family == "packed", codes.max())
+    layer.become(layer.format, layer.canonical() | {"packed": pack(moved.to(torch.uint8), layer.format.bits)})
     rounding = rounding_of(layer, weight)
     tolerance = {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(rounding.weight(), layer.dequantize(), **tolerance)
@@ -117,6 +121,17 @@ def test_learning_begins_with_what_is_stored_and_ends_with_it(form):
     # an outlier is stored in float16
     torch.testing.assert_close(layer.dequantize(), wanted, rtol=1e-6, atol=1e-3 if layer.format.outliers else 1e-7)
     torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=5e-3 if layer.format.outliers else 1e-4)
+
+
+def test_a_scale_of_8_bits_stays_above_zero():
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, :16] /= 250  # its scale has code 1
+    layer = layer_of("scales of 8 bits", weight)
+    rounding = rounding_of(layer, weight)
+    assert int(layer.canonical()["scales"].min()) < 4
+    with torch.no_grad():
+        rounding.scales.fill_(0)
+    assert int(rounding.tensors()["scales"].min()) == 1
 
 
 @pytest.mark.parametrize("minimum", [False, True])
