@@ -101,12 +101,17 @@ def test_learning_begins_with_what_is_stored_and_ends_with_it(form):
     layer = layer_of(form, weight)
     codes = unpack(layer.canonical()["packed"], layer.format.bits, 64)
     moved = (codes.int() + torch.randint(-1, 2, codes.shape)).clamp(layer.format.family == "packed", codes.max())
-    layer.become(layer.format, layer.canonical() | {"packed": pack(moved.to(torch.uint8), layer.format.bits)})
+    stored = layer.canonical()
+    if layer.format.family == "codebook":  # tables need not ascend
+        moved = (moved + 1) % stored["codebook"].shape[-1]
+        stored["codebook"] = stored["codebook"].roll(1, -1)
+    layer.become(layer.format, stored | {"packed": pack(moved.to(torch.uint8), layer.format.bits)})
     rounding = rounding_of(layer, weight)
     tolerance = {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(rounding.weight(), layer.dequantize(), **tolerance)
     codes = layer.canonical()["packed"]
-    assert torch.equal(rounding.tensors()["packed"], codes)
+    if layer.format.family == "packed":  # tables are stored in the order of values
+        assert torch.equal(rounding.tensors()["packed"], codes)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in rounding.parameters():
