@@ -82,7 +82,13 @@ def dense_packed(a: dict[str, Any], codes: Tensor) -> Tensor:
     scales, zeros = a["scales"].double(), a["zeros"]
     if block:
         scales = scales * spread(a["scale_factors"], block, scales.shape[1])
-    zeros = torch.full_like(scales, 2.0 ** (a["bits"] - 1)) if zeros is None else zeros.double()
+    if zeros is None:
+        zeros = torch.full_like(scales, 2.0 ** (a["bits"] - 1))
+    elif zeros.shape[1] < scales.shape[1]:  # a stream of bits, the lowest of a byte first
+        bits = zeros.long()[..., None].bitwise_right_shift(torch.arange(8)).bitwise_and(1).flatten(1)
+        bits = bits[:, : a["bits"] * scales.shape[1]].unflatten(1, (-1, a["bits"]))
+        zeros = (bits << torch.arange(a["bits"])).sum(-1)
+    zeros = zeros.double()
     if a["zero_factors"] is not None:
         zeros = zeros * spread(a["zero_factors"], block, zeros.shape[1])
     scales, zeros = (spread(t, a["group_size"], k) for t in (scales, zeros))
