@@ -26,6 +26,7 @@ from lowbit.train.recover import check_numbers, finite, split
 from lowbit.train.rounding import Rounding, rounding_of, why_not
 
 _WAY = {"model": 1.0, "block": 0.5}  # steps of the grid that an offset goes at most in all
+_FINE, _WAY_OF_FINE = 4, 0.25  # from so many bits on so much of that
 _OF_GRIDS = 0.5  # the learning rate of scales, zeros and tables, over that of offsets
 _WARM_UP = 5  # steps until the whole learning rate
 
@@ -93,7 +94,8 @@ def tune(
         only: the names of the layers to tune; ``None``: all.
         batch: how many of them make a step.
         lr: how far an offset goes in a step of learning, at first, in steps of the grid. Default: 2 / ``steps`` for the
-            model, so that in all it goes one step of the grid at most; 1 / ``steps`` for blocks.
+            model, so that in all it goes one step of the grid at most; 1 / ``steps`` for blocks; a quarter of that from
+            4 bits on.
         seed: of the order of batches.
         loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`; for ``by="model"``.
         folder: for ``by="block"``: finished blocks are saved there. The same call goes on behind them, with the result
@@ -122,7 +124,7 @@ def tune(
     weights = _float_weights(reference, found)
     blocks = Blocks(model, reference, found) if by == "block" else None
     learned, held_out = split(len(batches), torch.Generator().manual_seed(seed))
-    learner = _Learner(steps, batch, lr or 2 * _WAY[by] / steps, seed)
+    learner = _Learner(steps, batch, lr or 2 * _WAY[by] / steps, seed, 1.0 if lr else _WAY_OF_FINE)
     finished = None
     if folder is not None:
         start = {name: layer.canonical() for name, layer in found.items()}
@@ -207,33 +209,41 @@ class _Learner:
     batch: int
     lr: float
     seed: int
+    of_fine: float  # times the rate from 4 bits on
 
     def learn(
-        self, roundings: Iterable[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
+        self, roundings: Collection[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
     ) -> None:
         """Offsets by the sign of their gradients, what is beside them by Adam."""
         generator = torch.Generator().manual_seed(self.seed)
-        offsets = [rounding.offsets for rounding in roundings]
-        others = [p for rounding in roundings for p in rounding.parameters() if p is not rounding.offsets]
-        adam = torch.optim.Adam(others, lr=self.lr, betas=(0.9, 0.95))
+        offsets = [(rounding.offsets, self._rate(rounding)) for rounding in roundings]
+        groups = [
+            {"params": [p for p in rounding.parameters() if p is not rounding.offsets], "rate": rate * _OF_GRIDS}
+            for rounding, (_, rate) in zip(roundings, offsets, strict=True)
+        ]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
         order: list[int] = []
         with torch.enable_grad(), tqdm(total=self.steps, desc=title, unit="step", disable=None) as progress:
             for step in range(self.steps):
                 share = 1 - step / self.steps
-                for parameter in (*offsets, *others):
-                    parameter.grad = None
+                for rounding in roundings:
+                    rounding.zero_grad()
                 for _ in range(self.batch):
                     order = order or [batches[i] for i in torch.randperm(len(batches), generator=generator)]
                     value = measure(order.pop()) / self.batch
                     finite(float(value.detach()), step)
                     value.backward()
                 with torch.no_grad():
-                    for offset in offsets:
+                    for offset, rate in offsets:
                         if offset.grad is not None:
-                            offset.sub_(offset.grad.sign_(), alpha=self.lr * share)
-                adam.param_groups[0]["lr"] = self.lr * _OF_GRIDS * share * min(1.0, (step + 1) / _WARM_UP)
+                            offset.sub_(offset.grad.sign_(), alpha=rate * share)
+                for group in adam.param_groups:
+                    group["lr"] = group["rate"] * share * min(1.0, (step + 1) / _WARM_UP)
                 adam.step()
                 progress.update()
+
+    def _rate(self, rounding: Rounding) -> float:
+        return self.lr * (self.of_fine if rounding.layer.format.bits >= _FINE else 1.0)
 
 
 def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, LinearLayer], dict[str, str]]:
