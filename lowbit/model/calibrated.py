@@ -39,21 +39,28 @@ def build_calibrated(
                 experts.expose(swap.module)
         _measure(model, swaps, statistics, batches, loss)
         built = _build_in_order(model, plan, swaps, statistics, batches, progress)
-        _finish(model, plan, originals, batches)
+        _finish(model, plan, originals, built, batches)
         return built
 
 
-def _finish(model: nn.Module, plan: Plan, originals: dict[str, nn.Module], batches: list[Any]) -> None:
+def _finish(
+    model: nn.Module, plan: Plan, originals: dict[str, nn.Module], built: dict[str, nn.Module], batches: list[Any]
+) -> None:
     """What quantizers do with their layers together, once all stand in the model."""
     of_method: dict[Quantizer[Any, Any], list[Swap]] = {}
     for swap in plan.swaps():
         if swap.spec is not None and swap.spec.method.together:
             of_method.setdefault(swap.spec.method, []).append(swap)
+    if not of_method:
+        return
+    alone = "" in originals  # a layer that is the model: nothing stands in anything
+    reference = None if alone else shared_copy(model, originals)
     for method, swaps in of_method.items():
-        reference = shared_copy(model, originals)
-        left = method.finish(model, reference, [swap.name for swap in swaps], batches)
+        names = [swap.name for swap in swaps]
+        left = dict.fromkeys(names, "it is the whole model") if reference is None else (
+            method.finish(model, reference, names, batches))  # fmt: skip
         for swap in swaps:
-            layer: Any = model.get_submodule(swap.name)
+            layer: Any = built[swap.name]
             if swap.name in left:
                 layer.note = "; ".join(filter(None, (layer.note, f"not {method.name}: {left[swap.name]}")))
             elif swap.kind == "linear":

@@ -113,12 +113,12 @@ def recover(
     return Recovery(before, after, kept, steps)
 
 
-def check_numbers(batches: list[Any], *, steps: int, batch: int, lr: float | None) -> None:
+def check_numbers(batches: list[Any], *, steps: int, batch: int, lr: float) -> None:
     """Raise ``ValueError`` for what cannot be learned with."""
     for argument, value, least in (("steps", steps, 1), ("batch", batch, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{argument} must be an integer of at least {least}: got {argument}={value!r}")
-    if lr is not None and (not isinstance(lr, (int, float)) or not 0 < lr < math.inf):
+    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"lr must be greater than 0 and finite: got lr={lr!r}")
     if not batches:
         raise ValueError("calibration must hold at least one batch: got none")

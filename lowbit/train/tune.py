@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -113,7 +113,7 @@ def tune(
     require_model(model)
     require_model(reference)
     batches = batches_of(calibration)
-    check_numbers(batches, steps=steps, batch=batch, lr=lr)
+    check_numbers(batches, steps=steps, batch=batch, lr=1.0 if lr is None else lr)
     if by not in _WAY:
         raise ValueError(f"by must be 'model' or 'block': got by={by!r}")
     if by == "block" and loss is not None:
@@ -131,7 +131,7 @@ def tune(
         formats = {name: layer.format.to_dict() for name, layer in found.items()}
         given = {"model": (start, formats), "reference": weights, "calibration": batches}
         run = {name: fingerprint(values) for name, values in given.items()}
-        finished = Finished(folder, {**run, "steps": steps, "batch": batch, "lr": learner.lr, "seed": seed})
+        finished = Finished(folder, run | asdict(learner))
     distance = Distance(reference, batches)
     measure = distance.of if loss is None else (lambda m, i: loss(m, batches[i]))
     before_it = {layer: layer.canonical() for layer in found.values()}

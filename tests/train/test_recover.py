@@ -146,6 +146,7 @@ def test_encoders_are_compared_by_their_hidden_states():
         ({"steps": 0}, "steps must be an integer of at least 1: got steps=0"),
         ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
         ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
+        ({"lr": None}, "lr must be greater than 0 and finite: got lr=None"),
         ({"calibration": []}, "calibration must hold at least one batch"),
         ({"model": net()}, "the model has no packed layer"),
     ],

@@ -353,6 +353,8 @@ def test_layers_that_cannot_learn_are_named(monkeypatch):
     with pytest.warns(UserWarning, match="leaves layers as they were before learning: block blocks.0 must"):
         lowbit.convert(model, {"blocks.0": lowbit.Packed(bits=2, quantizer="by block")}, calibration=batches(4))
     assert "not by block: block blocks.0 must be called once" in model.blocks[0].up.note
+    alone = lowbit.convert(nn.Linear(32, 8), lowbit.Packed(bits=2, quantizer="tuned"), calibration=[torch.randn(9, 32)])
+    assert alone.note == "not tuned: it is the whole model"
     tied = net()
     tied.head.weight = tied.embedding.weight
     lowbit.convert(tied, lowbit.Packed(bits=2, quantizer="tuned"), calibration=batches(8))
