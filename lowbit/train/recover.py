@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowbit.model.calibrate import batches_of, call, evaluating
+from lowbit.model.calibrate import batches_of, evaluating
 from lowbit.model.plan import require_model
 from lowbit.nn.layer import Layer, freeze, layers, make_trainable
-from lowbit.quality.distance import between
+from lowbit.quality.distance import Distance
+from lowbit.train.steps import Draws, check_numbers, finite, frozen, mean, split
 
 _WARM_UP = 5  # steps until the whole learning rate
-_HELD_OUT = 8  # one batch of so many is not learned from
 _SMALLEST = 0.1  # of its first value: no scale becomes less
 
 
@@ -84,51 +83,24 @@ def recover(
     names = _check(model)
     generator = torch.Generator().manual_seed(seed)
     learned, held_out = split(len(batches), generator)
-    measure = loss or partial(_distance, reference)
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    measure = partial(Distance(reference, batches).of, model) if loss is None else (lambda i: loss(model, batches[i]))
     stored = {(layer, name): layer._buffers.get(name) for layer in layers(model).values() for name in names}
 
-    @torch.no_grad()
-    def on_held_out() -> float:
-        return sum(float(measure(model, batches[i])) for i in held_out) / len(held_out)
-
     kept = False
-    try:
-        with evaluating(model, reference):
-            for parameter in required:
-                parameter.requires_grad_(False)
-            before = finite(on_held_out(), 0)
+    with frozen(model), evaluating(model, reference):
+        try:
+            before = finite(mean(measure, held_out), 0)
             make_trainable(model, *names)
-            _train(model, [batches[i] for i in learned], measure, steps, lr, batch, generator)
-            after = on_held_out()  # with what will be stored
+            _train(model, measure, steps, lr, Draws(learned, batch, generator))
+            after = mean(measure, held_out)  # with what will be stored
             kept = after < before
-    finally:
-        freeze(model)
-        if not kept:
-            for (layer, name), tensor in stored.items():
-                if tensor is not None:
-                    layer._buffers[name] = tensor
-        for parameter, before_it in required.items():
-            parameter.requires_grad_(before_it)
+        finally:
+            freeze(model)
+            if not kept:
+                for (layer, name), tensor in stored.items():
+                    if tensor is not None:
+                        layer._buffers[name] = tensor
     return Recovery(before, after, kept, steps)
-
-
-def check_numbers(batches: list[Any], *, steps: int, batch: int, lr: float) -> None:
-    """Raise ``ValueError`` for what cannot be learned with."""
-    for argument, value, least in (("steps", steps, 1), ("batch", batch, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{argument} must be an integer of at least {least}: got {argument}={value!r}")
-    if not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
-        raise ValueError(f"lr must be greater than 0 and finite: got lr={lr!r}")
-    if not batches:
-        raise ValueError("calibration must hold at least one batch: got none")
-
-
-def split(count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """(batches that are learned from, one of eight that is held out); of less than four batches all are both."""
-    order = torch.randperm(count, generator=generator).tolist()
-    apart = max(1, count // _HELD_OUT) if count > 3 else 0
-    return order[apart:], order[:apart] or order
 
 
 def _check(model: nn.Module) -> list[str]:
@@ -151,10 +123,7 @@ def _is_held(layer: Layer, name: str) -> bool:
     return tensor is not None and tensor.device.type != "meta"
 
 
-def _train(
-    model: nn.Module, batches: list[Any], measure: Callable[[nn.Module, Any], Tensor], steps: int, lr: float,
-    batch: int, generator: torch.Generator,
-) -> None:  # fmt: skip
+def _train(model: nn.Module, measure: Callable[[int], Tensor], steps: int, lr: float, draws: Draws) -> None:
     """Adam on all Parameters that require a gradient."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
@@ -162,32 +131,15 @@ def _train(
     least = {p: p.detach() * _SMALLEST for name, p in trained.items() if name.endswith("scales")}
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    order: list[int] = []
-    with torch.enable_grad(), tqdm(total=steps, desc="lowbit recover", unit="step", disable=None) as progress:
+    with tqdm(total=steps, desc="lowbit recover", unit="step", disable=None) as progress:
         for step in range(steps):
             share = min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
             optimizer.zero_grad()
-            for _ in range(batch):
-                order = order or torch.randperm(len(batches), generator=generator).tolist()
-                value = measure(model, batches[order.pop()]) / batch
-                finite(float(value.detach()), step)
-                value.backward()
+            draws.backward(measure, step)
             optimizer.step()
             with torch.no_grad():
                 for parameter, limit in least.items():
                     parameter.copy_(parameter.maximum(limit))
             progress.update()
-
-
-def finite(value: float, step: int) -> float:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} in step {step}: a smaller lr may help")
-    return value
-
-
-def _distance(reference: nn.Module, model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        wanted = call(reference, batch)
-    return between(call(model, batch), wanted, batch)

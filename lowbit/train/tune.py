@@ -22,8 +22,8 @@ from lowbit.nn.linear import LinearLayer
 from lowbit.quality.distance import Distance
 from lowbit.train.blocks import Blocks
 from lowbit.train.progress import Finished, fingerprint
-from lowbit.train.recover import check_numbers, finite, split
 from lowbit.train.rounding import Rounding, rounding_of, why_not
+from lowbit.train.steps import Draws, check_numbers, finite, frozen, mean, split
 
 _WAY = {"model": 1.0, "block": 0.5}  # steps of the grid that an offset goes at most in all
 _FINE, _WAY_OF_FINE = 4, 0.25  # from so many bits on so much of that
@@ -132,31 +132,25 @@ def tune(
         given = {"model": (start, formats), "reference": weights, "calibration": batches}
         run = {name: fingerprint(values) for name, values in given.items()}
         finished = Finished(folder, run | asdict(learner))
-    distance = Distance(reference, batches)
-    measure = distance.of if loss is None else (lambda m, i: loss(m, batches[i]))
+    measure = partial(Distance(reference, batches).of, model) if loss is None else (lambda i: loss(model, batches[i]))
     before_it = {layer: layer.canonical() for layer in found.values()}
     measured: dict[str, tuple[float, float]] = {}
     kept = False
-
-    @torch.no_grad()
-    def on_held_out() -> float:
-        return sum(float(measure(model, i)) for i in held_out) / len(held_out)
-
-    with evaluating(model, reference), _frozen(model, reference), _without_cache(model, reference):
-        before = finite(on_held_out(), 0)
+    with evaluating(model, reference), frozen(model, reference), _without_cache(model, reference):
+        before = finite(mean(measure, held_out), 0)
         try:
             if blocks is None:
                 roundings = {name: rounding_of(layer, weights[name]) for name, layer in found.items()}
                 with restoring(model, dict(found)):
                     for name, rounding in roundings.items():
                         put(model, name, rounding)
-                    learner.learn(roundings.values(), learned, partial(measure, model), "lowbit tune")
+                    learner.learn(roundings.values(), learned, measure, "lowbit tune")
                 for name, rounding in roundings.items():
                     found[name].become(found[name].format, rounding.tensors())
             else:
                 left |= {name: "in no block" for name in found if name not in blocks.inside}
                 measured = _by_block(model, blocks, found, weights, batches, learner, learned, held_out, finished)
-            after = on_held_out()
+            after = mean(measure, held_out)
             kept = after < before
         finally:
             if not kept:
@@ -179,12 +173,7 @@ def _by_block(
             measured[name] = (part[1]["before"], part[1]["after"])
             continue
         stored = {n: layer.canonical() for n, layer in own.items()}
-
-        @torch.no_grad()
-        def on_held_out() -> float:
-            return sum(float(blocks.error(i)) for i in held_out) / len(held_out)
-
-        before = finite(on_held_out(), 0)
+        before = finite(mean(blocks.error, held_out), 0)
         roundings = {n: rounding_of(layer, weights[n]) for n, layer in own.items()}
         with restoring(model, dict(own)):
             for n, rounding in roundings.items():
@@ -192,7 +181,7 @@ def _by_block(
             learner.learn(roundings.values(), learned, blocks.error, f"lowbit tune {name}")
         for n, rounding in roundings.items():
             own[n].become(own[n].format, rounding.tensors())
-        after = on_held_out()
+        after = mean(blocks.error, held_out)
         if not after < before:
             for n, layer in own.items():
                 layer.become(layer.format, stored[n])
@@ -215,24 +204,19 @@ class _Learner:
         self, roundings: Collection[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
     ) -> None:
         """Offsets by the sign of their gradients, what is beside them by Adam."""
-        generator = torch.Generator().manual_seed(self.seed)
+        draws = Draws(batches, self.batch, torch.Generator().manual_seed(self.seed))
         offsets = [(rounding.offsets, self._rate(rounding)) for rounding in roundings]
         groups = [
             {"params": [p for p in rounding.parameters() if p is not rounding.offsets], "rate": rate * _OF_GRIDS}
             for rounding, (_, rate) in zip(roundings, offsets, strict=True)
         ]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        order: list[int] = []
-        with torch.enable_grad(), tqdm(total=self.steps, desc=title, unit="step", disable=None) as progress:
+        with tqdm(total=self.steps, desc=title, unit="step", disable=None) as progress:
             for step in range(self.steps):
                 share = 1 - step / self.steps
                 for rounding in roundings:
                     rounding.zero_grad()
-                for _ in range(self.batch):
-                    order = order or [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-                    value = measure(order.pop()) / self.batch
-                    finite(float(value.detach()), step)
-                    value.backward()
+                draws.backward(measure, step)
                 with torch.no_grad():
                     for offset, rate in offsets:
                         if offset.grad is not None:
@@ -284,19 +268,6 @@ def _float_weights(reference: nn.Module, found: dict[str, LinearLayer]) -> dict[
         if list(weights[name].shape) != wanted:
             raise ValueError(f"{name}: the weight of reference must be {wanted}: got {list(weights[name].shape)}")
     return weights
-
-
-@contextmanager
-def _frozen(*models: nn.Module) -> Iterator[None]:
-    """No Parameter requires a gradient inside the block."""
-    required = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, before in required.items():
-            parameter.requires_grad_(before)
 
 
 @contextmanager

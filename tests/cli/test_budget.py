@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import lowbit
 from lowbit.cli import command as cli
 from lowbit.cli.evaluate import load_model
 from lowbit.quality.budget import written
-from tests.cli.test_eval import TINY, saved
+from tests.cli.test_eval import run as run_command
+from tests.cli.test_eval import saved_llama
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,10 +24,7 @@ TEXT = "a little red fox\nthe big blue bear who ran\nonce upon a time\nthere was
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, bos_token_id=2, tie_word_embeddings=True,
-                                      initializer_range=0.3)  # fmt: skip
-    return saved(tmp_path_factory.mktemp("budget") / "llama", transformers.LlamaForCausalLM(config))
+    return saved_llama(tmp_path_factory.mktemp("budget") / "llama", tie_word_embeddings=True, initializer_range=0.3)
 
 
 @pytest.fixture
@@ -34,11 +33,7 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    status = cli.main(["convert", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = partial(run_command, command="convert")
 
 
 def test_the_folder_has_the_planned_specs_and_fits(

@@ -33,11 +33,15 @@ def saved(folder: Path, model: object) -> Path:
     return folder
 
 
+def saved_llama(folder: Path, **options: object) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, bos_token_id=2, **options)
+    return saved(folder, transformers.LlamaForCausalLM(config))
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, bos_token_id=2)
-    return saved(tmp_path_factory.mktemp("eval") / "llama", transformers.LlamaForCausalLM(config))
+    return saved_llama(tmp_path_factory.mktemp("eval") / "llama")
 
 
 @pytest.fixture
@@ -46,9 +50,9 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object, command: str = "eval") -> tuple[int, str, str]:
     capsys.readouterr()
-    status = cli.main(["eval", *map(str, arguments)])
+    status = cli.main([command, *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out, err
 

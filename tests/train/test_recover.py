@@ -94,6 +94,18 @@ def test_what_is_no_better_is_not_kept():
     assert model.head.packed is model.embedding.packed and model.head.scales is model.embedding.scales
 
 
+@pytest.mark.parametrize("learn", [train.recover, train.tune])
+def test_what_is_held_out_is_not_learned_from(learn):
+    given, seen = batches(17), {True: set(), False: set()}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen[torch.is_grad_enabled()].add(next(i for i, each in enumerate(given) if each is batch))
+        return model(**batch).square().mean()
+
+    learn(lowbit.convert(net(), {"up": lowbit.Packed(bits=4)}), net(), given, steps=12, loss=loss)
+    assert len(seen[False]) == 2 and not seen[True] & seen[False] and len(seen[True]) == 15
+
+
 def test_a_loss_that_is_no_number_ends_it_and_changes_nothing():
     model = lowbit.convert(net(), lowbit.Packed(bits=4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -140,16 +152,17 @@ def test_encoders_are_compared_by_their_hidden_states():
     assert found.before == pytest.approx(sum(errors) / 2, rel=1e-4) and abs(errors[0] / errors[1] - 1) > 0.05
 
 
+BAD_ARGUMENTS = [
+    ({"steps": 0}, "steps must be an integer of at least 1: got steps=0"),
+    ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
+    ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
+    ({"calibration": []}, "calibration must hold at least one batch"),
+    ({"model": nn.Linear(3, 3)}, "the model has no packed layer"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"steps": 0}, "steps must be an integer of at least 1: got steps=0"),
-        ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
-        ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
-        ({"lr": None}, "lr must be greater than 0 and finite: got lr=None"),
-        ({"calibration": []}, "calibration must hold at least one batch"),
-        ({"model": net()}, "the model has no packed layer"),
-    ],
+    ("arguments", "message"), [*BAD_ARGUMENTS, ({"lr": None}, "lr must be greater than 0 and finite: got lr=None")]
 )
 def test_bad_arguments(arguments, message):
     model = lowbit.convert(net(), lowbit.Packed(bits=4))

@@ -18,6 +18,7 @@ from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
 from lowbit.train.rounding import _PackedRound, rounding_of
 from lowbit.train.tune import _Learner
+from tests.train.test_recover import BAD_ARGUMENTS, batches
 
 
 class Block(nn.Module):
@@ -46,11 +47,6 @@ class Net(nn.Module):
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net()
-
-
-def batches(count: int = 12) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [{"input_ids": torch.randint(40, (2, 9), generator=generator)} for _ in range(count)]
 
 
 SPECS = {
@@ -285,14 +281,10 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps must be an integer of at least 1: got steps=0"),
-        ({"batch": 1.5}, "batch must be an integer of at least 1: got batch=1.5"),
-        ({"lr": -1}, "lr must be greater than 0 and finite: got lr=-1"),
+        *BAD_ARGUMENTS,
         ({"by": "layer"}, "by must be 'model' or 'block': got by='layer'"),
         ({"folder": "somewhere"}, "folder goes with by='block'"),
         ({"by": "block", "loss": print}, "loss goes with by='model'"),
-        ({"calibration": []}, "calibration must hold at least one batch"),
-        ({"model": net()}, "the model has no packed layer"),
         ({"reference": lowbit.convert(net(), lowbit.Packed())}, "reference must be the float model: blocks.0.up is no"),
         ({"reference": Flat()}, "reference must be the float model: blocks.0.up is no float linear layer there"),
         ({"model": lowbit.convert(Flat(), lowbit.Packed()), "reference": Flat(), "by": "block"},
