@@ -162,6 +162,9 @@ class Planner:
         apart = max(1, len(batches) // _HELD_OUT)
         self.held_out, self.seen = batches[:apart], batches[apart:]
         self.groups = _groups(model, self.specs[0], skip, self.seen, fused)
+        if any("" in group for group in self.groups):
+            raise ValueError(f"model must hold its layers: got a {type(model).__name__}, which is one: wrap it in "
+                             "nn.Sequential")  # fmt: skip
         self._ready: Prepared | None = None
 
     @torch.inference_mode(False)

@@ -244,7 +244,7 @@ def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, 
         if layer.trained():
             raise ValueError(f"{name or 'the model'}: {', '.join(layer.trained())} is trained already: end that by "
                              "lowbit.convert(model)")  # fmt: skip
-        reason = why_not(layer)
+        reason = why_not(layer) if name else "it is the whole model: wrap it in nn.Sequential"
         if reason is None and storages.count(storage_of(layer)) > 1:
             reason = "another layer shares its weight"
         if reason is not None:
@@ -252,7 +252,8 @@ def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, 
         elif isinstance(layer, LinearLayer):
             found[name] = layer
     if not found:
-        raise ValueError(f"no layer can be tuned: {'; '.join(f'{name}: {why}' for name, why in left.items()):.500}")
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in left.items())
+        raise ValueError(f"no layer can be tuned: {reasons:.500}")
     return found, left
 
 

@@ -286,6 +286,8 @@ def test_encoders_and_models_in_training_are_planned():
         ({"budget": 1.5}, "budget must hold the smallest candidate, 2-bit .* which takes"),
         ({"budget": "1 kB"}, "budget must hold the smallest candidate"),
         ({"calibration": batches(1)}, "at least two batches"),
+        ({"model": nn.Linear(32, 8), "calibration": [torch.ones(2, 32)] * 4},
+         "model must hold its layers: got a Linear, which is one: wrap it in nn.Sequential"),
         ({"candidates": [lowbit.Packed()]}, "candidates must be two specs or more"),
         ({"skip": ["nowhere"]}, "nowhere"),
         ({"signal": "error"}, "signal must be one of 'gradient', 'kl': got signal='error'"),
@@ -293,6 +295,6 @@ def test_encoders_and_models_in_training_are_planned():
     ],
 )
 def test_bad_arguments(arguments, message):
-    given = {"budget": 4.5, "calibration": batches(), "candidates": CANDIDATES, **arguments}
+    given = {"model": Net(), "budget": 4.5, "calibration": batches(), "candidates": CANDIDATES, **arguments}
     with pytest.raises(ValueError, match=message):
-        lowbit.plan(Net(), **given)
+        lowbit.plan(**given)

@@ -283,6 +283,8 @@ class Flat(nn.Module):
     [
         *BAD_ARGUMENTS,
         ({"by": "layer"}, "by must be 'model' or 'block': got by='layer'"),
+        ({"model": lowbit.convert(nn.Linear(32, 8), lowbit.Packed()), "reference": nn.Linear(32, 8)},
+         "no layer can be tuned: the model: it is the whole model: wrap it in nn.Sequential"),
         ({"folder": "somewhere"}, "folder goes with by='block'"),
         ({"by": "block", "loss": print}, "loss goes with by='model'"),
         ({"reference": lowbit.convert(net(), lowbit.Packed())}, "reference must be the float model: blocks.0.up is no"),
