@@ -22,13 +22,16 @@ def add_to(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--candidate", action="append", default=[], metavar="SPEC",
                          help="of --budget: a spec to choose from, such as 'Codebook(bits=3)'; two or more "
                          "(default: Packed with 2 to 8 bits, by gptq, nine forms)")  # fmt: skip
+    convert.add_argument("--no-fused", action="store_true", help="of --budget: layers of one input (q, k and v; gate "
+                         "and up) may get different specs: better plans, which serving stacks cannot fuse")  # fmt: skip
     convert.add_argument("--json", type=Path, metavar="FILE", help="of --budget: write the plan there")
 
 
 def check(options: argparse.Namespace, others: Sequence[str]) -> None:
     """Raise ``ValueError`` for options that do not go together; ``others``: those given that also say a spec."""
     if options.budget is None:
-        given = [flag for flag, value in (("--candidate", options.candidate), ("--json", options.json)) if value]
+        of_plan = (("--candidate", options.candidate), ("--no-fused", options.no_fused), ("--json", options.json))
+        given = [flag for flag, value in of_plan if value]
         if given:
             raise ValueError(f"{given[0]} is of a plan: give --budget, such as --budget '3.5 bits'")
         return
@@ -58,7 +61,7 @@ def specs(
                          f"{options.calibration_text} has {len(batches)}")  # fmt: skip
     try:
         found = lowbit.plan(load_model(source), options.budget, calibration=batches, candidates=candidates or None,
-                            skip=options.skip)  # fmt: skip
+                            skip=options.skip, fused=not options.no_fused)  # fmt: skip
     except ValueError as error:
         raise ValueError(f"--budget {options.budget}: {error}") from error
     print(found)

@@ -36,10 +36,11 @@ def text(tmp_path: Path) -> Path:
 run = partial(run_command, command="convert")
 
 
+@pytest.mark.parametrize("fused", [True, False])
 def test_the_folder_has_the_planned_specs_and_fits(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, llama: Path, text: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, llama: Path, text: Path, fused: bool
 ) -> None:
-    given = [part for spec in CANDIDATES for part in ("--candidate", spec)]
+    given = [part for spec in CANDIDATES for part in ("--candidate", spec)] + ([] if fused else ["--no-fused"])
     status, out, err = run(capsys, llama, tmp_path / "packed", "--budget", "4.5 bits", "--calibration-text", text,
                            "--json", tmp_path / "plan.json", "--skip", "*.up_proj", *given)  # fmt: skip
     assert status == 0, err
@@ -48,9 +49,12 @@ def test_the_folder_has_the_planned_specs_and_fits(
     layers = {row.name: row for row in lowbit.report(lowbit.load(tmp_path / "packed")).rows if row.shares is None}
     assert sum(row.bytes_after for row in layers.values()) == found["bytes"] <= found["budget"]
     expected = lowbit.plan(load_model(llama), 4.5, calibration=cli.calibration_batches(llama, text),
-                           candidates=[cli.parse_spec(spec) for spec in CANDIDATES], skip=["*.up_proj"])  # fmt: skip
+                           candidates=[cli.parse_spec(spec) for spec in CANDIDATES], skip=["*.up_proj"],
+                           fused=fused)  # fmt: skip
     specs = {name: cli.parse_spec(spec) for name, spec in found["specs"].items()}
     assert specs == expected.specs and layers.keys() == specs.keys()
+    of_one_input = {specs[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"}
+    assert (len(of_one_input) == 1) == fused
     assert len(set(specs.values())) > 1 and not any("up_proj" in name for name in layers)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     bits = {name: layer["format"]["bits"] for layer in config["layers"] for name in layer["names"]}
@@ -74,6 +78,7 @@ def test_bytes_are_of_the_whole_model(
         (["--budget", "4 bits", "--bits", "4"], "--budget chooses the specs: leave out --bits"),
         (["--budget", "4 bits", "--spec", "Codebook(bits=3)"], "--budget chooses the specs: leave out --spec"),
         (["--candidate", "Packed(bits=3)"], "--candidate is of a plan: give --budget"),
+        (["--no-fused"], "--no-fused is of a plan: give --budget"),
         (["--json", "plan.json"], "--json is of a plan: give --budget"),
         (["--budget", "4 bits", "--calibration-text", "TEXT", "--candidate", "Packed(bits=3)"],
          "--candidate must be given twice or more: got 'Packed(bits=3)' alone"),
