@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.model.calibrate import call, describe_batch
+from lowbit.model.outputs import are_logits, counted, output_values, probes
 
 _KEPT = 1 << 30  # bytes of the reference's outputs that are held
 
@@ -16,14 +17,14 @@ def between(output: Any, wanted: Any, batch: Any) -> Tensor:
     """KL divergence of the probabilities that logits give from those of ``wanted``, the mean over tokens or classes
     that count; of encoders the squared error of ``last_hidden_state`` over the mean square of ``wanted``'s, half of it
     that of tokens, half that of their mean for each text: errors of tokens that are alike do not average out there."""
-    mine, other = (_values(each, output) for each in (output, wanted))
+    mine, other = (output_values(each, output) for each in (output, wanted))
     if mine is None or other is None or mine.shape != other.shape:
         raise ValueError("model and reference must give logits or last_hidden_state of one shape: got "
                          f"{describe_batch(output)} and {describe_batch(wanted)}")  # fmt: skip
     mine, other = mine.float(), other.to(mine.device).float()
-    counts = _counted(batch, mine)
+    counts = counted(batch, mine)
     rows, wanted_rows = (mine, other) if counts is None else (mine[counts], other[counts])
-    if _are_logits(output, mine):
+    if are_logits(output, mine):
         p = wanted_rows.log_softmax(-1)
         return (p.exp() * (p - rows.log_softmax(-1))).sum(-1).mean()
     of_tokens = _relative(rows, wanted_rows)
@@ -44,25 +45,6 @@ def _mean(values: Tensor, counts: Tensor | None) -> Tensor:
     return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def _name(output: Any) -> str:
-    return "logits" if hasattr(output, "logits") or isinstance(output, Tensor) else "last_hidden_state"
-
-
-def _values(output: Any, like: Any) -> Tensor | None:
-    found = output if isinstance(output, Tensor) else getattr(output, _name(like), None)
-    return found if isinstance(found, Tensor) else None
-
-
-def _counted(batch: Any, values: Tensor) -> Tensor | None:
-    """Which rows of the outputs are of tokens, where some are of padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    return mask.bool() if mask is not None and mask.shape == values.shape[:-1] else None
-
-
-def _are_logits(output: Any, values: Tensor) -> bool:
-    return _name(output) == "logits" and values.shape[-1] > 1
-
-
 class Distance:
     """The mean over ``batches`` of :func:`between`; what ``reference`` gives is computed once where it fits."""
 
@@ -81,35 +63,9 @@ class Distance:
         return between(output, self._wanted(index, output), batch)
 
     def probes(self, model: nn.Module, index: int, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Scalars of one batch whose gradients G tell the distance of a small change of ``model``, the reference:
-
-            mean of <G, W' - W>**2  ->  the distance of the model with W' in place of W,    to second order in W' - W
-
-        Each is the sum of the outputs times random numbers. Of logits, with the probabilities p of n tokens, these
-        are ``(r - p * sum(r)) / sqrt(2 * n)``, ``r = sqrt(p) * e``, e ~ N(0, 1): their covariance is the Fisher
-        information, the second derivative of the KL divergence, over 2 n. Of encoders they are e over the norm of the
-        outputs.
-        """
+        """Those of one batch (:func:`lowbit.model.curvature.probes`); ``model`` is the reference."""
         batch = self.batches[index]
-        output = call(model, batch)
-        values = _values(output, output)
-        if values is None:
-            raise ValueError(f"model must give logits or last_hidden_state: got {describe_batch(output)}")
-        values = values.float()
-        if (counts := _counted(batch, values)) is not None:
-            values = values[counts]
-        fixed = values.detach()
-        found = []
-        for _ in range(count):
-            random = torch.randn(fixed.shape, generator=generator).to(fixed.device)
-            if _are_logits(output, fixed):
-                p = fixed.softmax(-1)
-                root = p.sqrt() * random
-                factor = (root - p * root.sum(-1, keepdim=True)) / (2 * fixed[..., 0].numel()) ** 0.5
-            else:
-                factor = random / fixed.norm().clamp(min=torch.finfo(torch.float32).tiny)
-            found.append((factor * values).sum())
-        return found
+        return list(probes(call(model, batch), batch, count, generator))
 
     @torch.no_grad()
     def _wanted(self, index: int, like: Any) -> Any:

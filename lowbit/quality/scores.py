@@ -30,7 +30,7 @@ def by_gradient(
 ) -> Tensor:
     """``[G, C]``: the distance from ``model``, to second order in the change of the weights of a group.
 
-        score[g, c] = mean of <G, W_c - W>**2 over gradients G of Distance.probes
+        score[g, c] = mean of <G, W_c - W>**2 over gradients G of lowbit.model.outputs.probes
 
     Costs about as much as :data:`PROBES` backward passes of a batch, and one more float model of memory. Activations
     that a candidate rounds are not seen.
