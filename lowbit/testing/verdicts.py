@@ -14,12 +14,13 @@ The record (``tests/verdicts.json``) holds, for each file of tests, the fingerpr
 - ``pytest`` runs everything and looks at no record.
 - ``pytest --verdicts`` skips what passed under the same fingerprint, but for a sample: one test of each file, and about
   one in forty of the others. Every commit has another sample, so that a record that is wrong is noticed. Files whose
-  tests compile sources take turns: one in eight has a sample.
+  tests compile sources rest while their fingerprint is that of the record, but for one in eight at a commit: nothing
+  of them runs, nor what was in turn at another commit.
 - ``pytest --record`` writes into the record what passed; with ``--verdicts`` it runs only what is not in it.
 
 Other tests of many combinations of parameters run a part of these with ``--verdicts``: every value of every parameter
-in :data:`TIMES` tests, and which values meet is another choice at another commit. Of a test marked ``turns(n)``,
-because each of its parameters takes long, one in n runs.
+once, and which values meet is another choice at another commit. Of tests marked ``turns(n)``, because they take long,
+one in n runs: of a test without parameters, at one commit in n.
 
 Where there is a GPU, everything runs. Tests by hypothesis, whose examples are random, are never recorded.
 """
@@ -45,16 +46,15 @@ import torch
 
 from lowbit.testing.where import Where
 
-Record = dict[str, dict[str, Any]]  # by file: {"fingerprint": str, "passed": {test: [parameters]}}
+Record = dict[str, dict[str, Any]]  # by file: {"fingerprint": str, "passed": {test: [parameters]}, "failed": [name]}
 
 PROJECT = ("lowbit", "benchmarks")
 PACKAGES = ("torch", "numpy", "triton")
 SAMPLE, COMPILED_FILES = 40, 8
-TIMES = 2
 COMPILED = (".cu", ".cuh", ".cpp", ".h")
 MARKER = "recorded(*modules, sources=()): its verdict depends on these modules and folders, its file, and their imports"
 
-TURNS = "turns(n): each of its parameters takes long, so `make test` runs one in n of them, others at another commit"
+TURNS = "turns(n): it takes long, so `make test` runs one in n of its parameters, or of its commits"
 
 
 def where_params(everywhere: Iterable[Where], *modules: str) -> list[Any]:
@@ -219,18 +219,22 @@ def holds(record: Record, nodeid: str, fingerprint: str) -> bool:
 def updated(record: Record, verdicts: dict[str, tuple[str, bool]], exists: Callable[[str], bool]) -> Record:
     """The record with more verdicts, by name of the test: (fingerprint, whether it passed)."""
     passed = {file: {test: set(names) for test, names in entry["passed"].items()} for file, entry in record.items()}
+    failed = {file: set(entry.get("failed", ())) for file, entry in record.items()}
     marks = {file: entry["fingerprint"] for file, entry in record.items()}
     for nodeid, (fingerprint, good) in verdicts.items():
         file, test, parameters = parts(nodeid)
         if marks.get(file) != fingerprint:
-            marks[file], passed[file] = fingerprint, {}
+            marks[file], passed[file], failed[file] = fingerprint, {}, set()
         names = passed[file].setdefault(test, set())
         (names.add if good else names.discard)(parameters)
+        (failed[file].discard if good else failed[file].add)(nodeid.partition("::")[2])
     found: Record = {}
     for file, tests in sorted(passed.items()):
         if exists(file) and any(tests.values()):
             names_of = {test: sorted(names) for test, names in sorted(tests.items()) if names}
             found[file] = {"fingerprint": marks[file], "passed": names_of}
+            if failed[file]:
+                found[file]["failed"] = sorted(failed[file])
     return found
 
 
@@ -245,25 +249,30 @@ def write(path: Path, record: Record) -> None:
     for file, entry in record.items():
         tests = [f"   {json.dumps(test)}: {json.dumps(names)}" for test, names in entry["passed"].items()]
         mark = json.dumps(entry["fingerprint"])
-        lines.append(f' {json.dumps(file)}: {{"fingerprint": {mark}, "passed": {{\n' + ",\n".join(tests) + "}}")
+        failed = f', "failed": {json.dumps(entry["failed"])}' if "failed" in entry else ""
+        text = ",\n".join(tests)
+        lines.append(f' {json.dumps(file)}: {{"fingerprint": {mark}, "passed": {{\n{text}}}{failed}}}')
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def sample(nodeids: Iterable[str], seed: str, compiled: Collection[str] = ()) -> set[str]:
-    """One test of each file, and of the others about one in :data:`SAMPLE`; another choice for another seed.
+def chance(seed: str, name: str) -> int:
+    """A number below 2**64, as if by chance; another for another seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
 
-    Of files in ``compiled``, about one in :data:`COMPILED_FILES` counts.
-    """
 
-    def turn(nodeid: str) -> int:
-        return int.from_bytes(hashlib.sha256(f"{seed} {nodeid}".encode()).digest()[:8], "big")
+def resting(compiled: Iterable[str], seed: str) -> set[str]:
+    """Of files that compile, those that are not in turn: all but about one in :data:`COMPILED_FILES`."""
+    return {file for file in compiled if chance(seed, file) % COMPILED_FILES}
 
-    out = {file for file in compiled if turn(file) % COMPILED_FILES}
+
+def sample(nodeids: Iterable[str], seed: str, out: Collection[str] = ()) -> set[str]:
+    """One test of each file but those in ``out``, and of the others about one in :data:`SAMPLE`; another choice for
+    another seed."""
     nodeids = [nodeid for nodeid in nodeids if parts(nodeid)[0] not in out]
     first: dict[str, str] = {}
-    for nodeid in sorted(nodeids, key=turn):
+    for nodeid in sorted(nodeids, key=lambda nodeid: chance(seed, nodeid)):
         first.setdefault(parts(nodeid)[0], nodeid)
-    return {*first.values(), *(nodeid for nodeid in nodeids if turn(nodeid) % SAMPLE == 0)}
+    return {*first.values(), *(nodeid for nodeid in nodeids if chance(seed, nodeid) % SAMPLE == 0)}
 
 
 def values_of(item: pytest.Item) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:
@@ -278,22 +287,24 @@ def values_of(item: pytest.Item) -> frozenset[tuple[tuple[str, ...], tuple[int, 
     return frozenset((names, tuple(id(params[name]) for name in names if name in params)) for names in together)
 
 
-def combinations(items: Iterable[pytest.Item], seed: str, times: int = TIMES) -> set[str]:
-    """Tests in which every value of every parameter is ``times`` times or more, of those that a function has: names.
+def combinations(items: Iterable[pytest.Item], seed: str) -> set[str]:
+    """Tests in which every value of every parameter is, of those that a function has: names.
 
     They are taken in an order that ``seed`` says, and a test none of whose values is wanted any more is left out. So a
-    function of one parameter has all its tests, but where it is marked ``turns(n)``: then the first of its n-th part.
+    function of one parameter has all its tests, but where it is marked ``turns(n)``: then the first of its n-th part,
+    and of what is left over by n one more, at as large a part of all commits.
     """
     found: set[str] = set()
-    seen: Counter[object] = Counter()
-    items = sorted(items, key=lambda item: hashlib.sha256(f"{seed} {item.nodeid}".encode()).digest())
+    seen: set[object] = set()
+    items = sorted(items, key=lambda item: chance(seed, item.nodeid))
     function = {item.nodeid: item.nodeid.partition("[")[0] for item in items}
     count, taken = Counter(function.values()), Counter[str]()
     for item in items:
         name, values = function[item.nodeid], values_of(item)
         turns = item.get_closest_marker("turns")
-        room = -(-count[name] // (turns.args[0] if turns else 1))
-        if taken[name] < room and (not values or any(seen[name, value] < times for value in values)):
+        n = turns.args[0] if turns else 1
+        room = count[name] // n + (chance(seed, name) % n < count[name] % n)
+        if taken[name] < room and (not values or any((name, value) not in seen for value in values)):
             found.add(item.nodeid)
             taken[name] += 1
             seen.update((name, value) for value in values)
@@ -386,7 +397,8 @@ class Verdicts:
         record = read(self.path)
         marked = list(self.marked(items))
         held = [item.nodeid for item, mark in marked if trusting and holds(record, item.nodeid, mark)]
-        again = sample(held, self.seed, self.compiled)
+        out = resting(self.compiled, self.seed)
+        again = sample(held, self.seed, out)
         held_ids = set(held)
         if trusting and not recording:
             self.take_turns(items, {item.nodeid for item, _ in marked})
@@ -394,9 +406,19 @@ class Verdicts:
             if item.nodeid in held_ids and item.nodeid not in again:
                 item.add_marker(pytest.mark.skip(reason=f"the record says that these pass (fingerprint {mark})"))
                 self.skipped.add(item.nodeid)
+            elif trusting and not recording and self.rests(item, mark, out, record):
+                item.add_marker(pytest.mark.skip(reason="its sources are those of the record: it runs in turn"))
+                self.skipped.add(item.nodeid)
             else:
                 item.user_properties.append(("fingerprint", mark))
                 item.user_properties.append(("recorded", item.nodeid in held_ids))
+
+    @staticmethod
+    def rests(item: pytest.Item, mark: str, out: Collection[str], record: Record) -> bool:
+        """Whether nothing of the test's file runs: another is in turn, and nothing failed under this fingerprint."""
+        file = parts(item.nodeid)[0]
+        entry = record.get(file, {})
+        return file in out and entry.get("fingerprint") == mark and "failed" not in entry
 
     def take_turns(self, items: list[pytest.Item], marked: set[str]) -> None:
         """Leave out, of tests whose verdicts are not recorded, combinations of parameters that are not in turn."""

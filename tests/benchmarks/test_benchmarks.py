@@ -263,6 +263,7 @@ def test_a_row_is_slower_only_where_median_and_fastest_are() -> None:
     assert said[3] == "1 of 3 results differ: b"
 
 
+@pytest.mark.turns(3)
 def test_comparing_a_checkout_with_itself_finds_the_same_results(tmp_path) -> None:
     file = tmp_path / "rows.json"
     quick = ["--rounds", "1", "--sets", "1", "--seconds", "0.001", "--limit", "1000", "--write", str(file)]

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- the record ---
 
 
+@pytest.mark.turns(3)
 def test_record_is_that_of_the_sources_and_a_sample_compiles_to_it() -> None:
     done = outside_interpreter("-m", "benchmarks.tools.offline", "--sample", "--jobs", "2", root=ROOT)
     assert done.returncode == 0, f"{(done.stdout + done.stderr).decode()}\npython -m benchmarks.tools.offline --write"

@@ -384,6 +384,7 @@ def test_convert_folder_errors(float_llama, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["float"]
 
 
+@pytest.mark.turns(2)
 def test_loading_adds_little_more_than_the_packed_bytes(tmp_path):
     pytest.importorskip("transformers", minversion="5.0")
     code = f"""

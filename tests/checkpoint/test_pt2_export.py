@@ -35,6 +35,7 @@ def llama(**config):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler is needed")
+@pytest.mark.turns(3)
 def test_another_process_gives_the_same(tmp_path):
     model = lowbit.convert(llama(tie_word_embeddings=True), SPECS)
     lowbit.export(model, tmp_path / "model.pt2", format="pt2", skip=["*.v_proj"])

@@ -846,6 +846,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.turns(2)
 def test_temporaries_are_small(quantizer: str) -> None:
     """MiB beyond the weight and its codes."""
     if sys.platform != "linux":

@@ -21,10 +21,12 @@ def _quiet() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in document.names() if name not in processes.ROWS])
+@pytest.mark.turns(3)
 def test_row(name: str) -> None:
     compare(name)
 
 
+@pytest.mark.turns(2)
 def test_rows_of_two_processes() -> None:
     for name in processes.ROWS:
         compare(name)

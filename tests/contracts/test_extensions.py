@@ -27,6 +27,7 @@ TESTS = HERE.parent
 
 
 @pytest.mark.parametrize("family", ["packed", "codebook", "kron"])
+@pytest.mark.turns(3)
 def test_the_numerics_of_a_family_hold_on_a_backend_from_outside(family):
     """Every test of the kernels' suite, at 3, 4 and 8 bits and for dense factors; nothing changes but that there is a
     backend, of less than 40 lines. What it refuses is its own affair."""

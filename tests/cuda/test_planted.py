@@ -11,6 +11,9 @@ needs_emulation = pytest.mark.skipif(
     cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"
 )
 BUGS, KERNELS = cuda_planted.bugs(), cuda_planted.kernels()
+recorded = pytest.mark.recorded(
+    *(f"lowbit.testing.cuda_planted.{kernel}" for kernel in KERNELS), sources=["csrc/common", "csrc/cuda"]
+)
 SAMPLE = 3  # of all bugs, in `make test`
 CHECKS = [
     (kernel, bits)
@@ -24,6 +27,7 @@ def needs_a_build(kernel):
         pytest.skip(f"not built: {reason}")
 
 
+@recorded
 @pytest.mark.parametrize("number", range(len(BUGS)), ids=lambda n: f"{BUGS[n][0]}: {BUGS[n][1].name}")
 def test_a_planted_bug_is_found(number, request):
     needs_a_build(BUGS[number][0])
@@ -31,6 +35,7 @@ def test_a_planted_bug_is_found(number, request):
     assert caught(*BUGS[number]) is not None
 
 
+@(lambda test: test if cuda_emulated.SANITIZED else recorded(test))
 @pytest.mark.parametrize(("kernel", "bits"), CHECKS)
 def test_a_kernel_as_it_is_passes_what_finds_its_bugs(kernel, bits, request):
     """Under sanitizers (tests/sanitize.py): what is emulated, of the widths that were compiled, every other kernel."""

@@ -44,6 +44,7 @@ def test_ways_of_generating(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.turns(2)
 def test_the_compiled_step() -> None:
     """As docs/serving.md recommends it for a CPU."""
     model = make(1)

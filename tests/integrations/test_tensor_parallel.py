@@ -51,6 +51,7 @@ def run(rank: int, folder: str, port: int) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.turns(2)
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for name, spec in SPECS.items():
         torch.manual_seed(0)

@@ -51,6 +51,7 @@ def assert_bytes(planned, report, before, after):
     ],
     ids=["8-bit", "4-bit", "3-bit", "3-bit codebook"],
 )
+@pytest.mark.turns(2)
 def test_a_trained_bert_keeps_its_embeddings(minilm, spec, spearman, cosine, megabytes):
     """all-MiniLM-L6-v2, every Linear and Embedding packed. docs/quality.md has the whole STS-B dev set."""
     model, data, exact, batches = minilm
@@ -115,6 +116,7 @@ def upcycled(model):
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4, 3])
+@pytest.mark.turns(2)
 def test_a_mixture_of_copies_of_one_mlp_is_the_dense_model(stories260k, bits):
     model, stories = stories260k
     dense, mixture, subset = copy.deepcopy(model), upcycled(model), stories[:40]
@@ -164,6 +166,7 @@ def test_calibrated_rounding_does_no_harm_with_few_tokens(stories260k):
 
 
 @pytest.mark.parametrize(("bits", "loss"), [(8, 0.0005), (4, 0.005)])
+@pytest.mark.turns(2)
 def test_a_plain_module_keeps_its_accuracy(bits, loss):
     vit = script("vit_mnist", "vit")
     model = vit.load(folder("vit_mnist"))

@@ -654,6 +654,7 @@ def test_ternary_storage(bitllama: Any) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.turns(2)
 def test_ternary_model_is_converted_without_loss(bitllama: Any, stories: list[Tensor]) -> None:
     """The very same logits, and so the very same perplexity."""
     model = load(bitllama)

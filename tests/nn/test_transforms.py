@@ -303,6 +303,7 @@ def assert_torch_is_as_before(at):
 
 
 @family
+@pytest.mark.turns(3)
 def test_an_exception_at_any_bytecode_leaves_autograd_as_it_was(spec):
     """As from a signal: the frames of the exception are alive when this is looked at."""
     packed, _ = converted(nn.Embedding(9, 20), nn.Linear(20, 6), spec=spec)
@@ -317,6 +318,7 @@ def test_an_exception_at_any_bytecode_leaves_autograd_as_it_was(spec):
 
 
 @family
+@pytest.mark.turns(3)
 def test_an_exception_at_any_bytecode_leaves_autocast_as_it_was(spec):
     linear, x = mlp(spec)[0][0], x_of(1, 20)
 

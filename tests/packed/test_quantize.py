@@ -484,6 +484,7 @@ def test_deterministic() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantizer", "rows"), [("minmax", 32000), ("gptq", 8000), ("descent", 2500)])
+@pytest.mark.turns(2)
 def test_temporaries_are_small(quantizer: str, rows: int) -> None:
     """MiB beyond the weight and its codes."""
     if sys.platform != "linux":

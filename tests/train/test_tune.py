@@ -320,6 +320,7 @@ def test_tied_layers_are_left():
 
 
 @pytest.mark.parametrize("spec", [lowbit.Packed(bits=2, group_size=16), lowbit.Codebook(bits=2)])
+@pytest.mark.turns(2)
 def test_the_quantizer_learns_what_its_layers_round_to(spec):
     reference = net()
     model, start = (

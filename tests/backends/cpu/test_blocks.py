@@ -460,6 +460,7 @@ print((peak() - before) / made[0].packed.nbytes)
 
 @needs_compiled
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.turns(2)
 def test_preparing_takes_one_layers_codes_beyond_the_model():
     done = subprocess.run([sys.executable, "-c", PREPARE], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.5

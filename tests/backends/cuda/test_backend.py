@@ -21,6 +21,7 @@ from lowbit.testing.numerics import assert_bitwise_equal, assert_linear_close
 from lowbit.testing.packed_cases import activations, more_formats, random_weight
 
 pytestmark = [
+    pytest.mark.recorded(sources=["csrc/common", "csrc/cuda"]),
     pytest.mark.skipif(cuda_emulated.why_not() is not None, reason=f"not built: {cuda_emulated.why_not()}"),
     pytest.mark.skipif(native.load() is not None, reason="no compiled library"),
 ]
