@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,14 @@ class Draws:
     def __init__(self, batches: list[int], count: int, generator: torch.Generator) -> None:
         self._batches, self._count, self._generator = batches, count, generator
         self._order: list[int] = []
+
+    def state(self) -> dict[str, Tensor]:
+        """What comes next, as tensors; :meth:`go_on` takes them."""
+        return {"order": torch.tensor(self._order, dtype=torch.int64), "generator": self._generator.get_state()}
+
+    def go_on(self, state: Mapping[str, Tensor]) -> None:
+        self._order = state["order"].tolist()
+        self._generator.set_state(state["generator"])
 
     @torch.enable_grad()
     def backward(self, measure: Callable[[int], Tensor], step: int) -> None:

@@ -21,7 +21,7 @@ from lowbit.nn.layer import layers, storage_of
 from lowbit.nn.linear import LinearLayer
 from lowbit.quality.distance import Distance
 from lowbit.train.blocks import Blocks
-from lowbit.train.progress import Finished, fingerprint
+from lowbit.train.progress import Finished, Saved, fingerprint
 from lowbit.train.rounding import Rounding, rounding_of, why_not
 from lowbit.train.steps import Draws, check_numbers, finite, frozen, mean, split
 
@@ -98,8 +98,8 @@ def tune(
             4 bits on.
         seed: of the order of batches.
         loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`; for ``by="model"``.
-        folder: for ``by="block"``: finished blocks are saved there. The same call goes on behind them, with the result
-            of one that was not interrupted.
+        folder: finished blocks are saved there, or, ``by="model"``, from minute to minute what was learned so far. The
+            same call goes on behind them, with the result of one that was not interrupted.
 
     Returns:
         A :class:`Tuning`, which also names the layers that were left as they are: embeddings and what is tied to them,
@@ -118,8 +118,6 @@ def tune(
         raise ValueError(f"by must be 'model' or 'block': got by={by!r}")
     if by == "block" and loss is not None:
         raise ValueError("loss goes with by='model': a block is measured by its output")
-    if by == "model" and folder is not None:
-        raise ValueError("folder goes with by='block': a model that learns as a whole is finished at once")
     found, left = _to_tune(model, only)
     weights = _float_weights(reference, found)
     blocks = Blocks(model, reference, found) if by == "block" else None
@@ -131,20 +129,21 @@ def tune(
         formats = {name: layer.format.to_dict() for name, layer in found.items()}
         given = {"model": (start, formats), "reference": weights, "calibration": batches}
         run = {name: fingerprint(values) for name, values in given.items()}
-        finished = Finished(folder, run | asdict(learner))
+        finished = Finished(folder, run | asdict(learner) | {"by": by})
     measure = partial(Distance(reference, batches).of, model) if loss is None else (lambda i: loss(model, batches[i]))
     before_it = {layer: layer.canonical() for layer in found.values()}
     measured: dict[str, tuple[float, float]] = {}
     kept = False
     with evaluating(model, reference), frozen(model, reference), _without_cache(model, reference):
         before = finite(mean(measure, held_out), 0)
+        saved = Saved(finished, before) if finished is not None and blocks is None else None
         try:
             if blocks is None:
                 roundings = {name: rounding_of(layer, weights[name]) for name, layer in found.items()}
                 with restoring(model, dict(found)):
                     for name, rounding in roundings.items():
                         put(model, name, rounding)
-                    learner.learn(roundings.values(), learned, measure, "lowbit tune")
+                    learner.learn(roundings.values(), learned, measure, "lowbit tune", saved)
                 for name, rounding in roundings.items():
                     found[name].become(found[name].format, rounding.tensors())
             else:
@@ -201,9 +200,10 @@ class _Learner:
     of_fine: float  # times the rate from 4 bits on
 
     def learn(
-        self, roundings: Collection[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str
-    ) -> None:
-        """Offsets by the sign of their gradients, what is beside them by Adam."""
+        self, roundings: Collection[Rounding], batches: list[int], measure: Callable[[int], Tensor], title: str,
+        saved: Saved | None = None,
+    ) -> None:  # fmt: skip
+        """Offsets by the sign of their gradients, what is beside them by Adam. It goes on from what was ``saved``."""
         draws = Draws(batches, self.batch, torch.Generator().manual_seed(self.seed))
         offsets = [(rounding.offsets, self._rate(rounding)) for rounding in roundings]
         groups = [
@@ -211,8 +211,13 @@ class _Learner:
             for rounding, (_, rate) in zip(roundings, offsets, strict=True)
         ]
         adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        with tqdm(total=self.steps, desc=title, unit="step", disable=None) as progress:
-            for step in range(self.steps):
+        learned = [p for rounding in roundings for p in rounding.parameters()]
+        done = 0
+        if saved is not None and saved.found is not None:
+            tensors, done = saved.found
+            _go_on(learned, adam, draws, tensors)
+        with tqdm(total=self.steps, initial=done, desc=title, unit="step", disable=None) as progress:
+            for step in range(done, self.steps):
                 share = 1 - step / self.steps
                 for rounding in roundings:
                     rounding.zero_grad()
@@ -224,10 +229,33 @@ class _Learner:
                 for group in adam.param_groups:
                     group["lr"] = group["rate"] * share * min(1.0, (step + 1) / _WARM_UP)
                 adam.step()
+                if saved is not None and (saved.due() or step + 1 == self.steps):
+                    saved.save(_state(learned, adam, draws), step + 1)
                 progress.update()
 
     def _rate(self, rounding: Rounding) -> float:
         return self.lr * (self.of_fine if rounding.layer.format.bits >= _FINE else 1.0)
+
+
+def _state(learned: list[nn.Parameter], adam: torch.optim.Adam, draws: Draws) -> dict[str, Tensor]:
+    """All that the next step depends on; :func:`_go_on` takes it."""
+    found: dict[str, Tensor] = {f"learned:{i}": parameter for i, parameter in enumerate(learned)}
+    found |= {f"draws:{name}": tensor for name, tensor in draws.state().items()}
+    moments = adam.state_dict()["state"]
+    return found | {f"adam:{i}:{name}": tensor for i, each in moments.items() for name, tensor in each.items()}
+
+
+@torch.no_grad()
+def _go_on(learned: list[nn.Parameter], adam: torch.optim.Adam, draws: Draws, tensors: dict[str, Tensor]) -> None:
+    for i, parameter in enumerate(learned):
+        parameter.copy_(tensors[f"learned:{i}"])
+    draws.go_on({name: tensors[f"draws:{name}"] for name in draws.state()})
+    state = adam.state_dict()
+    for key, tensor in tensors.items():
+        kind, *names = key.split(":")
+        if kind == "adam":
+            state["state"].setdefault(int(names[0]), {})[names[1]] = tensor
+    adam.load_state_dict(state)
 
 
 def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, LinearLayer], dict[str, str]]:

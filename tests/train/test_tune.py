@@ -16,7 +16,9 @@ from lowbit.nn.layer import layers
 from lowbit.nn.linear import LinearLayer
 from lowbit.packed.format import PackedWeight
 from lowbit.packed.module import PackedLinear
+from lowbit.train import progress
 from lowbit.train.rounding import _PackedRound, rounding_of
+from lowbit.train.steps import Draws
 from lowbit.train.tune import _Learner
 from tests.train.test_recover import BAD_ARGUMENTS, batches
 
@@ -285,7 +287,6 @@ class Flat(nn.Module):
         ({"by": "layer"}, "by must be 'model' or 'block': got by='layer'"),
         ({"model": lowbit.convert(nn.Linear(32, 8), lowbit.Packed()), "reference": nn.Linear(32, 8)},
          "no layer can be tuned: the model: it is the whole model: wrap it in nn.Sequential"),
-        ({"folder": "somewhere"}, "folder goes with by='block'"),
         ({"by": "block", "loss": print}, "loss goes with by='model'"),
         ({"reference": lowbit.convert(net(), lowbit.Packed())}, "reference must be the float model: blocks.0.up is no"),
         ({"reference": Flat()}, "reference must be the float model: blocks.0.up is no float linear layer there"),
@@ -384,3 +385,59 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert found.blocks == expected.blocks and found.after == expected.after
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("form", ["float zeros", "table per group", "packed zeros"])
+def test_a_model_that_learns_as_a_whole_goes_on_with_the_same_bits(form, tmp_path, monkeypatch):
+    reference = net()
+    made = lowbit.convert(net(), SPECS[form])
+    whole = copy.deepcopy(made)
+    arguments = {"calibration": batches(12), "steps": 9, "batch": 2, "lr": 0.03, "seed": 1}
+    expected = train.tune(whole, reference, **arguments)
+    assert expected.kept
+    monkeypatch.setattr(progress, "_PAUSE", 0.0)
+    monkeypatch.setattr(progress, "_SHARE", 0)
+    backward, done = Draws.backward, []
+
+    def stop_at(last: int) -> None:
+        def interrupted(self: Draws, measure: object, step: int) -> None:
+            backward(self, measure, step)
+            if step == last:
+                raise Interrupted
+            done.append(step)
+
+        monkeypatch.setattr(Draws, "backward", interrupted)
+
+    for last in (0, 3, 4, 8):  # the gradient of that step is lost
+        stop_at(last)
+        model = copy.deepcopy(made)
+        with pytest.raises(Interrupted):
+            train.tune(model, reference, **arguments, folder=tmp_path)
+        assert all(torch.equal(t, made.state_dict()[name]) for name, t in model.state_dict().items())
+        assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"] * (last > 0)
+    for _ in range(2):  # also once it is finished
+        stop_at(-1)
+        model = copy.deepcopy(made)
+        assert train.tune(model, reference, **arguments, folder=tmp_path) == expected
+        assert done == list(range(9))
+        assert all(torch.equal(t, whole.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
+    reference, made = net(), lowbit.convert(net(), SPECS["float zeros"])
+    arguments = {"model": made, "reference": reference, "calibration": batches(8), "steps": 2, "lr": 0.03}
+    before = copy.deepcopy(made.state_dict())
+    train.tune(**{**arguments, "model": copy.deepcopy(made)}, folder=tmp_path)
+    other = {"model": lowbit.convert(net(3), SPECS["float zeros"]), "reference": net(4), "calibration": batches(9),
+             "steps": 3, "batch": 2, "lr": 0.02, "seed": 5, "only": ["head"], "by": "block",
+             "loss": lambda model, batch: model(**batch).square().mean()}  # fmt: skip
+    other |= {"spec": lowbit.convert(net(), SPECS["packed zeros"])}
+    for name, value in other.items():
+        given = {**arguments, ("model" if name == "spec" else name): value}
+        with pytest.raises(ValueError, match=r"folder must hold .* nothing: .*model.safetensors is of another model"):
+            train.tune(**given, folder=tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
