@@ -79,7 +79,8 @@ class Codebook(Spec):
             ``convert`` is given a ``loss``, by the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629).
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix (arXiv 2306.00014, 2306.07629).
         outliers_by: which: ``"magnitude"`` the largest; ``"sensitivity"`` those whose rounding costs most, weighed as
-            by ``sensitivity`` where there is calibration data; ``"random"`` by ``seed``.
+            by ``sensitivity`` where there is calibration data, and where codes are rounded with error feedback and
+            there is no ``loss`` chosen in turns with tables and codes; ``"random"`` by ``seed``.
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one calibrated
             scale per layer.
         seed: of the k-means++ start, and of random outliers; the same seed gives the same result.

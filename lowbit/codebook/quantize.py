@@ -19,8 +19,8 @@ from lowbit.codebook.descent import descend
 from lowbit.codebook.format import Codebook, CodebookWeight
 from lowbit.codebook.kmeans import kmeans, optimal
 from lowbit.codebook.tables import TableFit
-from lowbit.core.hessian import check_hessian, check_importance, damped
-from lowbit.core.outliers import costliest, measured_for, sparse_rest
+from lowbit.core.hessian import Left, check_hessian, check_importance, damped, error_feedback
+from lowbit.core.outliers import costliest, jointly, measured_for, sparse_rest
 from lowbit.core.quantizer import Quantizer, Statistics, register
 
 __all__ = ["TableQuantizer", "quantize"]
@@ -48,8 +48,10 @@ def quantize(
     ``spec.scales``: a group's scale is max|w| over max|table| (1 for a learned table), so 0 where all its weights are;
     the table is learned on the scaled weights, each counting scale**2. ``spec.outliers`` = f keeps round(f*N*K)
     weights in the sparse part: those of largest magnitude, which scales and tables are not fitted to, or random ones,
-    or with ``outliers_by="sensitivity"`` those that cost most, rounded to what is fitted without the largest. float16
-    tables or scales become float32 in a layer where one would overflow or lose precision.
+    or with ``outliers_by="sensitivity"`` those that cost most, rounded to what is fitted without the largest. With a
+    Hessian and no ``importance`` it goes on from those in turns: the weights that error feedback leaves most of become
+    the outliers, and scales and tables are fitted without them (:func:`lowbit.core.outliers.jointly`). float16 tables
+    or scales become float32 in a layer where one would overflow or lose precision.
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; with
@@ -64,6 +66,7 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
     """Learns one table per tensor, row or group, then gives every weight a code. A subclass says how it learns."""
 
     family = "codebook"
+    turns = 1  # of outliers and the rest, where codes are rounded with error feedback (:func:`jointly`)
 
     def learn(self, spec: Codebook, values: Tensor, weights: Tensor | None, first_row: int) -> Tensor:
         """Tables [R, 2**bits] for the rows of ``values`` [R, n]; ``first_row``: the number of the first one."""
@@ -97,9 +100,13 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
         fit = TableFit(weight, spec, importance, partial(self.learn, spec))
         fit.fit_scales()
         fit.fit_tables()
-        if fit.outliers is not None and spec.outliers_by == "sensitivity":
+        by_cost = fit.outliers is not None and spec.outliers_by == "sensitivity"
+        if by_cost:
             fit.outliers = costliest(spec, partial(fit.rest, fit.nearest_codes()), statistics, fit.n, fit.k)
-        codes = fit.codes_with_feedback(hessian) if weighs and hessian is not None else fit.nearest_codes()
+        if by_cost and weighs and hessian is not None and sensitivity is None:
+            fit, codes = self._jointly(fit, hessian)
+        else:
+            codes = fit.codes_with_feedback(hessian) if weighs and hessian is not None else fit.nearest_codes()
         codes = self.improve(fit, codes, statistics)
         outliers = sparse_rest(partial(fit.rest, codes), fit.outliers)
         return CodebookWeight(
@@ -111,6 +118,21 @@ class TableQuantizer(Quantizer[Codebook, CodebookWeight]):
             outlier_columns=outliers[1],
             outlier_rows=outliers[2],
         )
+
+    def _jointly(self, fit: TableFit, hessian: Tensor) -> tuple[TableFit, Tensor]:
+        """Outliers, tables and codes, in turns: the fit, codes."""
+        feedback = error_feedback(hessian)
+
+        def coded(fit: TableFit) -> tuple[Tensor, Left]:
+            left = Left(fit.n, fit.k, fit.weight.device)
+            return fit.codes_with_feedback(feedback, left), left
+
+        def again(fit: TableFit) -> tuple[Tensor, Left]:
+            fit.fit_scales()
+            fit.fit_tables()
+            return coded(fit)
+
+        return jointly(fit, coded(fit), again, self.turns)
 
     def _check(self, weight: Tensor, spec: Codebook, hessian: Tensor | None, importance: Tensor | None) -> None:
         if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
@@ -154,6 +176,7 @@ class LeastSquares(TableQuantizer):
     """
 
     name = "lnq"
+    turns = 3  # cheap beside what follows
     needs = frozenset({"hessian"})
     stand_in = "optimal"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.codebook.format import Codebook
 from lowbit.codebook.kmeans import boundaries
-from lowbit.core.hessian import error_feedback, round_with_feedback
+from lowbit.core.hessian import Feedback, Left, error_feedback, round_with_feedback
 from lowbit.core.outliers import first_outliers, float16_holds, float_chunks
 
 # Elements per temporary: small enough to stay in cache, large enough to hide the cost of a torch call.
@@ -167,17 +167,18 @@ class TableFit:
             codes[rows] = found if order is None else order[found.int()].to(torch.uint8)
         return codes
 
-    def codes_with_feedback(self, hessian: Tensor) -> Tensor:
-        """Codes, uint8 [N, K], each column rounded against the errors of those before it."""
+    def codes_with_feedback(self, hessian: Tensor | Feedback, left: Left | None = None) -> Tensor:
+        """Codes, uint8 [N, K], each column rounded against the errors of those before it; ``left``: what that leaves.
+        """
         codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.weight.device)
         order = self.order()
-        columns, feedback = error_feedback(hessian)
+        feedback = error_feedback(hessian) if isinstance(hessian, Tensor) else hessian
         for w, rows in self.chunks(_FEEDBACK_CHUNK):
-            codes[rows] = self.round_with_feedback(w, rows, order, columns, feedback)
+            codes[rows] = self.round_with_feedback(w, rows, order, feedback, left)
         return codes
 
     def round_with_feedback(
-        self, w: Tensor, rows: slice, order: Tensor | None, columns: Tensor, feedback: Tensor
+        self, w: Tensor, rows: slice, order: Tensor | None, feedback: Feedback, left: Left | None
     ) -> Tensor:
         """:meth:`codes_with_feedback` of some rows."""
         values = self.values(rows)
@@ -192,7 +193,7 @@ class TableFit:
             return (code if order is None else order[code])[0], value[0]
 
         exact = None if self.outliers is None else self.outliers[rows]
-        return round_with_feedback(w, columns, feedback, nearest, exact)
+        return round_with_feedback(w, feedback, nearest, exact, left, rows)
 
     def rest(self, codes: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """w - dequantized code, a few rows at a time."""

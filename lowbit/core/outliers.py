@@ -6,22 +6,29 @@ beginning at every call. So their temporaries stay small.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.core.family import MAX_INT16_COLUMNS
-from lowbit.core.hessian import damped
+from lowbit.core.hessian import Left, damped
 from lowbit.core.quantizer import Statistics
 
 __all__ = [
     "CSR", "Chunks", "choose_outliers", "column_indices", "column_pairs", "costliest", "first_outliers",
-    "float16_holds", "float_chunks", "is_column_pairs", "measured_for", "sparse_rest",
+    "float16_holds", "float_chunks", "is_column_pairs", "jointly", "measured_for", "sparse_rest",
 ]  # fmt: skip
 
 Chunks = Callable[[], Iterator[tuple[Tensor, slice]]]
+Fit = TypeVar("Fit")
+Made = TypeVar("Made")
+
+_CHUNK = 1 << 22
+
 CSR = tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]  # values, columns, row pointers
 
 
@@ -108,6 +115,31 @@ def costliest(spec: Any, rest: Chunks, statistics: Statistics, n: int, k: int) -
             yield difference if root is None else difference * (root if len(root) == 1 else root[rows]), rows
 
     return choose_outliers(costs, n, k, round(spec.outliers * n * k))
+
+
+def jointly(
+    fit: Fit, first: tuple[Made, Left], again: Callable[[Fit], tuple[Made, Left]], turns: int
+) -> tuple[Fit, Made]:
+    """Outliers chosen by what weights leave once others make up for it, in turns with the rest: (fit, what was made)
+    of least error.
+
+    ``first``: what was made with ``fit.outliers``, those of :func:`costliest`, and what error feedback left of it. In
+    each turn as many weights become the outliers, those of the largest terms, whether they were or not (SpQR's
+    criterion: the squared error over (H^-1)[j, j]; Dettmers et al., arXiv 2306.03078). ``again(fit)`` then makes
+    grids or tables without them, and codes; its ``fit`` is a shallow copy.
+    """
+    mask: Tensor = fit.outliers  # type: ignore[attr-defined]
+    (n, k), count = mask.shape, int(mask.count_nonzero())
+    (made, left), best = first, (fit, first[0])
+    least = left.error
+    for _ in range(turns):
+        fit = copy.copy(fit)
+        terms = partial(float_chunks, left.terms, _CHUNK)
+        fit.outliers = choose_outliers(terms, n, k, count)  # type: ignore[attr-defined]
+        made, left = again(fit)
+        if left.error < least:
+            best, least = (fit, made), left.error
+    return best
 
 
 def choose_outliers(chunks: Chunks, n: int, k: int, count: int) -> Tensor | None:

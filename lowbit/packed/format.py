@@ -97,7 +97,9 @@ class Packed(Spec):
         outliers: fraction of the weights, 0 to 0.1, kept aside in a sparse float matrix.
         outliers_by: which: ``"magnitude"`` the largest; ``"sensitivity"`` those whose rounding costs most, squared
             errors being weighed by how much the input matters where there is calibration data, and with a ``loss`` by
-            the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629); ``"random"`` by ``seed``.
+            the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629), and without a ``loss`` chosen in turns
+            with grids and codes by quantizers with error feedback (``gptq``, ``descent``, ``tuned``); ``"random"`` by
+            ``seed``.
         seed: of random outliers.
         scale_dtype: of the stored scales; default float16 per group, float32 per row or tensor. With ``scale_bits`` of
             the factors; default bfloat16.

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.core.hessian import error_feedback, round_with_feedback
+from lowbit.core.hessian import Feedback, Left, error_feedback, round_with_feedback
 from lowbit.core.outliers import first_outliers, float_chunks
 from lowbit.packed.format import Packed
 
@@ -236,16 +236,19 @@ class GridFit:
             codes[rows] = self.nearest(w, self.columns(scales, rows), self.columns(zeros, rows))
         return codes
 
-    def codes_with_feedback(self, scales: Tensor, zeros: Tensor, hessian: Tensor) -> Tensor:
-        """Codes, uint8 [N, K], each column rounded against the errors of those before it."""
+    def codes_with_feedback(
+        self, scales: Tensor, zeros: Tensor, hessian: Tensor | Feedback, left: Left | None = None
+    ) -> Tensor:
+        """Codes, uint8 [N, K], each column rounded against the errors of those before it; ``left``: what that leaves.
+        """
         codes = torch.empty(self.n, self.k, dtype=torch.uint8, device=self.weight.device)
-        order, feedback = error_feedback(hessian)
+        feedback = error_feedback(hessian) if isinstance(hessian, Tensor) else hessian
         for w, rows in self.chunks(_FEEDBACK_CHUNK):
-            codes[rows] = self.round_with_feedback(w, rows, scales, zeros, order, feedback)
+            codes[rows] = self.round_with_feedback(w, rows, scales, zeros, feedback, left)
         return codes
 
     def round_with_feedback(
-        self, w: Tensor, rows: slice, scales: Tensor, zeros: Tensor, order: Tensor, feedback: Tensor
+        self, w: Tensor, rows: slice, scales: Tensor, zeros: Tensor, feedback: Feedback, left: Left | None
     ) -> Tensor:
         """:meth:`codes_with_feedback` of some rows."""
         per_row = scales.shape[1] == 1
@@ -257,7 +260,7 @@ class GridFit:
             return code, (code - zero_of[group]) * scale_of[group]
 
         exact = None if self.outliers is None else self.outliers[rows]
-        return round_with_feedback(w, order, feedback, nearest, exact)
+        return round_with_feedback(w, feedback, nearest, exact, left, rows)
 
     def rest(self, codes: Tensor, scales: Tensor, zeros: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """w - dequantized code, a few rows at a time."""

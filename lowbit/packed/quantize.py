@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.core.hessian import check_hessian, check_importance, damped
-from lowbit.core.outliers import costliest, float16_holds, measured_for, sparse_rest
+from lowbit.core.hessian import Left, check_hessian, check_importance, damped, error_feedback
+from lowbit.core.outliers import costliest, float16_holds, jointly, measured_for, sparse_rest
 from lowbit.core.quantizer import Quantizer, Statistics, register
 from lowbit.packed.descent import descend
 from lowbit.packed.format import Packed, PackedWeight
@@ -48,9 +48,11 @@ def quantize(weight: Tensor, spec: Packed, *, hessian: Tensor | None = None) -> 
     takes it, the others ignore it.
     ``spec.outliers`` = f keeps round(f*N*K) weights in the sparse part: those of largest magnitude, which no grid
     is fitted to, or random ones, or with ``outliers_by="sensitivity"`` those that cost most, rounded to the grid
-    that is fitted without the largest. With ``spec.scale_bits`` grids are fitted twice: freely, then with scales
-    that are codes times the factors that the first ones asked for. float16 scales become float32 in a layer where
-    one would be subnormal or overflow.
+    that is fitted without the largest. From those gptq and descent go on in turns: the weights that error feedback
+    leaves most of become the outliers, and grids are fitted without them (:func:`lowbit.core.outliers.jointly`; not
+    where squared gradients say what matters).
+    With ``spec.scale_bits`` grids are fitted twice: freely, then with scales that are codes times the factors that the
+    first ones asked for. float16 scales become float32 in a layer where one would be subnormal or overflow.
 
     Raises:
         ValueError: the weight is not a finite, non-empty [N, K] float tensor; the group size exceeds K; the
@@ -63,6 +65,7 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
     """Fits one grid per group, then gives every weight a code. A subclass says how it does either."""
 
     family = "packed"
+    turns = 0  # of outliers and the rest, of a quantizer that rounds with error feedback (:func:`jointly`)
 
     def fit_groups(self, fit: GridFit, pieces: Pieces, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(scale, zero), [rows, G, 1] each, of groups that are the pieces joined along the last dimension."""
@@ -87,18 +90,15 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
         self._check(weight, statistics)
         weighs = hessian is not None and "hessian" in self.needs | self.uses
         fit = GridFit(weight, spec, damped(hessian.diagonal()) if weighs and hessian is not None else None)
-        dtype = spec.resolve_scale_dtype()
-        if spec.scale_bits is not None:
-            free, _ = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, torch.float32))
-            fit.choose_factors(free, dtype, one=spec.format(weight, "linear").one_factor)
-        scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
-        if fit.factors is None and dtype == torch.float16 and not float16_holds(scales):
-            dtype = torch.float32
-            scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
-        if fit.outliers is not None and spec.outliers_by == "sensitivity":
+        scales, zeros, dtype = self._grids(fit)
+        by_cost = fit.outliers is not None and spec.outliers_by == "sensitivity"
+        if by_cost:
             rest = partial(fit.rest, fit.nearest_codes(scales, zeros), scales, zeros)
             fit.outliers = costliest(spec, rest, statistics, fit.n, fit.k)
-        codes = self.round(fit, scales, zeros, statistics)
+        if by_cost and self.turns and hessian is not None and statistics.sensitivity is None:
+            fit, (codes, scales, zeros, dtype) = self._jointly(fit, scales, zeros, dtype, hessian)
+        else:
+            codes = self.round(fit, scales, zeros, statistics)
         codes, scales, zeros = self.improve(fit, codes, scales, zeros, statistics, dtype)
         if fit.factors is not None and not torch.equal(scales, held := on_codes(scales, fit.factors)):
             scales, codes = held, fit.nearest_codes(held, zeros)  # of a quantizer that knows no such scales
@@ -111,6 +111,33 @@ class GridQuantizer(Quantizer[Packed, PackedWeight]):
             factors = fit.factors.to(dtype)
             made = replace(made, scales=of_scales, scale_factors=factors, scale_block=scales.shape[1])
         return replace(made, packed_zeros=spec.packs_zeros(fit.k))
+
+    def _grids(self, fit: GridFit) -> tuple[Tensor, Tensor, torch.dtype]:
+        """Scales and zeros without the outliers, and the dtype that holds them."""
+        spec, dtype = fit.spec, fit.spec.resolve_scale_dtype()
+        if spec.scale_bits is not None:
+            fit.factors = None
+            free, _ = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, torch.float32))
+            fit.choose_factors(free, dtype, one=spec.format(fit.weight, "linear").one_factor)
+        scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
+        if fit.factors is None and dtype == torch.float16 and not float16_holds(scales):
+            dtype = torch.float32
+            scales, zeros = fit.each_group(lambda pieces: self.fit_groups(fit, pieces, dtype))
+        return scales, zeros, dtype
+
+    def _jointly(
+        self, fit: GridFit, scales: Tensor, zeros: Tensor, dtype: torch.dtype, hessian: Tensor
+    ) -> tuple[GridFit, tuple[Tensor, Tensor, Tensor, torch.dtype]]:
+        """Outliers, grids and codes, in turns: the fit, (codes, scales, zeros, dtype)."""
+        feedback = error_feedback(hessian)
+
+        def coded(
+            fit: GridFit, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+        ) -> tuple[tuple[Tensor, Tensor, Tensor, torch.dtype], Left]:
+            left = Left(fit.n, fit.k, fit.weight.device)
+            return (fit.codes_with_feedback(scales, zeros, feedback, left), scales, zeros, dtype), left
+
+        return jointly(fit, coded(fit, scales, zeros, dtype), lambda fit: coded(fit, *self._grids(fit)), self.turns)
 
     def _check(self, weight: Tensor, statistics: Statistics) -> None:
         hessian = statistics.hessian
@@ -178,6 +205,7 @@ class Gptq(Mse):
     name = "gptq"
     needs = frozenset({"hessian"})
     stand_in = "mse"
+    turns = 1
 
     def round(self, fit: GridFit, scales: Tensor, zeros: Tensor, statistics: Statistics) -> Tensor:
         assert statistics.hessian is not None
@@ -188,6 +216,7 @@ class Descent(Gptq):
     """What :class:`Gptq` finds, then codes and grids improved together: :mod:`lowbit.packed.descent`."""
 
     name = "descent"
+    turns = 2  # cheap beside what follows
 
     def improve(
         self, fit: GridFit, codes: Tensor, scales: Tensor, zeros: Tensor, statistics: Statistics, dtype: torch.dtype
