@@ -387,6 +387,70 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         assert torch.equal(tensor, whole.state_dict()[name])
 
 
+def held_out_of(count: int, seed: int) -> list[int]:
+    """One batch of eight, in the order of the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()[: count // 8]
+
+
+def test_what_is_held_out_is_measured_and_not_learned_from():
+    model, given = lowbit.convert(net(), SPECS["float zeros"]), batches(17)
+    start, held_out = copy.deepcopy(model), held_out_of(17, 2)
+    learned = []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            learned.append(next(i for i, each in enumerate(given) if each is batch))
+        return model(**batch).square().mean()
+
+    found = train.tune(model, net(), given, steps=15, batch=2, lr=0.03, seed=2, loss=loss)
+    assert sorted(learned) == sorted(2 * [i for i in range(17) if i not in held_out])
+    with torch.no_grad():
+        wanted = [sum(float(loss(each, given[i])) for i in held_out) / 2 for each in (start, model)]
+    assert found.kept and [found.before, found.after] == pytest.approx(wanted, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_block_is_measured_on_what_the_learned_blocks_before_it_give():
+    reference, given = net(), batches(16)
+    for i, batch in enumerate(given):
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < 3 + i % 5).expand_as(batch["input_ids"])
+    model = lowbit.convert(net(), SPECS["float zeros"])
+    start, held_out = copy.deepcopy(model), held_out_of(16, 1)
+    found = train.tune(model, reference, given, by="block", steps=12, lr=0.03, seed=1)
+    inputs = [model.embedding(batch["input_ids"]) for batch in given]
+    floats = [reference.embedding(batch["input_ids"]) for batch in given]
+    for i in range(2):
+        wanted = [reference.blocks[i](x, scale=0.5) for x in floats]
+
+        def square(values: Tensor, batch: int) -> Tensor:
+            return values[given[batch]["attention_mask"].bool()].square().mean()
+
+        size = sum(square(b - a, j) for j, (a, b) in enumerate(zip(floats, wanted, strict=True))) / 16
+        error = [float(sum(square(each.blocks[i](inputs[j], scale=0.5) - wanted[j], j) for j in held_out) / 2 / size)
+                 for each in (start, model)]  # fmt: skip
+        assert found.blocks[f"blocks.{i}"] == pytest.approx(error, rel=1e-3) and error[1] < error[0]
+        inputs, floats = [model.blocks[i](x, scale=0.5) for x in inputs], wanted
+
+
+def test_a_block_that_is_no_better_is_as_it_was(monkeypatch):
+    model = lowbit.convert(net(), SPECS["float zeros"])
+    start, learn = copy.deepcopy(model), _Learner.learn
+
+    def spoiled(self: _Learner, roundings: list, *given: object) -> None:
+        learn(self, roundings, *given)
+        if "blocks.1" in str(given):
+            for rounding in roundings:
+                rounding.offsets.data += 2
+
+    monkeypatch.setattr(_Learner, "learn", spoiled)
+    found = train.tune(model, net(), batches(), by="block", steps=12, lr=0.03)
+    assert found.kept and found.blocks["blocks.0"][1] < found.blocks["blocks.0"][0]
+    assert found.blocks["blocks.1"][1] == found.blocks["blocks.1"][0]
+    for name, tensor in start.blocks[1].state_dict().items():
+        assert torch.equal(tensor, model.blocks[1].state_dict()[name])
+    assert not torch.equal(start.blocks[0].up.packed, model.blocks[0].up.packed)
+
+
 class Interrupted(Exception):
     pass
 
