@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from lowbit.model.calibrate import batches_of, evaluating
 from lowbit.model.plan import require_model
 from lowbit.nn.layer import Layer, freeze, layers, make_trainable
 from lowbit.quality.distance import Distance
-from lowbit.train.steps import Draws, check_numbers, finite, frozen, mean, split
+from lowbit.train.progress import Finished, Saved, fingerprint
+from lowbit.train.steps import Draws, check_numbers, finite, frozen, go_on, mean, split, state
 
 _WARM_UP = 5  # steps until the whole learning rate
 _SMALLEST = 0.1  # of its first value: no scale becomes less
@@ -51,6 +53,7 @@ def recover(
     batch: int = 4,
     seed: int = 0,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    folder: str | Path | None = None,
 ) -> Recovery:
     """Train scales, float zeros, tables, outliers and Kronecker factors of a packed model on the outputs of the float
     one, in place. Codes stay as they are, and so do format, size and speed.
@@ -71,9 +74,12 @@ def recover(
         batch: how many of them make a step.
         seed: of the order of batches.
         loss: ``loss(model, batch)``, a scalar, instead, such as a :class:`Distillation`.
+        folder: what was learned so far is saved there, from minute to minute. The same call goes on behind it, with the
+            result of one that was not interrupted.
 
     Raises:
-        ValueError: no batches, no packed layer, nothing to train, one that is trained already, or a bad number.
+        ValueError: no batches, no packed layer, nothing to train, one that is trained already, a ``folder`` of another
+            run, or a bad number.
         FloatingPointError: the loss is not finite. The model is then as before.
     """
     require_model(model)
@@ -86,12 +92,20 @@ def recover(
     measure = partial(Distance(reference, batches).of, model) if loss is None else (lambda i: loss(model, batches[i]))
     stored = {(layer, name): layer._buffers.get(name) for layer in layers(model).values() for name in names}
 
+    finished = None
+    if folder is not None:
+        start = {name: (layer.canonical(), layer.format.to_dict()) for name, layer in layers(model).items()}
+        given = {"model": start, "reference": dict(reference.state_dict()), "calibration": batches}
+        run = {name: fingerprint(values) for name, values in given.items()}
+        finished = Finished(folder, {**run, "by": "recover", "steps": steps, "lr": lr, "batch": batch, "seed": seed})
+
     kept = False
     with frozen(model), evaluating(model, reference):
         try:
             before = finite(mean(measure, held_out), 0)
+            saved = None if finished is None else Saved(finished, before)
             make_trainable(model, *names)
-            _train(model, measure, steps, lr, Draws(learned, batch, generator))
+            _train(model, measure, steps, lr, Draws(learned, batch, generator), saved)
             after = mean(measure, held_out)  # with what will be stored
             kept = after < before
         finally:
@@ -123,16 +137,22 @@ def _is_held(layer: Layer, name: str) -> bool:
     return tensor is not None and tensor.device.type != "meta"
 
 
-def _train(model: nn.Module, measure: Callable[[int], Tensor], steps: int, lr: float, draws: Draws) -> None:
-    """Adam on all Parameters that require a gradient."""
+def _train(
+    model: nn.Module, measure: Callable[[int], Tensor], steps: int, lr: float, draws: Draws, saved: Saved | None
+) -> None:
+    """Adam on all Parameters that require a gradient. It goes on from what was ``saved``."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     rates = [lr * float(parameter.detach().abs().mean()) for parameter in parameters]
     least = {p: p.detach() * _SMALLEST for name, p in trained.items() if name.endswith("scales")}
     groups = [{"params": [parameter], "lr": rate} for parameter, rate in zip(parameters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    with tqdm(total=steps, desc="lowbit recover", unit="step", disable=None) as progress:
-        for step in range(steps):
+    done = 0
+    if saved is not None and saved.found is not None:
+        tensors, done = saved.found
+        go_on(parameters, optimizer, draws, tensors)
+    with tqdm(total=steps, initial=done, desc="lowbit recover", unit="step", disable=None) as progress:
+        for step in range(done, steps):
             share = min(1.0, (step + 1) / _WARM_UP) * (1 - step / steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
@@ -142,4 +162,6 @@ def _train(model: nn.Module, measure: Callable[[int], Tensor], steps: int, lr: f
             with torch.no_grad():
                 for parameter, limit in least.items():
                     parameter.copy_(parameter.maximum(limit))
+            if saved is not None and (saved.due() or step + 1 == steps):
+                saved.save(state(parameters, optimizer, draws), step + 1)
             progress.update()

@@ -78,3 +78,26 @@ class Draws:
             value = measure(self._batches[self._order.pop()]) / self._count
             finite(float(value.detach()), step)
             value.backward()
+
+
+def state(learned: list[nn.Parameter], optimizer: torch.optim.Optimizer, draws: Draws) -> dict[str, Tensor]:
+    """All that the next step depends on; :func:`go_on` takes it."""
+    found: dict[str, Tensor] = {f"learned:{i}": parameter for i, parameter in enumerate(learned)}
+    found |= {f"draws:{name}": tensor for name, tensor in draws.state().items()}
+    moments = optimizer.state_dict()["state"]
+    return found | {f"moments:{i}:{name}": tensor for i, each in moments.items() for name, tensor in each.items()}
+
+
+@torch.no_grad()
+def go_on(
+    learned: list[nn.Parameter], optimizer: torch.optim.Optimizer, draws: Draws, tensors: Mapping[str, Tensor]
+) -> None:
+    for i, parameter in enumerate(learned):
+        parameter.copy_(tensors[f"learned:{i}"])
+    draws.go_on({name: tensors[f"draws:{name}"] for name in draws.state()})
+    before = optimizer.state_dict()
+    for key, tensor in tensors.items():
+        kind, *names = key.split(":")
+        if kind == "moments":
+            before["state"].setdefault(int(names[0]), {})[names[1]] = tensor
+    optimizer.load_state_dict(before)

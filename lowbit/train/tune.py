@@ -23,7 +23,7 @@ from lowbit.quality.distance import Distance
 from lowbit.train.blocks import Blocks
 from lowbit.train.progress import Finished, Saved, fingerprint
 from lowbit.train.rounding import Rounding, rounding_of, why_not
-from lowbit.train.steps import Draws, check_numbers, finite, frozen, mean, split
+from lowbit.train.steps import Draws, check_numbers, finite, frozen, go_on, mean, split, state
 
 _WAY = {"model": 1.0, "block": 0.5}  # steps of the grid that an offset goes at most in all
 _FINE, _WAY_OF_FINE = 4, 0.25  # from so many bits on so much of that
@@ -215,7 +215,7 @@ class _Learner:
         done = 0
         if saved is not None and saved.found is not None:
             tensors, done = saved.found
-            _go_on(learned, adam, draws, tensors)
+            go_on(learned, adam, draws, tensors)
         with tqdm(total=self.steps, initial=done, desc=title, unit="step", disable=None) as progress:
             for step in range(done, self.steps):
                 share = 1 - step / self.steps
@@ -230,32 +230,11 @@ class _Learner:
                     group["lr"] = group["rate"] * share * min(1.0, (step + 1) / _WARM_UP)
                 adam.step()
                 if saved is not None and (saved.due() or step + 1 == self.steps):
-                    saved.save(_state(learned, adam, draws), step + 1)
+                    saved.save(state(learned, adam, draws), step + 1)
                 progress.update()
 
     def _rate(self, rounding: Rounding) -> float:
         return self.lr * (self.of_fine if rounding.layer.format.bits >= _FINE else 1.0)
-
-
-def _state(learned: list[nn.Parameter], adam: torch.optim.Adam, draws: Draws) -> dict[str, Tensor]:
-    """All that the next step depends on; :func:`_go_on` takes it."""
-    found: dict[str, Tensor] = {f"learned:{i}": parameter for i, parameter in enumerate(learned)}
-    found |= {f"draws:{name}": tensor for name, tensor in draws.state().items()}
-    moments = adam.state_dict()["state"]
-    return found | {f"adam:{i}:{name}": tensor for i, each in moments.items() for name, tensor in each.items()}
-
-
-@torch.no_grad()
-def _go_on(learned: list[nn.Parameter], adam: torch.optim.Adam, draws: Draws, tensors: dict[str, Tensor]) -> None:
-    for i, parameter in enumerate(learned):
-        parameter.copy_(tensors[f"learned:{i}"])
-    draws.go_on({name: tensors[f"draws:{name}"] for name in draws.state()})
-    state = adam.state_dict()
-    for key, tensor in tensors.items():
-        kind, *names = key.split(":")
-        if kind == "adam":
-            state["state"].setdefault(int(names[0]), {})[names[1]] = tensor
-    adam.load_state_dict(state)
 
 
 def _to_tune(model: nn.Module, only: Collection[str] | None) -> tuple[dict[str, LinearLayer], dict[str, str]]:

@@ -455,13 +455,17 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("form", ["float zeros", "table per group", "packed zeros"])
-def test_a_model_that_learns_as_a_whole_goes_on_with_the_same_bits(form, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("learn", "form"),
+    [(train.tune, "float zeros"), (train.tune, "table per group"), (train.tune, "packed zeros"),
+     (train.recover, "table per group")],
+)  # fmt: skip
+def test_a_model_that_learns_as_a_whole_goes_on_with_the_same_bits(learn, form, tmp_path, monkeypatch):
     reference = net()
     made = lowbit.convert(net(), SPECS[form])
     whole = copy.deepcopy(made)
     arguments = {"calibration": batches(12), "steps": 9, "batch": 2, "lr": 0.03, "seed": 1}
-    expected = train.tune(whole, reference, **arguments)
+    expected = learn(whole, reference, **arguments)
     assert expected.kept
     monkeypatch.setattr(progress, "_PAUSE", 0.0)
     monkeypatch.setattr(progress, "_SHARE", 0)
@@ -476,32 +480,35 @@ def test_a_model_that_learns_as_a_whole_goes_on_with_the_same_bits(form, tmp_pat
 
         monkeypatch.setattr(Draws, "backward", interrupted)
 
-    for last in (0, 3, 4, 8):  # the gradient of that step is lost
+    for last in (0, 4, 8):  # the gradient of that step is lost
         stop_at(last)
         model = copy.deepcopy(made)
         with pytest.raises(Interrupted):
-            train.tune(model, reference, **arguments, folder=tmp_path)
+            learn(model, reference, **arguments, folder=tmp_path)
         assert all(torch.equal(t, made.state_dict()[name]) for name, t in model.state_dict().items())
         assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"] * (last > 0)
     for _ in range(2):  # also once it is finished
         stop_at(-1)
         model = copy.deepcopy(made)
-        assert train.tune(model, reference, **arguments, folder=tmp_path) == expected
+        assert learn(model, reference, **arguments, folder=tmp_path) == expected
         assert done == list(range(9))
         assert all(torch.equal(t, whole.state_dict()[name]) for name, t in model.state_dict().items())
 
 
-def test_a_state_of_another_run_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("learn", [train.tune, train.recover])
+def test_a_state_of_another_run_is_refused(learn, tmp_path):
     reference, made = net(), lowbit.convert(net(), SPECS["float zeros"])
     arguments = {"model": made, "reference": reference, "calibration": batches(8), "steps": 2, "lr": 0.03}
     before = copy.deepcopy(made.state_dict())
-    train.tune(**{**arguments, "model": copy.deepcopy(made)}, folder=tmp_path)
+    learn(**{**arguments, "model": copy.deepcopy(made)}, folder=tmp_path)
     other = {"model": lowbit.convert(net(3), SPECS["float zeros"]), "reference": net(4), "calibration": batches(9),
-             "steps": 3, "batch": 2, "lr": 0.02, "seed": 5, "only": ["head"], "by": "block",
+             "steps": 3, "batch": 2, "lr": 0.02, "seed": 5, "spec": lowbit.convert(net(), SPECS["packed zeros"]),
              "loss": lambda model, batch: model(**batch).square().mean()}  # fmt: skip
-    other |= {"spec": lowbit.convert(net(), SPECS["packed zeros"])}
+    other |= {"only": ["head"], "by": "block"} if learn is train.tune else {}
     for name, value in other.items():
         given = {**arguments, ("model" if name == "spec" else name): value}
         with pytest.raises(ValueError, match=r"folder must hold .* nothing: .*model.safetensors is of another model"):
-            train.tune(**given, folder=tmp_path)
+            learn(**given, folder=tmp_path)
+    with pytest.raises(ValueError, match="is of another model"):
+        ({train.tune, train.recover} - {learn}).pop()(**arguments, folder=tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
