@@ -24,8 +24,8 @@ from lowbit.checkpoint.libraries import FloatFolder, Library, library_of
 from lowbit.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
-from lowbit.model.calibrated import Loss
 from lowbit.model.convert import convert
+from lowbit.model.curvature import Loss
 from lowbit.model.plan import Plan, Swap, all_finite, check_arguments, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put

@@ -124,10 +124,10 @@ class Spec(ABC):
         return "hessian" in self.statistics
 
     def for_embedding(self, *, tied: bool = False) -> Any:
-        """The spec for an embedding's weight; ``tied``: a linear layer shares it.
+        """The spec for an embedding's weight of which nothing is measured; ``tied``: a linear layer shares it, and its
+        inputs are.
 
-        No input is multiplied with a weight that is not tied: nothing of it can be calibrated. Another quantizer
-        stands in for one that needs calibration.
+        Another quantizer stands in for one that needs calibration.
         """
         stand_in = None if tied or not self.method.needs else self.method.stand_in
         return self if stand_in is None else replace(self, quantizer=stand_in)  # type: ignore[type-var]

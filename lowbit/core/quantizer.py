@@ -14,11 +14,13 @@ WeightT = TypeVar("WeightT")
 
 @dataclass
 class Statistics:
-    """What calibration measured for one linear layer; ``None``: it was not measured.
+    """What calibration measured for one layer; ``None``: it was not measured.
 
     Attributes:
-        hessian: ``[K, K]``, proportional to X.T @ X of the layer's inputs X ``[samples, K]``.
-        sensitivity: ``[N, K]``, the mean of (d loss / d weight)**2: the diagonal of the empirical Fisher information.
+        hessian: ``[K, K]``, proportional to X.T @ X of a linear layer's inputs X ``[samples, K]``; of an embedding to
+            the mean of G.T @ G, G = d loss / d weight.
+        sensitivity: ``[N, K]``, the mean of (d loss / d weight)**2: the diagonal of the empirical Fisher information;
+            of an embedding smoothed (``lowbit/model/curvature.py``).
         x_scale: ``[1]``, the scale of static int8 activations.
     """
 
@@ -38,8 +40,8 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
         needs: the fields of :class:`Statistics` without which it cannot work: ``convert`` then asks for calibration
             data, and measures them.
         uses: the fields with which it does better: they are measured where calibration data is given.
-        stand_in: the quantizer of the family that takes its place where nothing can be measured, for the weight of an
-            embedding.
+        stand_in: the quantizer of the family that takes its place for the weight of an embedding where nothing is
+            measured: without calibration data, or gradients.
         together: whether :meth:`finish` is called once all layers are in the model.
     """
 

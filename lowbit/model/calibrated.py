@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from lowbit.core.family import Weight
 from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.model import calibrate, experts
 from lowbit.model.build import build, build_experts, build_group, progress_bar, relative_error
-from lowbit.model.plan import Plan, Swap
+from lowbit.model.curvature import Loss, RowCosts, collect_row_costs, tied_hessian
+from lowbit.model.plan import Plan, Swap, is_weighed
 from lowbit.model.surgery import put, restoring, shared_copy
 from lowbit.nn.experts import FloatExperts, quantized
 
-Loss = Callable[[nn.Module, Any], Tensor]
+# Weights of a model whose activations are held for gradients that nobody asked for by giving a loss.
+_WHOLE = 1 << 30
+
+# What a model that cannot be differentiated may raise; what is wrong with the batches is named when it runs without.
+_CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 
 
 def build_calibrated(
@@ -26,10 +32,11 @@ def build_calibrated(
 
     Finished layers stand in the model while later ones are calibrated; the originals are put back at the end. What the
     quantizers need or use is measured: scales of inputs and gradients on the float model, Hessians on the model as it
-    is when the layer's turn comes.
+    is when the layer's turn comes. Those of embeddings are made of gradients (:mod:`lowbit.model.curvature`).
     """
     swaps = {s.name: s for s in plan.swaps() if s.kind != "embedding" and s.spec is not None}
-    if not swaps:
+    weighed = [group for group in plan.groups if is_weighed(group)]
+    if not swaps and not weighed:
         return build(plan)
     statistics = {name: Statistics() for name in swaps}
     originals = {name: swap.module for swap in plan.swaps() for name in swap.names}
@@ -38,7 +45,8 @@ def build_calibrated(
             if isinstance(swap.module, FloatExperts):
                 experts.expose(swap.module)
         _measure(model, swaps, statistics, batches, loss)
-        built = _build_in_order(model, plan, swaps, statistics, batches, progress)
+        costs = _measure_embeddings(model, weighed, statistics, batches, loss)
+        built = _build_in_order(model, plan, swaps, statistics, batches, progress, costs)
         _finish(model, plan, originals, built, batches)
         return built
 
@@ -48,7 +56,8 @@ def _finish(
 ) -> None:
     """What quantizers do with their layers together, once all stand in the model."""
     of_method: dict[Quantizer[Any, Any], list[Swap]] = {}
-    for swap in plan.swaps():
+    multiplied = [group for group in plan.groups if any(swap.kind != "embedding" for swap in group)]
+    for swap in (swap for group in multiplied for swap in group):
         if swap.spec is not None and swap.spec.method.together:
             of_method.setdefault(swap.spec.method, []).append(swap)
     if not of_method:
@@ -85,6 +94,61 @@ def _measure(
                 statistics[name].sensitivity = squares.t() if swap.transposed else squares
 
 
+def _measure_embeddings(
+    model: nn.Module,
+    groups: list[list[Swap]],
+    statistics: dict[str, Statistics],
+    batches: list[Any],
+    loss: Loss | None,
+) -> dict[str, RowCosts]:
+    """What errors of the rows of embeddings, and of heads tied to them, cost; on the float model. Where that is known,
+    an embedding that is not tied gets the quantizer that was asked for."""
+    costs: dict[str, RowCosts] = {}
+    why = "the calibration data gives it no gradient"
+    if not groups:
+        return costs
+    if loss is None and sum(p.numel() for p in model.parameters()) > _WHOLE:
+        why = f"gradients of a model of more than {_WHOLE} weights are taken where a loss is given"
+    else:
+        try:
+            with _apart(groups) as weights:
+                costs = collect_row_costs(model, weights, batches, loss)
+        except _CANNOT as error:
+            if loss is not None:
+                raise
+            why = str(error)
+    for group in groups:
+        tied = [swap for swap in group if swap.kind == "linear"]
+        found = costs.get(group[0].name)
+        if found is None:
+            if not tied and group[0].spec != group[0].calibrated:
+                note = f"quantized without calibration data: {why}"
+                group[0].note = "; ".join(filter(None, (group[0].note, note)))
+        elif not tied:
+            statistics[group[0].name] = found.statistics()
+            for swap in group:
+                swap.spec = swap.calibrated
+    return costs
+
+
+@contextmanager
+def _apart(groups: list[list[Swap]]) -> Iterator[dict[str, nn.Parameter]]:
+    """The weights, by name of a swap; inside, heads have a Parameter of their own, on the same values."""
+    weights: dict[str, nn.Parameter] = {}
+    tied: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for swap in (swap for group in groups for swap in group):
+            weight = swap.module.get_parameter("weight")
+            if swap.kind == "linear":
+                tied.append((swap.module, weight))
+                swap.module._parameters["weight"] = weight = nn.Parameter(weight.detach(), requires_grad=False)
+            weights[swap.name] = weight
+        yield weights
+    finally:
+        for module, weight in tied:
+            module._parameters["weight"] = weight
+
+
 def _build_in_order(
     model: nn.Module,
     plan: Plan,
@@ -92,6 +156,7 @@ def _build_in_order(
     statistics: dict[str, Statistics],
     batches: list[Any],
     progress: Any,
+    costs: dict[str, RowCosts],
 ) -> dict[str, nn.Module]:
     fitted = _modules(swaps, "hessian")
     stacks = {name: _Stack(swaps[name], statistics[name]) for name in fitted if swaps[name].kind == "experts"}
@@ -121,6 +186,9 @@ def _build_in_order(
     tied = {name: module for name, module in fitted.items() if len(group_of[name]) > 1}
     if tied:
         for name, hessian in calibrate.collect_hessians(model, tied, batches).items():
+            embedding = next((costs[s.name] for s in group_of[name] if s.kind == "embedding" and s.name in costs), None)
+            if embedding is not None and name in costs:
+                hessian = tied_hessian(hessian, costs[name], embedding)
             statistics[name].hessian = hessian
     for group in plan.groups:
         if group[0].name not in fitted or group[0].name in tied:

@@ -26,6 +26,7 @@ class Swap:
     kind: str  # "linear", "embedding" or "experts"
     transposed: bool = False  # transformers' Conv1D keeps its weight as [in, out]
     spec: Spec | None = None
+    calibrated: Spec | None = None  # of an embedding: the spec where it is measured what errors of its rows cost
     source: sources.Source | None = None
     problem: str | None = None  # why its recogniser cannot read it
     note: str | None = None  # for the report

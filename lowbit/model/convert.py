@@ -12,7 +12,8 @@ from torch import nn
 from lowbit.model import hooks
 from lowbit.model.build import build, predicted, remember_bytes
 from lowbit.model.calibrate import batches_of
-from lowbit.model.calibrated import Loss, build_calibrated
+from lowbit.model.calibrated import build_calibrated
+from lowbit.model.curvature import Loss
 from lowbit.model.kept import with_earlier
 from lowbit.model.plan import Specs, check_calibration, make_plan, require_model, unused_arguments
 from lowbit.model.report import warn_if_larger
@@ -54,11 +55,16 @@ def convert(
         dry_run: change nothing and return the :class:`Report` of what would be done.
         calibration: a list of batches (tensors, or tuples or dicts of arguments) that the model can be called with;
             needed by ``quantizer="gptq"`` and ``activations="int8_static"``; ``quantizer="mse"`` then weighs the error
-            of each input feature by how much it matters on them.
+            of each input feature by how much it matters on them. For embeddings such quantizers are given what errors
+            of their rows cost: the second derivative of the loss, or without one of the distance of the outputs (KL
+            divergence of logits, squared error of ``last_hidden_state``), from gradients. Where there are none, as of
+            other outputs and without a loss of models of more than 2**30 weights, an embedding is quantized as without
+            calibration, and the report says so.
         loss: ``loss(model, batch)``, a scalar tensor such as the negative log-likelihood of the batch. With it,
             ``Codebook(sensitivity=True)`` weighs each weight's squared error by the mean square of its gradient over
-            the batches (the empirical Fisher information of SqueezeLLM, arXiv 2306.07629) instead of by its input.
-            Give one sample per batch, as gradients are squared after they were summed over a batch.
+            the batches (the empirical Fisher information of SqueezeLLM, arXiv 2306.07629) instead of by its input, and
+            errors of embeddings are weighed by it. Give one sample per batch, as gradients are squared after they were
+            summed over a batch.
 
     Raises:
         ValueError: listing *every* problem by layer name; the model is then exactly as before. Also where another

@@ -52,7 +52,7 @@ def probes(output: Any, batch: Any, count: int, generator: torch.Generator) -> I
         values = values[counts]
     fixed = values.detach()
     for _ in range(count):
-        random = torch.randn(fixed.shape, generator=generator).to(fixed.device)
+        random = torch.randn(fixed.shape, generator=generator, dtype=torch.float32, device="cpu").to(fixed.device)
         if are_logits(output, fixed):
             p = fixed.softmax(-1)
             root = p.sqrt() * random

@@ -291,7 +291,9 @@ def _assign(
             decided.update(patterns[-1:])
             chosen = spec[patterns[-1]] if patterns else None
         kinds = {swap.kind for swap in group}
+        calibrated: Spec | None = None
         if chosen is not None and "embedding" in kinds:
+            calibrated = chosen.for_embedding(tied=True)
             chosen = chosen.for_embedding(tied="linear" in kinds)
             if "linear" not in kinds and chosen.method.needs_for(chosen):
                 problems.append(f"{group[0].name}: {chosen.method.argument(chosen)} needs calibration data, which the "
@@ -307,7 +309,7 @@ def _assign(
                             f"layer, and {group[1].name} has the same weight: choose another quantizer")  # fmt: skip
         for swap in group:
             if swap.source is None:
-                swap.spec = chosen
+                swap.spec, swap.calibrated = chosen, calibrated
         wanted = [s for s in group if s.spec or s.source or s.problem]
         skipped.update({s.name: _NO_SPEC for s in group if s not in wanted})
         if wanted:
@@ -415,13 +417,22 @@ def unused_arguments(plan: Plan, calibration: Any, loss: Any) -> str | None:
     """What to say of arguments that no spec of the plan makes use of."""
     specs = {swap.spec for swap in plan.swaps() if swap.spec is not None and swap.kind != "embedding"}
     measured = {statistic for spec in specs for statistic in spec.statistics}
+    weighed = any(map(is_weighed, plan.groups))
     unused = [name for name, given, used in (
-        ("calibration", calibration is not None, bool(measured)), ("loss", loss is not None, "sensitivity" in measured)
+        ("calibration", calibration is not None, bool(measured) or weighed),
+        ("loss", loss is not None, "sensitivity" in measured or weighed),
     ) if given and not used]  # fmt: skip
     if not unused or _on_meta(plan):
         return None
     why = "no layer is quantized" if not specs else "no spec makes use of it"
     return f"{' and '.join(f'{name}=' for name in unused)} changes nothing: {why}"
+
+
+def is_weighed(group: list[Swap]) -> bool:
+    """Whether a weight is that of an embedding, and its quantizer wants to know what errors of its rows cost."""
+    specs = [swap.calibrated for swap in group if swap.kind == "embedding" and swap.calibrated is not None]
+    wanted = {field for spec in specs for field in spec.method.needs_for(spec) | spec.method.uses_for(spec)}
+    return bool(wanted & {"hessian", "sensitivity"})
 
 
 def _on_meta(plan: Plan) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.core.family import Spec, check_size, choice
-from lowbit.model import calibrate
+from lowbit.model import calibrate, curvature
 from lowbit.model.candidates import Swap
 from lowbit.model.convert import convert
 from lowbit.model.plan import make_plan, require_model
@@ -206,7 +206,8 @@ class Planner:
         """The candidates of each layer, and what they cost."""
         if self._ready is not None:
             return self._ready
-        choices = [_converted(self.model, spec, self.skip, self.seen, self.groups) for spec in self.specs]
+        with curvature.one_model():
+            choices = [_converted(self.model, spec, self.skip, self.seen, self.groups) for spec in self.specs]
         names = [first_names(group) for group in choices[0]]
         sizes = torch.tensor([[sum(choice[g][name].format.nbytes for name in names[g]) for choice in choices]
                               for g in range(len(names))])  # fmt: skip

@@ -13,9 +13,9 @@ from lowbit.codebook.format import Codebook
 from lowbit.core.family import dtype_name
 from lowbit.core.outliers import float16_holds
 from lowbit.model import hooks
-from lowbit.model.calibrated import Loss
 from lowbit.model.candidates import Swap
 from lowbit.model.convert import convert
+from lowbit.model.curvature import Loss
 from lowbit.model.plan import Specs, make_plan, require_model
 from lowbit.model.sources import Source, register_source
 from lowbit.model.surgery import carry_over, put

@@ -534,18 +534,6 @@ def test_an_input_that_is_always_zero_gets_a_static_scale():
     assert bool(torch.isfinite(model(torch.randn(3, 16))).all())
 
 
-def test_gptq_quantizes_an_embedding_like_mse(ids):
-    def embedding(quantizer):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 8))
-        spec = Packed(bits=3, group_size=20, quantizer=quantizer)
-        return lowbit.convert(model, spec, calibration=[ids])[0].named_tensors()
-
-    expected = embedding("mse")
-    for name, tensor in embedding("gptq").items():
-        assert_bitwise_equal(tensor, expected[name])
-
-
 def test_a_failed_calibration_restores_every_name_of_a_module():
     class Twice(nn.Module):
         def __init__(self):
