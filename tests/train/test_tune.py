@@ -173,6 +173,8 @@ def test_a_model_becomes_better_in_the_form_that_it_has(by, form):
         assert layer.format == format
         now = layer.canonical()
         assert torch.equal(now["packed"], tensors["packed"]) == (name in found.left)
+        beside = "codebook" if "codebook" in now else "scales"
+        assert torch.equal(now[beside], tensors[beside]) == (name in found.left)
         assert {n: (t.shape, t.dtype) for n, t in now.items()} == {n: (t.shape, t.dtype) for n, t in tensors.items()}
 
 
