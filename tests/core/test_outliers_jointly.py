@@ -180,7 +180,8 @@ def test_the_rest_is_fitted_without_them(spec, monkeypatch):
     for seed in range(20):
         w = weight(seed) * (1 + 2 * (torch.rand(N, K, generator=torch.Generator().manual_seed(seed)) < 0.05))
         found, first = joint_and_first(spec, w, statistics, monkeypatch)
-        if places(found) != places(first):
+        grown = spec is not SPECS[4] or bool((found.scale_factors > first.scale_factors).any())
+        if places(found) != places(first) and grown:
             break
     else:
         raise AssertionError("the first choice was always the best")
