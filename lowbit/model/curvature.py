@@ -25,7 +25,7 @@ from lowbit.model.outputs import probes
 
 __all__ = ["PROBES", "Loss", "RowCosts", "collect_row_costs", "one_model", "tied_hessian"]
 
-PROBES = 64  # gradients of the model's outputs, for all batches together; at least one for each
+PROBES = 16  # gradients of the model's outputs, for all batches together; at least one for each
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
