@@ -63,7 +63,7 @@ class Distance:
         return between(output, self._wanted(index, output), batch)
 
     def probes(self, model: nn.Module, index: int, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Those of one batch (:func:`lowbit.model.curvature.probes`); ``model`` is the reference."""
+        """Those of one batch (:func:`lowbit.model.outputs.probes`); ``model`` is the reference."""
         batch = self.batches[index]
         return list(probes(call(model, batch), batch, count, generator))
 
