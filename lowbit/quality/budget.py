@@ -114,8 +114,11 @@ def plan(
         budget: ``"3.5 bits"`` or 3.5, per weight of the layers that are converted, everything counted; or the size of
             the whole model with what stays float, ``"700 MB"`` (10**6 bytes; kB, GB, KiB, MiB, GiB).
         calibration: a list of batches, as for :func:`lowbit.convert`.
-        candidates: specs to choose from; the finer their sizes, the better. Default: :class:`~lowbit.Packed` with 2, 3,
-            4, 5, 6 and 8 bits and integer zeros, and with 2, 3 and 4 bits and float zeros, by ``gptq``.
+        candidates: specs to choose from; the finer their sizes, the better. Default: :class:`~lowbit.Packed` by
+            ``gptq`` with packed zeros and scales of 8 bits: 2, 3, 4, 5, 6 and 8 bits in groups of 64 (or K, where that
+            is less), 2, 3 and 4 in groups of 32 and of 16, where no layer is narrower. On a GPU, kernels of Triton run
+            these, not those of CUDA C++. For the latter: ``[Packed(bits=bits, quantizer="gptq", zeros=zeros) for bits
+            in (2, 3, 4, 5, 6) for zeros in ("int", "float")]``.
         skip: patterns of layers to leave float.
         fused: layers that see the very same input (q, k and v; gate and up) get one spec: serving stacks fuse them.
         signal: what scores a candidate of a layer before plans are tried. ``"gradient"``: the KL divergence to second
@@ -158,7 +161,7 @@ class Planner:
             choice("signal", signal, SIGNALS)
         check_size("trials", trials)
         self.model, self.skip, self.signal, self.trials, self.seed = model, skip, signal, trials, seed
-        self.specs = _candidates(candidates)
+        self.specs = _defaults(model, skip) if candidates is None else _candidates(candidates)
         apart = max(1, len(batches) // _HELD_OUT)
         self.held_out, self.seen = batches[:apart], batches[apart:]
         self.groups = _groups(model, self.specs[0], skip, self.seen, fused)
@@ -271,10 +274,16 @@ def written(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(f'{name}={written(each)}' for name, each in given)})"
 
 
-def _candidates(given: Sequence[Spec] | None) -> list[Spec]:
-    if given is None:
-        coarse: list[Spec] = [Packed(bits=bits, quantizer="gptq", zeros="int") for bits in (2, 3, 4, 5, 6, 8)]
-        return coarse + [Packed(bits=bits, quantizer="gptq", zeros="float") for bits in (2, 3, 4)]
+def _defaults(model: nn.Module, skip: Sequence[str] | None) -> list[Spec]:
+    """Packed zeros and scales of 8 bits, as they take the fewest bytes; those that suit each layer."""
+    forms = [(bits, None) for bits in (2, 3, 4, 5, 6, 8)] + [(bits, group) for group in (32, 16) for bits in (2, 3, 4)]
+    specs = [Packed(bits=bits, group_size=group, quantizer="gptq", packed_zeros=True, scale_bits=8)
+             for bits, group in forms]  # fmt: skip
+    shapes = {swap.weight().shape for swap in make_plan(model, specs[0], skip).swaps() if swap.source is None}
+    return [spec for spec in specs if not any(spec.problem(*shape) for shape in shapes)]
+
+
+def _candidates(given: Sequence[Spec]) -> list[Spec]:
     specs = list(given)
     if len(specs) < 2 or not all(isinstance(spec, Spec) for spec in specs):
         raise ValueError(f"candidates must be two specs or more, such as lowbit.Packed(bits=3): got {given!r:.200}")

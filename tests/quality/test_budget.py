@@ -103,6 +103,20 @@ def test_the_candidates_are_those_of_gptq_by_default():
     assert packed_bytes(packed) == found.bytes
 
 
+def test_default_candidates_have_packed_zeros_and_scales_of_8_bits_and_suit_each_layer():
+    forms = {}
+    for width, skip in ((40, None), (20, None), (12, None), (12, ["before"])):
+        model = Net()
+        model.before = nn.Linear(width, 40)
+        planner = module.Planner(model, calibration=batches(), skip=skip, fused=False)
+        assert all(spec.packed_zeros and spec.scale_bits == 8 and spec.quantizer == "gptq" for spec in planner.specs)
+        forms[width, skip is None] = {(spec.bits, spec.group_size) for spec in planner.specs}
+    coarse = {(bits, None) for bits in (2, 3, 4, 5, 6, 8)}
+    assert forms[12, True] == coarse
+    assert forms[20, True] == coarse | {(2, 16), (3, 16), (4, 16)}
+    assert forms[40, True] == forms[12, False] == forms[20, True] | {(2, 32), (3, 32), (4, 32)}
+
+
 def test_what_is_held_out_is_not_planned_on():
     data = batches(9)
     planner = module.Planner(Net(), calibration=data, candidates=CANDIDATES)
