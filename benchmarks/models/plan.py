@@ -2,7 +2,8 @@
 
 stories260k, a Llama of 260 k weights (calibrated on 24 stories or so in rows of 256 tokens; measured on 60 others by
 perplexity), and a ViT of 500 k weights (512 images of MNIST; measured on 5,000 others by KL divergence). Budgets are
-bits per weight, everything counted, and ``=3``: the very bytes of 3 bits everywhere. *Uniform* is the best of the
+bits per weight, everything counted; ``=3``: the very bytes of 3 bits everywhere with float zeros in groups of 64;
+``=3/32``: those of 3 bits in groups of 32, with packed zeros and scales of 8 bits. *Uniform* is the best of the
 candidates that fit everywhere, by what the plan sees. *Excess* is ln(perplexity / the float model's), or the KL
 divergence. Medians over seeds, which choose the calibration data. ``--json FILE`` writes every figure.
 
@@ -30,12 +31,16 @@ from benchmarks.models.accuracy import perplexity, stories260k
 from benchmarks.models.quality import HELD_OUT, calibration
 from lowbit import Packed
 from lowbit.core.family import Spec
+from lowbit.model.surgery import float_modules, put
+from lowbit.nn.layer import layers
 from lowbit.quality.budget import Planner, written
+from lowbit.quality.distance import Distance
 from lowbit.quality.statistics import rank_correlation
 from lowbit.testing import samples
 
 TOGETHER = 4  # rows of a batch
 IMAGES = 512
+CODED: dict[str, Any] = {"packed_zeros": True, "scale_bits": 8}
 Task = tuple[nn.Module, Callable[[int], list[Tensor]], Callable[[nn.Module], float], list[str]]
 
 
@@ -58,24 +63,29 @@ def vit() -> Task:
         chosen = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))[:IMAGES]
         return list(images[chosen].split(64))
 
-    data = list(images[5000:].split(500))
-    return model, batches, lambda packed: lowbit.evaluate(packed, data, reference=model).kl, ["patch"]
+    distance = Distance(model, list(images[5000:].split(500)))
+
+    @torch.no_grad()
+    def excess(packed: nn.Module) -> float:
+        for name, module in float_modules(layers(packed)).items():  # of the same weights; many rows are faster
+            put(packed, name, module)
+        return distance(packed)
+
+    return model, batches, excess, ["patch"]
 
 
 MODELS: dict[str, Callable[[], Task]] = {"stories260k": stories, "vit": vit}
 
 
 def candidates(quantizer: str) -> list[Spec]:
-    """Quarters of a bit apart, by their zeros, groups and outliers."""
-    def packed(bits: int, group: int = 64, **options: Any) -> Spec:
+    """The default ones, of 2 to 8 bits with packed zeros and scales of 8 bits; and float zeros up to 4."""
+    def packed(bits: int, group: int, **options: Any) -> Spec:
         return Packed(bits=bits, quantizer=quantizer, group_size=group, **options)
 
-    found = [packed(bits, symmetric=True) for bits in (3, 4, 5)]
-    found += [packed(bits, zeros="int") for bits in (2, 3, 4, 5)]
-    found += [packed(bits, group, zeros="float") for bits in (2, 3, 4, 5) for group in (64, 32)]
-    found += [packed(bits, 16, zeros="float") for bits in (2, 3)]
-    found += [packed(bits, zeros="float", outliers=outliers) for bits in (2, 3) for outliers in (0.005, 0.01)]
-    return [*found, packed(6)]
+    found = [packed(bits, 64, **CODED) for bits in (2, 3, 4, 5, 6, 8)]
+    found += [packed(bits, group, **CODED) for group in (32, 16) for bits in (2, 3, 4)]
+    found += [packed(bits, 64, zeros="float") for bits in (2, 3, 4)]
+    return found + [packed(bits, 32, zeros="float") for bits in (2, 3)]
 
 
 def bits_of(model: nn.Module, spec: Spec, batches: list[Tensor], skip: list[str]) -> float:
@@ -102,9 +112,11 @@ def measure(
 
     for budget in budgets:
         start = time.process_time()
-        bits = float(budget.lstrip("="))
+        width, _, group = budget.lstrip("=").partition("/")
+        bits = float(width)
         if budget.startswith("="):
-            same = Packed(bits=int(bits), quantizer=quantizer, group_size=64)
+            same = (Packed(bits=int(width), quantizer=quantizer, group_size=int(group), **CODED) if group
+                    else Packed(bits=int(width), quantizer=quantizer, group_size=64))  # fmt: skip
             bits = bits_of(model, same, batches, skip) * (1 + 1e-12)
         plan = planner.within(bits)
         seconds = time.process_time() - start
