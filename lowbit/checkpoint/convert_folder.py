@@ -26,7 +26,7 @@ from lowbit.core.folder import is_packed
 from lowbit.model.build import build_group
 from lowbit.model.convert import convert
 from lowbit.model.curvature import Loss
-from lowbit.model.plan import Plan, Swap, all_finite, check_arguments, make_plan, problem_of
+from lowbit.model.plan import Plan, Swap, all_finite, check_arguments, check_correction, make_plan, problem_of
 from lowbit.model.report import report, warn_if_larger
 from lowbit.model.surgery import put
 from lowbit.nn.layer import layers
@@ -46,6 +46,7 @@ def convert_folder(
     skip: Sequence[str] = (),
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    correction: float | None = None,
 ) -> None:
     """Convert the transformers model in folder ``src`` and save it as a packed one in folder ``dst``.
 
@@ -60,8 +61,8 @@ def convert_folder(
         src: folder with ``config.json`` and ``model.safetensors`` (or its shards), in any float dtype or such a format;
             a GGUF file, or a folder with one.
         dst: a folder that does not exist yet, or is empty.
-        spec, skip, calibration, loss: as for :func:`lowbit.convert`. With a spec that needs calibration, and for
-            models whose files do not map one to one to their modules, the whole float model is loaded
+        spec, skip, calibration, loss, correction: as for :func:`lowbit.convert`. With a spec that needs calibration,
+            and for models whose files do not map one to one to their modules, the whole float model is loaded
             instead. ``None`` is for folders in a quantized format alone: the float layers in it then stay float.
 
     Raises:
@@ -85,13 +86,15 @@ def convert_folder(
     model = None
     if importer is not None and (calibration is not None or loss is not None):
         raise ValueError(f"calibration and loss need a float model: {src} is in a quantized format")
+    check_correction(correction, calibration)
     with registry.as_stored():  # it is written, not run: otherwise its codes would be here twice
         if importer is not None:
             model = importer(src, spec, skip)
         elif library is not None and calibration is None and loss is None:
             model = _convert_streaming(library, src, spec, skip)
     if model is None and library is not None:
-        model = convert(library.load_float(src), spec, skip=skip, calibration=calibration, loss=loss)
+        float_model = library.load_float(src)
+        model = convert(float_model, spec, skip=skip, calibration=calibration, loss=loss, correction=correction)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:

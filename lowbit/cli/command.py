@@ -181,7 +181,8 @@ def _convert(options: argparse.Namespace) -> None:
     if options.budget is not None:
         assert calibration is not None
         spec = budget.specs(options, parse_spec, calibration)
-    lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration)
+    lowbit.convert_folder(options.source, options.target, spec, skip=options.skip, calibration=calibration,
+                          correction=options.correction)  # fmt: skip
     print(describe_folder(options.target))
     print(f"written to {options.target} in {time.perf_counter() - start:.1f} s")
 
@@ -478,6 +479,8 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--scale-bits", type=int, help="8: scales of groups are codes of 8 bits, not floats")
     convert.add_argument("--skip", action="append", default=[], metavar="PATTERN", help=_SKIP_HELP)
     convert.add_argument("--calibration-text", type=Path, metavar="FILE", help="one sample per line")
+    what = "how much of the drift of its inputs a layer makes up for, 0 to 1 (default: 0.5 of descent, else 0)"
+    convert.add_argument("--correction", type=float, help=what)
     budget.add_to(convert)
 
     export = commands.add_parser("export", help="write a packed folder in another library's format")

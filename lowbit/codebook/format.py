@@ -71,9 +71,10 @@ class Codebook(Spec):
         quantizer: how a table is learned: ``"kmeans"`` starts by k-means++ and makes ``iterations`` Lloyd rounds
             (arXiv 2010.07109); ``"optimal"`` finds the exact optimum of one-dimensional k-means; ``"lnq"`` starts with
             what ``sensitivity`` finds, then takes tables and scales by least squares and codes by coordinate descent on
-            the error of the layer's output (LNQ, arXiv 2505.07004); ``"tuned"`` then learned rounding,
-            :func:`lowbit.train.tune`. These two need calibration data. Default: ``"optimal"``;
-            ``"kmeans"`` where its arguments are given, and for one table per tensor: it is faster there.
+            the error of the layer's output (LNQ, arXiv 2505.07004), of a corrected layer (``convert(correction=)``);
+            ``"tuned"`` then learned rounding, :func:`lowbit.train.tune`. These two need calibration data.
+            Default: ``"optimal"``; ``"kmeans"`` where its arguments are given, and for one table per tensor: it is
+            faster there.
         iterations: Lloyd rounds of ``"kmeans"``.
         sensitivity: weigh each weight's squared error by how much its input matters on calibration data; where
             ``convert`` is given a ``loss``, by the square of the weight's gradient (SqueezeLLM, arXiv 2306.07629).

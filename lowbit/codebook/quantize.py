@@ -179,6 +179,7 @@ class LeastSquares(TableQuantizer):
     turns = 3  # cheap beside what follows
     needs = frozenset({"hessian"})
     stand_in = "optimal"
+    correction = 0.5
 
     def weighs(self, spec: Codebook) -> bool:
         return True

@@ -43,6 +43,8 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
         stand_in: the quantizer of the family that takes its place for the weight of an embedding where nothing is
             measured: without calibration data, or gradients.
         together: whether :meth:`finish` is called once all layers are in the model.
+        correction: how much of the drift of its inputs a linear layer makes up for, where ``convert`` is not told: 0 to
+            1 (``lowbit/model/drift.py``). Of quantizers that want the Hessian to be measured.
     """
 
     family: ClassVar[str]
@@ -51,6 +53,7 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
     uses: frozenset[str] = frozenset()
     stand_in: str | None = None
     together: bool = False
+    correction: float = 0.0
 
     @abstractmethod
     def quantize(self, weight: Tensor, spec: SpecT, statistics: Statistics) -> WeightT:
@@ -76,6 +79,12 @@ class Quantizer(ABC, Generic[SpecT, WeightT]):
         raise NotImplementedError
 
 
+def check_share(argument: str, value: Any) -> None:
+    """Raise ``ValueError`` for what is no share."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{argument} must be a number between 0 and 1: got {value!r}")
+
+
 _registry: dict[str, dict[str, Quantizer[Any, Any]]] = {}
 
 
@@ -94,6 +103,7 @@ def register(quantizer: Quantizer[Any, Any]) -> None:
     for name in sorted({*quantizer.needs, *quantizer.uses}):
         if name not in known:
             raise ValueError(f"needs and uses must be made of {', '.join(known)}: got {name!r}")
+    check_share("correction", quantizer.correction)
     _registry.setdefault(quantizer.family, {})[quantizer.name] = quantizer
 
 

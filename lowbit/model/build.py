@@ -143,7 +143,8 @@ def build_group(
     if first.kind == "experts":
         return _experts_of(group, measured)
     try:
-        stored = spec.quantize(weight, statistics=_first_of(measured.values()))
+        target = weight if first.target is None else first.target
+        stored = spec.quantize(target, statistics=_first_of(measured.values()))
     except ValueError as error:
         raise ValueError(f"{first.name}: {error}") from error
     cls = layer_class(spec.family, first.kind)

@@ -66,7 +66,7 @@ def collect_hessians(
         ValueError: no batches; a layer that no batch reaches; an input that is not finite.
     """
     batches = list(batches)
-    return _hessians(model, layers, _trace(model, layers, batches, forward), batches, forward)
+    return hessians_of(model, layers, trace(model, layers, batches, forward), batches, forward)
 
 
 def collect_input_maxima(
@@ -84,14 +84,14 @@ def collect_input_maxima(
     maxima: dict[str, Tensor] = {}
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
-        rows = _samples(x, mask)
+        rows = samples(x, mask)
         if rows.numel():
             found = rows.abs().amax().float().reshape(1)
             _require_finite(name, found)
             maxima[name] = found.maximum(maxima[name]) if name in maxima else found
 
-    _observe(model, layers, list(batches), forward, visit)
-    _require_reached(layers, maxima)
+    observe(model, layers, list(batches), forward, visit)
+    require_reached(layers, maxima)
     return maxima
 
 
@@ -111,7 +111,7 @@ def collect_sensitivities(
         ValueError: no batches; a layer whose weight the loss does not depend on; a gradient that is not finite.
     """
     weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-    sums: dict[str, _SumOfSquares] = {}
+    sums: dict[str, SumOfSquares] = {}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     count = 0
     with evaluating(model), torch.enable_grad():
@@ -130,7 +130,7 @@ def collect_sensitivities(
                         break
                     gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                     for name, gradient in zip(weights, gradients, strict=True):
-                        if gradient is not None and not sums.setdefault(name, _SumOfSquares()).add(gradient.float()):
+                        if gradient is not None and not sums.setdefault(name, SumOfSquares()).add(gradient.float()):
                             raise ValueError(f"the gradient of layer {name} must be finite: got Inf or NaN")
         finally:
             for parameter, before in required.items():
@@ -161,20 +161,20 @@ def calibrate_sequential(
     helped at 2 bits and made no difference from 3 bits on). Raises as :func:`collect_hessians`.
     """
     batches = list(batches)
-    groups = _trace(model, layers, batches, forward)
+    groups = trace(model, layers, batches, forward)
     while groups:
         count = 1
         while count < len(groups) and sum(4 * group.width**2 for group in groups[: count + 1]) <= memory:
             count += 1
         measured, groups = groups[:count], groups[count:]
-        hessians = _hessians(model, layers, measured, batches, forward)
+        hessians = hessians_of(model, layers, measured, batches, forward)
         for name in (name for group in measured for name in group.names):
             quantize_layer(name, layers[name], hessians.get(name))
 
 
 def same_input(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> list[list[str]]:
     """The names of layers, those together that see the very same input tensor; as the first batch shows it."""
-    return [group.names for group in _trace(model, layers, list(batches), None)]
+    return [group.names for group in trace(model, layers, list(batches), None)]
 
 
 def batches_of(given: Any, argument: str = "calibration") -> list[Any]:
@@ -212,7 +212,7 @@ def _naming(model: nn.Module, index: int, batch: Any) -> Iterator[None]:
     """An exception inside says which batch it was, and the innermost module that was running."""
     try:
         yield
-    except _Reached:
+    except Reached:
         raise
     except Exception as error:
         if getattr(error, "_lowbit_named", False):
@@ -245,7 +245,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 @dataclass
-class _Group:
+class Group:
     """Layers that see the very same input tensors [..., width], and how often one forward calls each of them."""
 
     names: list[str]
@@ -253,13 +253,13 @@ class _Group:
     width: int
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a forward whose remaining layers are of no interest."""
 
 
-def _trace(
+def trace(
     model: nn.Module, layers: _Layers, batches: Sequence[Any], forward: Forward | None
-) -> list[_Group]:
+) -> list[Group]:
     """The groups in execution order, as the first batch shows them; layers it does not reach come last."""
     inputs: dict[str, list[int]] = {name: [] for name in layers}
     width: dict[str, int] = {}
@@ -273,28 +273,33 @@ def _trace(
         inputs[name].append(serial)
         width[name] = x.shape[-1]
 
-    _observe(model, layers, batches[:1], forward, visit)
-    groups: dict[tuple[int, ...], _Group] = {}
+    observe(model, layers, batches[:1], forward, visit)
+    groups: dict[tuple[int, ...], Group] = {}
     for name in sorted((n for n in inputs if inputs[n]), key=lambda n: inputs[n]):
-        groups.setdefault(tuple(inputs[name]), _Group([], len(inputs[name]), width[name])).names.append(name)
-    return [*groups.values(), *(_Group([name], 0, 0) for name in inputs if not inputs[name])]
+        groups.setdefault(tuple(inputs[name]), Group([], len(inputs[name]), width[name])).names.append(name)
+    return [*groups.values(), *(Group([name], 0, 0) for name in inputs if not inputs[name])]
 
 
-class _SumOfSquares:
-    """A float32 sum of ``x.square()``, or of ``x.T @ x``; times a power of 4 where some x is beyond 2**30.
+class SumOfSquares:
+    """A float32 sum of ``x.square()``, or of ``x.T @ x``; in a ``unit``, a power of 4, where some x is beyond 2**30.
 
-    Such squares would overflow, and what is made of the sums does not depend on their scale.
+    Such squares would overflow, and most of what is made of the sums does not depend on their unit.
     """
 
     def __init__(self, products: bool = False) -> None:
         self._products, self._shift = products, 0
         self._sum: Tensor | None = None
 
-    def add(self, x: Tensor) -> bool:
-        """Add ``x``, float32; ``False`` where it is not finite."""
+    @property
+    def unit(self) -> float:
+        return 4.0**self._shift
+
+    def add(self, x: Tensor, left: Tensor | None = None) -> bool:
+        """Add ``x``, float32; of products ``left.T @ x``. ``False`` where they are not finite."""
         if self._sum is None:
             self._sum = x.new_zeros((x.shape[1], x.shape[1]) if self._products else x.shape)
-        peak = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
+        ends = [end for t in (x, left) if t is not None and t.numel() for end in torch.aminmax(t)]
+        peak = max((abs(float(end)) for end in ends), default=0.0)
         if not math.isfinite(peak):
             return False
         needed = max(0, math.frexp(peak)[1] - 30)
@@ -302,9 +307,9 @@ class _SumOfSquares:
             self._sum.mul_(4.0 ** (self._shift - needed))
             self._shift = needed
         if self._shift:
-            x = x * 2.0**-self._shift
+            x, left = x * 2.0**-self._shift, None if left is None else left * 2.0**-self._shift
         if self._products:
-            self._sum.addmm_(x.t(), x)
+            self._sum.addmm_((x if left is None else left).t(), x)
         else:
             self._sum.add_(x.square())
         return True
@@ -314,43 +319,48 @@ class _SumOfSquares:
         return self._sum
 
 
-def _hessians(
+def hessians_of(
     model: nn.Module,
     layers: _Layers,
-    groups: Sequence[_Group],
+    groups: Sequence[Group],
     batches: Sequence[Any],
     forward: Forward | None,
 ) -> dict[str, Tensor]:
     """Collected at the first layer of every group."""
-    sums: dict[str, _SumOfSquares] = {}
+    sums: dict[str, SumOfSquares] = {}
     counts: dict[str, int] = {}
     first = {group.names[0]: layers[group.names[0]] for group in groups}
     one_call = all(group.calls == 1 for group in groups) and len({id(_module(layer)) for layer in first.values()}) == 1
     last = next(reversed(first), None)
 
     def visit(name: str, x: Tensor, mask: Tensor | None) -> None:
-        rows = _samples(x, mask).float()
-        if not sums.setdefault(name, _SumOfSquares(products=True)).add(rows):
-            raise ValueError(_not_finite(name))
+        rows = samples(x, mask).float()
+        if not sums.setdefault(name, SumOfSquares(products=True)).add(rows):
+            raise ValueError(not_finite(name))
         counts[name] = counts.get(name, 0) + rows.shape[0]
         if one_call and name == last:
-            raise _Reached
+            raise Reached
 
-    _observe(model, first, batches, forward, visit)
-    _require_reached(first, {n for n, count in counts.items() if count or isinstance(first[n], Expert)})
+    observe(model, first, batches, forward, visit)
+    require_reached(first, {n for n, count in counts.items() if count or isinstance(first[n], Expert)})
     hessians: dict[str, Tensor] = {}
     for group in groups:
         name = group.names[0]
         if isinstance(first[name], Expert) and counts[name] < FEW_TOKENS:
             continue
-        hessian = sums[name].total().mul_(2 / counts[name])
-        hessian.diagonal().add_(len(hessian) / counts[name] * hessian.diagonal().mean())
-        hessians.update(dict.fromkeys(group.names, hessian))
+        hessians.update(dict.fromkeys(group.names, hessian_of(sums[name].total(), counts[name])))
     return hessians
 
 
+def hessian_of(squares: Tensor, count: int) -> Tensor:
+    """What :func:`collect_hessians` makes of the sum ``X.T X`` of ``count`` rows; in place."""
+    squares.mul_(2 / count)
+    squares.diagonal().add_(len(squares) / count * squares.diagonal().mean())
+    return squares
+
+
 @torch.no_grad()
-def _observe(
+def observe(
     model: nn.Module,
     layers: _Layers,
     batches: Sequence[Any],
@@ -387,7 +397,7 @@ def _observe(
         with evaluating(model):
             for i, batch in enumerate(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                with suppress(_Reached), _naming(model, i, batch):
+                with suppress(Reached), _naming(model, i, batch):
                     call(model, batch) if forward is None else forward(model, batch)
     finally:
         for handle in handles:
@@ -433,7 +443,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _samples(x: Tensor, mask: Tensor | None) -> Tensor:
+def samples(x: Tensor, mask: Tensor | None) -> Tensor:
     """The input as rows [n, K], without padding where the mask [B, T] fits it ([B, T, K] or [B*T, K])."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is None or mask.dim() != 2:
@@ -447,7 +457,7 @@ def _require_batches(count: int) -> None:
         raise ValueError("calibration requires at least one batch: got none")
 
 
-def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
+def require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
     missing = sorted(set(names) - set(reached))
     if missing:
         raise ValueError(f"calibration must call every layer that it quantizes: no batch reaches {', '.join(missing)}")
@@ -455,8 +465,8 @@ def _require_reached(names: Iterable[str], reached: Iterable[str]) -> None:
 
 def _require_finite(name: str, statistic: Tensor) -> None:
     if not bool(torch.isfinite(statistic).all()):
-        raise ValueError(_not_finite(name))
+        raise ValueError(not_finite(name))
 
 
-def _not_finite(name: str) -> str:
+def not_finite(name: str) -> str:
     return f"the calibration input of layer {name} must be finite: got Inf or NaN"

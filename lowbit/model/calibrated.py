@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lowbit.core.quantizer import Quantizer, Statistics
 from lowbit.model import calibrate, experts
 from lowbit.model.build import build, build_experts, build_group, progress_bar, relative_error
 from lowbit.model.curvature import Loss, RowCosts, collect_row_costs, tied_hessian
+from lowbit.model.drift import calibrate_corrected
 from lowbit.model.plan import Plan, Swap, is_weighed
 from lowbit.model.surgery import put, restoring, shared_copy
 from lowbit.nn.experts import FloatExperts, quantized
@@ -26,9 +28,11 @@ _CANNOT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeE
 
 
 def build_calibrated(
-    model: nn.Module, plan: Plan, batches: list[Any], loss: Loss | None = None
+    model: nn.Module, plan: Plan, batches: list[Any], loss: Loss | None = None,
+    correction: float | None = None,
 ) -> dict[str, nn.Module]:
-    """Quantize in execution order (see :func:`lowbit.model.calibrate.calibrate_sequential`).
+    """Quantize in execution order (see :func:`lowbit.model.calibrate.calibrate_sequential`; with a correction
+    :func:`lowbit.model.drift.calibrate_corrected`).
 
     Finished layers stand in the model while later ones are calibrated; the originals are put back at the end. What the
     quantizers need or use is measured: scales of inputs and gradients on the float model, Hessians on the model as it
@@ -46,7 +50,7 @@ def build_calibrated(
                 experts.expose(swap.module)
         _measure(model, swaps, statistics, batches, loss)
         costs = _measure_embeddings(model, weighed, statistics, batches, loss)
-        built = _build_in_order(model, plan, swaps, statistics, batches, progress, costs)
+        built = _build_in_order(model, plan, swaps, statistics, batches, progress, costs, correction)
         _finish(model, plan, originals, built, batches)
         return built
 
@@ -157,6 +161,7 @@ def _build_in_order(
     batches: list[Any],
     progress: Any,
     costs: dict[str, RowCosts],
+    correction: float | None,
 ) -> dict[str, nn.Module]:
     fitted = _modules(swaps, "hessian")
     stacks = {name: _Stack(swaps[name], statistics[name]) for name in fitted if swaps[name].kind == "experts"}
@@ -172,10 +177,16 @@ def _build_in_order(
                 put(model, name, made[swap.name])
         progress.update()
 
-    def quantize_layer(name: str, layer: Any, hessian: Tensor | None) -> None:
+    def quantize_layer(name: str, layer: Any, hessian: Tensor | None, of_drift: Tensor | None = None) -> None:
         if not isinstance(layer, calibrate.Expert):
             statistics[name].hessian = hessian
+            swap = group_of[name][0]
+            strength = _strength(swap, correction)
+            if of_drift is not None and strength:
+                weight = swap.weight().float()
+                swap.target = weight.addmm(weight, of_drift, alpha=strength)
             replace(group_of[name])
+            swap.target = None
         elif (whole := stack_of[name].add(hessian)) is not None:
             stack = stack_of[name].swap.name
             built[stack] = whole
@@ -199,9 +210,36 @@ def _build_in_order(
         parts = stacks[name].parts() if name in stacks else {name: fitted[name]}
         sequential.update(parts)
         stack_of.update(dict.fromkeys(parts, stacks[name]) if name in stacks else {})
-    if sequential:
+    if not sequential:
+        return built
+    alone = "" in built.keys() | sequential.keys()  # a layer that is the model has none before it
+    if not alone and any(_strength(swaps[name], correction) for name in fitted if name not in tied):
+        as_float = partial(_as_float, model, {name: swap.module for swap in plan.swaps() for name in swap.names})
+        calibrate_corrected(model, as_float, sequential, batches, quantize_layer)
+    else:
         calibrate.calibrate_sequential(model, sequential, batches, quantize_layer)
     return built
+
+
+def _strength(swap: Swap, correction: float | None) -> float:
+    """How much of the drift of its inputs a layer makes up for."""
+    assert swap.spec is not None
+    return swap.spec.method.correction if correction is None else correction
+
+
+@contextmanager
+def _as_float(model: nn.Module, originals: dict[str, nn.Module], part: str) -> Iterator[None]:
+    """Inside, those of ``originals`` that are in module ``part`` are at their names; then what was there before."""
+    inside = [name for name in originals if not part or name.startswith(f"{part}.")]
+    now = {name: model.get_submodule(name) for name in inside}
+    replaced = [name for name, module in now.items() if module is not originals[name]]
+    try:
+        for name in replaced:
+            put(model, name, originals[name])
+        yield
+    finally:
+        for name in replaced:
+            put(model, name, now[name])
 
 
 class _Stack:

@@ -30,6 +30,7 @@ class Swap:
     source: sources.Source | None = None
     problem: str | None = None  # why its recogniser cannot read it
     note: str | None = None  # for the report
+    target: Tensor | None = None  # ``[N, K]``: what is rounded instead of the weight (lowbit/model/drift.py)
     extras: dict[str, Any] = field(default_factory=dict)
     read: Callable[[int], Tensor] | None = None  # the weight of an expert that the module does not hold, as it would
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.core.family import FLOAT_DTYPES, Spec, written_spec
 from lowbit.core.folder import is_packed
+from lowbit.core.quantizer import check_share
 from lowbit.model import adapters, candidates, experts, foreign, sources
 from lowbit.model.candidates import Swap as Swap
 from lowbit.model.kept import kept_float, untied
@@ -413,7 +414,16 @@ def check_calibration(plan: Plan, batches: list[Any] | None, loss: Any) -> None:
             )
 
 
-def unused_arguments(plan: Plan, calibration: Any, loss: Any) -> str | None:
+def check_correction(correction: float | None, calibration: Any) -> None:
+    """Raise ``ValueError`` for a correction that is no share, or that has no calibration data to be made from."""
+    if correction is None:
+        return
+    check_share("correction", correction)
+    if correction and calibration is None:
+        raise ValueError(f"correction={correction!r} needs calibration, a list of batches: got None")
+
+
+def unused_arguments(plan: Plan, calibration: Any, loss: Any, correction: float | None) -> str | None:
     """What to say of arguments that no spec of the plan makes use of."""
     specs = {swap.spec for swap in plan.swaps() if swap.spec is not None and swap.kind != "embedding"}
     measured = {statistic for spec in specs for statistic in spec.statistics}
@@ -421,6 +431,7 @@ def unused_arguments(plan: Plan, calibration: Any, loss: Any) -> str | None:
     unused = [name for name, given, used in (
         ("calibration", calibration is not None, bool(measured) or weighed),
         ("loss", loss is not None, "sensitivity" in measured or weighed),
+        ("correction", bool(correction), calibration is not None and "hessian" in measured),
     ) if given and not used]  # fmt: skip
     if not unused or _on_meta(plan):
         return None

@@ -87,8 +87,8 @@ class Packed(Spec):
         quantizer: ``"mse"`` (default) the clipping that minimises the squared weight error; ``"minmax"`` round to
             nearest over the full range; ``"mean"`` clips at ``gamma * mean|w|`` (QuantGPT, arXiv 2203.10705;
             symmetric); ``"gptq"`` error-compensating rounding (arXiv 2210.17323), ``"descent"`` the same, then scales,
-            zeros and codes improved in turns; ``"tuned"`` then learned rounding, :func:`lowbit.train.tune`. These three
-            need calibration data.
+            zeros and codes improved in turns, and layers corrected (``convert(correction=)``); ``"tuned"`` then learned
+            rounding, :func:`lowbit.train.tune`. These three need calibration data.
         gamma: the factor of ``quantizer="mean"``.
         activations: ``"float"``; ``"int8"`` quantized per token when called; ``"int8_static"`` with one
             calibrated scale per layer.

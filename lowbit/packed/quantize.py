@@ -217,6 +217,7 @@ class Descent(Gptq):
 
     name = "descent"
     turns = 2  # cheap beside what follows
+    correction = 0.5
 
     def improve(
         self, fit: GridFit, codes: Tensor, scales: Tensor, zeros: Tensor, statistics: Statistics, dtype: torch.dtype

@@ -322,7 +322,8 @@ def _converted(
     model: nn.Module, spec: Spec, skip: Sequence[str] | None, batches: list[Any], groups: list[list[str]]
 ) -> list[dict[str, Layer]]:
     """Of each group, the packed layers by name."""
-    packed = convert(copy.deepcopy(model), spec, skip=skip, calibration=batches if spec.needs_calibration else None)
+    packed = convert(copy.deepcopy(model), spec, skip=skip, calibration=batches if spec.needs_calibration else None,
+                     correction=0.0)  # what has drifted is another thing in each plan
     return [{name: packed.get_submodule(name) for name in names} for names in groups]
 
 

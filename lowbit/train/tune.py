@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from lowbit.model import candidates
 from lowbit.model.calibrate import batches_of, evaluating
+from lowbit.model.feed import without_cache
 from lowbit.model.plan import require_model
 from lowbit.model.surgery import put, restoring
 from lowbit.nn.layer import layers, storage_of
@@ -76,7 +76,7 @@ def tune(
     Every weight has an offset, in steps of its grid, that is added before it is rounded. Offsets go ``lr`` against the
     sign of their gradient in each step (SignRound: Cheng et al., arXiv 2309.05516); scales, zeros and tables learn by
     Adam beside them. Rates fall linearly to 0. It begins with the codes that the layers have: convert by ``descent``
-    or ``lnq`` first.
+    or ``lnq`` first, with ``correction=0``.
 
     ``by="model"``: the loss is that of :func:`recover`, the KL divergence of the model's probabilities from the
     reference's (of encoders the relative squared error of ``last_hidden_state``, of tokens and of their mean). All
@@ -134,7 +134,7 @@ def tune(
     before_it = {layer: layer.canonical() for layer in found.values()}
     measured: dict[str, tuple[float, float]] = {}
     kept = False
-    with evaluating(model, reference), frozen(model, reference), _without_cache(model, reference):
+    with evaluating(model, reference), frozen(model, reference), without_cache(model, reference):
         before = finite(mean(measure, held_out), 0)
         saved = Saved(finished, before) if finished is not None and blocks is None else None
         try:
@@ -276,17 +276,3 @@ def _float_weights(reference: nn.Module, found: dict[str, LinearLayer]) -> dict[
         if list(weights[name].shape) != wanted:
             raise ValueError(f"{name}: the weight of reference must be {wanted}: got {list(weights[name].shape)}")
     return weights
-
-
-@contextmanager
-def _without_cache(*models: nn.Module) -> Iterator[None]:
-    """A block that is called again must not find what it left in transformers' cache of keys and values."""
-    configs: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
-    before = [(config, config.use_cache) for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
-    try:
-        for config, _ in before:
-            config.use_cache = False
-        yield
-    finally:
-        for config, used in reversed(before):
-            config.use_cache = used

@@ -26,6 +26,7 @@ class _Tuned:
     """
 
     together = True
+    correction = 0.0  # learning makes up for the drift; it came further from codes of the float weight itself
 
     def __init__(
         self, name: str = "tuned", *, by: Literal["model", "block"] | None = None, steps: int = 200, batch: int = 4,
@@ -46,11 +47,11 @@ class _Tuned:
 
 
 class TunedPacked(_Tuned, Descent):
-    """``Packed(quantizer="tuned")``: what ``descent`` finds, then learned rounding."""
+    """``Packed(quantizer="tuned")``: what ``descent`` finds without a correction, then learned rounding."""
 
 
 class TunedCodebook(_Tuned, LeastSquares):
-    """``Codebook(quantizer="tuned")``: what ``lnq`` finds, then learned rounding."""
+    """``Codebook(quantizer="tuned")``: what ``lnq`` finds without a correction, then learned rounding."""
 
 
 register(TunedPacked())

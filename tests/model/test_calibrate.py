@@ -186,8 +186,8 @@ def test_sequential_sees_the_quantized_predecessors(model: Model) -> None:
 
 def test_memory_bounds_the_layers_measured_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    measure = calibrate._hessians
-    monkeypatch.setattr(calibrate, "_hessians", lambda *args: passes.append(len(args[2])) or measure(*args))
+    measure = calibrate.hessians_of
+    monkeypatch.setattr(calibrate, "hessians_of", lambda *args: passes.append(len(args[2])) or measure(*args))
     groups, hessian = 5, 4 * 8 * 8  # two blocks of two inputs, and the head's; float32 [8, 8]
     for memory, expected in [(0, [1] * groups), (2 * hessian, [2, 2, 1]), (1 << 30, [groups])]:
         passes.clear()
