@@ -71,9 +71,9 @@ def autoround(bits: int, iterations: int) -> Method:
 
 
 def methods(bits: int, layers: str, iterations: int) -> dict[str, Method]:
-    def packed(quantizer: str, zeros: str, scale_bits: int | None = None) -> Packed:
+    def packed(quantizer: str, zeros: str, scale_bits: int | None = None, group: int = 32) -> Packed:
         coded = zeros == "int"
-        return Packed(bits=bits, group_size=32, zeros=zeros, quantizer=quantizer, packed_zeros=coded,  # type: ignore[arg-type]
+        return Packed(bits=bits, group_size=group, zeros=zeros, quantizer=quantizer, packed_zeros=coded,  # type: ignore[arg-type]
                       scale_bits=scale_bits)  # fmt: skip
 
     found = {}
@@ -84,6 +84,8 @@ def methods(bits: int, layers: str, iterations: int) -> dict[str, Method]:
         found[f"tuned, {zeros} zeros"] = lowbit_method(packed("tuned", zeros), layers)
     for quantizer in ("descent", "tuned"):
         found[f"{quantizer}, int zeros, scales of 8 bits"] = lowbit_method(packed(quantizer, "int", 8), layers)
+        smaller = packed(quantizer, "int", 8, group=16)
+        found[f"{quantizer}, int zeros, scales of 8 bits, groups of 16"] = lowbit_method(smaller, layers)
     table = Codebook(bits=bits, sensitivity=True)
     best = Codebook(bits=bits, quantizer="lnq")
     for name, spec in (("codebook", table), ("lnq", best)):
@@ -98,7 +100,7 @@ def methods(bits: int, layers: str, iterations: int) -> dict[str, Method]:
 
 
 def measure(
-    bits: list[int], layers: str, seeds: int, iterations: int, only: str | None
+    bits: list[int], layers: str, seeds: int, iterations: int, only: list[str]
 ) -> list[dict[str, Any]]:
     model, texts = stories260k()
     held_out = texts[:HELD_OUT]
@@ -106,7 +108,7 @@ def measure(
     print(f"float {exact:.4f}", flush=True)
     for width in bits:
         for name, method in methods(width, layers, iterations).items():
-            if only is not None and not fnmatch(name, only):
+            if not any(fnmatch(name, pattern) for pattern in only):
                 continue
             values, start = [], time.process_time()
             for seed in range(seeds):
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--layers", default="*proj", help="pattern of those that are quantized")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200, help="of AutoRound")
-    parser.add_argument("--only", help="a pattern of methods: 'tuned*'")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of methods: 'tuned*'")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
