@@ -213,7 +213,7 @@ def _build_in_order(
     if not sequential:
         return built
     alone = "" in built.keys() | sequential.keys()  # a layer that is the model has none before it
-    if not alone and any(_strength(swaps[name], correction) for name in fitted if name not in tied):
+    if not alone and any(_strength(swaps[name], correction) for name in sequential if name in swaps):  # no experts
         as_float = partial(_as_float, model, {name: swap.module for swap in plan.swaps() for name in swap.names})
         calibrate_corrected(model, as_float, sequential, batches, quantize_layer)
     else:
@@ -234,9 +234,10 @@ def _as_float(model: nn.Module, originals: dict[str, nn.Module], part: str) -> I
     now = {name: model.get_submodule(name) for name in inside}
     replaced = [name for name, module in now.items() if module is not originals[name]]
     try:
-        for name in replaced:
-            put(model, name, originals[name])
-        yield
+        with calibrate.evaluating(*(originals[name] for name in replaced)):
+            for name in replaced:
+                put(model, name, originals[name])
+            yield
     finally:
         for name in replaced:
             put(model, name, now[name])

@@ -49,17 +49,19 @@ def calibrate_corrected(
     experts, whose rows are others in the float model, and where nothing has drifted.
     """
     batches = list(batches)
-    with calibrate.evaluating(model), without_cache(model):
-        stages = _Stages(model, as_float, layers, batches)
-        for groups in _spans(calibrate.trace(model, layers, batches, None), layers, memory):
+    with without_cache(model):
+        traced = calibrate.trace(model, layers, batches, None)
+        stages = _Stages(model, as_float, layers, traced, batches)
+        for groups in _spans(traced, layers, memory):
             names = [name for group in groups for name in group.names]
-            stages.go_to(names)
-            if _can_drift(layers[names[0]]):
-                hessian, correction = _measured(model, layers, groups[0], batches, stages)
-                found = dict.fromkeys(names, hessian)
-            else:
-                found = calibrate.hessians_of(model, layers, groups, batches, _in_order(stages.run_rounded))
-                correction = None
+            with calibrate.evaluating(model):  # not where layers are made, which take over the mode
+                stages.go_to(names)
+                if _can_drift(layers[names[0]]):
+                    hessian, correction = _measured(model, layers, groups[0], batches, stages)
+                    found = dict.fromkeys(names, hessian)
+                else:
+                    found = calibrate.hessians_of(model, layers, groups, batches, _in_order(stages.run_rounded))
+                    correction = None
             for name in names:
                 quantize_layer(name, layers[name], found.get(name), correction)
 
@@ -142,11 +144,16 @@ def _correction(squares: SumOfSquares, products: SumOfSquares, rows: int) -> Ten
 class _Stages:
     """What has to run so that a layer is reached: its block alone, or all of the model."""
 
-    def __init__(self, model: nn.Module, as_float: AsFloat, layers: Layers, batches: Sequence[Any]) -> None:
-        self._model, self._as_float, self._batches = model, as_float, batches
-        self._blocks = blocks_of(model, layers)
-        self._left = list(self._blocks)  # not yet come to
+    def __init__(
+        self, model: nn.Module, as_float: AsFloat, layers: Layers, groups: Sequence[Group], batches: Sequence[Any]
+    ) -> None:
+        self._model, self._as_float, self._layers, self._batches = model, as_float, layers, batches
+        self._times = {name: group.calls for group in groups for name in group.names}
+        order = {name: i for i, name in enumerate(self._times)}
+        self._blocks = blocks_of(model, order)
+        self._left = sorted(self._blocks, key=lambda block: order[self._blocks[block][0]])  # not yet come to
         self._in_blocks = ""  # where the feeds are
+        self._alone: set[str] = set()  # layers that nothing but this block calls
         self._exact, self._rounded = (Feed(model, self._left, batches) for _ in range(2))
         self._now = ""  # the block that runs; else the model
 
@@ -155,7 +162,7 @@ class _Stages:
         block = next((block for block, inside in self._blocks.items() if set(names) <= set(inside)), "")
         if block and block != self._in_blocks and not self._enter(block):
             self._left, self._in_blocks = [], ""
-        self._now = block if block == self._in_blocks else ""
+        self._now = block if block == self._in_blocks and self._alone.issuperset(names) else ""
 
     def _enter(self, block: str) -> bool:
         """Whether the block follows, and can run alone."""
@@ -165,8 +172,11 @@ class _Stages:
             with self._as_float(""):
                 self._exact.go_to(block)
             self._rounded.go_to(block)
-        except ValueError:  # the model runs as a whole, and says what is wrong where it cannot
+            inside = {name: self._layers[name] for name in self._blocks[block]}
+            traced = calibrate.trace(self._model, inside, self._batches, lambda *_: self._rounded.output(0))
+        except Exception:  # the model runs as a whole, and says what is wrong where it cannot
             return False
+        self._alone = {n for group in traced for n in group.names if group.calls == self._times[n]}
         self._in_blocks = self._left.pop(0)
         return True
 
